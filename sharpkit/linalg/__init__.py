@@ -1,0 +1,1 @@
+"""Spectral algorithms over any symmetric operator; nothing here knows a model or data."""

@@ -1,0 +1,214 @@
+"""What the algorithms return: values with their error and their cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCHEMA_VERSION = 1
+
+
+def format_with_error(value: float, error: float) -> str:
+    """``1.234 +- 0.005``, with as many digits as the error supports."""
+    if not math.isfinite(error):
+        return f"{value:.4g} (error unknown)"
+    if error <= 0 or value == 0 and error == 0:
+        return f"{value:.6g}"
+    digits = max(1, min(12, math.ceil(math.log10(max(abs(value), error) / error)) + 1)) if value else 2
+    return f"{value:.{digits}g} +- {error:.2g}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its standard error and cost.
+
+    Attributes:
+        value: the estimate.
+        stderr: one standard error of ``value``; 0 where it is exact up to rounding.
+        num_matvecs: products spent.
+        seconds: wall time spent.
+        method: how it was made.
+        converged: whether the asked tolerance was reached.
+    """
+
+    value: float
+    stderr: float
+    num_matvecs: int = 0
+    seconds: float = 0.0
+    method: str = ""
+    converged: bool = True
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return format_with_error(self.value, self.stderr)
+
+    def __repr__(self) -> str:
+        flag = "" if self.converged else ", NOT converged"
+        how = f", {self.method}" if self.method else ""
+        return f"Estimate({self}, {self.num_matvecs} products{how}{flag})"
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """value -+ 2 standard errors."""
+        return (self.value - 2 * self.stderr, self.value + 2 * self.stderr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, JSON-ready."""
+        return {
+            "kind": "estimate", "version": SCHEMA_VERSION, "value": self.value, "stderr": self.stderr, "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds, "method": self.method, "converged": self.converged,
+        }
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with eigenvectors, each with its residual: some eigenvalue lies within ``residuals[j]`` of ``values[j]``.
+
+    Attributes:
+        values: (k,) float64 on the CPU, descending.
+        vectors: (n, k) orthonormal, on the operator's device.
+        residuals: (k,) float64 on the CPU, ||A v - value v||.
+        converged: (k,) bool on the CPU, residual within tolerance and no sign of a missed eigenvalue.
+        num_matvecs: products spent.
+        seconds: wall time spent.
+        which: ``"largest"``, ``"smallest"`` or ``"magnitude"``.
+        tol: the asked tolerance, relative to the largest magnitude seen.
+        outcome: one line: why the iteration ended.
+    """
+
+    values: Tensor
+    vectors: Tensor = field(repr=False)
+    residuals: Tensor
+    converged: Tensor
+    num_matvecs: int
+    seconds: float = 0.0
+    which: str = "largest"
+    tol: float = 1e-3
+    outcome: str = "converged"
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            format_with_error(float(v), float(r)) + ("" if bool(c) else " (not converged)")
+            for v, r, c in list(zip(self.values, self.residuals, self.converged, strict=True))[:10]
+        )
+        more = f", ... {len(self.values)} in all" if len(self.values) > 10 else ""
+        return f"Eigenpairs({self.which}: {shown}{more}; {self.num_matvecs} products, {self.outcome})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the vectors, JSON-ready."""
+        return {
+            "kind": "eigenpairs", "version": SCHEMA_VERSION, "which": self.which, "values": self.values.tolist(),
+            "residuals": self.residuals.tolist(), "converged": self.converged.tolist(), "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds, "tol": self.tol, "outcome": self.outcome,
+        }
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """The spectrum as a weighted set of nodes (stochastic Lanczos quadrature), per random probe.
+
+    Any trace of a function of the matrix is n times a weighted sum over the nodes; the spread over the probes is its error.
+
+    Attributes:
+        nodes: (num_probes, num_steps) float64 on the CPU.
+        weights: (num_probes, num_steps) float64 on the CPU; each row sums to 1 / num_probes, all to 1.
+        size: n, the number of rows of the matrix.
+        num_matvecs: products spent.
+        seconds: wall time spent.
+        outliers: converged extreme eigenvalues seen by every probe, (m,) float64, descending; they stand apart from the bulk.
+        converged: False where a budget ended it before all probes were done.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    size: int
+    num_matvecs: int
+    seconds: float = 0.0
+    outliers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    converged: bool = True
+
+    @property
+    def num_probes(self) -> int:
+        return int(self.nodes.shape[0])
+
+    def expectation(self, function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Estimate:
+        """tr f(A) / n: the mean of ``function`` over the spectrum, with its standard error over the probes.
+
+        Args:
+            function: vectorised on float64 NumPy arrays.
+        """
+        values = np.asarray(function(self.nodes.numpy()), dtype=np.float64)
+        per_probe = (values * self.weights.numpy()).sum(axis=1) * self.num_probes
+        return self._over_probes(per_probe)
+
+    def _over_probes(self, per_probe: np.ndarray[Any, Any]) -> Estimate:
+        probes = len(per_probe)
+        stderr = float(per_probe.std(ddof=1) / math.sqrt(probes)) if probes > 1 else math.inf
+        return Estimate(float(per_probe.mean()), stderr, self.num_matvecs, self.seconds, "stochastic Lanczos quadrature", self.converged)
+
+    def _sum(self, function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Estimate:
+        mean = self.expectation(function)
+        return Estimate(mean.value * self.size, mean.stderr * self.size, self.num_matvecs, self.seconds, mean.method, self.converged)
+
+    @property
+    def trace(self) -> Estimate:
+        """tr A."""
+        return self._sum(lambda x: x)
+
+    @property
+    def frobenius_norm(self) -> Estimate:
+        """||A||_F, its error by the delta method from that of the squared norm."""
+        squared = self._sum(np.square)
+        norm = math.sqrt(max(squared.value, 0.0))
+        stderr = squared.stderr / (2 * norm) if norm > 0 else 0.0
+        return Estimate(norm, stderr, self.num_matvecs, self.seconds, squared.method, self.converged)
+
+    @property
+    def negative_mass(self) -> Estimate:
+        """Share of the spectrum below zero, between 0 and 1."""
+        return self.expectation(lambda x: (x < 0).astype(np.float64))
+
+    def density(self, grid: Tensor | np.ndarray[Any, Any], bandwidth: float | None = None) -> np.ndarray[Any, Any]:
+        """The smoothed density on a grid: Gaussians of width ``bandwidth`` on the nodes; integrates to 1.
+
+        Args:
+            grid: (m,) points.
+            bandwidth: standard deviation of each Gaussian; by default the resolution of the quadrature,
+                (largest node - smallest node) / number of steps.
+        """
+        from sharpkit.linalg.slq import smooth_density
+
+        return smooth_density(self, np.asarray(grid, dtype=np.float64), bandwidth)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Log density with the outliers marked; see :func:`sharpkit.plots.plot_density`."""
+        from sharpkit.plots import plot_density
+
+        return plot_density(self, ax=ax)
+
+    def __repr__(self) -> str:
+        low, high = float(self.nodes.min()), float(self.nodes.max())
+        return (
+            f"SpectralDensity(n = {self.size}, from {low:.4g} to {high:.4g}, trace {self.trace}, {len(self.outliers)} outliers, "
+            f"{self.num_probes} probes, {self.num_matvecs} products)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nodes, weights and the derived numbers, JSON-ready."""
+        return {
+            "kind": "spectral_density", "version": SCHEMA_VERSION, "size": self.size, "nodes": self.nodes.tolist(),
+            "weights": self.weights.tolist(), "outliers": self.outliers.tolist(), "trace": self.trace.to_dict(),
+            "frobenius_norm": self.frobenius_norm.to_dict(), "negative_mass": self.negative_mass.to_dict(),
+            "num_matvecs": self.num_matvecs, "seconds": self.seconds, "converged": self.converged,
+        }

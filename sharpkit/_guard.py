@@ -1,0 +1,118 @@
+"""Leave no trace: everything a measurement could disturb is set aside before it and put back after it, whatever happens."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sharpkit._errors import UnsupportedError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel, DataParallel and torch.compile wrappers.
+
+    Second order through these wrappers fails or, with a static DDP graph, corrupts later training gradients.
+
+    Raises:
+        UnsupportedError: fully sharded (FSDP) models.
+    """
+    while True:
+        if type(model).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedError("a FullyShardedDataParallel model cannot be differentiated twice: gather it into plain tensors and measure that copy")
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, training: bool, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """Run a measurement on a model without leaving a trace.
+
+    Inside: gradients are on, autocast is off, attention uses the math kernel (the only one that can be differentiated twice), compiled code
+    runs eagerly, parameter hooks are silent, ``.grad`` is empty, buffers are copies. After, also after an exception: training flags, buffers,
+    gradients, hooks and random states are those found, the very same objects.
+
+    Args:
+        model: unwrapped.
+        training: the mode to measure in, for all its modules.
+        generators: further random generators (of data loaders) to put back.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_random_states_kept(model, generators))
+        stack.enter_context(_module_state_kept(model, training))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", *(p.device.type for p in model.parameters())}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+@contextmanager
+def _random_states_kept(model: nn.Module, generators: Iterable[torch.Generator]) -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    own = [(g, g.get_state()) for g in generators]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        for d, state in cuda:
+            torch.cuda.set_rng_state(state, d)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for g, state in own:
+            g.set_state(state)
+
+
+@contextmanager
+def _module_state_kept(model: nn.Module, training: bool) -> Iterator[None]:
+    modules = list(model.modules())
+    flags = [m.training for m in modules]
+    buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    params = list(model.parameters())
+    grads = [p.grad for p in params]
+    hooks = [p._backward_hooks for p in params]
+    copies: dict[int, Tensor] = {}
+    try:
+        for m in modules:
+            m.training = training
+        for m, name, b in buffers:
+            m._buffers[name] = copies.setdefault(id(b), b.detach().clone())
+        for p in params:
+            p.grad = None
+            p._backward_hooks = None
+        yield
+    finally:
+        for m, flag in zip(modules, flags, strict=True):
+            m.training = flag
+        for m, name, b in buffers:
+            m._buffers[name] = b
+        for p, grad, hook in zip(params, grads, hooks, strict=True):
+            p.grad = grad
+            if hook is not None:
+                p._backward_hooks = hook
+
+
+def loader_generators(data: Any) -> list[torch.Generator]:
+    """The random generators that iterating a DataLoader would advance."""
+    sampler = getattr(data, "sampler", None)
+    owners = (data, sampler, getattr(getattr(data, "batch_sampler", None), "sampler", None))
+    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    return list(found.values())

@@ -1,0 +1,57 @@
+# `make demo` and `make test` work on a fresh machine: they make their own environment in .venv.
+# Variables: PYTHON (3.11 or newer), VENV, PYTEST_ARGS, DEMO_ARGS.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BIN = $(VENV)/bin
+# Without an NVIDIA GPU, constraints.txt keeps pip from fetching the CUDA build of torch.
+CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "--constraint constraints.txt")
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+INSTALLED = $(VENV)/.installed
+
+.PHONY: help demo test lint types contracts bench wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       train two small networks on real images, measure their curvature, write demo.html"
+	@echo "make test       the default test suite (a few minutes)"
+	@echo "make lint       ruff        make types      mypy --strict        make contracts  import layers"
+	@echo "make bench      comparisons with other libraries        make wheel      dist/*.whl        make clean"
+
+demo: $(INSTALLED)-demo
+	$(BIN)/python -m sharpkit demo $(DEMO_ARGS)
+
+test: $(INSTALLED)-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(INSTALLED)-dev
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)-dev
+	$(BIN)/mypy
+
+contracts: $(INSTALLED)-dev
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)-test $(INSTALLED)-bench
+	$(BIN)/python -m pytest -m bench $(PYTEST_ARGS)
+
+wheel: $(VENV)/.ready
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo.html
+
+# One stamp for each extra, so that repeated calls install nothing.
+$(INSTALLED)-%: $(VENV)/.ready pyproject.toml constraints.txt
+	@echo "Installing sharpkit[$*] into $(VENV) (the first time takes a minute or two) ..."
+	$(PIP) --editable ".[$*]"
+	@touch $@
+
+$(VENV)/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "sharpkit needs Python 3.11 or newer; $(PYTHON) is not. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) \
+	  || { echo "$(PYTHON) -m venv failed; on Debian and Ubuntu install the package python3-venv." >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,100 @@
+"""sharpkit: measure the curvature of any PyTorch loss, derive stable learning rates, act on them.
+
+``import sharpkit as sk`` loads nothing heavy: each public name is imported from its module when it is first used.
+
+    objective = sk.Objective(model, (inputs, targets), loss=F.cross_entropy)
+    sharpness = sk.measure(objective, optimizer)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sharpkit._errors import ConvergenceWarning as ConvergenceWarning
+    from sharpkit._errors import NonDeterministicError as NonDeterministicError
+    from sharpkit._errors import NonFiniteError as NonFiniteError
+    from sharpkit._errors import NotSymmetricError as NotSymmetricError
+    from sharpkit._errors import ObjectiveError as ObjectiveError
+    from sharpkit._errors import ObjectiveWarning as ObjectiveWarning
+    from sharpkit._errors import OutOfMemoryError as OutOfMemoryError
+    from sharpkit._errors import SharpkitError as SharpkitError
+    from sharpkit._errors import SharpkitWarning as SharpkitWarning
+    from sharpkit._errors import UnsupportedError as UnsupportedError
+    from sharpkit.analysis.doctor import Diagnosis as Diagnosis
+    from sharpkit.analysis.doctor import examine as examine
+    from sharpkit.analysis.history import CurvatureHistory as CurvatureHistory
+    from sharpkit.analysis.layers import LayerSharpness as LayerSharpness
+    from sharpkit.analysis.layers import per_layer as per_layer
+    from sharpkit.analysis.sharpness import Sharpness as Sharpness
+    from sharpkit.analysis.sharpness import measure as measure
+    from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
+    from sharpkit.analysis.stability import stable_learning_rate as stable_learning_rate
+    from sharpkit.linalg.lanczos import eigenpairs as eigenpairs
+    from sharpkit.linalg.power import power_iteration as power_iteration
+    from sharpkit.linalg.progress import Progress as Progress
+    from sharpkit.linalg.results import Eigenpairs as Eigenpairs
+    from sharpkit.linalg.results import Estimate as Estimate
+    from sharpkit.linalg.results import SpectralDensity as SpectralDensity
+    from sharpkit.linalg.slq import spectral_density as spectral_density
+    from sharpkit.linalg.trace import diagonal as diagonal
+    from sharpkit.linalg.trace import frobenius_norm as frobenius_norm
+    from sharpkit.linalg.trace import trace as trace
+    from sharpkit.objective import Objective as Objective
+    from sharpkit.operators.algebra import as_operator as as_operator
+    from sharpkit.operators.base import SymmetricOperator as SymmetricOperator
+    from sharpkit.operators.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
+    from sharpkit.operators.fisher import FisherOperator as FisherOperator
+    from sharpkit.operators.gauss_newton import GaussNewtonOperator as GaussNewtonOperator
+    from sharpkit.operators.hessian import HessianOperator as HessianOperator
+    from sharpkit.operators.noise import GradientCovarianceOperator as GradientCovarianceOperator
+    from sharpkit.operators.preconditioned import AdaptiveOperator as AdaptiveOperator
+    from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
+    from sharpkit.reporting import report as report
+
+# Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "sharpkit._errors": (
+        "ConvergenceWarning", "NonDeterministicError", "NonFiniteError", "NotSymmetricError", "ObjectiveError", "ObjectiveWarning",
+        "OutOfMemoryError", "SharpkitError", "SharpkitWarning", "UnsupportedError",
+    ),
+    "sharpkit.analysis.doctor": ("Diagnosis", "examine"),
+    "sharpkit.analysis.history": ("CurvatureHistory",),
+    "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
+    "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
+    "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
+    "sharpkit.linalg.lanczos": ("eigenpairs",),
+    "sharpkit.linalg.power": ("power_iteration",),
+    "sharpkit.linalg.progress": ("Progress",),
+    "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "SpectralDensity"),
+    "sharpkit.linalg.slq": ("spectral_density",),
+    "sharpkit.linalg.trace": ("diagonal", "frobenius_norm", "trace"),
+    "sharpkit.objective": ("Objective",),
+    "sharpkit.operators.algebra": ("as_operator",),
+    "sharpkit.operators.base": ("SymmetricOperator",),
+    "sharpkit.operators.fisher": ("EmpiricalFisherOperator", "FisherOperator"),
+    "sharpkit.operators.gauss_newton": ("GaussNewtonOperator",),
+    "sharpkit.operators.hessian": ("HessianOperator",),
+    "sharpkit.operators.noise": ("GradientCovarianceOperator",),
+    "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
+    "sharpkit.reporting": ("report",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'sharpkit' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,6 @@
+"""``python -m sharpkit`` is the command line."""
+
+from sharpkit.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

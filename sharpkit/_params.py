@@ -61,11 +61,12 @@ class ParamLayout:
             if piece is not None:
                 target.add_(piece.reshape(-1).to(device=target.device), alpha=weight)
 
-    def flatten(self, pieces: Sequence[Tensor | None]) -> Tensor:
-        """One flat vector from one tensor (or None, meaning zero) per parameter."""
-        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        self.add_flat_(flat, pieces, 1.0)
-        return flat
+    def flatten(self, pieces: Sequence[Tensor | None], weight: float = 1.0) -> Tensor:
+        """``weight * pieces`` as one flat vector, one tensor (or None, meaning zero) per parameter."""
+        flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        for target, piece in zip(torch.split(flat, list(self.sizes)), pieces, strict=True):
+            target.copy_(piece.reshape(-1)) if piece is not None else target.zero_()
+        return flat if weight == 1.0 else flat.mul_(weight)
 
     def current(self) -> Tensor:
         """The parameters' present values as a new flat vector."""

@@ -97,7 +97,7 @@ class SymmetricOperator(ABC):
             NonFiniteError: the product contains NaN or infinity.
         """
         product = self.multiply(vectors)
-        if not bool(torch.isfinite(product).all()):
+        if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):  # the sum alone is cheaper, but may overflow
             cause = "the vector itself is not finite" if not bool(torch.isfinite(vectors).all()) else (
                 "the function has no second derivative at this point (a square root at 0, a norm of a zero vector), "
                 "or half precision overflowed"

@@ -1,0 +1,232 @@
+"""What all curvature operators share: pieces of data multiplied one after another, graphs kept while memory lasts, ranks summed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sharpkit._errors import OutOfMemoryError, UnsupportedError
+from sharpkit._memory import available_memory, human_bytes, is_out_of_memory
+from sharpkit._params import ParamSelector
+from sharpkit.objective import Objective, Piece
+from sharpkit.operators.base import SymmetricOperator
+
+logger = logging.getLogger(__name__)
+
+Pieces = list[Tensor | None]
+
+_GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs
+_FORECAST_FROM = 64  # samples in a batch from which its graph is forecast from a slice of it
+
+_UNSUPPORTED = {
+    "scaled_dot_product": "attention ran a fused kernel without second derivatives although the math kernel was asked for: set attn_implementation='eager' "
+    "(Hugging Face) or call F.scaled_dot_product_attention instead of a custom kernel",
+    "does not currently support double backward": "compiled code cannot be differentiated twice: pass the module from before torch.compile",
+    "donated buffers": "compiled code cannot be differentiated twice: pass the module from before torch.compile",
+    "Checkpointing is not compatible": "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False)",
+    "once_differentiable": "a custom autograd.Function in the model has a backward marked once_differentiable: remove the mark and write it in torch operations",
+    "_cudnn_rnn_backward": "the cuDNN RNN kernel has no second derivative: run the model's RNN under torch.backends.cudnn.flags(enabled=False)",
+    "modified by an inplace operation": "parameters, buffers or data were changed in place between the products of one measurement: measure between optimizer steps",
+}
+
+
+class PieceProduct:
+    """The product with one piece's matrix, unweighted, on tensors in the parameters' shapes."""
+
+    def __init__(self, multiply: Callable[[Sequence[Tensor]], Pieces], weight: float, bytes_held: int) -> None:
+        self.multiply, self.weight, self.bytes_held = multiply, weight, bytes_held
+
+
+class CurvatureOperator(SymmetricOperator):
+    """A curvature matrix of an objective: a weighted sum over its pieces, summed over processes.
+
+    The autograd graph of each piece is built once and kept while ``memory_limit`` lasts, which makes a product about twice as fast as building it
+    anew; it is rebuilt when a parameter has changed. Where a piece does not fit, it is cut in halves and tried again.
+
+    Args:
+        objective: the function.
+        retain: keep graphs between products: ``"auto"`` while memory lasts, True always, False never.
+        memory_limit: bytes for retained graphs; by default half of what is free when the first is built.
+
+    Raises:
+        OutOfMemoryError: a single sample does not fit.
+        UnsupportedError: PyTorch cannot differentiate this model twice; the message names the remedy.
+    """
+
+    def __init__(self, objective: Objective, *, retain: bool | str = "auto", memory_limit: float | None = None) -> None:
+        if not isinstance(objective, Objective):
+            raise TypeError(f"{type(self).__name__} takes an Objective(model, data, loss=...), got {type(objective).__name__}")
+        if retain not in (True, False, "auto"):
+            raise ValueError(f"retain must be True, False or 'auto', got {retain!r}")
+        super().__init__(objective.num_parameters, dtype=objective.dtype, device=objective.device)
+        self.objective = objective
+        self.layout = objective.layout
+        self._retain, self._memory_limit = retain, memory_limit
+        self._kept: dict[tuple[int, int], PieceProduct] = {}
+        self._all_kept = False
+        self._versions: list[tuple[int, int]] = []
+        self._values: list[Tensor] = []
+
+    # -- to be implemented ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def _build(self, piece: Piece) -> PieceProduct:
+        """Build the graph of one piece and return its product."""
+
+    # -- products -----------------------------------------------------------------------------------------------------
+    def _multiply_vector(self, vector: Tensor) -> Tensor:
+        error: Exception | None = None
+        total = vector
+        try:
+            with self.objective.undisturbed():
+                total = self._local_product(vector)
+        except Exception as exception:
+            error = _explain(exception)
+        self.objective.ranks.raise_together(error, device=self.device)
+        return self.objective.ranks.sum_(total)
+
+    def _local_product(self, vector: Tensor) -> Tensor:
+        self._drop_if_stale()
+        while True:
+            try:
+                return self._sum_over_pieces(vector)
+            except Exception as exception:
+                if not is_out_of_memory(exception):
+                    raise
+                self._shrink(exception)
+
+    def _sum_over_pieces(self, vector: Tensor) -> Tensor:
+        parts = self.layout.split(vector)
+        if self._all_kept and len(self._kept) == 1:
+            (product,) = self._kept.values()
+            return self.layout.flatten(product.multiply(parts), product.weight)
+        total = torch.zeros_like(vector)
+        if self._all_kept:
+            for product in self._kept.values():
+                self.layout.add_flat_(total, product.multiply(parts), product.weight)
+            return total
+        every_one_kept = True
+        self._forecast()
+        for piece in self.objective.pieces():
+            product = self._kept.get(piece.key) or self._build(piece)
+            self.layout.add_flat_(total, product.multiply(parts), product.weight)
+            every_one_kept = self._keep(piece.key, product) and every_one_kept
+        self._all_kept = every_one_kept
+        return total
+
+    # -- graphs: kept, dropped, forecast ------------------------------------------------------------------------------------
+    def _keep(self, key: tuple[int, int], product: PieceProduct) -> bool:
+        if key in self._kept:
+            return True
+        if self._retain is False or (self._retain == "auto" and self._bytes_kept() + product.bytes_held > self._limit()):
+            return False
+        if not self._kept:
+            self._versions = self._current_versions()
+            self._values = [p.detach().clone() for p in self.layout.params]
+        self._kept[key] = product
+        return True
+
+    def _bytes_kept(self) -> int:
+        return sum(product.bytes_held for product in self._kept.values())
+
+    def _limit(self) -> float:
+        if self._memory_limit is None:
+            self._memory_limit = _GRAPH_SHARE * (available_memory(self.device) + self._bytes_kept())
+        return self._memory_limit
+
+    def _current_versions(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self.layout.params]
+
+    def _drop_if_stale(self) -> None:
+        """Forget graphs of other parameter values, also of values changed behind autograd's back through ``.data``."""
+        if not self._kept:
+            return
+        if self._versions != self._current_versions() or not _all_equal(self.layout.params, self._values):
+            self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Free all retained graphs; the next product builds them anew."""
+        self._kept.clear()
+        self._values.clear()
+        self._all_kept = False
+
+    def _shrink(self, cause: BaseException) -> None:
+        """After a failed allocation: first drop what is retained, then cut the pieces in halves."""
+        if self._kept and self._retain == "auto":
+            self.forget_graphs()
+            self._retain = False
+        elif not self._halve_pieces():
+            batch = max(self.objective._survey.lengths, default=0)
+            raise OutOfMemoryError(
+                f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, pieces of "
+                f"{self.objective.micro_batch_size or batch} samples cannot be cut further. Select fewer parameters (params=), checkpoint activations "
+                "(use_reentrant=False), or measure on a smaller batch"
+            ) from cause
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning("a product ran out of memory; going on with pieces of %s samples", self.objective.micro_batch_size or "all")
+
+    def _halve_pieces(self) -> bool:
+        objective = self.objective
+        present = objective.micro_batch_size or max(objective._survey.lengths, default=0)
+        if not objective.may_split or present <= 1:
+            return False
+        self.forget_graphs()
+        objective.micro_batch_size = math.ceil(present / 2)
+        return True
+
+    def _forecast(self) -> None:
+        """Cut a batch whose graph would not fit *before* building it: an out-of-memory kill on the host cannot be caught."""
+        objective = self.objective
+        longest = max(objective._survey.lengths, default=0)
+        if self._kept or objective.micro_batch_size is not None or not objective.may_split or longest < _FORECAST_FROM:
+            return
+        objective.micro_batch_size = sample = max(1, longest // 32)
+        try:
+            held = self._build(next(objective.pieces())).bytes_held
+        finally:
+            objective.micro_batch_size = None
+        peak = 1.5 * held * longest / sample
+        if peak > (free := available_memory(self.device)):
+            objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (1.5 * held)))
+            logger.warning(
+                "a batch of %d samples would need about %s of %s free; using pieces of %d samples", longest, human_bytes(peak), human_bytes(free), objective.micro_batch_size
+            )
+
+    # -- ranks and blocks -----------------------------------------------------------------------------------------------
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.objective.ranks.broadcast_(super().dot(left, right).contiguous())
+
+    def agree(self, value: float) -> float:
+        return self.objective.ranks.agree(value, device=self.device)
+
+    def block(self, pattern: ParamSelector) -> Self:
+        """The diagonal block of a parameter group: the same matrix for fewer parameters, at the cost of those alone."""
+        return type(self)(self.objective.with_params(pattern), **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {"retain": self._retain}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.size:,} x {self.size:,}, {self.dtype}, {self.device}, {self.objective.mode} mode)"
+
+
+def _all_equal(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    if now[0].device.type == "cpu":
+        return all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+    return not bool(torch.stack([(a.detach() != b).any().to(now[0].device) for a, b in zip(now, before, strict=True)]).any())  # one synchronisation
+
+
+def _explain(error: Exception) -> Exception:
+    if isinstance(error, (RuntimeError, NotImplementedError)):
+        for sign, remedy in _UNSUPPORTED.items():
+            if sign in str(error):
+                explained = UnsupportedError(f"{remedy} (PyTorch said: {str(error).splitlines()[0]})")
+                explained.__cause__ = error
+                return explained
+    return error

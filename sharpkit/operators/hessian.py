@@ -1,0 +1,49 @@
+"""The Hessian of an objective, by double backward over a retained graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharpkit._errors import ObjectiveError
+from sharpkit._memory import graph_bytes
+from sharpkit.objective import Piece
+from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+
+
+class HessianOperator(CurvatureOperator):
+    """H = grad^2 f(w), exact: ``H @ v`` is the gradient of g(w) . v (Pearlmutter 1994).
+
+    A product costs about 1.6 to 2.2 gradients once the graph of the data is built and kept. Symmetric, linear, and the same however the data is
+    cut into batches; the model is left as found. Arguments and errors: :class:`~sharpkit.operators.curvature.CurvatureOperator`.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x, y = torch.eye(2).double(), torch.zeros(2, 1).double()
+        >>> H = sk.HessianOperator(sk.Objective(model, (x, y), loss=torch.nn.functional.mse_loss))
+        >>> H.to_dense().tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
+    References:
+        Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+    """
+
+    def _build(self, piece: Piece) -> PieceProduct:
+        params = self.layout.params
+        loss = self.objective.evaluate(piece)
+        gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        if all(g is None for g in gradients):
+            raise ObjectiveError("the loss does not depend on any of the selected parameters: check params= and that the model uses them")
+        curved = [j for j, g in enumerate(gradients) if g is not None and g.requires_grad]
+        roots = [gradients[j] for j in curved]
+
+        def multiply(vectors: Sequence[Tensor]) -> Pieces:
+            if not roots:
+                return [None] * len(params)
+            along = [vectors[j] for j in curved]
+            return list(torch.autograd.grad(roots, params, grad_outputs=along, retain_graph=True, allow_unused=True))
+
+        return PieceProduct(multiply, piece.weight, graph_bytes([r for r in roots if r is not None], exclude=params))

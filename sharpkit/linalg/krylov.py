@@ -1,0 +1,279 @@
+"""The Krylov space shared by eigenpairs, density and trace: an orthonormal basis and the matrix projected on it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit._errors import NonFiniteError, NotSymmetricError
+from sharpkit.operators.base import SymmetricOperator
+
+Array = np.ndarray[Any, Any]
+
+_FIRST_CHUNK = 16
+_PASSES = 2
+
+
+def working_dtype(operator: SymmetricOperator) -> torch.dtype:
+    """The type recurrences run in: the operator's own, but never below float32."""
+    return operator.dtype if operator.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def affordable_rows(operator: SymmetricOperator, length: int, *, share: float = 0.5, host: bool = False) -> int:
+    """How many basis vectors of ``length`` local entries fit into a share of the free memory, the same on every process."""
+    if operator.device.type == "cuda" and not host:
+        free = float(torch.cuda.mem_get_info(operator.device)[0])
+    else:
+        free = _free_host_memory()
+    itemsize = torch.empty(0, dtype=working_dtype(operator)).element_size()
+    return int(operator.agree(share * free / (length * itemsize)))
+
+
+def _free_host_memory() -> float:
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return 4e9
+
+
+class BasisRows:
+    """Orthonormal vectors as the rows of contiguous chunks, on the operator's device or in host memory.
+
+    Chunks double in size, so that growing never copies and a short iteration allocates little.
+    """
+
+    def __init__(self, operator: SymmetricOperator, *, offload: bool = False) -> None:
+        self.operator = operator
+        self.dtype = working_dtype(operator)
+        self.storage_device = torch.device("cpu") if offload else operator.device
+        self.size = 0
+        self._chunks: list[Tensor] = []
+
+    def row(self, index: int) -> Tensor:
+        """Vector ``index`` on the operator's device, (n,)."""
+        for chunk in self._chunks:
+            if index < len(chunk):
+                return chunk[index].to(self.operator.device)
+            index -= len(chunk)
+        raise IndexError(index)
+
+    def append(self, vector: Tensor) -> None:
+        """Store one more (n,) vector."""
+        position = self.size
+        for chunk in self._chunks:
+            if position < len(chunk):
+                break
+            position -= len(chunk)
+        else:
+            rows = max(_FIRST_CHUNK, self.size)
+            chunk = torch.empty(rows, len(vector), dtype=self.dtype, device=self.storage_device)
+            self._chunks.append(chunk)
+            position = 0
+        chunk[position].copy_(vector)
+        self.size += 1
+
+    def parts(self) -> list[Tensor]:
+        """The stored vectors as (rows, n) tensors, in order, where they are stored."""
+        parts, left = [], self.size
+        for chunk in self._chunks:
+            if left > 0:
+                parts.append(chunk[:left])
+            left -= len(chunk)
+        return parts
+
+    def coefficients(self, vectors: Tensor) -> Tensor:
+        """Inner products with every stored vector: (size,) or (size, k)."""
+        found = [self.operator.dot(part.to(self.operator.device).T, vectors) for part in self.parts()]
+        return torch.cat(found) if found else vectors.new_zeros((0, *vectors.shape[1:]))
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """The linear combinations with (size,) or (size, k) coefficients: (n,) or (n, k)."""
+        first, total = 0, None
+        for part in self.parts():
+            here = part.to(self.operator.device).T @ coefficients[first : first + len(part)].to(self.operator.device, self.dtype)
+            total = here if total is None else total.add_(here)
+            first += len(part)
+        if total is None:
+            raise ValueError("the basis is empty")
+        return total
+
+    def orthogonalise(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Remove the basis from (n,) or (n, k) vectors by two passes of classical Gram-Schmidt.
+
+        Returns:
+            the remainder, a new tensor, and the coefficients removed, (size,) or (size, k).
+        """
+        total = vectors.new_zeros((self.size, *vectors.shape[1:]))
+        rest = vectors
+        if self.size:
+            for _ in range(_PASSES):
+                found = self.coefficients(rest)
+                rest = rest - self.combine(found)
+                total += found
+        return rest, total
+
+    def replace(self, mixing: Array) -> None:
+        """Replace the basis by mixing^T times it, ``mixing`` (size, new size) with orthonormal columns, in place."""
+        weights = torch.as_tensor(mixing.T, dtype=self.dtype, device=self.storage_device)
+        parts = self.parts()
+        length = parts[0].shape[1]
+        block = max(1, min(length, 2**22 // max(1, self.size)))
+        for start in range(0, length, block):
+            columns = slice(start, start + block)
+            mixed = weights @ torch.cat([part[:, columns] for part in parts])
+            first = 0
+            for part in parts:
+                part[: len(mixed) - first, columns] = mixed[first : first + len(part)]
+                first += len(part)
+                if first >= len(mixed):
+                    break
+        self.size = weights.shape[0]
+
+
+class KrylovSpace:
+    """A growing orthonormal basis Q, its expanded vectors E and the products A Q_E = Q H, H in float64 on the host.
+
+    A vector is *pending* until it has been multiplied. The projected matrix is H[E, E]; a Ritz pair (theta, y) has the residual
+    ||H[pending, E] y||, whatever mixture of starts, restarts and breakdowns made the basis.
+
+    Attributes:
+        expanded: basis indices already multiplied.
+        pending: basis indices still to be multiplied.
+        scale: largest ||A q|| seen, a lower bound of ||A||.
+        asymmetry: largest violation of q_i.(A q_j) = q_j.(A q_i) seen: the noise of the products.
+    """
+
+    def __init__(self, operator: SymmetricOperator, *, offload: bool = False) -> None:
+        self.operator = operator
+        self.rows = BasisRows(operator, offload=offload)
+        self.dtype = self.rows.dtype
+        self.eps = float(torch.finfo(self.dtype).eps)
+        self.expanded: list[int] = []
+        self.pending: list[int] = []
+        self.scale = 0.0
+        self.asymmetry = 0.0
+        self._matrix = np.zeros((_FIRST_CHUNK, _FIRST_CHUNK))
+
+    @property
+    def size(self) -> int:
+        """Number of basis vectors, expanded and pending."""
+        return self.rows.size
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return self.size >= self.operator.size
+
+    def add_start(self, vector: Tensor, *, min_norm: float = 0.0) -> bool:
+        """Orthogonalise a vector and add it as pending; False where nothing of it is left."""
+        if self.is_complete:
+            return False
+        vector = vector.to(self.dtype)
+        before = float(self.operator.dot(vector, vector)) ** 0.5
+        if not np.isfinite(before):
+            raise NonFiniteError("a start vector contains NaN or infinity")
+        if before == 0.0:
+            return False
+        rest, _ = self.rows.orthogonalise(vector / before)
+        norm = float(self.operator.dot(rest, rest)) ** 0.5
+        if norm <= max(min_norm, 20 * self.eps):
+            return False
+        rest, _ = self.rows.orthogonalise(rest / norm)
+        self._append_pending(rest / self.operator.dot(rest, rest).sqrt())
+        return True
+
+    def add_random(self, generator: torch.Generator, distribution: str = "normal") -> bool:
+        """Add a random direction orthogonal to the basis; False where the basis is complete."""
+        return self.add_start(self.operator.random_vectors(1, generator=generator, distribution=distribution)[:, 0])
+
+    def expand(self, index: int) -> bool:
+        """Multiply a pending vector, with one device synchronisation; False on breakdown (nothing new came out).
+
+        Raises:
+            NonFiniteError: the product is not finite.
+            NotSymmetricError: the product contradicts earlier ones.
+        """
+        product = self.operator.multiply(self.rows.row(index).to(self.operator.dtype)).to(self.dtype)
+        rest, removed = self.rows.orthogonalise(product)
+        squared = self.operator.dot(rest, rest)
+        host = torch.cat([removed, squared.reshape(1)]).cpu().double().numpy()
+        if not np.isfinite(host).all():
+            raise NonFiniteError(
+                f"a product with {self.operator!r} contains NaN or infinity: the loss has no finite second derivative here, or half "
+                "precision overflowed; check the loss on this data, or use float32"
+            )
+        beta, column = float(host[-1]) ** 0.5, host[:-1]
+        self.scale = max(self.scale, float(np.hypot(np.linalg.norm(column), beta)))
+        self._check_symmetry(index, column)
+        self._ensure(self.size + 1)
+        self._matrix[: self.size, index] = column
+        self.pending.remove(index)
+        self.expanded.append(index)
+        if self.is_complete or beta <= 20 * self.eps * self.scale:
+            return False
+        self._matrix[self.size, index] = beta
+        self._append_pending(rest / beta)
+        return True
+
+    def projected(self, indices: list[int] | None = None) -> Array:
+        """The projected matrix over some expanded vectors (default all), symmetrised."""
+        chosen = self.expanded if indices is None else indices
+        block = self._matrix[np.ix_(chosen, chosen)]
+        return (block + block.T) / 2
+
+    def couplings(self) -> Array:
+        """H[pending, E]: how the expanded vectors lead out of their span, (len(pending), len(expanded))."""
+        return self._matrix[np.ix_(self.pending, self.expanded)]
+
+    def floor(self) -> float:
+        """What rounding and the noise of the products leave uncertain in a residual."""
+        return max(self.asymmetry, 2 * self.eps * self.scale * max(1.0, len(self.expanded)) ** 0.5)
+
+    def vectors(self, coordinates: Array) -> Tensor:
+        """Combinations of the expanded vectors, (n, k) for (len(expanded), k) coordinates, in the operator's dtype."""
+        full = np.zeros((self.size, coordinates.shape[1]))
+        full[self.expanded] = coordinates
+        return self.rows.combine(torch.from_numpy(full)).to(self.operator.dtype)
+
+    def compress(self, values: Array, coordinates: Array) -> None:
+        """Thick restart: keep the given Ritz pairs and the pending vectors only."""
+        kept, pending = len(values), len(self.pending)
+        mixing = np.zeros((self.size, kept + pending))
+        mixing[np.ix_(self.expanded, range(kept))] = coordinates
+        mixing[self.pending, range(kept, kept + pending)] = 1.0
+        outward = self.couplings() @ coordinates
+        self.rows.replace(mixing)
+        self._matrix = np.zeros_like(self._matrix)
+        self._matrix[range(kept), range(kept)] = values
+        self._matrix[kept : kept + pending, :kept] = outward
+        self.expanded, self.pending = list(range(kept)), list(range(kept, kept + pending))
+
+    def _append_pending(self, vector: Tensor) -> None:
+        self._ensure(self.size + 1)
+        self.pending.append(self.size)
+        self.rows.append(vector)
+
+    def _ensure(self, size: int) -> None:
+        if size > len(self._matrix):
+            grown = np.zeros((2 * size, 2 * size))
+            grown[: len(self._matrix), : len(self._matrix)] = self._matrix
+            self._matrix = grown
+
+    def _check_symmetry(self, index: int, column: Array) -> None:
+        if not self.expanded:
+            return
+        there, back = column[self.expanded], self._matrix[index, self.expanded]
+        worst = int(np.argmax(np.abs(there - back)))
+        violation = float(np.linalg.norm(there - back))
+        self.asymmetry = max(self.asymmetry, violation)
+        # Rounding leaves about eps, products under bfloat16 autocast a few 1e-3; a matrix that is not symmetric leaves order 1.
+        if violation > (1e-5 if self.operator.dtype == torch.float64 else 2e-2) * self.scale:
+            raise NotSymmetricError(
+                f"products contradict each other: u.(A v) = {there[worst]:.6g} but v.(A u) = {back[worst]:.6g} where ||A v|| reaches "
+                f"{self.scale:.6g}; {self.operator!r} is not symmetric, or its products are not deterministic. Pass (A + A^T) / 2 if the "
+                "matrix is not symmetric; fix the data, put dropout into eval mode if it changes between products."
+            )

@@ -1,0 +1,1 @@
+"""What the numbers mean: sharpness summaries, stability limits, diagnosis of an objective."""

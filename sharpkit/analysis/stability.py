@@ -1,0 +1,209 @@
+"""The largest stable learning rate of an optimizer for a given curvature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sharpkit._errors import UnsupportedError
+
+
+class StableLearningRate(float):
+    """A learning rate (usable as a plain number) with its interval and the rule it comes from.
+
+    Attributes:
+        lower, upper: the rate at the upper and lower end of the curvature's interval.
+        rule: the condition in words.
+        lambda_max: the curvature it was computed from.
+    """
+
+    lower: float
+    upper: float
+    rule: str
+    lambda_max: float
+
+    def __new__(cls, value: float, *, lower: float, upper: float, rule: str, lambda_max: float) -> StableLearningRate:
+        self = super().__new__(cls, value)
+        self.lower, self.upper, self.rule, self.lambda_max = lower, upper, rule, lambda_max
+        return self
+
+    @property
+    def value(self) -> float:
+        """The plain number."""
+        return float(self)
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return (float, (float(self),))  # a checkpoint that holds it must load anywhere
+
+    def __str__(self) -> str:
+        if math.isinf(self):
+            return "unbounded (no positive curvature)"
+        width = f" ({self.lower:.4g} to {self.upper:.4g})" if self.upper > self.lower else ""
+        return f"{float(self):.4g}{width}"
+
+    def __repr__(self) -> str:
+        return f"StableLearningRate({self}: {self.rule})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, JSON-ready."""
+        return {
+            "kind": "stable_learning_rate", "version": 1, "value": float(self), "lower": self.lower, "upper": self.upper, "rule": self.rule,
+            "lambda_max": self.lambda_max,
+        }
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """The linear part of an optimizer's update, as far as stability on a quadratic depends on it.
+
+    With gradient g and momentum buffer v: v <- momentum v + (1 - dampening) g, or, with ``nesterov``, the step is g + momentum v. Coupled weight
+    decay adds weight_decay * w to g; decoupled decay multiplies w by (1 - lr weight_decay).
+
+    Attributes:
+        adaptive: the curvature meant is that of D^-1 H.
+        name: for messages.
+    """
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    adaptive: bool = False
+    name: str = "gradient descent"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if not 0 <= self.dampening < 1:
+            raise ValueError(f"dampening must be in [0, 1), got {self.dampening}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
+
+    def max_learning_rate(self, curvature: float) -> float:
+        """The rate at which the mode with this curvature starts to flip sign with growing size; inf where there is none."""
+        beta = self.momentum
+        if self.nesterov:
+            # decoupled decay: p' = (1 - lr wd) p - lr (g + beta v'), characteristic polynomial at z = -1
+            denominator = (1 + 2 * beta) * curvature
+        else:
+            denominator = (1 - self.dampening) * curvature
+        denominator += self.weight_decay * (1 + beta) if self.decoupled else self.weight_decay * ((1 + 2 * beta) if self.nesterov else 1 - self.dampening)
+        return 2 * (1 + beta) / denominator if denominator > 0 else math.inf
+
+    def max_curvature(self, lr: float) -> float:
+        """The largest curvature that is stable at a learning rate: what lambda_max is to be compared with.
+
+        Raises:
+            ValueError: the rate is not positive.
+        """
+        if lr <= 0:
+            raise ValueError(f"the learning rate must be positive, got {lr}")
+        beta = self.momentum
+        per_curvature = (1 + 2 * beta) if self.nesterov else 1 - self.dampening
+        decay = self.weight_decay * (1 + beta) if self.decoupled else self.weight_decay * per_curvature
+        return (2 * (1 + beta) / lr - decay) / per_curvature
+
+    @property
+    def condition(self) -> str:
+        """The condition as a formula in the usual letters."""
+        curvature = "lambda_max(D^-1 H)" if self.adaptive else "lambda_max(H)"
+        if self.momentum == 0:
+            formula = f"{curvature} <= 2 / lr"
+        elif self.nesterov:
+            formula = f"{curvature} <= 2 (1 + beta) / ((1 + 2 beta) lr), beta = {self.momentum:g}"
+        elif self.dampening:
+            formula = f"{curvature} <= 2 (1 + beta) / ((1 - {self.dampening:g}) lr), beta = {self.momentum:g}"
+        else:
+            formula = f"{curvature} <= 2 (1 + beta) / lr, beta = {self.momentum:g}"
+        if self.weight_decay:
+            formula += f", less {'decoupled ' if self.decoupled else ''}weight decay {self.weight_decay:g}"
+        return f"{self.name}: {formula}"
+
+
+def update_rule(optimizer: torch.optim.Optimizer, *, group: int = 0) -> UpdateRule:
+    """The linear update rule of a torch optimizer's parameter group.
+
+    Raises:
+        UnsupportedError: an optimizer whose linear rule is not known.
+    """
+    settings = optimizer.param_groups[group]
+    decay = float(settings.get("weight_decay", 0.0))
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SGD):
+        return UpdateRule(float(settings["momentum"]), float(settings["dampening"]), bool(settings["nesterov"]), decay, name=name)
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW derives from Adam
+        beta1 = float(settings["betas"][0])
+        decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(settings.get("decoupled_weight_decay"))
+        # coupled decay is part of the gradient and so of the preconditioned matrix, not of the rule
+        return UpdateRule(beta1, beta1, False, decay if decoupled else 0.0, decoupled, adaptive=True, name=name)
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return UpdateRule(float(settings["momentum"]), adaptive=True, name=name)
+    if isinstance(optimizer, torch.optim.Adagrad):
+        return UpdateRule(adaptive=True, name=name)
+    raise UnsupportedError(
+        f"the stability limit of {name} is not known; supported: SGD, Adam, AdamW, RMSprop, Adagrad. Pass momentum=, dampening=, weight_decay= of its linear part instead"
+    )
+
+
+def stable_learning_rate(
+    lambda_max: Any, *, optimizer: torch.optim.Optimizer | None = None, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False,
+    weight_decay: float = 0.0, decoupled: bool = False, error: float | None = None,
+) -> StableLearningRate:
+    """The largest learning rate at which full-batch training is stable on the quadratic with this top curvature.
+
+    Above it, the component along the top eigenvector grows in size and flips sign at every step. For momentum beta (as torch.optim.SGD has it)
+    lr = 2 (1 + beta) / lambda_max; Nesterov 2 (1 + beta) / ((1 + 2 beta) lambda_max); Adam's averaging momentum is dampening = beta1, with
+    lambda_max that of D^-1 H: (2 + 2 beta1) / ((1 - beta1) lambda_max). Coupled weight decay adds to the curvature; decoupled decay subtracts
+    weight_decay (1 + beta) / (1 - dampening) from the largest stable curvature.
+
+    Args:
+        lambda_max: the top eigenvalue: a number, an Estimate or Eigenpairs. For Adam-like optimizers that of the PreconditionedOperator.
+        optimizer: takes momentum, decay and kind from its first parameter group.
+        momentum, dampening, nesterov, weight_decay: as in torch.optim.SGD.
+        decoupled: weight decay as in AdamW.
+        error: of lambda_max, for the interval; an Estimate or Eigenpairs brings its own.
+
+    Returns:
+        A float with ``.lower``, ``.upper`` and ``.rule``; inf where nothing is curved upwards.
+
+    Raises:
+        ValueError: lambda_max is not finite, or settings out of range.
+        UnsupportedError: an unknown optimizer.
+
+    Example:
+        >>> import sharpkit as sk
+        >>> sk.stable_learning_rate(10.0, momentum=0.9)
+        StableLearningRate(0.38: SGD: lambda_max(H) <= 2 (1 + beta) / lr, beta = 0.9)
+
+    References:
+        Cohen et al. (2021), arXiv 2103.00065; Cohen et al. (2022), arXiv 2207.14484, for Adam.
+    """
+    value, own_error = _curvature_of(lambda_max)
+    width = own_error if error is None else error
+    if optimizer is not None:
+        rule = update_rule(optimizer)
+    else:
+        name = "SGD" if momentum or weight_decay else "gradient descent"
+        rule = UpdateRule(momentum, dampening, nesterov, weight_decay, decoupled, name=name)
+    return StableLearningRate(
+        rule.max_learning_rate(value), lower=rule.max_learning_rate(value + width), upper=rule.max_learning_rate(value - width), rule=rule.condition,
+        lambda_max=value,
+    )
+
+
+def _curvature_of(lambda_max: Any) -> tuple[float, float]:
+    values, residuals = getattr(lambda_max, "values", None), getattr(lambda_max, "residuals", None)
+    if isinstance(values, torch.Tensor) and isinstance(residuals, torch.Tensor):
+        top = int(values.argmax())
+        value, error = float(values[top]), float(residuals[top])
+    else:
+        value, error = float(lambda_max), float(getattr(lambda_max, "stderr", 0.0))
+    if not math.isfinite(value) or math.isnan(error):
+        raise ValueError(f"lambda_max must be a finite number, got {value} with error {error}")
+    return value, error

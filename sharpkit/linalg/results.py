@@ -27,6 +27,18 @@ def format_with_error(value: float, error: float) -> str:
     return f"{value:.{digits}g} +- {error:.2g}"
 
 
+def standard_error(samples: np.ndarray[Any, Any]) -> float:
+    """Standard error of the mean of independent samples, widened for their small number.
+
+    The factor t(0.975; m - 1) / 1.96 makes value +- 2 stderr cover 95 % also with a handful of samples; it tends to 1.
+    """
+    from scipy.stats import t
+
+    if len(samples) < 2:
+        return math.inf
+    return float(samples.std(ddof=1) / math.sqrt(len(samples)) * t.ppf(0.975, len(samples) - 1) / 1.959964)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its standard error and cost.
@@ -153,8 +165,7 @@ class SpectralDensity:
         return self._over_probes(per_probe)
 
     def _over_probes(self, per_probe: np.ndarray[Any, Any]) -> Estimate:
-        probes = len(per_probe)
-        stderr = float(per_probe.std(ddof=1) / math.sqrt(probes)) if probes > 1 else math.inf
+        stderr = standard_error(per_probe)
         return Estimate(float(per_probe.mean()), stderr, self.num_matvecs, self.seconds, "stochastic Lanczos quadrature", self.converged)
 
     def _sum(self, function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Estimate:

@@ -81,10 +81,14 @@ def spectral_density(
             f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes.",
             ConvergenceWarning, stacklevel=2,
         )
+    return density_from_runs(runs, steps, operator.size, budget, complete)
+
+
+def density_from_runs(runs: list[tuple[Array, Array, Array]], steps: int, size: int, budget: Budget, complete: bool) -> SpectralDensity:
+    """The quadrature over finished Lanczos runs, each given as nodes (ascending), weights and residuals."""
     nodes, weights = _padded(runs, steps)
     return SpectralDensity(
-        torch.from_numpy(nodes), torch.from_numpy(weights), operator.size, budget.num_matvecs, budget.seconds,
-        torch.from_numpy(_outliers(runs)), complete,
+        torch.from_numpy(nodes), torch.from_numpy(weights), size, budget.num_matvecs, budget.seconds, torch.from_numpy(_outliers(runs)), complete
     )
 
 

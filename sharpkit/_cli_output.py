@@ -1,0 +1,102 @@
+"""What the command line shows: one JSON document, plain tables, a progress bar; bars and remarks go to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from sharpkit._report_sections import Document, Section, section_for
+from sharpkit.linalg.progress import Progress
+
+RUN_VERSION = 1
+
+
+def json_ready(value: Any) -> Any:
+    """Strict JSON: NaN becomes null, infinities the strings "inf" and "-inf", tuples lists.
+
+    Example:
+        >>> json_ready({"a": (1.0, float("nan"), float("-inf"))})
+        {'a': [1.0, None, '-inf']}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(v) for v in value]
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays, tensors
+        return json_ready(value.tolist())
+    return value
+
+
+def to_json(document: Document) -> str:
+    """One line of valid JSON."""
+    return json.dumps(json_ready(document), allow_nan=False)
+
+
+def all_converged(document: Any) -> bool:
+    """Whether no result in the document says that it did not converge."""
+    if isinstance(document, Mapping):
+        flag = document.get("converged", True)
+        return all(flag) if isinstance(flag, list) else bool(flag) and all(all_converged(v) for v in document.values())
+    if isinstance(document, (list, tuple)):
+        return all(all_converged(v) for v in document)
+    return True
+
+
+def render_text(documents: Iterable[Document]) -> str:
+    """The sections of a report as plain text for a terminal."""
+    return "\n\n".join(_section_text(section_for(document)) for document in documents)
+
+
+def _section_text(section: Section) -> str:
+    lines = [section.title, "-" * len(section.title)]
+    if section.intro:
+        lines.append(textwrap.fill(section.intro, 100))
+    rows = [section.columns, *section.rows]
+    # The last column may be long prose; it is wrapped under itself.
+    widths = [max(len(row[j]) for row in rows) for j in range(len(section.columns) - 1)] if section.columns else []
+    for row in rows if section.rows else []:
+        head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        indent = " " * (len(head) + 2 if widths else 0)
+        narrow = max(40, 120 - len(indent))
+        last = textwrap.wrap(row[-1], narrow) or [""]
+        lines.append((f"{head}  " if widths else "") + f"\n{indent}".join(last))
+    lines += [textwrap.fill(f"* {finding}", 100, subsequent_indent="  ") for finding in section.findings]
+    if section.cost:
+        lines.append(f"cost: {section.cost}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def say(line: str) -> None:
+    """One line to stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """A tqdm bar on stderr fed by an algorithm's ``callback``; silent where stderr is no terminal.
+
+    Used as a context manager; the instance itself is the callback.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(unit=" products", file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True)
+
+    def __call__(self, progress: Progress) -> None:
+        self._bar.total = progress.expected_matvecs
+        self._bar.n = progress.num_matvecs
+        self._bar.set_description(progress.stage, refresh=False)
+        self._bar.refresh()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()

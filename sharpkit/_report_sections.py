@@ -1,0 +1,287 @@
+"""One result as one section of the report page: key numbers, figure, table, findings. Works on ``to_dict()`` documents alone.
+
+So a page made from results saved as JSON is the page made from the live objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sharpkit.analysis.history import CurvatureHistory
+from sharpkit.analysis.layers import LayerSharpness
+from sharpkit.linalg.results import Estimate, SpectralDensity, format_with_error
+
+Document = dict[str, Any]
+
+
+@dataclass
+class Section:
+    """What the template shows of one result."""
+
+    title: str
+    intro: str = ""
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # name, value, remark
+    draw: Callable[[Any], Any] | None = None  # fills the given axes
+    figure_label: str = ""
+    figure_size: tuple[float, float] = (5.8, 3.6)  # inches
+    figure: str = ""  # inline SVG, once drawn
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    cost: str = ""
+    wide: bool = False  # takes the page's whole width
+
+
+def number(value: Any) -> float:
+    """A float from a JSON value: null is NaN, and infinities are strings."""
+    return math.nan if value is None else float(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return {True: "yes", False: "no", None: "unknown"}.get(value, str(value)) if not isinstance(value, str) else value
+    return f"{float(value):.4g}" if isinstance(value, float) else str(value)
+
+
+def _estimate(document: Document) -> Estimate:
+    return Estimate(
+        number(document["value"]),
+        number(document["stderr"]),
+        int(document.get("num_matvecs", 0)),
+        number(document.get("seconds", 0.0)),
+        str(document.get("method", "")),
+        bool(document.get("converged", True)),
+    )
+
+
+def _flag(converged: bool) -> str:
+    return "yes" if converged else "NO"
+
+
+def _cost(document: Document) -> str:
+    parts = []
+    if document.get("num_matvecs") is not None:
+        parts.append(f"{document['num_matvecs']} matrix-vector products")
+    if document.get("seconds"):
+        parts.append(f"{number(document['seconds']):.3g} s")
+    return ", ".join(parts)
+
+
+# -- one function per kind ----------------------------------------------------------------------------------------------------
+
+
+def _estimate_section(document: Document, title: str) -> Section:
+    estimate = _estimate(document)
+    section = Section(
+        title or estimate.method or "Estimate",
+        tiles=[("value", f"{estimate.value:.4g}", f"+- {estimate.stderr:.2g}")],
+        cost=_cost(document),
+    )
+    section.columns = ["value +- standard error", "method", "products", "converged"]
+    section.rows = [[str(estimate), estimate.method, str(estimate.num_matvecs), _flag(estimate.converged)]]
+    return section
+
+
+def _eigenpairs_section(document: Document, title: str) -> Section:
+    section = Section(
+        title or f"Eigenvalues ({document['which']})",
+        "A true eigenvalue lies within the residual of each value.",
+        cost=_cost(document),
+        columns=["#", "eigenvalue", "residual", "converged"],
+    )
+    triples = zip(document["values"], document["residuals"], document["converged"], strict=True)
+    for i, (value, residual, converged) in enumerate(triples, start=1):
+        section.rows.append([str(i), f"{number(value):.6g}", f"{number(residual):.2g}", _flag(converged)])
+    if not all(document["converged"]):
+        section.findings.append(f"Not every pair reached tolerance {document['tol']:g}: {document['outcome']}.")
+    return section
+
+
+def density_from(document: Document) -> SpectralDensity:
+    """The result object back from its document."""
+    float64 = torch.float64
+    return SpectralDensity(
+        torch.tensor(document["nodes"], dtype=float64),
+        torch.tensor(document["weights"], dtype=float64),
+        int(document["size"]),
+        int(document["num_matvecs"]),
+        number(document["seconds"]),
+        torch.tensor(document["outliers"], dtype=float64),
+        bool(document["converged"]),
+    )
+
+
+def _density_section(document: Document, title: str, *, lr: float | None = None, limit: float | None = None) -> Section:
+    from sharpkit.plots import plot_density
+
+    density = density_from(document)
+    limit = limit if limit is not None else document.get("limit")
+    label = title or "Spectral density"
+    section = Section(
+        label,
+        "How the Hessian's eigenvalues are distributed: the bulk as a smoothed density on a log scale, the outliers one by one. "
+        "An outlier beyond the dashed limit is a direction in which full-batch steps grow.",
+        draw=lambda ax: plot_density(density, ax=ax, lr=lr, limit=limit),
+        figure_label=label,
+        cost=_cost(document),
+        columns=["quantity", "value +- standard error"],
+    )
+    negative = density.negative_mass
+    section.rows = [
+        ["trace", str(density.trace)],
+        ["Frobenius norm", str(density.frobenius_norm)],
+        ["share of negative eigenvalues", format_with_error(negative.value, negative.stderr)],
+        ["outliers", ", ".join(f"{v:.4g}" for v in density.outliers.tolist()) or "none"],
+        ["rows n, probes x steps", f"{density.size}, {density.num_probes} x {density.nodes.shape[1]}"],
+    ]
+    return section
+
+
+_QUANTITIES = {
+    "lambda_max": "largest eigenvalue, lambda_max",
+    "lambda_min": "smallest eigenvalue, lambda_min",
+    "trace": "trace",
+    "frobenius_norm": "Frobenius norm",
+    "effective_rank": "effective rank",
+}
+
+
+def _sharpness_section(document: Document, title: str) -> Section:
+    stable = document.get("stable_lr")
+    section = Section(title or "Sharpness", findings=list(document.get("findings", [])), cost=_cost(document))
+    top = _estimate(document["lambda_max"])
+    section.tiles.append(("lambda_max", f"{top.value:.4g}", f"+- {top.stderr:.2g}"))
+    if stable:
+        remark = f"{number(stable['lower']):.4g} to {number(stable['upper']):.4g}"
+        section.tiles.append(("largest stable learning rate", f"{number(stable['value']):.4g}", remark))
+    if document.get("lr") is not None:
+        section.tiles.append(("learning rate in use", f"{number(document['lr']):.4g}", ""))
+    section.columns = ["quantity", "value +- error", "method", "converged"]
+    for name, words in _QUANTITIES.items():
+        if document.get(name) is not None:
+            estimate = _estimate(document[name])
+            section.rows.append([words, str(estimate), estimate.method, _flag(estimate.converged)])
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("mode", "mode of the model")):
+        if document.get(name) is not None:
+            section.rows.append([words, _text(document[name]), "", ""])
+    if stable and stable.get("rule"):
+        section.intro = str(stable["rule"])
+    if document.get("density"):
+        lr = number(document["lr"]) if document.get("lr") is not None else None
+        limit = top.value * number(stable["value"]) / lr if stable and lr and top.value > 0 else None
+        inner = _density_section(document["density"], "spectral density", limit=limit)
+        section.draw, section.figure_label = inner.draw, "Spectral density of the Hessian"
+    return section
+
+
+def _history_section(document: Document, title: str) -> Section:
+    from sharpkit.plots import plot_curvature
+
+    series = {name: tuple(number(x) for x in document[name]) for name in ("loss", "lambda_max", "residual", "limit", "lr")}
+    history = CurvatureHistory(
+        steps=tuple(document["steps"]),
+        **series,
+        name=document["name"],
+        limit_rule=document["limit_rule"],
+        full_batch=document["full_batch"],
+        converged=document["converged"],
+        num_matvecs=document["num_matvecs"],
+        seconds=document["seconds"],
+    )
+    section = Section(
+        title or f"Curvature over training: {history.name}",
+        "lambda_max of the full-batch loss at checkpoints. Above the dashed limit, gradient descent diverges along the sharpest direction.",
+        draw=lambda ax: plot_curvature(history, ax=ax),
+        figure_label=f"lambda_max over training, {history.name}",
+        findings=history.findings(),
+        cost=_cost(document),
+        columns=["step", "loss", "lambda_max +- residual", "limit", "lambda_max / limit"],
+    )
+    rows = zip(history.steps, history.loss, history.lambda_max, history.residual, history.limit, history.ratios(), strict=True)
+    section.rows = [[str(s), f"{loss:.4g}", format_with_error(v, e), f"{lim:.4g}", f"{r:.2f}"] for s, loss, v, e, lim, r in rows]
+    return section
+
+
+def _layers_section(document: Document, title: str) -> Section:
+    from sharpkit.plots import plot_layers
+
+    layers = LayerSharpness(
+        tuple(document["names"]),
+        tuple(document["num_parameters"]),
+        tuple(map(_estimate, document["lambda_max"])),
+        tuple(map(_estimate, document["trace"])),
+        document["num_matvecs"],
+        document["seconds"],
+        document["name"],
+    )
+    height = max(2.6, 1.3 + 0.42 * len(layers.names))
+    section = Section(
+        title or f"Layer by layer: {layers.name}",
+        "Each layer's own block of the Hessian. The traces add up to the whole trace; no block is sharper than the whole.",
+        draw=lambda ax: plot_layers(layers, ax=ax),
+        figure_size=(5.8, height),
+        figure_label=f"Layers of {layers.name}",
+        findings=layers.findings(),
+        cost=_cost(document),
+        columns=["layer", "parameters", "lambda_max +- residual", "trace +- standard error"],
+    )
+    rows = zip(layers.names, layers.num_parameters, layers.lambda_max, layers.trace, strict=True)
+    for name, size, top, total in rows:
+        flags = ["" if e.converged else " (not converged)" for e in (top, total)]
+        section.rows.append([name, str(size), f"{top}{flags[0]}", f"{total}{flags[1]}"])
+    return section
+
+
+def _diagnosis_section(document: Document, title: str) -> Section:
+    checks = document["checks"]
+    verdict = (
+        "Measurements of this model, loss and data can be trusted."
+        if document["passed"]
+        else "Do NOT trust measurements before the failed checks are mended."
+    )
+    section = Section(title or "Doctor", columns=["check", "status", "what was found", "what to do"], findings=[verdict], wide=True)
+    section.rows = [[c["name"], c["status"], c["message"], c.get("remedy") or ""] for c in checks]
+    return section
+
+
+def _generic_section(document: Document, title: str) -> Section:
+    scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
+    return Section(
+        title or str(document["kind"]).replace("_", " ").capitalize(),
+        columns=["quantity", "value"],
+        rows=[[k, _text(v)] for k, v in scalars.items()],
+        findings=list(document.get("findings", [])),
+    )
+
+
+_SECTIONS: dict[str, Callable[[Document, str], Section]] = {
+    "estimate": _estimate_section,
+    "eigenpairs": _eigenpairs_section,
+    "spectral_density": _density_section,
+    "sharpness": _sharpness_section,
+    "curvature_history": _history_section,
+    "layer_sharpness": _layers_section,
+    "diagnosis": _diagnosis_section,
+}
+
+
+def section_for(document: Document, *, title: str = "") -> Section:
+    """The section of one result document.
+
+    Args:
+        document: a result's ``to_dict()``.
+        title: heading; by default one made from the kind of result.
+
+    Raises:
+        ValueError: a field that this kind of result must have is missing or malformed.
+    """
+    make = _SECTIONS.get(document["kind"], _generic_section)
+    try:
+        return make(document, title or str(document.get("title", "")))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {error!r}") from error

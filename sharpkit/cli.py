@@ -1,0 +1,185 @@
+"""The command line: ``sharpkit demo | measure | spectrum | doctor | report``.
+
+Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
+reach its tolerance; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sharpkit
+from sharpkit import _cli_commands as commands
+from sharpkit._cli_commands import FAILED, INTERRUPTED, USAGE, Answer, Document
+
+_CODES = "exit codes: 0 done; 1 failed or not to be trusted; 2 wrong usage; 3 done but not converged; 130 interrupted"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; by default those of this process.
+
+    Returns:
+        The exit code.
+
+    Example:
+        >>> main(["--version"])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    arguments = _parser().parse_args(argv)
+    arguments.argv = ["sharpkit", *(sys.argv[1:] if argv is None else argv)]
+    try:
+        # Whatever user code prints goes to stderr: stdout carries the answer alone.
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            documents, extra, code = arguments.run(arguments)
+        _print_answer(arguments, documents, extra)
+        return int(code)
+    except KeyboardInterrupt:
+        print("\nsharpkit: interrupted; nothing was written after this point", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return _explain(error, arguments)
+
+
+def _explain(error: Exception, arguments: argparse.Namespace) -> int:
+    """One clear message for errors that explain themselves, a traceback for those that do not."""
+    from sharpkit._cli_output import to_json
+    from sharpkit._cli_target import TargetError, UsageError
+    from sharpkit._errors import SharpkitError
+
+    if isinstance(error, TargetError) and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+    elif arguments.traceback or not isinstance(
+        error, (UsageError, SharpkitError, TargetError, ValueError, TypeError, OSError, ImportError)
+    ):
+        traceback.print_exception(error)
+    print(f"sharpkit: {error}", file=sys.stderr)
+    if getattr(arguments, "json", False):
+        print(to_json({"kind": "error", "error": type(error).__name__, "message": str(error)}))
+    return USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    print(f"sharpkit: {category.__name__}: {message}", file=sys.stderr)
+
+
+def _print_answer(arguments: argparse.Namespace, documents: list[Document], extra: Document) -> None:
+    from sharpkit._cli_output import RUN_VERSION, render_text, to_json
+    from sharpkit.reporting import environment
+
+    if arguments.json:
+        run = {
+            "kind": "run",
+            "version": RUN_VERSION,
+            "command": arguments.argv,
+            "seed": getattr(arguments, "seed", None),
+            "environment": environment(),
+            **extra,
+            "results": documents,
+        }
+        print(to_json(run), flush=True)
+        return
+    if documents:
+        print(render_text(documents), flush=True)
+    if page := extra.get("page"):
+        print(f"\nPage: {page}\nOpen it in a browser: {Path(page).as_uri()}", flush=True)
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------------------
+
+
+def _positive(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a positive {what}, got {text!r}")
+        return value
+
+    return parse
+
+
+_count, _amount = _positive(int, "whole number"), _positive(float, "number")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sharpkit", description="Curvature of any PyTorch loss: sharpness, spectrum, stable learning rates.", epilog=_CODES
+    )
+    parser.add_argument("--version", action="version", version=f"sharpkit {sharpkit.__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(
+        _command(
+            subparsers, "demo", commands.run_demo_command, "train two small networks on real images and show their curvature on one page"
+        )
+    )
+    measure = _command(
+        subparsers, "measure", commands.run_measure_command, "sharpness of a model: lambda_max, trace, stable learning rate ..."
+    )
+    spectrum = _command(subparsers, "spectrum", commands.run_spectrum_command, "largest eigenvalues and spectral density of the Hessian")
+    doctor = _command(subparsers, "doctor", commands.run_doctor_command, "can measurements of this model, loss and data be trusted?")
+    for command in (measure, spectrum, doctor):
+        command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")
+        _add_common(command)
+    measure.add_argument("--k", type=_count, default=None, help="how many of the largest eigenvalues")
+    spectrum.add_argument("--k", type=_count, default=10, help="how many of the largest eigenvalues (default: %(default)s)")
+    measure.add_argument("--tol", type=_amount, default=None, help="relative tolerance of the eigenvalues")
+    spectrum.add_argument("--tol", type=_amount, default=1e-3, help="relative tolerance of the eigenvalues (default: %(default)s)")
+    for command in (measure, spectrum):
+        command.add_argument("--max-seconds", type=_amount, help="stop measuring after this long; what is there by then comes back flagged")
+    spectrum.add_argument("--probes", type=_count, default=10, help="random probes of the density (default: %(default)s)")
+    spectrum.add_argument("--steps", type=_count, default=80, help="Lanczos steps for each probe (default: %(default)s)")
+    report = _command(
+        subparsers,
+        "report",
+        commands.run_report_command,
+        "one HTML page from results saved by --json, or from everything measurable about a TARGET",
+    )
+    report.add_argument("sources", nargs="+", metavar="FILE.json|TARGET", help="files saved by --json, or one file.py:function")
+    report.add_argument("--title", default="Curvature report", help="of the page (default: %(default)s)")
+    _add_common(report)
+    return parser
+
+
+def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], Answer], summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(name, help=summary, description=summary, epilog=_CODES)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print exactly one JSON document on stdout")
+    command.add_argument("--seed", type=int, default=0, help="of random vectors (default: %(default)s)")
+    command.add_argument("--quiet", action="store_true", help="no remarks and no progress bar on stderr")
+    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return command
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--params", metavar="PATTERN", help="only the parameters whose names match, such as 'blocks.*.attn.*'")
+    command.add_argument("--html", metavar="OUT", help="also write a self-contained page")
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="fewer images, steps and checkpoints")
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train and measure (default: %(default)s)")
+    command.add_argument("--dataset", default="digits", choices=("digits", "fashion-mnist"), help="(default: %(default)s)")
+    command.add_argument("--data-folder", type=Path, metavar="FOLDER", help="of Fashion-MNIST's four *-ubyte.gz files")
+    command.add_argument("--out", default="demo.html", metavar="PATH", help="where the page goes (default: %(default)s)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""The demo: train two small networks on real images and watch their curvature meet the stability limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sharpkit._demo_data import Images, load_images
+from sharpkit.analysis.history import CurvatureHistory
+from sharpkit.analysis.layers import per_layer
+from sharpkit.analysis.sharpness import Sharpness, measure
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.results import SpectralDensity
+from sharpkit.linalg.slq import spectral_density
+from sharpkit.objective import Objective
+from sharpkit.operators.hessian import HessianOperator
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training run of the demo.
+
+    Attributes:
+        name: for headings.
+        build: makes the network from the image side length.
+        lr: learning rate of plain SGD.
+        batch_size: None trains on the full batch, which is gradient descent.
+        num_steps: optimizer steps.
+        num_checkpoints: measurements after the first one.
+    """
+
+    name: str
+    build: Callable[[int], nn.Module]
+    lr: float
+    batch_size: int | None
+    num_steps: int
+    num_checkpoints: int
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        sections: (heading, result) pairs in the order of the page.
+        notes: sentences for the top of the page.
+        seconds: training and measuring.
+    """
+
+    sections: tuple[tuple[str, Any], ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def build_mlp(side: int) -> nn.Module:
+    """Two hidden tanh layers of 64 units: smooth, and small enough to follow closely."""
+    layers = nn.Sequential(nn.Linear(side * side, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def build_conv_net(side: int) -> nn.Module:
+    """Two convolutions with GELU and average pooling, then one linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.GELU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.GELU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * (side // 4) ** 2, 10),
+    )
+
+
+def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Half the squared distance to the one-hot target, averaged over samples; its curvature stays up while the fit improves."""
+    return 0.5 * (output - F.one_hot(target, output.shape[-1]).to(output.dtype)).square().sum(dim=-1).mean()
+
+
+def run_demo(
+    *,
+    dataset: str = "digits",
+    folder: Path | None = None,
+    quick: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+    say: Say = lambda line: None,
+) -> DemoResult:
+    """Train an MLP by gradient descent and a conv net by minibatch SGD, measuring the full-batch Hessian on the way.
+
+    Args:
+        dataset: ``"digits"`` or ``"fashion-mnist"``.
+        folder: of the Fashion-MNIST files.
+        quick: fewer images, steps and checkpoints.
+        device: ``"cpu"`` or ``"cuda"``.
+        seed: of initial weights, batches and probes.
+        say: receives one line of progress at a time.
+
+    Raises:
+        ValueError: unknown data set, or no such device here.
+    """
+    started = time.perf_counter()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use --device cpu")
+    images = load_images(dataset, folder=folder, num_train=500 if quick else 1000).to(device)
+    plans = (
+        Plan("MLP, full batch", build_mlp, 0.1, None, 600 if quick else 1500, 8 if quick else 20),
+        Plan("Conv net, batches of 64", build_conv_net, 0.1, 64, 600 if quick else 1500, 6 if quick else 15),
+    )
+    sections: list[tuple[str, Any]] = []
+    accuracies = []
+    for plan in plans:
+        say(f"{plan.name}: {plan.num_steps} steps of SGD, lr {plan.lr}, on {images.name}")
+        run = _Run(plan, images, seed=seed, quick=quick)
+        sections += run.train(say)
+        accuracies.append(f"{plan.name}: test accuracy {run.test_accuracy():.1%} after {plan.num_steps} steps.")
+    seconds = time.perf_counter() - started
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else "the CPU"
+    notes = (f"Trained and measured on {images.name} in {seconds:.0f} s on {where}; half squared error, plain SGD.", *accuracies)
+    return DemoResult(tuple(sections), notes, seconds)
+
+
+class _Run:
+    """One network in training, measured from time to time."""
+
+    def __init__(self, plan: Plan, images: Images, *, seed: int, quick: bool) -> None:
+        self.plan, self.images, self.seed, self.quick = plan, images, seed, quick
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = plan.build(images.side).to(images.train_x.device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=plan.lr)
+        self.batches = torch.Generator().manual_seed(seed)
+        self.objective = Objective(self.model, (images.train_x, images.train_y), loss=half_squared_error)
+        self._warm_start: Tensor | None = None
+
+    def train(self, say: Say) -> list[tuple[str, Any]]:
+        """Train with checkpoints; then everything measured, under headings."""
+        plan = self.plan
+        at_start = self._density()
+        rows, done = [self._checkpoint(0)], 0
+        for i in range(1, plan.num_checkpoints + 1):
+            until = plan.num_steps * i // plan.num_checkpoints
+            self._steps(until - done)
+            done = until
+            rows.append(self._checkpoint(done))
+            say(f"  step {done:5d}  loss {rows[-1]['loss']:.4f}  lambda_max {rows[-1]['lambda_max']:7.3f}  2/lr {2 / plan.lr:.3g}")
+        history = _history(rows, plan)
+        sharpness = measure(self.objective, self.optimizer, seed=self.seed)
+        layers = per_layer(self.objective, trace_rtol=0.05, seed=self.seed, name=plan.name)
+        return [
+            (f"{plan.name}: curvature over training", history),
+            (f"{plan.name}: the whole Hessian at the end", _named(sharpness, plan.name)),
+            (f"{plan.name}: spectrum at initialisation", _with_limit(at_start, plan)),
+            (f"{plan.name}: spectrum after training", _with_limit(self._density(), plan)),
+            (f"{plan.name}: layer by layer at the end", layers),
+        ]
+
+    def _steps(self, count: int) -> None:
+        x, y, size = self.images.train_x, self.images.train_y, self.plan.batch_size
+        for _ in range(count):
+            picked = torch.randint(len(x), (size,), generator=self.batches).to(x.device) if size is not None else slice(None)
+            self.optimizer.zero_grad()
+            half_squared_error(self.model(x[picked]), y[picked]).backward()
+            self.optimizer.step()
+
+    def _checkpoint(self, step: int) -> dict[str, Any]:
+        pairs = eigenpairs(HessianOperator(self.objective), k=1, tol=1e-3, seed=self.seed, initial=self._warm_start)
+        self._warm_start = pairs.vectors
+        return {
+            "step": step,
+            "loss": self.objective.value(),
+            "lambda_max": float(pairs.values[0]),
+            "residual": float(pairs.residuals[0]),
+            "converged": bool(pairs.converged[0]),
+            "num_matvecs": pairs.num_matvecs,
+            "seconds": pairs.seconds,
+        }
+
+    def _density(self) -> SpectralDensity:
+        probes, steps = (3, 40) if self.quick else (6, 60)
+        return spectral_density(HessianOperator(self.objective), num_probes=probes, num_steps=steps, seed=self.seed)
+
+    def test_accuracy(self) -> float:
+        with torch.no_grad():
+            return float((self.model(self.images.test_x).argmax(dim=1) == self.images.test_y).float().mean())
+
+
+def _history(rows: list[dict[str, Any]], plan: Plan) -> CurvatureHistory:
+    def series(name: str) -> tuple[Any, ...]:
+        return tuple(row[name] for row in rows)
+
+    return CurvatureHistory(
+        steps=series("step"),
+        loss=series("loss"),
+        lambda_max=series("lambda_max"),
+        residual=series("residual"),
+        limit=(2 / plan.lr,) * len(rows),
+        lr=(plan.lr,) * len(rows),
+        name=plan.name,
+        full_batch=plan.batch_size is None,
+        converged=all(series("converged")),
+        num_matvecs=sum(series("num_matvecs")),
+        seconds=sum(series("seconds")),
+    )
+
+
+def _with_limit(density: SpectralDensity, plan: Plan) -> dict[str, Any]:
+    """The density's document with the stability limit, which its picture then shows."""
+    return {**density.to_dict(), "limit": 2 / plan.lr}
+
+
+def _named(sharpness: Sharpness, name: str) -> dict[str, Any]:
+    """The document with its findings under the run's name and without the density, which has a section of its own."""
+    document = sharpness.to_dict()
+    return {**document, "density": None, "findings": [f"{name}, at the end: {sentence}" for sentence in sharpness.findings()]}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from sharpkit.analysis.stability import StableLearningRate, stable_learning_rate, update_rule
@@ -130,6 +129,8 @@ class Sharpness:
         ratio = -self.lambda_min.value / self.lambda_max.value
         if ratio < 1e-3:
             return "There is no negative curvature to speak of: the point is, to this accuracy, in a convex region."
+        if ratio < 0.05:
+            return f"There is slight negative curvature: the most negative eigenvalue is {ratio:.2g} of the largest in size."
         return f"The most negative eigenvalue is {ratio:.2g} of the largest in size: the point is a saddle-like region, not a minimum."
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,8 +218,5 @@ def _preconditioned_top(
 
 def _effective_rank(overview: SpectralOverview) -> Estimate:
     largest = max(abs(float(overview.largest.values[0])), abs(float(overview.smallest.values[0])))
-    total = overview.density.expectation(np.abs)
-    if largest == 0:
-        return Estimate(0.0, 0.0, overview.num_matvecs, overview.seconds, total.method, total.converged)
-    ratio = overview.density.size / largest
-    return Estimate(total.value * ratio, total.stderr * ratio, overview.num_matvecs, overview.seconds, total.method, total.converged)
+    total = overview.absolute_trace
+    return replace(total, value=total.value / largest, stderr=total.stderr / largest) if largest > 0 else replace(total, value=0.0, stderr=0.0)

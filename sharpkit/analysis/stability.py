@@ -41,7 +41,8 @@ class StableLearningRate(float):
     def __str__(self) -> str:
         if math.isinf(self):
             return "unbounded (no positive curvature)"
-        width = f" ({self.lower:.4g} to {self.upper:.4g})" if self.upper > self.lower else ""
+        ends = f"{self.lower:.4g}", f"{self.upper:.4g}"
+        width = f" ({ends[0]} to {ends[1]})" if ends[0] != ends[1] else ""
         return f"{float(self):.4g}{width}"
 
     def __repr__(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sharpkit.operators.base import SymmetricOperator
 
 _CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control variate
 _MAX_CONTROLS = 30
+_MOMENTS: tuple[Callable[[Array], Array], ...] = (lambda x: x, np.square, np.abs)
 _FIRST_RUN_LIMIT = 4  # times num_steps: how long the first run may go on until both ends have converged
 
 
@@ -34,6 +36,7 @@ class SpectralOverview:
         density: the quadrature over all probes.
         trace: tr A.
         frobenius_norm: ||A||_F.
+        absolute_trace: tr |A|, the sum of the eigenvalues' sizes.
         num_matvecs: products spent on everything together.
         seconds: wall time.
     """
@@ -43,6 +46,7 @@ class SpectralOverview:
     density: SpectralDensity
     trace: Estimate
     frobenius_norm: Estimate
+    absolute_trace: Estimate
     num_matvecs: int
     seconds: float
 
@@ -100,9 +104,9 @@ def spectral_overview(
             ConvergenceWarning, stacklevel=2,
         )
     density = density_from_runs(runs, max(len(nodes) for nodes, _, _ in runs), operator.size, budget, complete)
-    trace, frobenius = _sums(np.array(moments).reshape(-1, 2), budget, density, complete)
+    trace, squared, absolute = _sums(np.array(moments).reshape(-1, len(_MOMENTS)), density, budget)
     ends = [pairs.extreme(which, tol, budget) for which in ("largest", "smallest")]
-    return SpectralOverview(ends[0], ends[1], density, trace, frobenius, budget.num_matvecs, budget.seconds)
+    return SpectralOverview(ends[0], ends[1], density, trace, _root(squared), absolute, budget.num_matvecs, budget.seconds)
 
 
 @dataclass(frozen=True)
@@ -177,24 +181,23 @@ class _Ritz:
         )
 
 
-def _moments(run: _Run, values: Array, vectors: Tensor) -> tuple[float, float]:
-    """z^T A z and ||A z||^2 with the controls' noise taken out."""
-    size = run.space.operator.size
-    matrix = run.space.projected()
+def _moments(run: _Run, values: Array, vectors: Tensor) -> list[float]:
+    """z^T f(A) z for each f of _MOMENTS, with the controls' noise taken out."""
+    nodes, weights, _ = run.quadrature()
     along = run.space.operator.dot(vectors, run.probe).double().cpu().numpy() ** 2 - 1 if len(values) else np.zeros(0)
-    spill = float(np.sum(run.space.couplings()[:, 0] ** 2)) if run.space.pending and len(run.space.expanded) == 1 else 0.0
-    first, second = float(matrix[0, 0]) * size, (float(np.sum(matrix[:, 0] ** 2)) + spill) * size
-    return first - float(values @ along), second - float(values**2 @ along)
+    return [run.space.operator.size * float(weights @ f(nodes)) - float(f(values) @ along) for f in _MOMENTS]
 
 
-def _sums(moments: Array, budget: Budget, density: SpectralDensity, complete: bool) -> tuple[Estimate, Estimate]:
+def _sums(moments: Array, density: SpectralDensity, budget: Budget) -> list[Estimate]:
+    """n times the mean of each f of _MOMENTS over the spectrum."""
     if len(moments) < 2:
-        return density.trace, density.frobenius_norm
+        means = [density.expectation(f) for f in _MOMENTS]
+        return [replace(m, value=m.value * density.size, stderr=m.stderr * density.size) for m in means]
     how = "Lanczos probes, outliers taken out"
-    mean, stderr = moments.mean(axis=0), [standard_error(column) for column in moments.T]
-    norm = math.sqrt(max(float(mean[1]), 0.0))
-    frobenius_error = stderr[1] / (2 * norm) if norm > 0 else math.sqrt(stderr[1])
-    return (
-        Estimate(float(mean[0]), stderr[0], budget.num_matvecs, budget.seconds, how, complete),
-        Estimate(norm, frobenius_error, budget.num_matvecs, budget.seconds, how, complete),
-    )
+    return [Estimate(float(c.mean()), standard_error(c), budget.num_matvecs, budget.seconds, how, density.converged) for c in moments.T]
+
+
+def _root(squared: Estimate) -> Estimate:
+    """The norm from its square, the error by the delta method."""
+    norm = math.sqrt(max(squared.value, 0.0))
+    return replace(squared, value=norm, stderr=squared.stderr / (2 * norm) if norm > 0 else math.sqrt(squared.stderr))

@@ -3,7 +3,7 @@
 ``import sharpkit as sk`` loads nothing heavy: each public name is imported from its module when it is first used.
 
     objective = sk.Objective(model, (inputs, targets), loss=F.cross_entropy)
-    sharpness = sk.measure(objective, optimizer)
+    sharpness = sk.measure(objective, optimizer=optimizer)
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from sharpkit.operators.base import SymmetricOperator as SymmetricOperator
     from sharpkit.operators.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
     from sharpkit.operators.fisher import FisherOperator as FisherOperator
+    from sharpkit.operators.fisher import GradientCovarianceOperator as GradientCovarianceOperator
     from sharpkit.operators.gauss_newton import GaussNewtonOperator as GaussNewtonOperator
     from sharpkit.operators.hessian import HessianOperator as HessianOperator
-    from sharpkit.operators.noise import GradientCovarianceOperator as GradientCovarianceOperator
     from sharpkit.operators.preconditioned import AdaptiveOperator as AdaptiveOperator
     from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
     from sharpkit.reporting import report as report
@@ -75,10 +75,9 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.objective": ("Objective",),
     "sharpkit.operators.algebra": ("as_operator",),
     "sharpkit.operators.base": ("SymmetricOperator",),
-    "sharpkit.operators.fisher": ("EmpiricalFisherOperator", "FisherOperator"),
+    "sharpkit.operators.fisher": ("EmpiricalFisherOperator", "FisherOperator", "GradientCovarianceOperator"),
     "sharpkit.operators.gauss_newton": ("GaussNewtonOperator",),
     "sharpkit.operators.hessian": ("HessianOperator",),
-    "sharpkit.operators.noise": ("GradientCovarianceOperator",),
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
     "sharpkit.reporting": ("report",),
 }

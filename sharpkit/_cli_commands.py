@@ -24,9 +24,18 @@ def run_measure_command(arguments: argparse.Namespace) -> Answer:
     from sharpkit.analysis.sharpness import measure
     from sharpkit.reporting import to_document
 
-    objective, optimizer = _objective(arguments)
+    objective, optimizer = _objective(arguments, expected_matvecs=arguments.probes * arguments.steps)
     with _bar(arguments) as bar:
-        sharpness = measure(objective, optimizer, **_given(arguments, "seed", "k", "tol", "max_seconds"), callback=bar)
+        sharpness = measure(
+            objective,
+            optimizer=optimizer,
+            num_probes=arguments.probes,
+            num_steps=arguments.steps,
+            tol=arguments.tol,
+            seed=arguments.seed,
+            max_seconds=arguments.max_seconds,
+            callback=bar,
+        )
     return _finish(arguments, [to_document(sharpness)])
 
 
@@ -104,7 +113,7 @@ def _report_target(arguments: argparse.Namespace) -> Answer:
     arguments.html = arguments.html or "sharpkit-report.html"
     objective, optimizer = _objective(arguments)
     with _bar(arguments) as bar:
-        sharpness = measure(objective, optimizer, seed=arguments.seed, callback=bar)
+        sharpness = measure(objective, optimizer=optimizer, seed=arguments.seed, callback=bar)
         layers = per_layer(objective, seed=arguments.seed, name=type(objective.model).__name__, callback=bar)
     return _finish(arguments, [to_document(sharpness), layers.to_dict(), to_document(examine(objective))])
 
@@ -133,8 +142,6 @@ def run_demo_command(arguments: argparse.Namespace) -> Answer:
         notes=result.notes,
     )
     findings = [sentence for document in documents for sentence in document.get("findings", [])]
-    if not arguments.json:
-        say("")
     extra = {"notes": list(result.notes), "findings": findings, "seconds": result.seconds, "page": str(page)}
     return documents, extra, OK if all_converged(documents) else NOT_CONVERGED
 
@@ -187,11 +194,6 @@ def _finish(arguments: argparse.Namespace, documents: list[Document]) -> Answer:
         )
         extra["page"] = str(page)
     return documents, extra, OK if all_converged(documents) else NOT_CONVERGED
-
-
-def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The named options that were given."""
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _bar(arguments: argparse.Namespace) -> Any:

@@ -102,6 +102,13 @@ def _eigenpairs_section(document: Document, title: str) -> Section:
     return section
 
 
+def _listed(values: list[float]) -> str:
+    if not values:
+        return "none"
+    shown = ", ".join(f"{v:.4g}" for v in values[:6])
+    return shown if len(values) <= 6 else f"{shown} ... ({len(values)} in all)"
+
+
 def density_from(document: Document) -> SpectralDensity:
     """The result object back from its document."""
     float64 = torch.float64
@@ -131,20 +138,23 @@ def _density_section(document: Document, title: str, *, lr: float | None = None,
         cost=_cost(document),
         columns=["quantity", "value +- standard error"],
     )
-    negative = density.negative_mass
+    # Flat directions come out as tiny values of either sign, so only what is clearly below zero counts.
+    floor = -1e-3 * float(density.nodes.abs().max())
+    negative = density.expectation(lambda x: x < floor)
     section.rows = [
         ["trace", str(density.trace)],
         ["Frobenius norm", str(density.frobenius_norm)],
-        ["share of negative eigenvalues", format_with_error(negative.value, negative.stderr)],
-        ["outliers", ", ".join(f"{v:.4g}" for v in density.outliers.tolist()) or "none"],
+        [f"share of eigenvalues below {floor:.2g}", format_with_error(negative.value, negative.stderr)],
+        ["outliers", _listed(density.outliers.tolist())],
         ["rows n, probes x steps", f"{density.size}, {density.num_probes} x {density.nodes.shape[1]}"],
     ]
     return section
 
 
 _QUANTITIES = {
-    "lambda_max": "largest eigenvalue, lambda_max",
-    "lambda_min": "smallest eigenvalue, lambda_min",
+    "lambda_max": "lambda_max",
+    "lambda_min": "lambda_min",
+    "preconditioned_lambda_max": "lambda_max of D^-1 H (preconditioned)",
     "trace": "trace",
     "frobenius_norm": "Frobenius norm",
     "effective_rank": "effective rank",
@@ -152,30 +162,32 @@ _QUANTITIES = {
 
 
 def _sharpness_section(document: Document, title: str) -> Section:
-    stable = document.get("stable_lr")
-    section = Section(title or "Sharpness", findings=list(document.get("findings", [])), cost=_cost(document))
-    top = _estimate(document["lambda_max"])
+    stable, top = document["stable_lr"], _estimate(document["lambda_max"])
+    section = Section(title or "Sharpness", str(stable["rule"]), findings=list(document["findings"]), cost=_cost(document))
     section.tiles.append(("lambda_max", f"{top.value:.4g}", f"+- {top.stderr:.2g}"))
-    if stable:
-        remark = f"{number(stable['lower']):.4g} to {number(stable['upper']):.4g}"
-        section.tiles.append(("largest stable learning rate", f"{number(stable['value']):.4g}", remark))
-    if document.get("lr") is not None:
-        section.tiles.append(("learning rate in use", f"{number(document['lr']):.4g}", ""))
-    section.columns = ["quantity", "value +- error", "method", "converged"]
+    rate, low, high = (number(stable[name]) for name in ("value", "lower", "upper"))
+    if math.isfinite(rate):
+        section.tiles.append(
+            ("largest stable learning rate", f"{rate:.4g}", f"{low:.4g} to {high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else "")
+        )
+    else:
+        section.tiles.append(("largest stable learning rate", "unbounded", "no positive curvature"))
+    lr = number(document["lr"]) if document["lr"] is not None else None
+    if lr is not None:
+        section.tiles.append(("learning rate in use", f"{lr:.4g}", f"{lr / rate:.0%} of the limit" if math.isfinite(rate) else ""))
+    section.columns = ["quantity", "value +- error", "converged", "method"]
     for name, words in _QUANTITIES.items():
         if document.get(name) is not None:
             estimate = _estimate(document[name])
-            section.rows.append([words, str(estimate), estimate.method, _flag(estimate.converged)])
+            section.rows.append([words, str(estimate), _flag(estimate.converged), estimate.method])
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("mode", "mode of the model")):
-        if document.get(name) is not None:
-            section.rows.append([words, _text(document[name]), "", ""])
-    if stable and stable.get("rule"):
-        section.intro = str(stable["rule"])
-    if document.get("density"):
-        lr = number(document["lr"]) if document.get("lr") is not None else None
-        limit = top.value * number(stable["value"]) / lr if stable and lr and top.value > 0 else None
-        inner = _density_section(document["density"], "spectral density", limit=limit)
-        section.draw, section.figure_label = inner.draw, "Spectral density of the Hessian"
+        section.rows.append([words, _text(document[name]), "", ""])
+    if document["density"] is not None:
+        # The Hessian's own limit; an adaptive optimizer's limit is on another matrix and has no place in this picture.
+        plain = lr and math.isfinite(rate) and document["preconditioned_lambda_max"] is None
+        limit = top.value * rate / lr if plain and lr else None
+        inner = _density_section(document["density"], "Spectral density of the Hessian", limit=limit)
+        section.draw, section.figure_label = inner.draw, inner.figure_label
     return section
 
 
@@ -198,7 +210,7 @@ def _history_section(document: Document, title: str) -> Section:
         "lambda_max of the full-batch loss at checkpoints. Above the dashed limit, gradient descent diverges along the sharpest direction.",
         draw=lambda ax: plot_curvature(history, ax=ax),
         figure_label=f"lambda_max over training, {history.name}",
-        findings=history.findings(),
+        findings=list(document["findings"]),
         cost=_cost(document),
         columns=["step", "loss", "lambda_max +- residual", "limit", "lambda_max / limit"],
     )
@@ -226,7 +238,7 @@ def _layers_section(document: Document, title: str) -> Section:
         draw=lambda ax: plot_layers(layers, ax=ax),
         figure_size=(5.8, height),
         figure_label=f"Layers of {layers.name}",
-        findings=layers.findings(),
+        findings=list(document["findings"]),
         cost=_cost(document),
         columns=["layer", "parameters", "lambda_max +- residual", "trace +- standard error"],
     )

@@ -23,7 +23,7 @@ def inline_svg(draw: Callable[[Any], Any], *, key: str, size: tuple[float, float
     from matplotlib.figure import Figure
 
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK)
-    settings = {
+    settings: Any = {
         **ink,
         "svg.fonttype": "none",
         "svg.hashsalt": key,

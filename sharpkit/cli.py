@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import sharpkit
 from sharpkit import _cli_commands as commands
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_answer(arguments, documents, extra)
         return int(code)
     except KeyboardInterrupt:
-        print("\nsharpkit: interrupted; nothing was written after this point", file=sys.stderr)
+        print("\nsharpkit: interrupted; no result", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,13 +68,19 @@ def _explain(error: Exception, arguments: argparse.Namespace) -> int:
         error, (UsageError, SharpkitError, TargetError, ValueError, TypeError, OSError, ImportError)
     ):
         traceback.print_exception(error)
-    print(f"sharpkit: {error}", file=sys.stderr)
+    else:
+        where = "" if isinstance(error, (UsageError, SharpkitError, OSError)) else "  (--traceback shows where)"
+        print(f"sharpkit: {error}{where}", file=sys.stderr)
+    if isinstance(error, TargetError) or arguments.traceback:
+        print(f"sharpkit: {error}", file=sys.stderr)
     if getattr(arguments, "json", False):
         print(to_json({"kind": "error", "error": type(error).__name__, "message": str(error)}))
     return USAGE if isinstance(error, UsageError) else FAILED
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
     print(f"sharpkit: {category.__name__}: {message}", file=sys.stderr)
 
 
@@ -94,7 +100,9 @@ def _print_answer(arguments: argparse.Namespace, documents: list[Document], extr
         }
         print(to_json(run), flush=True)
         return
-    if documents:
+    if "findings" in extra:  # the demo: its tables are on the page
+        print("\n".join([*extra["notes"], "", *(f"* {finding}" for finding in extra["findings"])]), flush=True)
+    elif documents:
         print(render_text(documents), flush=True)
     if page := extra.get("page"):
         print(f"\nPage: {page}\nOpen it in a browser: {Path(page).as_uri()}", flush=True)
@@ -138,14 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (measure, spectrum, doctor):
         command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")
         _add_common(command)
-    measure.add_argument("--k", type=_count, default=None, help="how many of the largest eigenvalues")
     spectrum.add_argument("--k", type=_count, default=10, help="how many of the largest eigenvalues (default: %(default)s)")
-    measure.add_argument("--tol", type=_amount, default=None, help="relative tolerance of the eigenvalues")
-    spectrum.add_argument("--tol", type=_amount, default=1e-3, help="relative tolerance of the eigenvalues (default: %(default)s)")
-    for command in (measure, spectrum):
-        command.add_argument("--max-seconds", type=_amount, help="stop measuring after this long; what is there by then comes back flagged")
-    spectrum.add_argument("--probes", type=_count, default=10, help="random probes of the density (default: %(default)s)")
-    spectrum.add_argument("--steps", type=_count, default=80, help="Lanczos steps for each probe (default: %(default)s)")
+    for command, probes, steps in ((measure, 6, 32), (spectrum, 10, 80)):
+        command.add_argument("--tol", type=_amount, default=1e-3, help="relative tolerance of the eigenvalues (default: %(default)s)")
+        command.add_argument("--probes", type=_count, default=probes, help="random probes of the density (default: %(default)s)")
+        command.add_argument("--steps", type=_count, default=steps, help="Lanczos steps for each probe (default: %(default)s)")
+        command.add_argument("--max-seconds", type=_amount, help="stop after this long; what is there by then comes back flagged")
     report = _command(
         subparsers,
         "report",

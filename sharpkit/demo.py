@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from sharpkit._demo_data import Images, load_images
 from sharpkit.analysis.history import CurvatureHistory
-from sharpkit.analysis.layers import per_layer
+from sharpkit.analysis.layers import LayerSharpness, per_layer
 from sharpkit.analysis.sharpness import Sharpness, measure
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.results import SpectralDensity
@@ -63,22 +64,30 @@ class DemoResult:
 
 def build_mlp(side: int) -> nn.Module:
     """Two hidden tanh layers of 64 units: smooth, and small enough to follow closely."""
-    layers = nn.Sequential(nn.Linear(side * side, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    return nn.Sequential(nn.Flatten(), *layers)
+    layers: list[tuple[str, nn.Module]] = [
+        ("flatten", nn.Flatten()),
+        ("hidden1", nn.Linear(side * side, 64)),
+        ("tanh1", nn.Tanh()),
+        ("hidden2", nn.Linear(64, 64)),
+        ("tanh2", nn.Tanh()),
+        ("output", nn.Linear(64, 10)),
+    ]
+    return nn.Sequential(OrderedDict(layers))
 
 
 def build_conv_net(side: int) -> nn.Module:
     """Two convolutions with GELU and average pooling, then one linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.GELU(),
-        nn.AvgPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        nn.GELU(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * (side // 4) ** 2, 10),
-    )
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Conv2d(1, 8, 3, padding=1)),
+        ("gelu1", nn.GELU()),
+        ("pool1", nn.AvgPool2d(2)),
+        ("conv2", nn.Conv2d(8, 16, 3, padding=1)),
+        ("gelu2", nn.GELU()),
+        ("pool2", nn.AvgPool2d(2)),
+        ("flatten", nn.Flatten()),
+        ("output", nn.Linear(16 * (side // 4) ** 2, 10)),
+    ]
+    return nn.Sequential(OrderedDict(layers))
 
 
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -145,7 +154,7 @@ class _Run:
     def train(self, say: Say) -> list[tuple[str, Any]]:
         """Train with checkpoints; then everything measured, under headings."""
         plan = self.plan
-        at_start = self._density()
+        density_at_start, layers_at_start = self._density(), self._layers()
         rows, done = [self._checkpoint(0)], 0
         for i in range(1, plan.num_checkpoints + 1):
             until = plan.num_steps * i // plan.num_checkpoints
@@ -154,14 +163,14 @@ class _Run:
             rows.append(self._checkpoint(done))
             say(f"  step {done:5d}  loss {rows[-1]['loss']:.4f}  lambda_max {rows[-1]['lambda_max']:7.3f}  2/lr {2 / plan.lr:.3g}")
         history = _history(rows, plan)
-        sharpness = measure(self.objective, self.optimizer, seed=self.seed)
-        layers = per_layer(self.objective, trace_rtol=0.05, seed=self.seed, name=plan.name)
+        sharpness = measure(self.objective, optimizer=self.optimizer, seed=self.seed)
         return [
             (f"{plan.name}: curvature over training", history),
             (f"{plan.name}: the whole Hessian at the end", _named(sharpness, plan.name)),
-            (f"{plan.name}: spectrum at initialisation", _with_limit(at_start, plan)),
+            (f"{plan.name}: spectrum at initialisation", _with_limit(density_at_start, plan)),
             (f"{plan.name}: spectrum after training", _with_limit(self._density(), plan)),
-            (f"{plan.name}: layer by layer at the end", layers),
+            (f"{plan.name}: layer by layer at initialisation", {**layers_at_start.to_dict(), "findings": []}),
+            (f"{plan.name}: layer by layer after training", self._layers()),
         ]
 
     def _steps(self, count: int) -> None:
@@ -169,7 +178,7 @@ class _Run:
         for _ in range(count):
             picked = torch.randint(len(x), (size,), generator=self.batches).to(x.device) if size is not None else slice(None)
             self.optimizer.zero_grad()
-            half_squared_error(self.model(x[picked]), y[picked]).backward()
+            torch.autograd.backward(half_squared_error(self.model(x[picked]), y[picked]))
             self.optimizer.step()
 
     def _checkpoint(self, step: int) -> dict[str, Any]:
@@ -186,8 +195,11 @@ class _Run:
         }
 
     def _density(self) -> SpectralDensity:
-        probes, steps = (3, 40) if self.quick else (6, 60)
+        probes, steps = (6, 40) if self.quick else (10, 80)
         return spectral_density(HessianOperator(self.objective), num_probes=probes, num_steps=steps, seed=self.seed)
+
+    def _layers(self) -> LayerSharpness:
+        return per_layer(self.objective, trace_rtol=0.05, seed=self.seed, name=self.plan.name)
 
     def test_accuracy(self) -> float:
         with torch.no_grad():

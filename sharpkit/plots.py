@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def _new_axes() -> Axes:
     return plt.subplots(layout="constrained")[1]
 
 
-def _finish(ax: Axes, *, legend: str = "best") -> Axes:
+def _finish(ax: Axes, *, legend: Literal["best", "upper center"] = "best") -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
     ax.set_axisbelow(True)
@@ -73,13 +73,13 @@ def plot_density(
     ax.plot(grid, shown, color=BLUE, linewidth=1.4, label="bulk")
     ax.set_yscale("log")
     ax.set_ylim(floor, max(float(shown.max()), floor * 10) * 4)
-    _draw_outliers(ax, [float(x) for x in density.outliers])
     ax.axvline(0.0, color=GREY, linewidth=0.8)
     bound = limit if limit is not None else (2 / lr if lr is not None else None)
     if bound is not None:
         ax.axvline(bound, color=ORANGE, linestyle="--", linewidth=1.4, label=f"stability limit {bound:.3g}")
-    ax.set_xlabel("eigenvalue (loss per squared parameter unit)")
-    ax.set_ylabel("density (share per unit eigenvalue)")
+    _draw_outliers(ax, [float(x) for x in density.outliers])
+    ax.set_xlabel("eigenvalue (loss / parameter²)")
+    ax.set_ylabel("density (share / unit eigenvalue)")
     if title:
         ax.set_title(title)
     return _finish(ax, legend="upper center")
@@ -104,7 +104,13 @@ def _draw_outliers(ax: Axes, outliers: list[float]) -> None:
     transform = ax.get_xaxis_transform()
     ax.vlines(outliers, 0, 0.3, colors=GREEN, linewidth=1.2, transform=transform)
     ax.plot(outliers, [0.3] * len(outliers), "o", color=GREEN, markersize=4, transform=transform, label=f"outliers ({len(outliers)})")
-    for value in sorted(outliers, key=abs, reverse=True)[:_MOST_LABELS]:
+    low, high = min(ax.get_xlim()[0], *outliers), max(ax.get_xlim()[1], *outliers)
+    labelled: list[float] = []
+    for value in sorted(outliers, key=abs, reverse=True):
+        crowded = any(abs(value - other) < 0.025 * (high - low) for other in labelled)
+        if crowded or len(labelled) == _MOST_LABELS:
+            continue
+        labelled.append(value)
         ax.annotate(
             f"{value:.3g}",
             (value, 0.3),
@@ -150,7 +156,7 @@ def plot_curvature(history: CurvatureHistory, *, ax: Axes | None = None, title: 
     )
     ax.plot(history.steps, history.limit, color=ORANGE, linestyle="--", linewidth=1.4, label=f"stability limit {history.limit_rule}")
     ax.set_xlabel("optimizer steps")
-    ax.set_ylabel("lambda_max (loss per squared parameter unit)")
+    ax.set_ylabel("lambda_max (loss / parameter²)")
     values = [v for v in (*history.lambda_max, *history.limit) if math.isfinite(v)]
     if values and min(values) > 0 and max(values) > 100 * min(values):
         ax.set_yscale("log")
@@ -201,7 +207,7 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
             ax.set_xscale("symlog", linthresh=float(sizes.max()) / 1000)
     ax.set_yticks(rows, labels=list(layers.names))
     ax.invert_yaxis()
-    ax.set_xlabel("curvature of the layer's block (loss per squared parameter unit)")
+    ax.set_xlabel("curvature of the layer's block (loss / parameter²)")
     if title:
         ax.set_title(title)
     return _finish(ax)

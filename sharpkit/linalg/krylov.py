@@ -156,6 +156,7 @@ class KrylovSpace:
         self.pending: list[int] = []
         self.scale = 0.0
         self.asymmetry = 0.0
+        self._forgetful = False
         self._matrix = np.zeros((_FIRST_CHUNK, _FIRST_CHUNK))
 
     @property
@@ -208,8 +209,11 @@ class KrylovSpace:
             )
         beta, column = float(host[-1]) ** 0.5, host[:-1]
         self.scale = max(self.scale, float(np.hypot(np.linalg.norm(column), beta)))
-        self._check_symmetry(index, column)
         self._ensure(self.size + 1)
+        if self._forgetful:
+            self._matrix[index, : self.size] = column
+        else:
+            self._check_symmetry(index, column)
         self._matrix[: self.size, index] = column
         self.pending.remove(index)
         self.expanded.append(index)
@@ -251,6 +255,17 @@ class KrylovSpace:
         self._matrix[range(kept), range(kept)] = values
         self._matrix[kept : kept + pending, :kept] = outward
         self.expanded, self.pending = list(range(kept)), list(range(kept, kept + pending))
+
+    def forget_pending(self) -> None:
+        """Drop the pending vectors, which must be the last ones: the basis is what has been multiplied.
+
+        From then on the projected matrix is right, but H no longer tells the residuals and the symmetry.
+        """
+        self._forgetful = True
+        while self.pending and max(self.pending) == self.size - 1:
+            self._matrix[self.size - 1, :] = 0.0
+            self.pending.remove(self.size - 1)
+            self.rows.size -= 1
 
     def _append_pending(self, vector: Tensor) -> None:
         self._ensure(self.size + 1)

@@ -19,7 +19,19 @@ from sharpkit.operators.hessian import HessianOperator
 
 Verdict = tuple[str, str] | tuple[str, str, str]
 
-_KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_KINKED = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _MAX_COPIED_BATCHES = 2
@@ -48,7 +60,11 @@ def _check_repeats(hessian: HessianOperator, seed: int) -> Verdict:
     hessian.forget_graphs()
     gap = _relative(hessian, hessian @ vector - first, first)
     if gap > _rounding(hessian):
-        return "failed", f"two passes over the data gave products that differ by {gap:.2g}", "remove randomness that torch.manual_seed does not control"
+        return (
+            "failed",
+            f"two passes over the data gave products that differ by {gap:.2g}",
+            "remove randomness that torch.manual_seed does not control",
+        )
     return "ok", f"two passes over the data agree to {gap:.1g}"
 
 
@@ -59,7 +75,11 @@ def _check_symmetric(hessian: HessianOperator, seed: int) -> Verdict:
     size = (float(hessian.dot(products[:, 0], products[:, 0])) * float(hessian.dot(probes[:, 1], probes[:, 1]))) ** 0.5
     relative = gap / size if size > 0 else 0.0
     if relative > _rounding(hessian):
-        return "failed", f"u.Hv and v.Hu differ by {relative:.2g} of |u||Hv|", "some operation in the model has a wrong second derivative (a custom autograd.Function?)"
+        return (
+            "failed",
+            f"u.Hv and v.Hu differ by {relative:.2g} of |u||Hv|",
+            "some operation in the model has a wrong second derivative (a custom autograd.Function?)",
+        )
     return "ok", f"u.Hv = v.Hu to {relative:.1g}"
 
 
@@ -68,7 +88,11 @@ def _check_linear(hessian: HessianOperator, seed: int) -> Verdict:
     expected = 2.0 * (hessian @ u) - 0.5 * (hessian @ v)
     gap = _relative(hessian, hessian @ (2.0 * u - 0.5 * v) - expected, expected)
     if gap > _rounding(hessian):
-        return "failed", f"H(2u - v/2) differs from 2Hu - Hv/2 by {gap:.2g}", "the function changes between calls: look for state in the model or the closure"
+        return (
+            "failed",
+            f"H(2u - v/2) differs from 2Hu - Hv/2 by {gap:.2g}",
+            "the function changes between calls: look for state in the model or the closure",
+        )
     return "ok", f"products are linear to {gap:.1g}"
 
 
@@ -82,8 +106,16 @@ def float64_twin(objective: Objective) -> Objective:
         batches.append(map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch))
     loss = copy.deepcopy(objective.loss).double() if isinstance(objective.loss, nn.Module) else objective.loss
     return Objective(
-        model, batches, loss=loss, closure=None if loss is not None else objective._closure, params=list(objective.layout.names), mode=objective.mode,
-        process_group=False, seed=objective.seed, count=objective._count, reduction=objective.reduction,
+        model,
+        batches,
+        loss=loss,
+        closure=None if loss is not None else objective._closure,
+        params=list(objective.layout.names),
+        mode=objective.mode,
+        process_group=False,
+        seed=objective.seed,
+        count=objective._count,
+        reduction=objective.reduction,
     )
 
 
@@ -104,8 +136,16 @@ def _check_finite_differences(hessian: HessianOperator, seed: int) -> Verdict:
     if gap <= 1e-3:
         return "ok", f"finite differences of gradients agree to {gap:.1g} (float64 copy)"
     if kinks:
-        return "warning", f"finite differences of gradients differ by {gap:.2g}; kinks crossed within the step ({kinks}) can do that", "replace kinked activations by smooth ones to be sure"
-    return "failed", f"finite differences of gradients differ from the product by {gap:.2g}", "an operation has a wrong second derivative: a custom backward, or .detach() / .data inside the model"
+        return (
+            "warning",
+            f"finite differences of gradients differ by {gap:.2g}; kinks crossed within the step ({kinks}) can do that",
+            "replace kinked activations by smooth ones to be sure",
+        )
+    return (
+        "failed",
+        f"finite differences of gradients differ from the product by {gap:.2g}",
+        "an operation has a wrong second derivative: a custom backward, or .detach() / .data inside the model",
+    )
 
 
 def _gradient_at(objective: Objective, vector: Tensor, step: float) -> Tensor:
@@ -124,7 +164,11 @@ def _gradient_at(objective: Objective, vector: Tensor, step: float) -> Tensor:
 
 def _check_rounding(hessian: HessianOperator, seed: int) -> Verdict:
     if hessian.objective.device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
-        return "warning", "TF32 is on: products carry only about three digits", "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False"
+        return (
+            "warning",
+            "TF32 is on: products carry only about three digits",
+            "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
+        )
     if hessian.dtype == torch.float64:
         return "ok", "the model computes in float64"
     try:
@@ -137,7 +181,11 @@ def _check_rounding(hessian: HessianOperator, seed: int) -> Verdict:
         return "note", "not compared: the model cannot be run in float64"
     gap = _relative(hessian, (hessian @ vector).double() - exact, exact)
     if gap > 0.3:
-        return "warning", f"a product differs by {gap:.2g} from float64 on a random vector: small eigenvalues and the trace are rounding noise", "measure a float64 copy: model.double()"
+        return (
+            "warning",
+            f"a product differs by {gap:.2g} from float64 on a random vector: small eigenvalues and the trace are rounding noise",
+            "measure a float64 copy: model.double()",
+        )
     return ("ok" if gap < 1e-2 else "note"), f"a product on a random vector is right to {gap:.1g} (against float64)"
 
 
@@ -160,7 +208,11 @@ def _check_attention(hessian: HessianOperator, seed: int) -> Verdict:
             objective._evaluate_no_graph(piece)
             break
     if recorder.calls:
-        return "note", f"{recorder.calls} fused attention calls run with the math kernel here (the others have no second derivative): memory grows with the square of the sequence length"
+        return (
+            "note",
+            f"{recorder.calls} fused attention calls run with the math kernel here (the others have no second derivative): memory "
+            f"grows with the square of the sequence length",
+        )
     return "ok", "no fused attention kernel in the way"
 
 
@@ -178,9 +230,17 @@ def _check_randomness(hessian: HessianOperator, seed: int) -> Verdict:
     parts = [text for text, found in ((f"{len(dropout)} dropout", dropout), (f"{len(norms)} batch-norm", norms)) if found]
     what = f"{' and '.join(parts)} layers, measured in {objective.mode} mode"
     if objective.mode == "eval":
-        return "note", f"{what}: dropout off, running statistics used; training itself sees another function", "mode='train' measures that one, with fixed masks"
+        return (
+            "note",
+            f"{what}: dropout off, running statistics used; training itself sees another function",
+            "mode='train' measures that one, with fixed masks",
+        )
     if norms and objective.num_batches > 1:
-        return "warning", f"{what}: batch statistics make the function depend on how the data is cut into batches", "mode='eval', or keep the batch size of training"
+        return (
+            "warning",
+            f"{what}: batch statistics make the function depend on how the data is cut into batches",
+            "mode='eval', or keep the batch size of training",
+        )
     return "note", f"{what}: masks fixed by the seed"
 
 
@@ -210,17 +270,27 @@ def _check_parameters(hessian: HessianOperator, seed: int) -> Verdict:
 
 def _check_smoothness(hessian: HessianOperator, seed: int) -> Verdict:
     if kinked := _names(hessian, _KINKED):
-        return "note", f"piecewise-smooth layers: {kinked}. The Hessian is that between kinks; curvature that sits in the kinks is not in it"
+        return (
+            "note",
+            f"piecewise-smooth layers: {kinked}. The Hessian is that between kinks; curvature that sits in the kinks is not in it",
+        )
     return "ok", "no layer with kinks among the known modules"
 
 
 def _check_weights(hessian: HessianOperator, seed: int) -> Verdict:
     objective = hessian.objective
-    text = f"the loss is a {objective.reduction} over {objective.num_targets:g} {objective.counted} in {objective.num_batches} batch{'' if objective.num_batches == 1 else 'es'}"
+    text = (
+        f"the loss is a {objective.reduction} over {objective.num_targets:g} {objective.counted} in {objective.num_batches} "
+        f"batch{'' if objective.num_batches == 1 else 'es'}"
+    )
     if objective.couples_samples:
         return "note", f"{text}; batch statistics couple the samples of a batch"
     if not objective.may_separate:
-        return "warning", f"{text}, but does not fall apart into samples: it cannot be cut into smaller batches", "use one batch, or a loss that averages over samples"
+        return (
+            "warning",
+            f"{text}, but does not fall apart into samples: it cannot be cut into smaller batches",
+            "use one batch, or a loss that averages over samples",
+        )
     return "ok", text
 
 
@@ -230,16 +300,32 @@ def _check_memory(hessian: HessianOperator, seed: int) -> Verdict:
     start = time.perf_counter()
     hessian @ _probes(hessian, seed, 1)[:, 0]
     seconds = time.perf_counter() - start
-    kept = f"graphs of {human_bytes(held)} are kept between products" if hessian._all_kept else "graphs do not all fit and are rebuilt for each product"
+    kept = (
+        f"graphs of {human_bytes(held)} are kept between products"
+        if hessian._all_kept
+        else "graphs do not all fit and are rebuilt for each product"
+    )
     text = f"{kept}, {human_bytes(free)} free; one product takes {seconds:.2g} s, so measure() about {200 * seconds:.2g} s"
     basis = 40 * hessian.size * hessian.dtype.itemsize
     if basis > free / 2:
-        return "warning", f"{text}; a Lanczos basis of 40 vectors needs {human_bytes(basis)}", "select parameters with params=, or eigenpairs(..., offload=True)"
+        return (
+            "warning",
+            f"{text}; a Lanczos basis of 40 vectors needs {human_bytes(basis)}",
+            "select parameters with params=, or eigenpairs(..., offload=True)",
+        )
     return ("ok" if hessian._all_kept else "note"), text
 
 
 ALL: tuple[tuple[str, Callable[[HessianOperator, int], Verdict]], ...] = (
-    ("repeatable", _check_repeats), ("symmetric", _check_symmetric), ("linear", _check_linear), ("finite differences", _check_finite_differences),
-    ("rounding", _check_rounding), ("weights", _check_weights), ("parameters", _check_parameters), ("randomness", _check_randomness),
-    ("attention", _check_attention), ("smoothness", _check_smoothness), ("memory and time", _check_memory),
+    ("repeatable", _check_repeats),
+    ("symmetric", _check_symmetric),
+    ("linear", _check_linear),
+    ("finite differences", _check_finite_differences),
+    ("rounding", _check_rounding),
+    ("weights", _check_weights),
+    ("parameters", _check_parameters),
+    ("randomness", _check_randomness),
+    ("attention", _check_attention),
+    ("smoothness", _check_smoothness),
+    ("memory and time", _check_memory),
 )

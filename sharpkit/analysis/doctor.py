@@ -53,7 +53,9 @@ class Diagnosis:
 
     def findings(self) -> list[str]:
         """The verdict and everything that asks for care, in sentences."""
-        verdict = "Curvature of this objective can be trusted." if self.passed else "Curvature of this objective can NOT be trusted as it stands."
+        verdict = (
+            "Curvature of this objective can be trusted." if self.passed else "Curvature of this objective can NOT be trusted as it stands."
+        )
         return [verdict, *(f"{c.name}: {c.message} {c.remedy}".strip() for c in self.checks if c.status in ("warning", "failed"))]
 
     def __str__(self) -> str:
@@ -66,7 +68,10 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "kind": "diagnosis", "version": SCHEMA_VERSION, "passed": self.passed, "objective": self.objective,
+            "kind": "diagnosis",
+            "version": SCHEMA_VERSION,
+            "passed": self.passed,
+            "objective": self.objective,
             "checks": [{"name": c.name, "status": c.status, "message": c.message, "remedy": c.remedy} for c in self.checks],
         }
 
@@ -74,9 +79,9 @@ class Diagnosis:
 def examine(objective: Objective, *, seed: int = 0, callback: Callable[[str], None] | None = None) -> Diagnosis:
     """Examine an objective before trusting its curvature: about ten Hessian products and a few gradients.
 
-    Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients (in float64, on a copy, where
-    the model allows it), how far float32 rounding goes, attention kernels, dropout and batch statistics, unused, frozen and tied parameters, integer
-    buffers, kinked activations, how batches are weighed, memory and time.
+    Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients (in float64, on a copy,
+    where the model allows it), how far float32 rounding goes, attention kernels, dropout and batch statistics, unused, frozen and tied
+    parameters, integer buffers, kinked activations, how batches are weighed, memory and time.
 
     Args:
         objective: as made for measuring.

@@ -104,8 +104,8 @@ class CurvatureHistory:
             found.append(f"{self.name}: over the last half of the checkpoints it lay at {settled[0]:.2f} +- {settled[1]:.2f} of the limit.")
         if not self.full_batch:
             found.append(
-                f"{self.name}: trained on minibatches. The limit is that of the full batch; with gradient noise lambda_max may settle below "
-                "it, so staying below is no sign that a larger learning rate is safe."
+                f"{self.name}: trained on minibatches. The limit is that of the full batch; with gradient noise lambda_max may settle "
+                "below it, so staying below is no sign that a larger learning rate is safe."
             )
         if not self.converged:
             found.append(f"{self.name}: some lambda_max did not reach its tolerance; trust them only to within the error bars.")

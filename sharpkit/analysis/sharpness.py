@@ -83,9 +83,13 @@ class Sharpness:
             return f"{estimate}{'' if estimate.converged else '  (not converged)'}"
 
         rows = [
-            f"  lambda_max       {flagged(self.lambda_max)}", f"  lambda_min       {flagged(self.lambda_min)}",
-            f"  trace            {flagged(self.trace)}", f"  Frobenius norm   {flagged(self.frobenius_norm)}",
-            f"  effective rank   {flagged(self.effective_rank)}", f"  loss             {self.loss:.5g}", f"  gradient norm    {self.grad_norm:.4g}",
+            f"  lambda_max       {flagged(self.lambda_max)}",
+            f"  lambda_min       {flagged(self.lambda_min)}",
+            f"  trace            {flagged(self.trace)}",
+            f"  Frobenius norm   {flagged(self.frobenius_norm)}",
+            f"  effective rank   {flagged(self.effective_rank)}",
+            f"  loss             {self.loss:.5g}",
+            f"  gradient norm    {self.grad_norm:.4g}",
             f"  stable lr        {self.stable_lr}   [{self.stable_lr.rule}]",
         ]
         if self.preconditioned_lambda_max is not None:
@@ -98,7 +102,9 @@ class Sharpness:
         """What the numbers say, in sentences."""
         found = [self._about_learning_rate(), self._about_shape(), self._about_negative_curvature()]
         if self.mode == "train":
-            found.append("Measured in train mode: dropout masks are fixed and batch statistics depend on the batches; eval mode may differ widely.")
+            found.append(
+                "Measured in train mode: dropout masks are fixed and batch statistics depend on the batches; eval mode may differ widely."
+            )
         if not self.converged:
             found.append("Not every number reached its tolerance; the flagged ones are bounds so far. Allow more products or time.")
         return [sentence for sentence in found if sentence]
@@ -111,7 +117,10 @@ class Sharpness:
             return f"Full-batch gradient descent is stable here up to a learning rate of {limit}; small batches allow less."
         ratio = self.lr / self.stable_lr.value
         if ratio > 1.05:
-            return f"The learning rate {self.lr:.3g} is {ratio:.2f} times the stable limit {limit}: steps along the sharpest direction grow until the loss flattens or diverges."
+            return (
+                f"The learning rate {self.lr:.3g} is {ratio:.2f} times the stable limit {limit}: steps along the sharpest "
+                f"direction grow until the loss flattens or diverges."
+            )
         if ratio > 0.9:
             return f"The learning rate {self.lr:.3g} is at the stable limit {limit}: training is at the edge of stability."
         return f"The learning rate {self.lr:.3g} is {ratio:.0%} of the full-batch stable limit {limit}; small batches lower that limit."
@@ -119,13 +128,17 @@ class Sharpness:
     def _about_shape(self) -> str:
         share = self.effective_rank.value / self.num_parameters
         return (
-            f"The curvature is spread over about {self.effective_rank.value:.3g} of {self.num_parameters:,} directions ({share:.2g} of all); "
+            f"The curvature is spread over about {self.effective_rank.value:.3g} of {self.num_parameters:,} directions "
+            f"({share:.2g} of all); "
             f"{len(self.density.outliers)} eigenvalues stand clear of the bulk."
         )
 
     def _about_negative_curvature(self) -> str:
         if self.lambda_max.value <= 0:
-            return "Every direction measured curves downwards or is flat: this is no minimum, and more training (or another starting point) comes first."
+            return (
+                "Every direction measured curves downwards or is flat: this is no minimum, and more training (or another "
+                "starting point) comes first."
+            )
         ratio = -self.lambda_min.value / self.lambda_max.value
         if ratio < 1e-3:
             return "There is no negative curvature to speak of: the point is, to this accuracy, in a convex region."
@@ -153,8 +166,16 @@ class Sharpness:
 
 
 def measure(
-    objective: Objective, *, optimizer: torch.optim.Optimizer | None = None, num_probes: int = 6, num_steps: int = 32, tol: float = 1e-3, seed: int = 0,
-    max_matvecs: int | None = None, max_seconds: float | None = None, callback: ProgressCallback | None = None,
+    objective: Objective,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    num_probes: int = 6,
+    num_steps: int = 32,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
 ) -> Sharpness:
     """Measure the sharpness of an objective: one shared pass of about num_probes x num_steps Hessian products.
 
@@ -187,27 +208,61 @@ def measure(
     hessian = HessianOperator(objective)
     loss, gradient = objective.gradient()
     overview = spectral_overview(
-        hessian, num_probes=num_probes, num_steps=num_steps, tol=tol, seed=seed, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback
+        hessian,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        tol=tol,
+        seed=seed,
+        max_matvecs=max_matvecs,
+        max_seconds=max_seconds,
+        callback=callback,
     )
     top, preconditioned = _end(overview.largest), None
     if optimizer is not None and rule is not None and rule.adaptive:
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
         preconditioned = _preconditioned_top(hessian, optimizer, tol=tol, seed=seed, max_seconds=left, callback=callback)
     return Sharpness(
-        lambda_max=top, lambda_min=_end(overview.smallest), trace=overview.trace, frobenius_norm=overview.frobenius_norm,
-        effective_rank=_effective_rank(overview), negative_mass=overview.density.negative_mass, loss=loss, grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,
-        stable_lr=stable_learning_rate(preconditioned or top, optimizer=optimizer), lr=float(optimizer.param_groups[0]["lr"]) if optimizer is not None else None,
-        preconditioned_lambda_max=preconditioned, eigenpairs=overview.largest, density=overview.density, num_parameters=objective.num_parameters,
-        num_samples=objective.num_samples, mode=objective.mode, num_matvecs=hessian.num_matvecs, seconds=time.perf_counter() - start, seed=seed,
+        lambda_max=top,
+        lambda_min=_end(overview.smallest),
+        trace=overview.trace,
+        frobenius_norm=overview.frobenius_norm,
+        effective_rank=_effective_rank(overview),
+        negative_mass=overview.density.negative_mass,
+        loss=loss,
+        grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,
+        stable_lr=stable_learning_rate(preconditioned or top, optimizer=optimizer),
+        lr=float(optimizer.param_groups[0]["lr"]) if optimizer is not None else None,
+        preconditioned_lambda_max=preconditioned,
+        eigenpairs=overview.largest,
+        density=overview.density,
+        num_parameters=objective.num_parameters,
+        num_samples=objective.num_samples,
+        mode=objective.mode,
+        num_matvecs=hessian.num_matvecs,
+        seconds=time.perf_counter() - start,
+        seed=seed,
     )
 
 
 def _end(pairs: Eigenpairs) -> Estimate:
-    return Estimate(float(pairs.values[0]), float(pairs.residuals[0]), pairs.num_matvecs, pairs.seconds, "Lanczos, residual bound", bool(pairs.converged[0]))
+    return Estimate(
+        float(pairs.values[0]),
+        float(pairs.residuals[0]),
+        pairs.num_matvecs,
+        pairs.seconds,
+        "Lanczos, residual bound",
+        bool(pairs.converged[0]),
+    )
 
 
 def _preconditioned_top(
-    hessian: HessianOperator, optimizer: torch.optim.Optimizer, *, tol: float, seed: int, max_seconds: float | None, callback: ProgressCallback | None
+    hessian: HessianOperator,
+    optimizer: torch.optim.Optimizer,
+    *,
+    tol: float,
+    seed: int,
+    max_seconds: float | None,
+    callback: ProgressCallback | None,
 ) -> Estimate:
     settings = optimizer.param_groups[0]
     decay = float(settings.get("weight_decay", 0.0))
@@ -219,4 +274,6 @@ def _preconditioned_top(
 def _effective_rank(overview: SpectralOverview) -> Estimate:
     largest = max(abs(float(overview.largest.values[0])), abs(float(overview.smallest.values[0])))
     total = overview.absolute_trace
-    return replace(total, value=total.value / largest, stderr=total.stderr / largest) if largest > 0 else replace(total, value=0.0, stderr=0.0)
+    return (
+        replace(total, value=total.value / largest, stderr=total.stderr / largest) if largest > 0 else replace(total, value=0.0, stderr=0.0)
+    )

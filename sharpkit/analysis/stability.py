@@ -51,7 +51,12 @@ class StableLearningRate(float):
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, JSON-ready."""
         return {
-            "kind": "stable_learning_rate", "version": 1, "value": float(self), "lower": self.lower, "upper": self.upper, "rule": self.rule,
+            "kind": "stable_learning_rate",
+            "version": 1,
+            "value": float(self),
+            "lower": self.lower,
+            "upper": self.upper,
+            "rule": self.rule,
             "lambda_max": self.lambda_max,
         }
 
@@ -60,8 +65,8 @@ class StableLearningRate(float):
 class UpdateRule:
     """The linear part of an optimizer's update, as far as stability on a quadratic depends on it.
 
-    With gradient g and momentum buffer v: v <- momentum v + (1 - dampening) g, or, with ``nesterov``, the step is g + momentum v. Coupled weight
-    decay adds weight_decay * w to g; decoupled decay multiplies w by (1 - lr weight_decay).
+    With gradient g and momentum buffer v: v <- momentum v + (1 - dampening) g, or, with ``nesterov``, the step is g + momentum v. Coupled
+    weight decay adds weight_decay * w to g; decoupled decay multiplies w by (1 - lr weight_decay).
 
     Attributes:
         adaptive: the curvature meant is that of D^-1 H.
@@ -88,14 +93,9 @@ class UpdateRule:
 
     def max_learning_rate(self, curvature: float) -> float:
         """The rate at which the mode with this curvature starts to flip sign with growing size; inf where there is none."""
-        beta = self.momentum
-        if self.nesterov:
-            # decoupled decay: p' = (1 - lr wd) p - lr (g + beta v'), characteristic polynomial at z = -1
-            denominator = (1 + 2 * beta) * curvature
-        else:
-            denominator = (1 - self.dampening) * curvature
-        denominator += self.weight_decay * (1 + beta) if self.decoupled else self.weight_decay * ((1 + 2 * beta) if self.nesterov else 1 - self.dampening)
-        return 2 * (1 + beta) / denominator if denominator > 0 else math.inf
+        gain, decay = self._gains()
+        load = gain * curvature + decay
+        return 2 * (1 + self.momentum) / load if load > 0 else math.inf
 
     def max_curvature(self, lr: float) -> float:
         """The largest curvature that is stable at a learning rate: what lambda_max is to be compared with.
@@ -105,10 +105,13 @@ class UpdateRule:
         """
         if lr <= 0:
             raise ValueError(f"the learning rate must be positive, got {lr}")
-        beta = self.momentum
-        per_curvature = (1 + 2 * beta) if self.nesterov else 1 - self.dampening
-        decay = self.weight_decay * (1 + beta) if self.decoupled else self.weight_decay * per_curvature
-        return (2 * (1 + beta) / lr - decay) / per_curvature
+        gain, decay = self._gains()
+        return (2 * (1 + self.momentum) / lr - decay) / gain
+
+    def _gains(self) -> tuple[float, float]:
+        """(gain, decay) in the condition lr (gain * curvature + decay) <= 2 (1 + momentum): the characteristic polynomial at z = -1."""
+        gain = 1 + 2 * self.momentum if self.nesterov else 1 - self.dampening
+        return gain, self.weight_decay * (1 + self.momentum if self.decoupled else gain)
 
     @property
     def condition(self) -> str:
@@ -148,23 +151,32 @@ def update_rule(optimizer: torch.optim.Optimizer, *, group: int = 0) -> UpdateRu
     if isinstance(optimizer, torch.optim.Adagrad):
         return UpdateRule(adaptive=True, name=name)
     raise UnsupportedError(
-        f"the stability limit of {name} is not known; supported: SGD, Adam, AdamW, RMSprop, Adagrad. Pass momentum=, dampening=, weight_decay= of its linear part instead"
+        f"the stability limit of {name} is not known; supported: SGD, Adam, AdamW, RMSprop, Adagrad. Pass momentum=, dampening=, "
+        f"weight_decay= of its linear part instead"
     )
 
 
 def stable_learning_rate(
-    lambda_max: Any, *, optimizer: torch.optim.Optimizer | None = None, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False,
-    weight_decay: float = 0.0, decoupled: bool = False, error: float | None = None,
+    lambda_max: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    error: float | None = None,
 ) -> StableLearningRate:
     """The largest learning rate at which full-batch training is stable on the quadratic with this top curvature.
 
-    Above it, the component along the top eigenvector grows in size and flips sign at every step. For momentum beta (as torch.optim.SGD has it)
-    lr = 2 (1 + beta) / lambda_max; Nesterov 2 (1 + beta) / ((1 + 2 beta) lambda_max); Adam's averaging momentum is dampening = beta1, with
-    lambda_max that of D^-1 H: (2 + 2 beta1) / ((1 - beta1) lambda_max). Coupled weight decay adds to the curvature; decoupled decay subtracts
-    weight_decay (1 + beta) / (1 - dampening) from the largest stable curvature.
+    Above it, the component along the top eigenvector grows in size and flips sign at every step. For momentum beta (as torch.optim.SGD has
+    it) lr = 2 (1 + beta) / lambda_max; Nesterov 2 (1 + beta) / ((1 + 2 beta) lambda_max); Adam's averaging momentum is dampening = beta1,
+    with lambda_max that of D^-1 H: (2 + 2 beta1) / ((1 - beta1) lambda_max). Coupled weight decay adds to the curvature; decoupled decay
+    subtracts weight_decay (1 + beta) / (1 - dampening) from the largest stable curvature.
 
     Args:
-        lambda_max: the top eigenvalue: a number, an Estimate or Eigenpairs. For Adam-like optimizers that of the PreconditionedOperator.
+        lambda_max: the top eigenvalue: a number, an Estimate or Eigenpairs. For Adam-like optimizers that of the PreconditionedOperator,
+            of H + weight_decay I where the decay is coupled.
         optimizer: takes momentum, decay and kind from its first parameter group.
         momentum, dampening, nesterov, weight_decay: as in torch.optim.SGD.
         decoupled: weight decay as in AdamW.
@@ -193,7 +205,10 @@ def stable_learning_rate(
         name = "SGD" if momentum or weight_decay else "gradient descent"
         rule = UpdateRule(momentum, dampening, nesterov, weight_decay, decoupled, name=name)
     return StableLearningRate(
-        rule.max_learning_rate(value), lower=rule.max_learning_rate(value + width), upper=rule.max_learning_rate(value - width), rule=rule.condition,
+        rule.max_learning_rate(value),
+        lower=rule.max_learning_rate(value + width),
+        upper=rule.max_learning_rate(value - width),
+        rule=rule.condition,
         lambda_max=value,
     )
 

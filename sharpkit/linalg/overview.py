@@ -52,14 +52,21 @@ class SpectralOverview:
 
 
 def spectral_overview(
-    operator: Any, *, num_probes: int = 6, num_steps: int = 32, tol: float = 1e-3, seed: int = 0, max_matvecs: int | None = None,
-    max_seconds: float | None = None, callback: ProgressCallback | None = None,
+    operator: Any,
+    *,
+    num_probes: int = 6,
+    num_steps: int = 32,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
 ) -> SpectralOverview:
     """Both extreme eigenpairs, spectral density, trace and Frobenius norm from one set of Lanczos runs.
 
-    The first run goes on until the extreme Ritz pairs have converged. Its converged Ritz pairs (theta_i, v_i) then reduce the variance of the other
-    probes' moments: z^T A z - sum_i theta_i ((v_i . z)^2 - 1) has the same mean, tr A, without the noise of the outliers, and likewise for A^2.
-    Costs about num_probes x num_steps products.
+    The first run goes on until the extreme Ritz pairs have converged. Its converged Ritz pairs (theta_i, v_i) then reduce the variance of
+    the other probes' moments: z^T A z - sum_i theta_i ((v_i . z)^2 - 1) has the same mean, tr A, without the noise of the outliers, and
+    likewise for A^2. Costs about num_probes x num_steps products.
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
@@ -100,8 +107,10 @@ def spectral_overview(
     complete = len(runs) == num_probes
     if not complete:
         warnings.warn(
-            f"the budget ended after {budget.num_matvecs} of about {expected} products, {len(runs)} of {num_probes} probes: errors are wider, or unknown",
-            ConvergenceWarning, stacklevel=2,
+            f"the budget ended after {budget.num_matvecs} of about {expected} products, {len(runs)} of {num_probes} probes: "
+            f"errors are wider, or unknown",
+            ConvergenceWarning,
+            stacklevel=2,
         )
     density = density_from_runs(runs, max(len(nodes) for nodes, _, _ in runs), operator.size, budget, complete)
     trace, squared, absolute = _sums(np.array(moments).reshape(-1, len(_MOMENTS)), density, budget)
@@ -176,8 +185,15 @@ class _Ritz:
         converged = residual <= max(tol * self.scale, 2 * self.space.floor())
         vectors = self.space.vectors(self.coordinates[:, [index]])
         return Eigenpairs(
-            torch.tensor([self.values[index]], dtype=torch.float64), vectors, torch.tensor([residual], dtype=torch.float64), torch.tensor([converged]),
-            budget.num_matvecs, budget.seconds, which, tol, "converged" if converged else "ended before convergence",
+            torch.tensor([self.values[index]], dtype=torch.float64),
+            vectors,
+            torch.tensor([residual], dtype=torch.float64),
+            torch.tensor([converged]),
+            budget.num_matvecs,
+            budget.seconds,
+            which,
+            tol,
+            "converged" if converged else "ended before convergence",
         )
 
 

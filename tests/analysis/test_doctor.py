@@ -81,7 +81,12 @@ def test_unused_frozen_and_tied_parameters_are_counted() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.unused, self.frozen = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(2, 2), nn.Linear(6, 3).requires_grad_(False)
+            self.a, self.b, self.unused, self.frozen = (
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(2, 2),
+                nn.Linear(6, 3).requires_grad_(False),
+            )
             self.b.weight = self.a.weight
 
         def forward(self, x: Tensor) -> Tensor:

@@ -61,12 +61,14 @@ def run_spectrum_command(arguments: argparse.Namespace) -> Answer:
 
 
 def run_doctor_command(arguments: argparse.Namespace) -> Answer:
+    from sharpkit._cli_output import say
     from sharpkit.analysis.doctor import examine
     from sharpkit.reporting import to_document
 
-    objective, _ = _objective(arguments)
-    diagnosis = examine(objective)
+    objective, _ = _objective(arguments, forecast=False)
+    diagnosis = examine(objective, seed=arguments.seed, callback=None if arguments.quiet else lambda check: say(f"  {check} ..."))
     documents, extra, _ = _finish(arguments, [to_document(diagnosis)])
+    extra["text"] = str(diagnosis)
     return documents, extra, OK if diagnosis.passed else FAILED
 
 
@@ -149,7 +151,7 @@ def run_demo_command(arguments: argparse.Namespace) -> Answer:
 # -- parts the commands share ----------------------------------------------------------------------------------------------------
 
 
-def _objective(arguments: argparse.Namespace, *, expected_matvecs: int | None = None) -> tuple[Objective, Any]:
+def _objective(arguments: argparse.Namespace, *, expected_matvecs: int | None = None, forecast: bool = True) -> tuple[Objective, Any]:
     """The target's objective, restricted as asked, with a forecast of the cost on stderr."""
     from sharpkit._cli_output import say
     from sharpkit._cli_target import load_target
@@ -161,6 +163,7 @@ def _objective(arguments: argparse.Namespace, *, expected_matvecs: int | None = 
         objective = objective.with_params(arguments.params)
     if not arguments.quiet:
         say(str(objective))
+    if forecast and not arguments.quiet:
         say(_forecast(objective, expected_matvecs))
     return objective, optimizer
 

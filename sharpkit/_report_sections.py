@@ -63,6 +63,10 @@ def _flag(converged: bool) -> str:
     return "yes" if converged else "NO"
 
 
+def _flagged(estimate: Estimate) -> str:
+    return f"{estimate}" if estimate.converged else f"{estimate} (not converged)"
+
+
 def _cost(document: Document) -> str:
     parts = []
     if document.get("num_matvecs") is not None:
@@ -167,21 +171,20 @@ def _sharpness_section(document: Document, title: str) -> Section:
     section.tiles.append(("lambda_max", f"{top.value:.4g}", f"+- {top.stderr:.2g}"))
     rate, low, high = (number(stable[name]) for name in ("value", "lower", "upper"))
     if math.isfinite(rate):
-        section.tiles.append(
-            ("largest stable learning rate", f"{rate:.4g}", f"{low:.4g} to {high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else "")
-        )
+        span = f"{low:.4g} to {high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else ""
+        section.tiles.append(("largest stable learning rate", f"{rate:.4g}", span))
     else:
         section.tiles.append(("largest stable learning rate", "unbounded", "no positive curvature"))
     lr = number(document["lr"]) if document["lr"] is not None else None
     if lr is not None:
         section.tiles.append(("learning rate in use", f"{lr:.4g}", f"{lr / rate:.0%} of the limit" if math.isfinite(rate) else ""))
-    section.columns = ["quantity", "value +- error", "converged", "method"]
+    section.columns = ["quantity", "value +- error", "method"]
     for name, words in _QUANTITIES.items():
         if document.get(name) is not None:
             estimate = _estimate(document[name])
-            section.rows.append([words, str(estimate), _flag(estimate.converged), estimate.method])
+            section.rows.append([words, _flagged(estimate), estimate.method])
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("mode", "mode of the model")):
-        section.rows.append([words, _text(document[name]), "", ""])
+        section.rows.append([words, _text(document[name]), ""])
     if document["density"] is not None:
         # The Hessian's own limit; an adaptive optimizer's limit is on another matrix and has no place in this picture.
         plain = lr and math.isfinite(rate) and document["preconditioned_lambda_max"] is None
@@ -244,20 +247,14 @@ def _layers_section(document: Document, title: str) -> Section:
     )
     rows = zip(layers.names, layers.num_parameters, layers.lambda_max, layers.trace, strict=True)
     for name, size, top, total in rows:
-        flags = ["" if e.converged else " (not converged)" for e in (top, total)]
-        section.rows.append([name, str(size), f"{top}{flags[0]}", f"{total}{flags[1]}"])
+        section.rows.append([name, str(size), _flagged(top), _flagged(total)])
     return section
 
 
 def _diagnosis_section(document: Document, title: str) -> Section:
-    checks = document["checks"]
-    verdict = (
-        "Measurements of this model, loss and data can be trusted."
-        if document["passed"]
-        else "Do NOT trust measurements before the failed checks are mended."
-    )
-    section = Section(title or "Doctor", columns=["check", "status", "what was found", "what to do"], findings=[verdict], wide=True)
-    section.rows = [[c["name"], c["status"], c["message"], c.get("remedy") or ""] for c in checks]
+    section = Section(title or "Doctor", str(document.get("objective", "")), findings=list(document.get("findings", [])), wide=True)
+    section.columns = ["check", "status", "what was found", "what to do"]
+    section.rows = [[c["name"], c["status"], c["message"], c["remedy"]] for c in document["checks"]]
     return section
 
 

@@ -62,18 +62,15 @@ def _explain(error: Exception, arguments: argparse.Namespace) -> int:
     from sharpkit._cli_target import TargetError, UsageError
     from sharpkit._errors import SharpkitError
 
-    if isinstance(error, TargetError) and error.__cause__ is not None:
-        traceback.print_exception(error.__cause__)
-    elif arguments.traceback or not isinstance(
-        error, (UsageError, SharpkitError, TargetError, ValueError, TypeError, OSError, ImportError)
-    ):
+    cause = error.__cause__ if isinstance(error, TargetError) else None
+    speaking = (UsageError, SharpkitError, OSError, ImportError)
+    if cause is not None and not isinstance(cause, SharpkitError):
+        traceback.print_exception(cause)  # the user's own code: they need the line
+    elif arguments.traceback or not isinstance(error, (*speaking, TargetError, ValueError, TypeError)):
         traceback.print_exception(error)
-    else:
-        where = "" if isinstance(error, (UsageError, SharpkitError, OSError)) else "  (--traceback shows where)"
-        print(f"sharpkit: {error}{where}", file=sys.stderr)
-    if isinstance(error, TargetError) or arguments.traceback:
-        print(f"sharpkit: {error}", file=sys.stderr)
-    if getattr(arguments, "json", False):
+    hint = "" if isinstance(error, (*speaking, TargetError)) or arguments.traceback else "  (--traceback shows where)"
+    print(f"sharpkit: {error}{hint}", file=sys.stderr)
+    if arguments.json:
         print(to_json({"kind": "error", "error": type(error).__name__, "message": str(error)}))
     return USAGE if isinstance(error, UsageError) else FAILED
 
@@ -88,6 +85,7 @@ def _print_answer(arguments: argparse.Namespace, documents: list[Document], extr
     from sharpkit._cli_output import RUN_VERSION, render_text, to_json
     from sharpkit.reporting import environment
 
+    text = extra.pop("text", None)
     if arguments.json:
         run = {
             "kind": "run",
@@ -103,7 +101,7 @@ def _print_answer(arguments: argparse.Namespace, documents: list[Document], extr
     if "findings" in extra:  # the demo: its tables are on the page
         print("\n".join([*extra["notes"], "", *(f"* {finding}" for finding in extra["findings"])]), flush=True)
     elif documents:
-        print(render_text(documents), flush=True)
+        print(text if text is not None else render_text(documents), flush=True)
     if page := extra.get("page"):
         print(f"\nPage: {page}\nOpen it in a browser: {Path(page).as_uri()}", flush=True)
 

@@ -195,7 +195,7 @@ class _Run:
         }
 
     def _density(self) -> SpectralDensity:
-        probes, steps = (6, 40) if self.quick else (10, 80)
+        probes, steps = (4, 40) if self.quick else (10, 80)
         return spectral_density(HessianOperator(self.objective), num_probes=probes, num_steps=steps, seed=self.seed)
 
     def _layers(self) -> LayerSharpness:

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import sharpkit
 from sharpkit._report_sections import Document, section_for
 from sharpkit._svg import inline_svg
@@ -24,12 +26,13 @@ def environment() -> dict[str, str]:
         >>> sorted(environment())
         ['numpy', 'platform', 'python', 'scipy', 'sharpkit', 'torch']
     """
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "scipy")}
     return {
         "sharpkit": sharpkit.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        **versions,
+        "torch": str(torch.__version__),  # says which build, the package's metadata does not
+        "numpy": metadata.version("numpy"),
+        "scipy": metadata.version("scipy"),
     }
 
 

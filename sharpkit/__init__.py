@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sharpkit.analysis.sharpness import measure as measure
     from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
     from sharpkit.analysis.stability import stable_learning_rate as stable_learning_rate
+    from sharpkit.linalg.diagonal import diagonal as diagonal
+    from sharpkit.linalg.diagonal import frobenius_norm as frobenius_norm
     from sharpkit.linalg.lanczos import eigenpairs as eigenpairs
     from sharpkit.linalg.power import power_iteration as power_iteration
     from sharpkit.linalg.progress import Progress as Progress
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from sharpkit.linalg.results import Estimate as Estimate
     from sharpkit.linalg.results import SpectralDensity as SpectralDensity
     from sharpkit.linalg.slq import spectral_density as spectral_density
-    from sharpkit.linalg.trace import diagonal as diagonal
-    from sharpkit.linalg.trace import frobenius_norm as frobenius_norm
     from sharpkit.linalg.trace import trace as trace
     from sharpkit.objective import Objective as Objective
     from sharpkit.operators.algebra import as_operator as as_operator
@@ -66,12 +66,13 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
     "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
     "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
+    "sharpkit.linalg.diagonal": ("diagonal", "frobenius_norm"),
     "sharpkit.linalg.lanczos": ("eigenpairs",),
     "sharpkit.linalg.power": ("power_iteration",),
     "sharpkit.linalg.progress": ("Progress",),
     "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "SpectralDensity"),
     "sharpkit.linalg.slq": ("spectral_density",),
-    "sharpkit.linalg.trace": ("diagonal", "frobenius_norm", "trace"),
+    "sharpkit.linalg.trace": ("trace",),
     "sharpkit.objective": ("Objective",),
     "sharpkit.operators.algebra": ("as_operator",),
     "sharpkit.operators.base": ("SymmetricOperator",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from sharpkit.linalg.krylov import Array, KrylovSpace
 from sharpkit.operators.base import SymmetricOperator
 
 
-@lru_cache(maxsize=None)
+@cache
 def student_factor(count: int) -> float:
     """What widens the standard error of ``count`` samples so that two of it hold the usual 95 %."""
     from scipy.stats import norm, t
@@ -23,35 +23,47 @@ def student_factor(count: int) -> float:
 
 
 class DeflatedProbes:
-    """Samples of tr(P A P), each from one product, and the exact remainder tr(Q^T A Q).
+    """Samples of the part of tr A, or of ||A||_F^2, that a growing basis Q does not hold; one product each.
 
-    A probe keeps c = Q^T z and d = Q^T A z, so a larger basis needs no new product:
-    z^T P A P z = z^T A z - 2 c.d + c^T (Q^T A Q) c. The probes drawn before the basis grew are kept for that (two vectors each); those
-    drawn later are projected first and need not be.
+    A kept probe z stores c = Q^T z and d = Q^T A z, so that a larger basis needs no new product. With A Q_E = Q H,
+
+        tr A      = tr Q^T A Q + E z^T P A P z,   z^T P A P z = z^T A z - 2 c.d + c^T (Q^T A Q) c,
+        ||A||_F^2 = ||H||_F^2  + E ||A P z||^2,   ||A P z||^2 = ||A z||^2 - 2 d.H c + ||H c||^2.
+
+    Probes that are not kept are projected before they are multiplied; they belong to the basis they were drawn with.
+
+    Args:
+        squared: estimate ||A||_F^2 = tr A^2 instead of tr A.
     """
 
-    def __init__(self, operator: SymmetricOperator, generator: torch.Generator) -> None:
-        self.operator, self.generator = operator, generator
+    def __init__(self, operator: SymmetricOperator, generator: torch.Generator, *, squared: bool = False) -> None:
+        self.operator, self.generator, self.squared = operator, generator, squared
         self.space = KrylovSpace(operator)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._plain: list[float] = []
-        self._inside: list[list[float]] = []  # c of each kept probe, one entry per expanded vector
-        self._outside: list[list[float]] = []  # d of each kept probe
+        self._inner = np.zeros((0, 0, 2))  # (basis row, kept probe, c and d)
         self._late: list[float] = []
 
     def __len__(self) -> int:
         return len(self._plain) + len(self._late)
 
     @property
+    def num_kept(self) -> int:
+        """Probes that a growing basis can still use."""
+        return len(self._kept)
+
+    @property
     def known(self) -> float:
-        """tr Q^T A Q."""
-        return float(np.trace(self.space.projected())) if self.space.expanded else 0.0
+        """What the basis holds exactly."""
+        if not self.space.expanded:
+            return 0.0
+        return float((self.space.outward() ** 2).sum()) if self.squared else float(np.trace(self.space.projected()))
 
     def draw(self, *, keep: bool) -> None:
         """One more probe, one product.
 
         Args:
-            keep: hold on to the probe, because the basis will still grow; otherwise it is projected first.
+            keep: hold on to the probe, because the basis may still grow.
         """
         probe = self.operator.random_vectors(1, generator=self.generator, distribution="rademacher")[:, 0].to(self.space.dtype)
         if self.space.expanded and not keep:
@@ -60,7 +72,7 @@ class DeflatedProbes:
             inside[self.space.expanded] = coefficients[self.space.expanded]
             probe = probe - self.space.rows.combine(inside)
         product = self.operator.multiply(probe.to(self.operator.dtype)).to(self.space.dtype)
-        value = float(self.operator.dot(probe, product))
+        value = float(self.operator.dot(product if self.squared else probe, product))
         if not math.isfinite(value):
             raise NonFiniteError(f"a product with {self.operator!r} contains NaN or infinity; check the loss on this data")
         if not keep:
@@ -68,15 +80,13 @@ class DeflatedProbes:
             return
         self._plain.append(value)
         self._kept.append((probe, product.clone()))
-        c, d = (self.space.rows.coefficients(vector).cpu().double().numpy()[self.space.expanded].tolist() for vector in (probe, product))
-        self._inside.append(c)
-        self._outside.append(d)
+        inner = self.space.rows.coefficients(torch.stack([probe, product], dim=1)).cpu().double().numpy()
+        self._inner = np.concatenate([self._inner, inner[:, None, :]], axis=1)
 
     def deflate_one(self) -> None:
-        """Expand the pending Krylov vector: the basis grows by one."""
-        index = self.space.pending[0]
-        self.space.expand(index)
-        self._record(index)
+        """Expand the pending Krylov vector: the basis grows by one. Late probes, made for the smaller basis, are dropped."""
+        self.space.expand(self.space.pending[0])
+        self._record()
 
     def sketch_one(self) -> bool:
         """Add the direction A s of a random s, and expand it: two products; False where the space is exhausted."""
@@ -87,31 +97,35 @@ class DeflatedProbes:
             return False
         self.space.expand(known)
         self.space.forget_pending()
-        self._record(known)
+        self._record()
         return True
 
-    def _record(self, index: int) -> None:
-        if not self._kept:
+    def _record(self) -> None:
+        """Inner products of the kept probes with the basis vectors that are new."""
+        self._late = []
+        kept = len(self._kept)
+        if not kept:
+            self._inner = np.zeros((self.space.size, 0, 2))
             return
-        row = self.space.rows.row(index)
         pairs = torch.stack([vector for pair in self._kept for vector in pair], dim=1)
-        inner = self.operator.dot(row, pairs).cpu().double().numpy().reshape(-1, 2)
-        for c, d, (new_c, new_d) in zip(self._inside, self._outside, inner.tolist(), strict=True):
-            c.append(new_c)
-            d.append(new_d)
+        new = [
+            self.operator.dot(self.space.rows.row(index), pairs).cpu().double().numpy().reshape(1, kept, 2)
+            for index in range(len(self._inner), self.space.size)
+        ]
+        self._inner = np.concatenate([self._inner, *new])
 
     def samples(self) -> Array:
-        """z^T P A P z of every probe."""
+        """The samples of every probe, for the present basis."""
         early = np.array(self._plain)
-        if self.space.expanded and len(early):
-            c, d = np.array(self._inside), np.array(self._outside)
-            early = early - 2 * (c * d).sum(axis=1) + np.einsum("pi,ij,pj->p", c, self.space.projected(), c)
+        expanded = self.space.expanded
+        if expanded and len(early):
+            c, d = self._inner[expanded, :, 0], self._inner[..., 1]
+            if self.squared:
+                image = self.space.outward() @ c
+                early = early - 2 * (d * image).sum(axis=0) + (image**2).sum(axis=0)
+            else:
+                early = early - 2 * (c * d[expanded]).sum(axis=0) + (c * (self.space.projected() @ c)).sum(axis=0)
         return np.concatenate([early, self._late])
-
-    def release(self) -> None:
-        """The basis is final: turn the kept probes into numbers and free them."""
-        self._late = self.samples().tolist()
-        self._plain, self._kept, self._inside, self._outside = [], [], [], []
 
     def mean_and_spread(self) -> tuple[float, float]:
         """The trace estimate and the standard deviation of one probe."""

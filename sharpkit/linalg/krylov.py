@@ -229,6 +229,10 @@ class KrylovSpace:
         block = self._matrix[np.ix_(chosen, chosen)]
         return (block + block.T) / 2
 
+    def outward(self) -> Array:
+        """H: the products of the expanded vectors in the basis, (size, len(expanded))."""
+        return self._matrix[: self.size, self.expanded]
+
     def couplings(self) -> Array:
         """H[pending, E]: how the expanded vectors lead out of their span, (len(pending), len(expanded))."""
         return self._matrix[np.ix_(self.pending, self.expanded)]

@@ -74,7 +74,7 @@ def eigenpairs(
         True
     """
     operator = as_operator(operator)
-    _check_arguments(operator, k, which, tol, initial)
+    check_arguments(operator, k, which, tol, initial)
     budget = Budget(operator, max_matvecs=1000 + 50 * k if max_matvecs is None else max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(seed)
     space = KrylovSpace(operator, offload=offload)
@@ -85,7 +85,7 @@ def eigenpairs(
     return search.result(budget, outcome)
 
 
-def _check_arguments(operator: SymmetricOperator, k: int, which: str, tol: float, initial: Tensor | None) -> None:
+def check_arguments(operator: SymmetricOperator, k: int, which: str, tol: float, initial: Tensor | None) -> None:
     n = operator.size
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an integer, got {type(k).__name__}")

@@ -1,0 +1,172 @@
+"""The diagonal and the Frobenius norm from random probes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit.linalg.adaptive import AdaptiveEstimate, Tolerance
+from sharpkit.linalg.deflation import student_factor
+from sharpkit.linalg.krylov import KrylovSpace
+from sharpkit.linalg.progress import Budget, ProgressCallback
+from sharpkit.linalg.results import SCHEMA_VERSION, Estimate
+from sharpkit.operators.algebra import as_operator
+from sharpkit.operators.base import SymmetricOperator
+
+_DEFAULT_MATVECS = 2000
+
+
+@dataclass(frozen=True)
+class DiagonalEstimate:
+    """The diagonal of a matrix with a standard error for each entry.
+
+    Attributes:
+        value: (n,) on the operator's device.
+        stderr: (n,) one standard error of each entry; 0 where it is exact to rounding.
+        num_matvecs: products spent.
+        seconds: wall time spent.
+        converged: False where a budget ended it before all probes were done.
+    """
+
+    value: Tensor = field(repr=False)
+    stderr: Tensor = field(repr=False)
+    num_matvecs: int
+    seconds: float = 0.0
+    converged: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists and numbers, JSON-ready."""
+        return {
+            "kind": "diagonal", "version": SCHEMA_VERSION, "value": self.value.tolist(), "stderr": self.stderr.tolist(),
+            "num_matvecs": self.num_matvecs, "seconds": self.seconds, "converged": self.converged,
+        }
+
+
+def diagonal(
+    operator: Any, *, num_probes: int = 100, seed: int = 0, max_matvecs: int | None = None, max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
+) -> DiagonalEstimate:
+    """The diagonal of A as the mean of z * (A z) over Rademacher probes z.
+
+    The variance of entry i is sum_{j != i} A_ij^2: a diagonal matrix is exact after one probe. With ``num_probes`` >= n an orthonormal
+    basis takes the probes' place and the result is exact.
+
+    Args:
+        operator: anything :func:`sharpkit.as_operator` takes.
+        num_probes: products to spend, at least 2.
+        seed: of the probes.
+        max_matvecs: product budget.
+        max_seconds: time budget in seconds.
+        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+
+    Raises:
+        ValueError: fewer than two probes.
+        NonFiniteError: a product is not finite.
+
+    References:
+        Bekas, Kokiopoulou and Saad, "An estimator for the diagonal of a matrix" (2007).
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> sk.diagonal(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).value.round(decimals=4).tolist()
+        [2.0, 3.0]
+    """
+    operator = as_operator(operator)
+    if num_probes < 2:
+        raise ValueError(f"num_probes must be at least 2, so that the spread gives an error; got {num_probes}")
+    budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
+    generator = torch.Generator().manual_seed(seed)
+    if num_probes >= operator.size and budget.allows(operator.size):
+        exact = _exact_diagonal(operator, generator, budget)
+        if exact is not None:
+            return exact
+    mean = squares = None
+    done = 0
+    while done < num_probes and budget.allows():
+        probe = operator.random_vectors(1, generator=generator, distribution="rademacher")[:, 0]
+        sample = operator @ probe * probe
+        done += 1
+        if mean is None or squares is None:
+            mean, squares = sample.clone(), torch.zeros_like(sample)
+        else:  # Welford's recurrence
+            change = sample - mean
+            mean += change / done
+            squares += change * (sample - mean)
+        budget.report(num_probes, "diagonal")
+    if mean is None or squares is None:
+        raise ValueError("the time budget ended before the first product: raise max_seconds")
+    stderr = (squares / max(1, done - 1) / done).sqrt() * student_factor(done) if done > 1 else torch.full_like(mean, math.inf)
+    if done < num_probes:
+        warnings.warn(f"the budget ended after {done} of {num_probes} probes: see stderr", ConvergenceWarning, stacklevel=2)
+    return DiagonalEstimate(mean, stderr, budget.num_matvecs, budget.seconds, done == num_probes)
+
+
+def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, budget: Budget) -> DiagonalEstimate | None:
+    """diag(A) = sum_i q_i * (A q_i) over any orthonormal basis."""
+    space = KrylovSpace(operator)
+    while not space.is_complete:
+        if not space.add_random(generator):
+            return None
+    total = None
+    for index in range(space.size):
+        if not budget.allows():
+            return None
+        vector = space.rows.row(index)
+        term = vector * (operator @ vector.to(operator.dtype)).to(vector.dtype)
+        total = term if total is None else total + term
+        budget.report(operator.size, "diagonal, exact")
+    if total is None:
+        return None
+    value = total.to(operator.dtype)
+    return DiagonalEstimate(value, torch.zeros_like(value), budget.num_matvecs, budget.seconds)
+
+
+def frobenius_norm(
+    operator: Any, *, rtol: float = 0.01, seed: int = 0, max_matvecs: int | None = None, max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
+) -> Estimate:
+    """||A||_F to a relative standard error of ``rtol``.
+
+    E ||A z||^2 = ||A||_F^2 for random z. Where few probes do not settle it, a Krylov basis Q takes the leading eigenvalues out exactly:
+    ||A||_F^2 = ||A Q||_F^2 + E ||A P z||^2 with P = 1 - Q Q^T, as in :func:`sharpkit.trace`.
+
+    Args:
+        operator: anything :func:`sharpkit.as_operator` takes.
+        rtol: asked relative standard error of the norm.
+        seed: of the probes.
+        max_matvecs: product budget; by default 2000.
+        max_seconds: time budget in seconds.
+        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+
+    Raises:
+        ValueError: rtol not positive.
+        NonFiniteError: a product is not finite.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> round(float(sk.frobenius_norm(torch.diag(torch.tensor([3.0, 4.0])))), 4)
+        5.0
+    """
+    operator = as_operator(operator)
+    if not rtol > 0:
+        raise ValueError(f"rtol must be positive, got {rtol}")
+    budget = Budget(operator, max_matvecs=max_matvecs or _DEFAULT_MATVECS, max_seconds=max_seconds, callback=callback)
+    limit = max_matvecs or _DEFAULT_MATVECS
+    run = AdaptiveEstimate(operator, Tolerance(2 * rtol), budget, seed=seed, limit=limit, squared=True)
+    squared, stderr, how = run.estimate("auto")
+    norm = math.sqrt(max(squared, 0.0))
+    error = stderr / (2 * norm) if norm > 0 else (0.0 if stderr == 0 else math.sqrt(stderr))
+    converged = error <= rtol * norm
+    if not converged:
+        warnings.warn(
+            f"||A||_F = {norm:.4g} has a standard error of {error:.2g} after {budget.num_matvecs} products, {rtol * norm:.2g} was asked: "
+            "raise max_matvecs or rtol.", ConvergenceWarning, stacklevel=2,
+        )
+    return Estimate(norm, error, budget.num_matvecs, budget.seconds, how, converged)
+

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from sharpkit._errors import NonDeterministicError, ObjectiveError
 
@@ -18,19 +22,35 @@ Batch = Any
 _HOW_TO_FIX = "Pass one batch, a list of batches (list(loader) fixes what was drawn), or a DataLoader(shuffle=False)"
 
 
-def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
-    """The same nesting with ``function`` applied to every tensor; what is not a tensor stays."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(function, x) for x in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(function, x) for x in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return dataclasses.replace(batch, **{f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init})
-    return batch
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch, *, other: Callable[[Any], Any] = lambda leaf: leaf) -> Batch:
+    """The same nesting with ``function`` applied to every tensor and ``other`` to every other leaf."""
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return function(part)
+        if isinstance(part, PackedSequence):  # a named tuple whose fields belong together
+            return other(part)
+        if isinstance(part, Mapping):
+            return _like(part, {key: walk(value) for key, value in part.items()})
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*(walk(x) for x in part))
+        if isinstance(part, (tuple, list)):
+            return type(part)(walk(x) for x in part)
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            return dataclasses.replace(part, **{f.name: walk(getattr(part, f.name)) for f in dataclasses.fields(part) if f.init})
+        return other(part)
+
+    return walk(batch)
+
+
+def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The items in the mapping's own type where that can be copied (a closure may read ``batch.input_ids``), else a dict."""
+    if type(mapping) is dict or not isinstance(mapping, (dict, UserDict)):
+        return items
+    twin = copy.copy(mapping)
+    for key, value in items.items():
+        twin[key] = value
+    return twin
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -42,9 +62,12 @@ def tensors_of(batch: Batch) -> list[Tensor]:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device; objects with their own ``.to(device)`` (packed sequences, graphs) are asked to move."""
-    if not tensors_of(batch) and not isinstance(batch, (Mapping, tuple, list)) and hasattr(batch, "to"):
-        return batch.to(device)
-    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
+
+    def move(t: Tensor) -> Tensor:
+        moved = t.to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() else moved  # made under inference_mode, it could not be saved for a backward pass
+
+    return map_tensors(move, batch, other=lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
 
 
 def batch_length(batch: Batch) -> int | None:
@@ -53,18 +76,31 @@ def batch_length(batch: Batch) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples ``start:stop`` of every tensor that has a leading dimension."""
-    return map_tensors(lambda t: t[start:stop] if t.ndim > 0 else t, batch)
+def slice_batch(batch: Batch, start: int, stop: int, *, length: int) -> Batch:
+    """Samples ``start:stop`` of every tensor whose leading dimension is the batch's ``length``."""
+    return map_tensors(lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == length else t, batch)
 
 
 def fingerprint(batch: Batch) -> str:
-    """A digest of every value in the batch."""
+    """A digest of every tensor, array, string and number in the batch."""
     digest = hashlib.blake2b(digest_size=16)
-    for t in tensors_of(batch):
+
+    def add_tensor(t: Tensor) -> Tensor:
         plain = t.detach().cpu().contiguous()
         digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+        return t
+
+    def add_other(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            add_tensor(leaf.data)
+        elif isinstance(leaf, np.ndarray):
+            digest.update(f"{leaf.shape}{leaf.dtype}".encode() + leaf.tobytes())
+        elif isinstance(leaf, (str, bytes, int, float)):
+            digest.update(repr(leaf).encode())
+        return leaf
+
+    map_tensors(add_tensor, batch, other=add_other)
     return digest.hexdigest()
 
 
@@ -105,8 +141,8 @@ class BatchSource:
         for index, (batch, before) in enumerate(zip(self, first_pass, strict=False)):
             if fingerprint(batch) != before:
                 raise NonDeterministicError(
-                    f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product would be with a "
-                    f"different matrix. {_HOW_TO_FIX} without random augmentation"
+                    f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product would be with "
+                    f"a different matrix. {_HOW_TO_FIX} without random augmentation"
                 )
 
 
@@ -119,13 +155,13 @@ def _is_batch(data: Any, pair: bool) -> bool:
 
 
 def _check_reiterable(data: Any) -> None:
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(f"data is a {type(data).__name__}, which gives single samples, not batches: pass DataLoader(dataset, batch_size=...)")
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a batch, a list of batches or a re-iterable loader, got {type(data).__name__}")
-    if iter(data) is data:
-        raise ObjectiveError(f"data is a {type(data).__name__}, which can be gone through only once; every product needs a pass. {_HOW_TO_FIX}")
+    if isinstance(data, Iterator):
+        raise ObjectiveError(f"data is a {type(data).__name__}, which can be gone through only once, but every product needs a pass. {_HOW_TO_FIX}")
     if isinstance(data, DataLoader):
         samplers = (data.sampler, getattr(data.batch_sampler, "sampler", None))
         if any(isinstance(s, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) for s in samplers):
             raise NonDeterministicError(f"the DataLoader shuffles, so every pass would be over other batches. {_HOW_TO_FIX}")
-        if isinstance(data.dataset, Sized) and not isinstance(data.dataset, IterableDataset) and len(data.dataset) == 0:
-            raise ObjectiveError("the DataLoader's dataset is empty")

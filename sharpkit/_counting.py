@@ -1,13 +1,12 @@
 """How a loss averages: mean or sum, and over what. A batch must weigh what it counts, or uneven batches give wrong numbers.
 
-Known losses say it themselves. For any other, the additivity of the loss is tried out on one batch split in two: a mean over counted targets obeys
-c L = c_a L_a + c_b L_b for the right counts c, a sum obeys L = L_a + L_b.
+Known losses say it themselves. For any other, the additivity of the loss is tried out on one batch split in two: a mean over counted
+targets obeys c L = c_a L_a + c_b L_b for the right counts c, a sum obeys L = L_a + L_b.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,9 @@ from sharpkit._batches import Batch, batch_length, tensors_of
 CountFunction = Callable[[Batch], float]
 
 _MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.CrossEntropyLoss: F.cross_entropy, nn.NLLLoss: F.nll_loss, nn.MSELoss: F.mse_loss, nn.L1Loss: F.l1_loss, nn.SmoothL1Loss: F.smooth_l1_loss,
-    nn.HuberLoss: F.huber_loss, nn.BCELoss: F.binary_cross_entropy, nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.CrossEntropyLoss: F.cross_entropy, nn.NLLLoss: F.nll_loss, nn.MSELoss: F.mse_loss, nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss, nn.HuberLoss: F.huber_loss, nn.BCELoss: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
 _FUNCTIONS = set(_MODULES.values())
 _LABELLED = (F.cross_entropy, F.nll_loss)
@@ -37,12 +37,14 @@ class KnownLoss:
         reduction: ``"mean"`` or ``"sum"``.
         weight: class weights, (C,), or None.
         ignore_index: the label that does not count.
+        label_smoothing: of cross-entropy.
     """
 
     function: Callable[..., Tensor]
     reduction: str
     weight: Tensor | None = None
     ignore_index: int = -100
+    label_smoothing: float = 0.0
 
     @property
     def labelled(self) -> bool:
@@ -56,7 +58,7 @@ class KnownLoss:
         if target.is_floating_point():
             return float(target.numel() / target.shape[1 if target.ndim > 1 else 0])
         counted = target[target != self.ignore_index]
-        return float(counted.numel() if self.weight is None else self.weight.to(target.device)[counted].sum())
+        return float(counted.numel() if self.weight is None else self.weight.to(target.device)[counted].double().sum())
 
 
 def recognise_loss(loss: Callable[..., Tensor]) -> KnownLoss | None:
@@ -65,16 +67,15 @@ def recognise_loss(loss: Callable[..., Tensor]) -> KnownLoss | None:
     if isinstance(loss, functools.partial) and not loss.args:
         settings, loss = dict(loss.keywords), loss.func
     if type(loss) in _MODULES:
-        module: Any = loss
-        settings = {"reduction": module.reduction, "weight": getattr(module, "weight", None), "ignore_index": getattr(module, "ignore_index", -100)}
+        settings = {name: getattr(loss, name) for name in ("reduction", "weight", "ignore_index", "label_smoothing") if hasattr(loss, name)}
         loss = _MODULES[type(loss)]
-    if loss not in _FUNCTIONS:
+    if loss not in _FUNCTIONS or "size_average" in settings or "reduce" in settings:
         return None
     if settings.get("weight") is not None and loss not in _LABELLED:
         return None
     reduction = settings.get("reduction", "mean")
     weight = settings.get("weight")
-    return KnownLoss(loss, reduction, weight, settings.get("ignore_index", -100))
+    return KnownLoss(loss, reduction, weight, settings.get("ignore_index", -100), settings.get("label_smoothing", 0.0))
 
 
 def candidate_counts(batch: Batch, known: KnownLoss | None, pair: bool) -> dict[str, float]:
@@ -128,7 +129,7 @@ def _find_target(batch: Batch, pair: bool) -> Tensor | None:
     return None
 
 
-def additive(whole: float, parts: tuple[float, float], counts: tuple[float, float] | None, rtol: float) -> bool:
+def additive(whole: float, parts: tuple[float, float], counts: tuple[float, float] | None, *, rtol: float, atol: float = 0.0) -> bool:
     """Whether the loss of a batch is the (weighted) sum of its parts' losses.
 
     Args:
@@ -136,21 +137,20 @@ def additive(whole: float, parts: tuple[float, float], counts: tuple[float, floa
         parts: losses of its two parts.
         counts: what the parts count, for a mean; None for a sum.
         rtol: rounding of one loss, relative.
+        atol: rounding of one loss, absolute: a small loss is a difference of larger logits.
     """
     scale = max(abs(whole), abs(parts[0]), abs(parts[1]))
     if counts is None:
-        return abs(whole - sum(parts)) <= rtol * 2 * scale
+        return abs(whole - sum(parts)) <= 2 * (rtol * scale + atol)
     total = sum(counts)
-    return total > 0 and abs(whole - (counts[0] * parts[0] + counts[1] * parts[1]) / total) <= rtol * scale
-
-
-def describe_loss(loss: Callable[..., Any]) -> str:
-    """A short name for messages."""
-    if isinstance(loss, functools.partial):
-        return f"partial({describe_loss(loss.func)})"
-    return loss.__name__ if inspect.isroutine(loss) else type(loss).__name__
+    return total > 0 and abs(whole - (counts[0] * parts[0] + counts[1] * parts[1]) / total) <= rtol * scale + atol
 
 
 def machine_rtol(dtype: torch.dtype) -> float:
-    """Relative rounding to allow in a loss computed in this type."""
-    return {torch.float64: 1e-9, torch.float32: 3e-5}.get(dtype, 2e-2)
+    """Relative rounding to allow in a loss of this type; in float64 for layers that compute in float32 all the same (RMSNorm)."""
+    return {torch.float64: 1e-6, torch.float32: 3e-5}.get(dtype, 2e-2)
+
+
+def machine_atol(dtype: torch.dtype) -> float:
+    """Absolute rounding to allow in a loss of this type, from logits of some tens."""
+    return {torch.float64: 1e-12, torch.float32: 3e-6}.get(dtype, 1e-2)

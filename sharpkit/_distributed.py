@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sharpkit._errors import SharpkitError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class Ranks:
             return numbers
         return [float(x) for x in self.sum_(torch.tensor(numbers, dtype=torch.float64, device=self._device(device)))]
 
+    def gather(self, item: Any) -> list[Any]:
+        """Every process's item, in the order of ranks, on every process."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Overwrite with the first process's values, in place."""
         if self.size > 1:
@@ -49,6 +60,17 @@ class Ranks:
         if self.size == 1:
             return value
         return float(self.broadcast_(torch.tensor([value], dtype=torch.float64, device=self._device(device))))
+
+    def run_together(self, work: Callable[[], T], *, device: torch.device) -> T:
+        """Do this process's share; when it fails on one, raise on all. No collectives inside ``work``."""
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except Exception as exception:
+            error = exception
+        self.raise_together(error, device=device)
+        return result  # type: ignore[no-any-return]
 
     def raise_together(self, error: Exception | None, *, device: torch.device) -> None:
         """Raise on every process when one failed, so that none waits for ever in the next collective.
@@ -62,7 +84,8 @@ class Ranks:
             failed[self.rank] = error is not None
             others = self.sum_(failed).nonzero().flatten().tolist()
             if error is None and others:
-                raise SharpkitError(f"the measurement failed on rank {others}, see the error there; this is rank {self.rank} of {self.size}")
+                where = ", ".join(map(str, others))
+                raise SharpkitError(f"the measurement failed on rank {where}: see the error there; this is rank {self.rank} of {self.size}")
         if error is not None:
             raise error
 

@@ -25,23 +25,56 @@ def unwrap(model: nn.Module) -> nn.Module:
         UnsupportedError: fully sharded (FSDP) models.
     """
     while True:
-        if type(model).__name__ == "FullyShardedDataParallel":
-            raise UnsupportedError("a FullyShardedDataParallel model cannot be differentiated twice: gather it into plain tensors and measure that copy")
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
+            _check_parts(model)
             return model
+
+
+def _check_parts(model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        where = f"the model's part {name!r}" if name else "the model"
+        if type(part).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedError(
+                f"{where} is FullyShardedDataParallel, through which second derivatives fail: gather the parameters into a plain copy of the model "
+                "(a full state dict) and measure that"
+            )
+        if isinstance(part, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise UnsupportedError(
+                f"{where} is wrapped in {type(part).__name__}, through which second derivatives are silently wrong: wrap the whole model instead, or "
+                "pass the model with that part unwrapped (.module)"
+            )
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed every generator that a model may draw from; to be called under :func:`undisturbed`, which puts their states back.
+
+    Unlike ``torch.manual_seed`` it leaves no seed behind for a CUDA context that does not exist yet.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (user code draws from it)
+
+
+def random_fingerprint(device: torch.device) -> tuple[object, ...]:
+    """Equal before and after a computation that drew no random numbers."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    return (*(s.numpy().tobytes() for s in states), random.getstate(), legacy[1].tobytes(), legacy[2:])
 
 
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
     """Run a measurement on a model without leaving a trace.
 
-    Inside: gradients are on, autocast is off, attention uses the math kernel (the only one that can be differentiated twice), compiled code
-    runs eagerly, parameter hooks are silent, ``.grad`` is empty, buffers are copies. After, also after an exception: training flags, buffers,
-    gradients, hooks and random states are those found, the very same objects.
+    Inside: gradients are on, autocast is off, attention uses the math kernel (the only one that can be differentiated twice), compiled
+    code runs eagerly, parameter hooks are silent, ``.grad`` is empty, buffers are copies. After, also after an exception: training flags,
+    buffers, gradients, hooks and random states are those found, the very same objects.
 
     Args:
         model: unwrapped.
@@ -67,7 +100,7 @@ def undisturbed(model: nn.Module, *, training: bool, generators: Iterable[torch.
 def _random_states_kept(model: nn.Module, generators: Iterable[torch.Generator]) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
-    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     own = [(g, g.get_state()) for g in generators]
     try:
         yield
@@ -76,7 +109,7 @@ def _random_states_kept(model: nn.Module, generators: Iterable[torch.Generator])
         for d, state in cuda:
             torch.cuda.set_rng_state(state, d)
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
         for g, state in own:
             g.set_state(state)
 
@@ -85,7 +118,7 @@ def _random_states_kept(model: nn.Module, generators: Iterable[torch.Generator])
 def _module_state_kept(model: nn.Module, training: bool) -> Iterator[None]:
     modules = list(model.modules())
     flags = [m.training for m in modules]
-    buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    buffers = [dict(m._buffers) for m in modules]
     params = list(model.parameters())
     grads = [p.grad for p in params]
     hooks = [p._backward_hooks for p in params]
@@ -93,8 +126,10 @@ def _module_state_kept(model: nn.Module, training: bool) -> Iterator[None]:
     try:
         for m in modules:
             m.training = training
-        for m, name, b in buffers:
-            m._buffers[name] = copies.setdefault(id(b), b.detach().clone())
+        for m, own in zip(modules, buffers, strict=True):
+            for name, b in own.items():
+                if b is not None:
+                    m._buffers[name] = copies[id(b)] = copies[id(b)] if id(b) in copies else b.detach().clone()
         for p in params:
             p.grad = None
             p._backward_hooks = None
@@ -102,12 +137,12 @@ def _module_state_kept(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for m, flag in zip(modules, flags, strict=True):
             m.training = flag
-        for m, name, b in buffers:
-            m._buffers[name] = b
+        for m, own in zip(modules, buffers, strict=True):
+            m._buffers.clear()
+            m._buffers.update(own)
         for p, grad, hook in zip(params, grads, hooks, strict=True):
             p.grad = grad
-            if hook is not None:
-                p._backward_hooks = hook
+            p._backward_hooks = hook
 
 
 def loader_generators(data: Any) -> list[torch.Generator]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _saved_names: dict[type, list[str]] = {}
 
@@ -51,6 +52,17 @@ def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) ->
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     sizes: dict[int, int] = {}
+    with _NoRecomputation():
+        for node in graph_nodes(outputs):
+            for t in _saved_tensors(node):
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in known:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def graph_nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph behind ``outputs``, once."""
     pending: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]
     visited: set[Any] = set()
     while pending:
@@ -59,17 +71,25 @@ def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) ->
             continue
         visited.add(node)
         pending.extend(parent for parent, _ in node.next_functions)
-        for t in _saved_tensors(node):
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in known:
-                sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+        yield node
+
+
+class _Recomputed(RuntimeError):
+    """A saved tensor turned out not to be stored but computed on demand."""
+
+
+class _NoRecomputation(TorchDispatchMode):
+    """Reading a stored tensor runs no operation; reading a checkpointed or offloaded one would run a forward pass or a copy: stop it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _Recomputed
 
 
 def _saved_tensors(node: Any) -> Iterable[Tensor]:
     kind = type(node)
     if kind not in _saved_names:
-        _saved_names[kind] = [name for name in dir(node) if name.startswith("_saved_")] + (["saved_tensors"] if hasattr(kind, "saved_tensors") else [])
+        custom = ["saved_tensors"] if hasattr(kind, "saved_tensors") else []
+        _saved_names[kind] = [name for name in dir(node) if name.startswith("_saved_")] + custom
     for name in _saved_names[kind]:
         try:
             saved = getattr(node, name)
@@ -84,7 +104,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("can't allocate memory", "not enough memory", "out of memory"))
+    signs = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def human_bytes(number: float) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from sharpkit._errors import UnsupportedError
+from sharpkit._errors import ObjectiveError, UnsupportedError
 
 ParamSelector = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 
@@ -81,6 +81,24 @@ class ParamLayout:
             start += size
         return torch.cat(chunks).to(self.device)
 
+    def check_live(self, model: nn.Module) -> None:
+        """Make sure that these are still the model's own trainable parameters.
+
+        Raises:
+            ObjectiveError: one was replaced, frozen, or changed its type.
+        """
+        present = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+        for name, p in zip(self.names, self.params, strict=True):
+            if present.get(name) is not p:
+                cause = "is no longer part of the model: it was replaced, as load_state_dict(..., assign=True) does"
+            elif not p.requires_grad:
+                cause = "was frozen (requires_grad=False)"
+            elif torch.promote_types(self.dtype, p.dtype) != self.dtype:
+                cause = f"is now {p.dtype}"
+            else:
+                continue
+            raise ObjectiveError(f"parameter {name!r} {cause} after the objective was made: make a new Objective")
+
     def layers(self) -> dict[str, list[str]]:
         """Parameter names grouped by the module that owns them."""
         groups: dict[str, list[str]] = {}
@@ -97,14 +115,21 @@ def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayo
         selector: None for all; a shell pattern such as ``"blocks.*.attn.*"``, several of them, or a predicate (name, parameter) -> bool.
 
     Raises:
-        ValueError: nothing is left, or a picked parameter is complex or not yet initialised.
+        ValueError: nothing is left, a pattern matches nothing, or a picked parameter is complex or not yet initialised.
+        TypeError: the selector is none of these.
         UnsupportedError: parameters are sharded tensors.
     """
+    selector = _checked_selector(selector)
     everything = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+    for name, p in everything:
+        _check_not_sharded(name, p)
     chosen = [(name, p) for name, p in everything if _matches(selector, name, p)]
+    shown = (", ".join(name for name, _ in everything[:8]) or "none at all") + (" ..." if len(everything) > 8 else "")
+    for pattern in selector if isinstance(selector, tuple) else ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in everything):
+            raise ValueError(f"params={pattern!r} picks no parameter; the model's parameters are: {shown}")
     if not chosen:
-        shown = ", ".join(name for name, _ in everything[:8]) or "none at all"
-        raise ValueError(f"params={selector!r} picks no parameter; the model's parameters are: {shown}{' ...' if len(everything) > 8 else ''}")
+        raise ValueError("the model has no parameters" if selector is None else f"params= picks none of the model's parameters: {shown}")
     trainable = [(name, p) for name, p in chosen if p.requires_grad]
     if not trainable:
         kinds = sorted({str(p.dtype) for _, p in chosen if not p.is_floating_point()})
@@ -115,25 +140,42 @@ def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayo
     return ParamLayout(tuple(name for name, _ in trainable), tuple(p for _, p in trainable))
 
 
-def _matches(selector: ParamSelector, name: str, param: Tensor) -> bool:
+def _checked_selector(selector: ParamSelector) -> tuple[str, ...] | Callable[[str, Tensor], bool] | None:
+    if selector is None or callable(selector):
+        return selector
+    patterns = (selector,) if isinstance(selector, str) else tuple(selector) if isinstance(selector, Iterable) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        came = type(selector).__name__ if patterns is None else f"a {type(selector).__name__} of {type(patterns[0]).__name__}"
+        raise TypeError(
+            f"params must be a name pattern such as 'blocks.*.attn.*', several of them, or a predicate (name, parameter) -> bool, got {came}. "
+            "For given tensors: params=lambda name, p: any(p is q for q in wanted)"
+        )
+    return patterns
+
+
+def _matches(selector: tuple[str, ...] | Callable[[str, Tensor], bool] | None, name: str, param: Tensor) -> bool:
     if selector is None:
         return True
-    if isinstance(selector, str):
-        return fnmatch.fnmatchcase(name, selector)
-    if callable(selector):
-        return bool(selector(name, param))
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in selector)
+    if isinstance(selector, tuple):
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in selector)
+    return bool(selector(name, param))
+
+
+def _check_not_sharded(name: str, param: Tensor) -> None:
+    if any(type(t).__name__ in ("DTensor", "FlatParameter") for t in (param, param.data)):
+        raise UnsupportedError(
+            f"parameter {name!r} is sharded over processes (FSDP or tensor parallel), where second derivatives are silently wrong or fail. "
+            "Gather the model into plain tensors (full_tensor(), or a full state dict) and measure that copy"
+        )
 
 
 def _check_param(name: str, param: nn.Parameter) -> None:
     if isinstance(param, nn.parameter.UninitializedParameter):
         raise ValueError(f"parameter {name!r} of a lazy module has no shape yet: run one forward pass first")
     if param.is_complex():
-        raise ValueError(f"parameter {name!r} is complex; curvature here is of real parameters: store its real and imaginary parts, or leave it out by params=")
-    if type(param.data).__name__ == "DTensor" or type(param).__name__ in ("DTensor", "FlatParameter"):
-        raise UnsupportedError(
-            f"parameter {name!r} is sharded over processes (FSDP or tensor parallel), where second derivatives are silently wrong or fail. "
-            "Gather the model into plain tensors (full_tensor(), or a full state dict) and measure that copy."
+        raise ValueError(
+            f"parameter {name!r} is complex, and curvature here is of real parameters: store its real and imaginary parts as two parameters, or "
+            "leave it out by params="
         )
     if param.is_inference():
-        raise ValueError(f"parameter {name!r} was made under torch.inference_mode() and can never have a gradient: build the model outside it")
+        raise ValueError(f"parameter {name!r} was made under torch.inference_mode() and can have no gradient: build the model outside it")

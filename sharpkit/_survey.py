@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sharpkit._batches import Batch, BatchSource, fingerprint, slice_batch
-from sharpkit._counting import KnownLoss, additive, machine_rtol, samples_in
+from sharpkit._counting import KnownLoss, additive, machine_atol, machine_rtol, samples_in
 from sharpkit._distributed import Ranks
-from sharpkit._errors import NonDeterministicError, ObjectiveError, ObjectiveWarning
+from sharpkit._errors import NonDeterministicError, ObjectiveError
+from sharpkit._verdict import Opinion, Rule, decide
 
-_SUM = "sum"
 _MAX_TRIALS = 5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How the survey evaluates and counts.
+
+    Attributes:
+        count: what a batch may count, by rule, the likeliest first.
+        loss: (batch, number) -> loss in eval mode, for trying out additivity.
+        loss_in_mode: (batch, number) -> loss in the mode to measure in, and whether random numbers were drawn.
+        known: the standard loss behind it all, if it is one.
+        given_count: ``count`` is the user's own.
+        pair: batches are (input, target).
+        check: whether to evaluate at all.
+        draws: whether random numbers are to be expected, if not evaluated.
+        parameters: their number and a checksum of their values.
+    """
+
+    count: Callable[[Batch], dict[str, float]]
+    loss: Callable[[Batch, int], Tensor]
+    loss_in_mode: Callable[[Batch, int], tuple[Tensor, bool]]
+    known: KnownLoss | None
+    given_count: bool
+    pair: bool
+    check: bool
+    draws: bool
+    parameters: tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -27,6 +54,7 @@ class Survey:
         reduction: ``"mean"`` or ``"sum"``.
         rule: what is counted, in words.
         additive: whether the loss falls apart into samples.
+        draws: whether the loss draws random numbers.
         total: counts over all processes.
         num_samples: samples over all processes.
     """
@@ -36,20 +64,114 @@ class Survey:
     reduction: str
     rule: str
     additive: bool
-    total: float = 0.0
-    num_samples: int = 0
+    draws: bool
+    total: float
+    num_samples: int
 
-    def over(self, ranks: Ranks, device: torch.device) -> Survey:
-        """With the totals of all processes filled in.
 
-        Raises:
-            ObjectiveError: nothing counts anywhere.
-        """
-        local = [float(sum(self.counts)), float(sum(self.lengths))]
-        total, samples = ranks.sum_numbers(local, device=device)
-        if total <= 0:
-            raise ObjectiveError("the data holds nothing that counts: no batches, only empty ones, or all targets masked (ignore_index)")
-        return replace(self, total=total, num_samples=int(samples))
+@dataclass(frozen=True)
+class Look:
+    """What one process saw: per batch counts by rule and samples, and its opinion on how the loss averages."""
+
+    rows: tuple[dict[str, float], ...]
+    lengths: tuple[int, ...]
+    opinion: Opinion
+
+
+def look_at(source: BatchSource, probe: Probe, *, reduction: str) -> Look:
+    """Go through this process's data once.
+
+    Args:
+        source: the batches.
+        probe: how to count and evaluate.
+        reduction: ``"auto"``, ``"mean"`` or ``"sum"``.
+    """
+    _check_reduction(probe.known, reduction)
+    rows, lengths, marks = [], [], []
+    shown: list[tuple[int, Batch]] = []
+    for index, batch in enumerate(source):
+        if probe.pair and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            came = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            raise TypeError(
+                f"with loss=, batches are (input, target), but batch {index} is a {came}: pass closure=lambda model, batch: ... instead, or a "
+                "list of (input, target) batches"
+            )
+        row = probe.count(batch)
+        if min(row.values()) < 0:
+            raise ValueError(f"count(batch) returned {min(row.values())} for batch {index}; it must not be negative")
+        rows.append(row)
+        lengths.append(samples_in(batch, probe.pair))
+        if source.is_loader and index < 2:
+            marks.append(fingerprint(batch))
+        if min(row.values()) > 0 and (not shown or (len(shown) < _MAX_TRIALS and _cut(batch, probe)[1] > 0)):
+            shown.append((index, batch))
+    source.check_repeatable(marks)
+    rules = [rule for rule in (rows[0] if rows else {}) if all(rule in row for row in rows)]
+    if rows and not rules:
+        rules, rows = ["batches"], [{"batches": 1.0} for _ in rows]
+    draws = probe.draws
+    if probe.check:
+        draws = _check_repeats(shown[0], probe.loss_in_mode) if shown else False
+    possible, tried, fits = _try_rules(shown, probe, rules, reduction)
+    totals = {rule: sum(row[rule] for row in rows) for rule in rules}
+    opinion = Opinion(
+        tuple(rules), possible, fits, tried, draws, sum(any(row.values()) for row in rows), sum(lengths), totals, _ratios(rows, rules),
+        probe.parameters,
+    )
+    return Look(tuple(rows), tuple(lengths), opinion)
+
+
+def conclude(look: Look, ranks: Ranks, *, probe: Probe, reduction: str) -> Survey:
+    """Settle with the other processes how the loss averages, and what all batches count together.
+
+    Raises:
+        ObjectiveError: nothing counts anywhere, the processes disagree, or the weights of batches are unknown.
+    """
+    opinions = ranks.gather(look.opinion)
+    verdict = decide(opinions, reduction=reduction, given_count=probe.given_count, check=probe.check)
+    return Survey(
+        tuple(row.get(verdict.rule, 0.0) for row in look.rows), look.lengths, verdict.reduction, verdict.rule, verdict.additive,
+        any(o.draws for o in opinions), sum(o.totals.get(verdict.rule, 0.0) for o in opinions), sum(o.num_samples for o in opinions),
+    )
+
+
+def _check_reduction(known: KnownLoss | None, asked: str) -> None:
+    if known is None:
+        return
+    if known.reduction not in ("mean", "sum"):
+        raise ObjectiveError(f"the loss has reduction={known.reduction!r} and returns one number per target: use reduction='mean'")
+    if asked not in ("auto", known.reduction):
+        raise ValueError(f"reduction={asked!r} was asked for, but the loss itself has reduction={known.reduction!r}: make them the same")
+
+
+def _check_repeats(shown: tuple[int, Batch], loss_in_mode: Callable[[Batch, int], tuple[Tensor, bool]]) -> bool:
+    """Evaluate a batch twice; whether random numbers were drawn."""
+    index, batch = shown
+    (first, draws), (again, _) = loss_in_mode(batch, index), loss_in_mode(batch, index)
+    a, b = float(first), float(again)
+    if abs(a - b) > machine_rtol(first.dtype) * max(abs(a), abs(b)) + machine_atol(first.dtype):
+        raise NonDeterministicError(
+            f"the same batch gave the losses {a:.9g} and {b:.9g}: the model or the closure draws from a random generator of its own, or carries "
+            "state from call to call. Seed that generator inside the closure, reset the state, or use mode='eval'"
+        )
+    return draws
+
+
+# -- trying out how the loss averages -------------------------------------------------------------------------------------
+def _try_rules(shown: list[tuple[int, Batch]], probe: Probe, rules: list[str], reduction: str) -> tuple[tuple[Rule, ...], bool, bool]:
+    """(rules that make the loss of a batch the mean, or the sum, of its parts'; whether that was tried; whether one did)."""
+    known = probe.known
+    if known is not None:
+        possible: list[Rule] = [None] if known.reduction == "sum" else rules[:1]
+    else:
+        possible = [*rules, None] if reduction == "auto" else [None] if reduction == "sum" else [*rules]
+    left, tried = possible, False
+    for index, batch in shown if probe.check else []:
+        if (trial := _try_out(index, batch, probe, rules)) is not None:
+            tried = True
+            left = [rule for rule in left if trial.fits(rule, loose=known is not None)]
+    # a known loss says itself how it averages: a misfit means that the model mixes the samples of a batch
+    return tuple(possible if known is not None else left), tried, bool(left)
 
 
 @dataclass(frozen=True)
@@ -59,121 +181,52 @@ class _Trial:
     whole: float
     parts: tuple[float, float]
     counts: tuple[dict[str, float], dict[str, float]]
+    dtype: torch.dtype
 
-    def fits(self, rule: str | None, rtol: float) -> bool:
+    def fits(self, rule: Rule, *, loose: bool) -> bool:
         pair = None if rule is None else (self.counts[0][rule], self.counts[1][rule])
-        return additive(self.whole, self.parts, pair, rtol)
+        rtol = machine_rtol(self.dtype) ** (0.5 if loose else 1.0)
+        return additive(self.whole, self.parts, pair, rtol=rtol, atol=machine_atol(self.dtype))
 
 
-def survey(
-    source: BatchSource, count: Callable[[Batch], dict[str, float]], loss_of: Callable[[Batch, int], float], loss_in_mode: Callable[[Batch], float], *,
-    known: KnownLoss | None, reduction: str, given_count: bool, pair: bool, ranks: Ranks, check: bool, dtype: torch.dtype,
-) -> Survey:
-    """Go through the data once.
-
-    Args:
-        source: the batches.
-        count: what a batch may count, by rule.
-        loss_of: loss of a batch in eval mode, for trying out additivity.
-        loss_in_mode: loss in the mode to measure in, for checking that it repeats.
-        known: the standard loss behind it all, if it is one.
-        reduction: ``"auto"`` or as given.
-        given_count: ``count`` is the user's own.
-        pair: batches are (input, target).
-        ranks: processes that share the objective.
-        check: whether to evaluate at all.
-        dtype: in which the loss is computed, for its rounding.
-    """
-    table: list[dict[str, float]] = []
-    lengths: list[int] = []
-    marks: list[str] = []
-    shown: list[tuple[int, Batch]] = []
-    for index, batch in enumerate(source):
-        if pair and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError(f"with loss=, batches are (input, target); batch {index} is a {type(batch).__name__}: use closure=lambda model, batch: ... instead")
-        table.append(count(batch))
-        lengths.append(samples_in(batch, pair))
-        if source.is_loader and index < 2:
-            marks.append(fingerprint(batch))
-        if len(shown) < _MAX_TRIALS:
-            shown.append((index, batch))
-    source.check_repeatable(marks)
-    rules = [rule for rule in (table[0] if table else {}) if all(rule in row for row in table)] or ["batches"]
-    rows = [row if rules[0] in row else {"batches": 1.0} for row in table]
-    if min((row[r] for row in rows for r in rules), default=0.0) < 0:
-        raise ValueError("count(batch) returned a negative number")
-    if check:
-        _check_repeats([batch for index, batch in shown if rows[index][rules[0]] > 0][:1], loss_in_mode, dtype)
-    if known is not None and known.reduction not in ("mean", "sum"):
-        raise ObjectiveError(f"the loss has reduction={known.reduction!r} and returns one number per target: use reduction='mean'")
-    if known is not None:
-        kind, rule, splits = known.reduction if reduction == "auto" else reduction, rules[0], True
-    elif not check:
-        kind, rule, splits = "mean" if reduction == "auto" else reduction, rules[0], True
-    else:
-        kind, rule, splits = _find_rule(rows, shown, count, loss_of, rules, reduction, given_count, ranks, machine_rtol(dtype), pair)
-    return Survey(tuple(row[rule] for row in rows), tuple(lengths), kind, rule, splits)
+def _cut(batch: Batch, probe: Probe) -> tuple[int, float]:
+    """Where to cut the batch in two so that the rules' shares of the first part differ most, and by how much; (0, 0) where they cannot."""
+    length = samples_in(batch, probe.pair)
+    best = (0, 0.0)
+    for cut in {max(1, length // 3), max(1, length // 2)} if length >= 2 else ():
+        first, second = _parts_counts(batch, cut, length, probe)
+        if all(first.get(rule, 0) > 0 and n > 0 for rule, n in second.items()):
+            shares = [first[rule] / (first[rule] + n) for rule, n in second.items()]
+            best = max(best, (cut, max(shares) - min(shares)), key=lambda found: (found[1], found[0]))
+    return best
 
 
-def _check_repeats(batches: list[Batch], loss_in_mode: Callable[[Batch], float], dtype: torch.dtype) -> None:
-    for batch in batches:
-        first, second = loss_in_mode(batch), loss_in_mode(batch)
-        if abs(first - second) > machine_rtol(dtype) * max(abs(first), abs(second)):
-            raise NonDeterministicError(
-                f"the same batch gave the losses {first:.9g} and {second:.9g}: something in the model or the closure is random beyond torch's own seeded "
-                "generators, or carries state from call to call. Fix its seed inside the closure, or use mode='eval'"
-            )
+def _parts_counts(batch: Batch, cut: int, length: int, probe: Probe) -> tuple[dict[str, float], dict[str, float]]:
+    return probe.count(slice_batch(batch, 0, cut, length=length)), probe.count(slice_batch(batch, cut, length, length=length))
 
 
-def _find_rule(
-    rows: list[dict[str, float]], shown: list[tuple[int, Batch]], count: Callable[[Batch], dict[str, float]], loss_of: Callable[[Batch, int], float],
-    rules: list[str], reduction: str, given_count: bool, ranks: Ranks, rtol: float, pair: bool,
-) -> tuple[str, str, bool]:
-    """(reduction, rule, additive) by trying out which rules make the loss of a batch the mean, or the sum, of its parts'."""
-    possible: list[str | None] = [*rules] if reduction != "sum" else []
-    if reduction != "mean":
-        possible.append(None)
-    tried = False
-    for index, batch in shown:
-        if tried and _all_agree(rows, possible):
-            break
-        if samples_in(batch, pair) >= 2 and (trial := _try_out(index, batch, count, loss_of, rules, pair)) is not None:
-            tried = True
-            possible = [rule for rule in possible if trial.fits(rule, rtol)]
-    if possible:
-        best = possible[0]
-        return ("mean", best, tried) if best is not None else ("sum", rules[0], tried)
-    fallback = "mean" if reduction == "auto" else reduction
-    if len(rows) == 1 and ranks.size == 1:
-        return fallback, rules[0], False
-    message = (
-        f"the loss of a batch is neither the sum nor the mean of its parts' losses, counting {' or '.join(rules)}, so it is unknown how much a batch weighs. "
-        "Pass count=lambda batch: ... returning what the loss averages over, or one batch instead of several"
-    )
-    if not given_count:
-        raise ObjectiveError(message)
-    warnings.warn(f"{message} (count= was given and is used; the numbers depend on how the data was cut into batches)", ObjectiveWarning, stacklevel=5)
-    return fallback, rules[0], False
-
-
-def _all_agree(rows: list[dict[str, float]], possible: list[str | None]) -> bool:
-    """Whether the rules left give every batch the same share, so that it does not matter which is right."""
-    if None in possible and len(possible) > 1:
-        return False
-    shares = [[row[r] / max(sum(other[r] for other in rows), 1e-300) for row in rows] for r in possible if r is not None]
-    return all(abs(a - b) <= 1e-6 for share in shares for a, b in zip(share, shares[0], strict=True))
-
-
-def _try_out(
-    index: int, batch: Batch, count: Callable[[Batch], dict[str, float]], loss_of: Callable[[Batch, int], float], rules: list[str], pair: bool
-) -> _Trial | None:
-    length = samples_in(batch, pair)
-    cut = max(1, length // 3)
-    parts = slice_batch(batch, 0, cut), slice_batch(batch, cut, length)
-    counts = count(parts[0]), count(parts[1])
-    if any(rule not in c or c[rule] <= 0 for rule in rules for c in counts):
+def _try_out(index: int, batch: Batch, probe: Probe, rules: list[str]) -> _Trial | None:
+    """None where the batch cannot be cut, or its parts cannot be evaluated."""
+    cut, _ = _cut(batch, probe)
+    length = samples_in(batch, probe.pair)
+    if not cut:
         return None
+    counts = _parts_counts(batch, cut, length, probe)
+    if any(rule not in c for rule in rules for c in counts):
+        return None
+    whole = probe.loss(batch, index)
     try:
-        return _Trial(loss_of(batch, index), (loss_of(parts[0], index), loss_of(parts[1], index)), counts)
-    except (RuntimeError, IndexError, ValueError, TypeError):
+        parts = [float(probe.loss(slice_batch(batch, *span, length=length), index)) for span in ((0, cut), (cut, length))]
+    except Exception:  # the closure may insist on whole batches in any way it likes
         return None
+    return _Trial(float(whole), (parts[0], parts[1]), counts, whole.dtype)
+
+
+def _ratios(rows: list[dict[str, float]], rules: list[str]) -> dict[str, tuple[float, float]]:
+    """Per rule, the range over batches of its count relative to the first rule's: rules of the same ratio give the same weights."""
+    counting = [row for row in rows if any(row[rule] for rule in rules)]
+    found = {}
+    for rule in rules:
+        ratios = [row[rule] / row[rules[0]] if row[rules[0]] else float("inf") for row in counting] or [1.0]
+        found[rule] = (min(ratios), max(ratios))
+    return found

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from sharpkit import _counting
 from sharpkit._batches import Batch, BatchSource, slice_batch, to_device
 from sharpkit._distributed import find_ranks
-from sharpkit._errors import NonFiniteError, ObjectiveError
-from sharpkit._guard import loader_generators, undisturbed, unwrap
+from sharpkit._errors import ObjectiveError
+from sharpkit._guard import loader_generators, random_fingerprint, seed_everything, undisturbed, unwrap
+from sharpkit._loss import check_arguments, check_loss, own_loss
 from sharpkit._params import ParamSelector, select_params
-from sharpkit._survey import Survey, survey
+from sharpkit._survey import Look, Probe, Survey, conclude, look_at
 
 Closure = Callable[[nn.Module, Batch], Tensor]
-_MODES = ("eval", "train")
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class Piece:
 class Objective:
     """f(w) = (1/C) sum over batches of c_b L_b(w): one fixed function of the parameters, the same however the data is cut into batches.
 
-    A batch weighs what it counts (c_b): its targets, masked ones left out, or their class weights; a loss that sums is summed. How the loss
-    averages is read off a standard PyTorch loss and tried out on any other. Making an objective goes through the data once to count, evaluates
-    the first batch twice to see that the answer repeats, and changes nothing in the model.
+    A batch weighs what it counts (c_b): its targets, masked ones left out, or their class weights; a loss that sums is summed. How the
+    loss averages is read off a standard PyTorch loss and tried out on any other. Making an objective goes through the data once to count,
+    evaluates the first batch twice to see that the answer repeats, once more in two parts, and changes nothing in the model.
 
     Args:
         model: any module; wrappers (DistributedDataParallel, torch.compile) are taken off.
-        data: one batch, a list of batches, or a re-iterable loader. A tuple, a dict or a tensor is one batch.
+        data: one batch, a list of batches, or a re-iterable loader. A tuple, a dict or a tensor is one batch; a list is a list of
+            batches, but with ``loss=`` a list of two tensors is one (input, target) batch.
         loss: ``loss(output, target)`` on (input, target) batches. A dict input is passed as keywords, a tuple as positions; an output with
             ``.logits`` is replaced by them. Without loss and closure, ``model(**batch).loss`` of dict batches is taken.
         closure: ``closure(model, batch)`` returning the scalar loss, for everything else.
@@ -60,13 +62,15 @@ class Objective:
             and batch statistics make the function depend on the batches. Their Hessians differ widely; the mode is part of every result.
         autocast: e.g. ``torch.bfloat16`` to run the forward pass under autocast; vectors stay in float32.
         micro_batch_size: split batches into pieces of so many samples; ``"auto"`` splits only when memory asks for it; None never.
-        process_group: None sums over the default group where torch.distributed runs, each process holding its own batches; False does not.
+        process_group: None sums over the default group where torch.distributed runs, each process holding its own batches (or none);
+            False measures on this process alone.
         seed: of the randomness inside the model.
-        check: evaluate the first batch twice and try out unknown losses; False skips both and trusts ``count`` and ``reduction``.
+        check: evaluate the first batch twice and try out how the loss averages; False skips both and trusts ``count`` and ``reduction``.
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind, nothing to differentiate.
-        ObjectiveError: no data, a one-shot iterator, a loss that is not one number or does not depend on the parameters.
+        ObjectiveError: no data, a one-shot iterator, a loss that is not one number or does not depend on the parameters, weights of
+            batches that cannot be found out, processes that disagree.
         NonDeterministicError: the loader shuffles or augments, or the loss does not repeat.
         NonFiniteError: the loss is NaN or infinite.
 
@@ -82,22 +86,39 @@ class Objective:
     def __init__(
         self, model: nn.Module, data: Any, *, loss: Callable[[Any, Any], Tensor] | None = None, closure: Closure | None = None,
         count: Callable[[Batch], float] | None = None, params: ParamSelector = None, reduction: str = "auto", mode: str = "eval",
-        autocast: torch.dtype | None = None, micro_batch_size: int | str | None = "auto", process_group: Any = None, seed: int = 0, check: bool = True,
+        autocast: torch.dtype | None = None, micro_batch_size: int | str | None = "auto", process_group: Any = None, seed: int = 0,
+        check: bool = True,
     ) -> None:
-        _check_arguments(model, loss, closure, reduction, mode, micro_batch_size)
+        check_arguments(
+            model=model, loss=loss, closure=closure, count=count, reduction=reduction, mode=mode, micro_batch_size=micro_batch_size
+        )
+        self.loss, self.mode, self.seed, self.autocast = loss, mode, seed, autocast
+        self._closure: Closure = closure or (self._pair_loss if loss is not None else own_loss)
+        self._count = count
+        self.micro_batch_size: int | None = None
+        self.ranks = find_ranks(process_group)
+        self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
+        probe = self._probe(check)
+        look = self.ranks.run_together(lambda: self._look(probe, reduction), device=self.device)
+        self._survey: Survey = conclude(look, self.ranks, probe=probe, reduction=reduction)
+        self.may_split = micro_batch_size is not None and self.may_separate and not self._survey.draws
+        if isinstance(micro_batch_size, int):
+            if not self.may_split:
+                raise ValueError(f"micro_batch_size={micro_batch_size} would change the function: {self._why_whole()}. Pass None, or mode='eval'")
+            self.micro_batch_size = micro_batch_size
+
+    def _prepare(self, model: nn.Module, data: Any, params: ParamSelector) -> None:
         self.model = unwrap(model)
         self.layout = select_params(self.model, params)
-        self.loss, self.mode, self.seed, self.autocast = loss, mode, seed, autocast
-        self._closure: Closure = closure or (self._pair_loss if loss is not None else _own_loss)
-        self.ranks = find_ranks(process_group)
-        self._source = BatchSource(data, pair=loss is not None)
-        self._count = count
-        self.micro_batch_size = micro_batch_size if isinstance(micro_batch_size, int) else None
-        self._survey = self._take_survey(reduction, check)
-        self.may_split = micro_batch_size is not None and self.may_separate
-        if isinstance(micro_batch_size, int) and not self.may_split:
-            cause = "batch statistics are computed over whole batches (mode='train')" if self.couples_samples else "the loss is not a mean or sum over samples"
-            raise ValueError(f"micro_batch_size={micro_batch_size} would change the function: {cause}")
+        self._data_device = _device_of(self.model)
+        self._source = BatchSource(data, pair=self.loss is not None)
+
+    def _why_whole(self) -> str:
+        if self.couples_samples:
+            return "batch statistics are computed over whole batches"
+        if self._survey.draws:
+            return "it draws random numbers (dropout), others for every cut"
+        return "the loss of a batch is not the mean or sum over its samples"
 
     # -- what it is ---------------------------------------------------------------------------------------------------
     @property
@@ -141,8 +162,9 @@ class Objective:
 
     @property
     def couples_samples(self) -> bool:
-        """Whether a sample's loss depends on the rest of its batch (batch statistics in train mode)."""
-        return self.mode == "train" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        """Whether a sample's loss depends on the rest of its batch, through batch statistics."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return any(self.mode == "train" or m.running_mean is None for m in norms)
 
     @property
     def may_separate(self) -> bool:
@@ -159,23 +181,35 @@ class Objective:
     def with_params(self, params: ParamSelector) -> Objective:
         """The same function of fewer parameters, the others held fixed."""
         other = copy.copy(self)
-        names = set(self.layout.names)
-        picked = select_params(self.model, params)
-        other.layout = select_params(self.model, [n for n in picked.names if n in names] or ["<none of the objective's parameters>"])
+        picked, own = select_params(self.model, params), set(self.layout.names)
+        both = [name for name in picked.names if name in own]
+        if not both:
+            raise ValueError(f"params= picks {', '.join(picked.names[:4])}, none of the objective's own parameters: {', '.join(self.layout.names[:8])}")
+        other.layout = select_params(self.model, lambda name, _: name in both)
         return other
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
     def undisturbed(self) -> AbstractContextManager[None]:
-        """The guard to evaluate under: the model is left bit for bit as found."""
-        return undisturbed(self.model, training=self.mode == "train", generators=loader_generators(self._source.data))
+        """The guard to evaluate under: the model is left bit for bit as found.
+
+        Raises:
+            ObjectiveError: parameters were replaced or frozen since the objective was made.
+        """
+        self.layout.check_live(self.model)
+        return self._guard(training=self.mode == "train")
+
+    def _guard(self, *, training: bool) -> AbstractContextManager[None]:
+        return undisturbed(self.model, training=training, generators=loader_generators(self._source.data))
 
     def pieces(self) -> Iterator[Piece]:
         """The data, batch by batch or in slices of ``micro_batch_size``, with weights; pieces that count nothing are left out."""
+        seen = 0
         for index, batch in enumerate(self._source):
-            if index >= self.num_batches:
-                raise ObjectiveError(f"the loader gave more than the {self.num_batches} batches it gave at first: its data changed, make a new Objective")
-            if self._survey.counts[index]:
-                yield from self._slices(index, to_device(batch, self.device))
+            seen += 1
+            if index < self.num_batches and self._survey.counts[index]:
+                yield from self._slices(index, to_device(batch, self._data_device))
+        if seen != self.num_batches:
+            raise ObjectiveError(f"the data gave {seen} batches, {self.num_batches} when the objective was made: it changed, make a new Objective")
 
     def _slices(self, index: int, batch: Batch) -> Iterator[Piece]:
         length = self._survey.lengths[index]
@@ -183,7 +217,7 @@ class Objective:
             yield self._piece((index, 0), batch, self._survey.counts[index])
             return
         for start in range(0, length, self.micro_batch_size):
-            part = slice_batch(batch, start, start + self.micro_batch_size)
+            part = slice_batch(batch, start, start + self.micro_batch_size, length=length)
             if count := self.count_of(part):
                 yield self._piece((index, start), part, count)
 
@@ -196,10 +230,11 @@ class Objective:
         Raises:
             ObjectiveError: the loss does not fall apart into samples.
         """
-        if not self.may_separate:
-            raise ObjectiveError("per-sample gradients need a loss that is a mean or sum over samples; use mode='eval' or another loss")
+        if not self.may_separate or self._survey.draws:
+            raise ObjectiveError(f"per-sample gradients would not add up to the gradient: {self._why_whole()}. Use mode='eval', or another loss")
         index, first = piece.key
-        slices = [slice_batch(piece.batch, i, i + 1) for i in range(_counting.samples_in(piece.batch, self.loss is not None))]
+        length = _counting.samples_in(piece.batch, self.loss is not None)
+        slices = [slice_batch(piece.batch, i, i + 1, length=length) for i in range(length)]
         return [self._piece((index, first + i), part, count) for i, part in enumerate(slices) if (count := self.count_of(part))]
 
     def count_of(self, batch: Batch) -> float:
@@ -211,8 +246,12 @@ class Objective:
     def predict(self, batch: Batch) -> Tensor:
         """The model's output on an (input, target) batch, as the loss receives it. To be called under :meth:`undisturbed`."""
         inputs = batch[0]
+        packed = isinstance(inputs, PackedSequence)  # a tuple, but one argument
         with self._precision():
-            output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
+            if isinstance(inputs, Mapping):
+                output = self.model(**inputs)
+            else:
+                output = self.model(*inputs) if isinstance(inputs, (tuple, list)) and not packed else self.model(inputs)
         if not isinstance(output, Tensor) and isinstance(logits := getattr(output, "logits", None), Tensor):
             return logits
         return output  # type: ignore[no-any-return]
@@ -220,7 +259,9 @@ class Objective:
     def output_loss(self, output: Tensor, target: Any) -> Tensor:
         """The loss of a model output, in the objective's precision."""
         if self.loss is None:
-            raise ObjectiveError("this needs the loss as a function of the model's output: make the Objective with loss= and (input, target) batches")
+            raise ObjectiveError(
+                "this needs the loss as a function of the model's output: make the Objective with loss= and (input, target) batches"
+            )
         with self._precision():
             return self.loss(output, target)
 
@@ -231,42 +272,51 @@ class Objective:
             ObjectiveError: not one real number, or without a gradient.
             NonFiniteError: NaN or infinite.
         """
-        return self._evaluate(piece.batch, piece.key)
+        return self._evaluate(piece.batch, piece.key[0])
 
-    def _evaluate(self, batch: Batch, key: tuple[int, int]) -> Tensor:
-        torch.manual_seed(self.seed + key[0])
+    def _evaluate(self, batch: Batch, number: int) -> Tensor:
+        self.seed_for(number)
         with self._precision():
             loss = self._closure(self.model, batch)
-        _check_loss(loss, key)
-        return loss
+        return check_loss(loss, number)
+
+    def seed_for(self, number: int) -> None:
+        """Fix the randomness inside the model for a batch of this number. To be called under :meth:`undisturbed`."""
+        seed_everything(self.seed + number, self._data_device)
 
     def _pair_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.output_loss(self.predict(batch), batch[1])
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=self.autocast) if self.autocast is not None else nullcontext()
+        if self.autocast is None:
+            return nullcontext()
+        # without its cache: it may hold weights cast by the user under no_grad, cut off from the graph
+        return torch.autocast(self._data_device.type, dtype=self.autocast, cache_enabled=False)
 
     def value(self) -> float:
         """f(w)."""
-        with self.undisturbed(), torch.no_grad():
-            total = sum(float(self._evaluate_no_graph(piece)) * piece.weight for piece in self.pieces())
-        return self.ranks.sum_numbers([total], device=self.device)[0]
 
-    def _evaluate_no_graph(self, piece: Piece) -> Tensor:
-        torch.manual_seed(self.seed + piece.key[0])
-        with self._precision():
-            return self._closure(self.model, piece.batch)
+        def local() -> float:
+            with self.undisturbed(), torch.no_grad():
+                return sum(float(self.evaluate(piece)) * piece.weight for piece in self.pieces())
+
+        total = self.ranks.run_together(local, device=self.device)
+        return self.ranks.sum_numbers([total], device=self.device)[0]
 
     def gradient(self) -> tuple[float, Tensor]:
         """f(w) and its gradient, a flat vector of shape (num_parameters,)."""
-        total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        with self.undisturbed():
-            for piece in self.pieces():
-                loss = self.evaluate(piece)
-                total += float(loss.detach()) * piece.weight
-                self.layout.add_flat_(flat, torch.autograd.grad(loss, self.layout.params, allow_unused=True), piece.weight)
-        self.ranks.sum_(flat)
-        return self.ranks.sum_numbers([total], device=self.device)[0], flat
+
+        def local() -> tuple[float, Tensor]:
+            total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+            with self.undisturbed():
+                for piece in self.pieces():
+                    loss = self.evaluate(piece)
+                    total += float(loss.detach()) * piece.weight
+                    self.layout.add_flat_(flat, torch.autograd.grad(loss, self.layout.params, allow_unused=True), piece.weight)
+            return total, flat
+
+        total, flat = self.ranks.run_together(local, device=self.device)
+        return self.ranks.sum_numbers([total], device=self.device)[0], self.ranks.sum_(flat)
 
     # -- counting -----------------------------------------------------------------------------------------------------
     def _candidate_counts(self, batch: Batch) -> dict[str, float]:
@@ -278,59 +328,28 @@ class Objective:
     def _known_loss(self) -> _counting.KnownLoss | None:
         return _counting.recognise_loss(self.loss) if self.loss is not None else None
 
-    def _take_survey(self, reduction: str, check: bool) -> Survey:
-        def loss_of(batch: Batch, index: int) -> float:
-            with undisturbed(self.model, training=False):
-                return float(self._evaluate(to_device(batch, self.device), (index, 0)).detach())
+    def _probe(self, check: bool) -> Probe:
+        def loss(batch: Batch, number: int) -> Tensor:
+            with self._guard(training=False):
+                return self._evaluate(to_device(batch, self._data_device), number).detach()
 
-        def loss_in_mode(batch: Batch) -> float:
+        def loss_in_mode(batch: Batch, number: int) -> tuple[Tensor, bool]:
             with self.undisturbed():
-                return float(self._evaluate(to_device(batch, self.device), (0, 0)).detach())
+                self.seed_for(number)
+                before = random_fingerprint(self._data_device)
+                found = self._evaluate(to_device(batch, self._data_device), number).detach()
+                return found, before != random_fingerprint(self._data_device)
 
+        values = sum(float(p.detach().double().abs().sum()) for p in self.layout.params) if self.ranks.size > 1 else 0.0
+        return Probe(
+            count=self._candidate_counts, loss=loss, loss_in_mode=loss_in_mode, known=self._known_loss, given_count=self._count is not None,
+            pair=self.loss is not None, check=check, draws=self.mode == "train", parameters=(self.num_parameters, values),
+        )
+
+    def _look(self, probe: Probe, reduction: str) -> Look:
         with self.undisturbed():
-            error, found = None, None
-            try:
-                found = survey(
-                    self._source, self._candidate_counts, loss_of, loss_in_mode, known=self._known_loss, reduction=reduction, given_count=self._count is not None,
-                    pair=self.loss is not None, ranks=self.ranks, check=check, dtype=self.autocast or self.layout.params[0].dtype,
-                )
-            except Exception as exception:
-                error = exception
-            self.ranks.raise_together(error, device=self.device)
-        if found is None:
-            raise ObjectiveError("the data could not be surveyed")
-        return found.over(self.ranks, self.device)
+            return look_at(self._source, probe, reduction=reduction)
 
 
-def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"without loss= or closure=, batches must be dicts for model(**batch).loss; this one is a {type(batch).__name__}: pass loss= or closure=")
-    loss = getattr(model(**batch), "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ObjectiveError("model(**batch) returned no .loss: give the batch its labels, or pass loss= or closure=")
-    return loss
-
-
-def _check_arguments(model: Any, loss: Any, closure: Any, reduction: str, mode: str, micro_batch_size: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if loss is not None and closure is not None:
-        raise ValueError("pass loss= or closure=, not both")
-    if any(f is not None and not callable(f) for f in (loss, closure)):
-        raise TypeError("loss and closure must be callable: loss(output, target), closure(model, batch)")
-    if reduction not in ("auto", "mean", "sum"):
-        raise ValueError(f"reduction must be 'auto', 'mean' or 'sum', got {reduction!r}")
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
-    if not (micro_batch_size is None or micro_batch_size == "auto" or (isinstance(micro_batch_size, int) and micro_batch_size > 0)):
-        raise ValueError(f"micro_batch_size must be a positive integer, 'auto' or None, got {micro_batch_size!r}")
-
-
-def _check_loss(loss: Any, key: tuple[int, int]) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        came = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ObjectiveError(f"the loss must be one real number as a tensor, got {came}; use reduction='mean' and return the tensor itself, not .item()")
-    if not loss.requires_grad and torch.is_grad_enabled():
-        raise ObjectiveError("the loss does not depend on any trainable parameter: it was detached, or computed under torch.no_grad() or from frozen parameters alone")
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(f"the loss of batch {key[0]} is {float(loss.detach())}: curvature is undefined there; look at that batch and at the parameters")
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -38,7 +38,7 @@ class CallableOperator(SymmetricOperator):
         if not isinstance(product, Tensor) or product.shape != vector.shape:
             came = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
             raise ValueError(f"the function must return a tensor of shape {tuple(vector.shape)}, it returned {came}")
-        return product.detach().to(dtype=self.dtype, device=self.device, copy=product is vector)
+        return product.detach().to(dtype=self.dtype, device=self.device, copy=product.data_ptr() == vector.data_ptr())
 
 
 class _DerivedOperator(SymmetricOperator):
@@ -136,9 +136,9 @@ def deflate(operator: SymmetricOperator, vectors: Tensor, values: Tensor) -> Sym
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        if not (isinstance(value, Tensor) and value.numel() == 1):
-            raise TypeError(f"expected a real number or another operator, got {type(value).__name__}")
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
+        raise TypeError(f"expected a real number or another operator, got {type(value).__name__}")
     number = float(value)
     if not np.isfinite(number):
         raise ValueError(f"expected a finite number, got {number}")

@@ -83,6 +83,7 @@ class SymmetricOperator(ABC):
             A new tensor of the same shape.
         """
         self._check_vectors(vectors)
+        vectors = vectors.detach()
         if vectors.ndim == 1:
             self.num_matvecs += 1
             return self._multiply_vector(vectors)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
-from sharpkit._memory import available_memory, human_bytes, is_out_of_memory
+from sharpkit._memory import available_memory, graph_nodes, human_bytes, is_out_of_memory
 from sharpkit._params import ParamSelector
 from sharpkit.objective import Objective, Piece
 from sharpkit.operators.base import SymmetricOperator
@@ -24,15 +24,26 @@ Pieces = list[Tensor | None]
 _GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs
 _FORECAST_FROM = 64  # samples in a batch from which its graph is forecast from a slice of it
 
+_REENTRANT = (
+    "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False); for Hugging Face "
+    "models gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+_COMPILED = "compiled code cannot be differentiated twice: pass the module from before torch.compile"
+_ONCE = (
+    "a custom autograd.Function in the model has a backward marked once_differentiable, so that second derivatives through it are wrong: write the "
+    "backward in torch operations and remove the mark"
+)
 _UNSUPPORTED = {
-    "scaled_dot_product": "attention ran a fused kernel without second derivatives although the math kernel was asked for: set attn_implementation='eager' "
-    "(Hugging Face) or call F.scaled_dot_product_attention instead of a custom kernel",
-    "does not currently support double backward": "compiled code cannot be differentiated twice: pass the module from before torch.compile",
-    "donated buffers": "compiled code cannot be differentiated twice: pass the module from before torch.compile",
-    "Checkpointing is not compatible": "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False)",
-    "once_differentiable": "a custom autograd.Function in the model has a backward marked once_differentiable: remove the mark and write it in torch operations",
+    "scaled_dot_product": "attention ran a fused kernel without second derivatives although the math kernel was asked for: set "
+    "attn_implementation='eager' (Hugging Face), or call F.scaled_dot_product_attention without choosing a kernel",
+    "does not currently support double backward": _COMPILED,
+    "donated buffers": _COMPILED,
+    "use_reentrant=True": _REENTRANT,
+    "Checkpointing is not compatible": _REENTRANT,
+    "once_differentiable": _ONCE,
     "_cudnn_rnn_backward": "the cuDNN RNN kernel has no second derivative: run the model's RNN under torch.backends.cudnn.flags(enabled=False)",
-    "modified by an inplace operation": "parameters, buffers or data were changed in place between the products of one measurement: measure between optimizer steps",
+    "modified by an inplace operation": "the data was changed in place between the products of one measurement: leave the batches alone, or make a "
+    "new operator",
 }
 
 
@@ -46,8 +57,9 @@ class PieceProduct:
 class CurvatureOperator(SymmetricOperator):
     """A curvature matrix of an objective: a weighted sum over its pieces, summed over processes.
 
-    The autograd graph of each piece is built once and kept while ``memory_limit`` lasts, which makes a product about twice as fast as building it
-    anew; it is rebuilt when a parameter has changed. Where a piece does not fit, it is cut in halves and tried again.
+    The autograd graph of each piece is built once and kept while ``memory_limit`` lasts, which makes a product about twice as fast as
+    building it anew; it is rebuilt when a parameter or buffer of the model has changed. Where a piece does not fit, it is cut in halves and
+    tried again.
 
     Args:
         objective: the function.
@@ -70,8 +82,7 @@ class CurvatureOperator(SymmetricOperator):
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}
         self._all_kept = False
-        self._versions: list[tuple[int, int]] = []
-        self._values: list[Tensor] = []
+        self._kept_for: tuple[int | None, list[Tensor]] = (None, [])
 
     # -- to be implemented ------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -80,15 +91,17 @@ class CurvatureOperator(SymmetricOperator):
 
     # -- products -----------------------------------------------------------------------------------------------------
     def _multiply_vector(self, vector: Tensor) -> Tensor:
-        error: Exception | None = None
-        total = vector
-        try:
-            with self.objective.undisturbed():
-                total = self._local_product(vector)
-        except Exception as exception:
-            error = _explain(exception)
-        self.objective.ranks.raise_together(error, device=self.device)
-        return self.objective.ranks.sum_(total)
+        def local() -> Tensor:
+            try:
+                with self.objective.undisturbed():
+                    return self._local_product(vector)
+            except RuntimeError as error:
+                if (explained := _explained(error)) is None:
+                    raise
+                raise explained from error
+
+        ranks = self.objective.ranks
+        return ranks.sum_(ranks.run_together(local, device=self.device))
 
     def _local_product(self, vector: Tensor) -> Tensor:
         self._drop_if_stale()
@@ -105,29 +118,28 @@ class CurvatureOperator(SymmetricOperator):
         if self._all_kept and len(self._kept) == 1:
             (product,) = self._kept.values()
             return self.layout.flatten(product.multiply(parts), product.weight)
-        total = torch.zeros_like(vector)
+        total = torch.zeros_like(vector, requires_grad=False)
         if self._all_kept:
             for product in self._kept.values():
                 self.layout.add_flat_(total, product.multiply(parts), product.weight)
             return total
         every_one_kept = True
+        found = [t.detach().clone() for t in self._watched()] if self._retain is not False and not self._kept else self._kept_for[1]
         self._forecast()
         for piece in self.objective.pieces():
             product = self._kept.get(piece.key) or self._build(piece)
             self.layout.add_flat_(total, product.multiply(parts), product.weight)
-            every_one_kept = self._keep(piece.key, product) and every_one_kept
+            every_one_kept = self._keep(piece.key, product, found) and every_one_kept
         self._all_kept = every_one_kept
         return total
 
     # -- graphs: kept, dropped, forecast ------------------------------------------------------------------------------------
-    def _keep(self, key: tuple[int, int], product: PieceProduct) -> bool:
+    def _keep(self, key: tuple[int, int], product: PieceProduct, found: list[Tensor]) -> bool:
         if key in self._kept:
             return True
         if self._retain is False or (self._retain == "auto" and self._bytes_kept() + product.bytes_held > self._limit()):
             return False
-        if not self._kept:
-            self._versions = self._current_versions()
-            self._values = [p.detach().clone() for p in self.layout.params]
+        self._kept_for = (self.objective.micro_batch_size, found)
         self._kept[key] = product
         return True
 
@@ -139,20 +151,20 @@ class CurvatureOperator(SymmetricOperator):
             self._memory_limit = _GRAPH_SHARE * (available_memory(self.device) + self._bytes_kept())
         return self._memory_limit
 
-    def _current_versions(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self.layout.params]
+    def _watched(self) -> list[Tensor]:
+        """All that the function depends on besides the data: every parameter, also those held fixed, and every buffer."""
+        model = self.objective.model
+        return [*model.parameters(), *model.buffers()]
 
     def _drop_if_stale(self) -> None:
-        """Forget graphs of other parameter values, also of values changed behind autograd's back through ``.data``."""
-        if not self._kept:
-            return
-        if self._versions != self._current_versions() or not _all_equal(self.layout.params, self._values):
+        """Forget graphs of other values, also of values changed behind autograd's back through ``.data``, and of other pieces."""
+        if self._kept and (self._kept_for[0] != self.objective.micro_batch_size or not all_equal(self._watched(), self._kept_for[1])):
             self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Free all retained graphs; the next product builds them anew."""
         self._kept.clear()
-        self._values.clear()
+        self._kept_for = (None, [])
         self._all_kept = False
 
     def _shrink(self, cause: BaseException) -> None:
@@ -161,15 +173,18 @@ class CurvatureOperator(SymmetricOperator):
             self.forget_graphs()
             self._retain = False
         elif not self._halve_pieces():
-            batch = max(self.objective._survey.lengths, default=0)
-            raise OutOfMemoryError(
-                f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, pieces of "
-                f"{self.objective.micro_batch_size or batch} samples cannot be cut further. Select fewer parameters (params=), checkpoint activations "
-                "(use_reentrant=False), or measure on a smaller batch"
-            ) from cause
+            raise OutOfMemoryError(self._does_not_fit()) from cause
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning("a product ran out of memory; going on with pieces of %s samples", self.objective.micro_batch_size or "all")
+
+    def _does_not_fit(self) -> str:
+        samples = self.objective.micro_batch_size or max(self.objective._survey.lengths, default=0)
+        return (
+            f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, pieces of "
+            f"{samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. Select fewer parameters "
+            "(params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
+        )
 
     def _halve_pieces(self) -> bool:
         objective = self.objective
@@ -188,14 +203,16 @@ class CurvatureOperator(SymmetricOperator):
             return
         objective.micro_batch_size = sample = max(1, longest // 32)
         try:
-            held = self._build(next(objective.pieces())).bytes_held
+            first = next(objective.pieces(), None)
+            held = self._build(first).bytes_held if first is not None else 0
         finally:
             objective.micro_batch_size = None
         peak = 1.5 * held * longest / sample
         if peak > (free := available_memory(self.device)):
             objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (1.5 * held)))
             logger.warning(
-                "a batch of %d samples would need about %s of %s free; using pieces of %d samples", longest, human_bytes(peak), human_bytes(free), objective.micro_batch_size
+                "a batch of %d samples would need about %s of %s free; using pieces of %d samples",
+                longest, human_bytes(peak), human_bytes(free), objective.micro_batch_size,
             )
 
     # -- ranks and blocks -----------------------------------------------------------------------------------------------
@@ -210,23 +227,40 @@ class CurvatureOperator(SymmetricOperator):
         return type(self)(self.objective.with_params(pattern), **self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        return {"retain": self._retain}
+        return {"retain": self._retain, "memory_limit": self._memory_limit}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.size:,} x {self.size:,}, {self.dtype}, {self.device}, {self.objective.mode} mode)"
 
 
-def _all_equal(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
-    if now[0].device.type == "cpu":
-        return all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
-    return not bool(torch.stack([(a.detach() != b).any().to(now[0].device) for a, b in zip(now, before, strict=True)]).any())  # one synchronisation
+def all_equal(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    if len(now) != len(before) or any(a.shape != b.shape or a.dtype != b.dtype or a.device != b.device for a, b in zip(now, before, strict=True)):
+        return False
+    on_cpu = all(torch.equal(a, b) for a, b in zip(now, before, strict=True) if a.device.type == "cpu")
+    elsewhere = [(a.detach() != b).any() for a, b in zip(now, before, strict=True) if a.device.type != "cpu"]
+    return on_cpu and not (elsewhere and bool(torch.stack([x.to(elsewhere[0].device) for x in elsewhere]).any()))  # one synchronisation
 
 
-def _explain(error: Exception) -> Exception:
-    if isinstance(error, (RuntimeError, NotImplementedError)):
-        for sign, remedy in _UNSUPPORTED.items():
-            if sign in str(error):
-                explained = UnsupportedError(f"{remedy} (PyTorch said: {str(error).splitlines()[0]})")
-                explained.__cause__ = error
-                return explained
-    return error
+def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
+    """Refuse a graph with parts that PyTorch differentiates twice wrongly without saying so.
+
+    Raises:
+        UnsupportedError: reentrant checkpointing, or a custom function whose backward is marked once_differentiable.
+    """
+    for node in graph_nodes(outputs):
+        function = getattr(node, "_forward_cls", None)
+        if function is torch.utils.checkpoint.CheckpointFunction:
+            raise UnsupportedError(_REENTRANT)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if code is not None and code is _ONCE_CODE:
+            raise UnsupportedError(f"{_ONCE} ({function.__name__})")  # type: ignore[union-attr]
+
+
+_ONCE_CODE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__  # shared by all functions so marked
+
+
+def _explained(error: Exception) -> UnsupportedError | None:
+    for sign, remedy in _UNSUPPORTED.items():
+        if sign in str(error):
+            return UnsupportedError(f"{remedy} (PyTorch said: {str(error).splitlines()[0]})")
+    return None

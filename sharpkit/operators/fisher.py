@@ -14,7 +14,7 @@ from sharpkit._errors import ObjectiveError
 from sharpkit._memory import available_memory
 from sharpkit.objective import Objective, Piece
 from sharpkit.operators._jacobian import OutputJacobian, output_gradient
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, all_equal
 
 _LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 
@@ -54,41 +54,91 @@ class FisherOperator(CurvatureOperator):
 
     def _build(self, piece: Piece) -> PieceProduct:
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
-        generator = torch.Generator().manual_seed(hash((self.seed, self.objective.ranks.rank, *piece.key)) % 2**63)
-        scale = piece.count if self.objective.reduction == "mean" else 1.0
-        scores = [self._draw_score(jacobian, generator, scale) for _ in range(self.num_draws)]
-        # one target is one unit: its score is a column of class entries for labels, one entry for real and binary targets
-        unit_dim = 1 if self.likelihood == "categorical" and jacobian.output.ndim > 1 else 0 if self.likelihood == "categorical" else None
+        index, first = piece.key
+        seed = hash((self.seed, self.objective.ranks.rank, index)) % 2**63
+        draws = _Draws(self.likelihood, jacobian, self._known, whole=self.objective._survey.lengths[index], first=first, seed=seed)
+        scores = [self._score(jacobian, draws, index) for _ in range(self.num_draws)]
+        _check_likelihood(self.likelihood, scores[0], self._score(jacobian, draws, index))
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
             pushed = jacobian.forward(vectors)
             pulled = torch.zeros_like(pushed)
-            for score in scores:
-                along = score * pushed
-                pulled += score * (along if unit_dim is None else along.sum(dim=unit_dim, keepdim=True)) / self.num_draws
+            for residual, slope in scores:
+                pulled += slope * _sum_units(self.likelihood, residual * pushed) / self.num_draws
             return jacobian.transpose(pulled)
 
-        return PieceProduct(multiply, self._weight(), jacobian.bytes_held)
+        return PieceProduct(multiply, piece.weight, jacobian.bytes_held)
 
-    def _weight(self) -> float:
-        return 1.0 / self.objective.num_targets if self.objective.reduction == "mean" else 1.0
+    def _score(self, jacobian: OutputJacobian, draws: _Draws, number: int) -> tuple[Tensor, Tensor]:
+        """For labels drawn from the model: d(-log p)/dz, and the loss's own gradient, the same times each target's share of the mean."""
+        target, residual = draws.next()
+        return residual, output_gradient(self.objective, jacobian.output, target, number=number)[0]
 
-    def _draw_score(self, jacobian: OutputJacobian, generator: torch.Generator, scale: float) -> Tensor:
-        """d loss_i / d z_i for labels drawn from the model, (output shape)."""
-        target = _draw_target(self.likelihood, jacobian.output, jacobian.target, generator, self._known)
-        if self.likelihood == "gaussian":
-            target = self._scaled_noise(jacobian, target, scale)
-        return scale * output_gradient(self.objective, jacobian.output, target)[0]
 
-    def _scaled_noise(self, jacobian: OutputJacobian, unit_draw: Tensor, scale: float) -> Tensor:
-        """Gaussian labels with the variance 1/S that the squared error's own scale stands for."""
-        slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.output.detach(), create_graph=True)
-        (curvature,) = torch.autograd.grad(slope.sum(), leaf)
-        return jacobian.output + unit_draw / (scale * curvature).clamp_min(torch.finfo(curvature.dtype).tiny).sqrt()
+def _class_dim(output: Tensor) -> int:
+    return 1 if output.ndim > 1 else 0
+
+
+def _sum_units(likelihood: str, entries: Tensor) -> Tensor:
+    """Sum over the entries that describe one target: all classes for a label, one entry for a real or binary target."""
+    return entries.sum(dim=_class_dim(entries), keepdim=True) if likelihood == "categorical" else entries
+
+
+def _check_likelihood(likelihood: str, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
+    """The loss's gradient must be d(-log p)/dz times a share that does not depend on the label drawn."""
+    shares = []
+    for residual, slope in (first, second):
+        squares = _sum_units(likelihood, residual * residual)
+        share = _sum_units(likelihood, residual * slope) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+        off = float((slope - share * residual).abs().max()) > 1e-3 * float(slope.abs().max())
+        shares.append(torch.where(squares > 1e-6, share, torch.nan))
+        if off:
+            raise ObjectiveError(f"the loss is not the negative log-likelihood of a {likelihood} model: its gradient is not that. {_INSTEAD}")
+    if float((shares[0] - shares[1]).abs().nan_to_num().max()) > 1e-2 * float(shares[0].abs().nan_to_num().max()):
+        raise ObjectiveError(f"the loss is not the negative log-likelihood of a {likelihood} model: it weighs targets by their label. {_INSTEAD}")
+
+
+_INSTEAD = "Use GaussNewtonOperator, which needs no likelihood, or EmpiricalFisherOperator"
+
+
+class _Draws:
+    """Labels drawn from the model, the same for a sample however its batch is cut into pieces."""
+
+    def __init__(self, likelihood: str, jacobian: OutputJacobian, known: KnownLoss | None, *, whole: int, first: int, seed: int) -> None:
+        self._likelihood, self._output, self._target = likelihood, jacobian.output, jacobian.target
+        self._ignored = known.ignore_index if known is not None else -100
+        self._generator = torch.Generator().manual_seed(seed)
+        self._whole, self._first = whole, first
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """(target, d(-log p)/dz at it)."""
+        z = self._output
+        if self._likelihood == "gaussian":
+            noise = self._noise(z.shape, normal=True)
+            return z + noise, -noise
+        if self._likelihood == "bernoulli":
+            p = z.double().sigmoid()
+            drawn = (self._noise(z.shape).double() < p).double()
+            return drawn.to(z.dtype), (p - drawn).to(z.dtype)
+        dim = _class_dim(z)
+        p = z.double().softmax(dim=dim)
+        bounds = p.movedim(dim, -1).cumsum(-1)
+        drawn = (bounds < self._noise(bounds.shape[:-1]).double().unsqueeze(-1)).sum(-1).clamp_max(p.shape[dim] - 1)
+        residual = p - F.one_hot(drawn, p.shape[dim]).movedim(-1, dim)
+        if isinstance(self._target, Tensor) and not self._target.is_floating_point() and self._target.shape == drawn.shape:
+            drawn = torch.where(self._target == self._ignored, self._target, drawn)
+        return drawn, residual.to(z.dtype)
+
+    def _noise(self, shape: torch.Size, *, normal: bool = False) -> Tensor:
+        samples = shape[0] if shape else 1
+        whole = max(self._whole, self._first + samples)
+        draw = torch.randn if normal else torch.rand
+        noise = draw((whole, *shape[1:]), generator=self._generator, dtype=torch.float64)[self._first : self._first + samples]
+        return noise.reshape(shape).to(device=self._output.device, dtype=self._output.dtype if normal else torch.float64)
 
 
 def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
-    if known is not None and known.weight is None and getattr(objective.loss, "label_smoothing", 0.0) == 0.0:
+    if known is not None and known.weight is None and known.label_smoothing == 0.0:
         if known.function is F.cross_entropy:
             return "categorical"
         if known.function is F.mse_loss:
@@ -96,26 +146,10 @@ def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
         if known.function is F.binary_cross_entropy_with_logits:
             return "bernoulli"
     raise ObjectiveError(
-        "the Fisher matrix needs the likelihood that labels are drawn from. Plain cross_entropy, mse_loss and binary_cross_entropy_with_logits tell it; for "
-        "another loss that is a negative log-likelihood pass likelihood='categorical', 'gaussian' or 'bernoulli'. With class weights or label smoothing it "
-        "is none: use GaussNewtonOperator"
+        "the Fisher matrix needs the likelihood that labels are drawn from. Plain cross_entropy, mse_loss and binary_cross_entropy_with_logits tell "
+        "it; for another loss that is a negative log-likelihood pass likelihood='categorical', 'gaussian' or 'bernoulli'. With class weights or label "
+        "smoothing it is none: use GaussNewtonOperator"
     )
-
-
-def _draw_target(likelihood: str, output: Tensor, target: Any, generator: torch.Generator, known: KnownLoss | None) -> Tensor:
-    if likelihood == "gaussian":
-        return torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    if likelihood == "bernoulli":
-        uniform = torch.rand(output.shape, generator=generator, dtype=torch.float64).to(output.device)
-        return (uniform < output.double().sigmoid()).to(output.dtype)
-    class_dim = 1 if output.ndim > 1 else 0
-    probabilities = output.double().softmax(dim=class_dim).movedim(class_dim, -1)
-    uniform = torch.rand(probabilities.shape[:-1], generator=generator, dtype=torch.float64).to(output.device)
-    labels = (probabilities.cumsum(-1) < uniform.unsqueeze(-1)).sum(-1).clamp_max(probabilities.shape[-1] - 1)
-    if isinstance(target, Tensor) and not target.is_floating_point() and target.shape == labels.shape:
-        ignored = known.ignore_index if known is not None else -100
-        labels = torch.where(target == ignored, target, labels)
-    return labels
 
 
 class EmpiricalFisherOperator(CurvatureOperator):
@@ -132,12 +166,18 @@ class EmpiricalFisherOperator(CurvatureOperator):
         if self.objective.loss is None:
             return self._build_one_by_one(piece)
         if not self.objective.may_separate:
-            raise ObjectiveError("per-sample gradients need a loss that is a mean or sum over samples; use mode='eval' or another loss")
+            raise ObjectiveError(
+                "per-sample gradients need a loss that is a mean or sum over the samples of a batch, and no batch statistics: use mode='eval', or "
+                "another loss"
+            )
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
-        score = output_gradient(self.objective, jacobian.output, jacobian.target)[0] * self._sample_scale(piece)
-        samples = jacobian.output.shape[0]
-        if samples != samples_in(piece.batch, True):
-            raise ObjectiveError(f"the output's first dimension ({samples}) is not the samples ({samples_in(piece.batch, True)}): return (batch, ...) outputs")
+        score = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0])[0] * self._sample_scale(piece)
+        samples, expected = jacobian.output.shape[0] if jacobian.output.ndim else 1, samples_in(piece.batch, True)
+        if samples != expected:
+            raise ObjectiveError(
+                f"the model's output has shape {tuple(jacobian.output.shape)}, but the batch {expected} samples: per-sample gradients need outputs of "
+                f"shape ({expected}, ...)"
+            )
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
             along = (score * jacobian.forward(vectors)).reshape(samples, -1).sum(dim=1)
@@ -186,7 +226,6 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     """
 
     def _multiply_vector(self, vector: Tensor) -> Tensor:
-        self._drop_if_stale()
         second_moment = super()._multiply_vector(vector)
         mean = self._mean_gradient()
         return second_moment - mean * (torch.dot(mean, vector) * self._mean_weight())
@@ -195,10 +234,11 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
         return 1.0 if self.objective.reduction == "mean" else 1.0 / self.objective.num_samples
 
     def _mean_gradient(self) -> Tensor:
-        versions = self._current_versions()
-        if self._mean is None or self._mean[0] != versions or not self._kept:
-            self._mean = (versions, self.objective.gradient()[1])
+        """The gradient, computed again when the model has changed; all processes decide together, since it is summed over them."""
+        now = self._watched()
+        stale = self._mean is None or not all_equal(now, self._mean[0])
+        if self.objective.ranks.sum_numbers([float(stale)], device=self.device)[0] or self._mean is None:
+            self._mean = ([t.detach().clone() for t in now], self.objective.gradient()[1])
         return self._mean[1]
 
-    _mean: tuple[list[tuple[int, int]], Tensor] | None = None
-
+    _mean: tuple[list[Tensor], Tensor] | None = None

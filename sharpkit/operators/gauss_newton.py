@@ -15,8 +15,9 @@ from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
 class GaussNewtonOperator(CurvatureOperator):
     """G = (1/C) sum_i J_i^T S_i J_i, with J the Jacobian of the output and S the Hessian of the loss in the output.
 
-    Positive semi-definite where the loss is convex in the output (cross-entropy, squared error, binary cross-entropy, Huber); equal to the Fisher
-    matrix for cross-entropy and for squared error. Any twice differentiable loss(output, target) works; the objective must be made with ``loss=``.
+    Positive semi-definite where the loss is convex in the output (cross-entropy, squared error, binary cross-entropy, Huber); equal to the
+    Fisher matrix for cross-entropy and for squared error. Any twice differentiable loss(output, target) works; the objective must be made
+    with ``loss=``.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -32,7 +33,7 @@ class GaussNewtonOperator(CurvatureOperator):
 
     def _build(self, piece: Piece) -> PieceProduct:
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
-        slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, create_graph=True)
+        slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0], create_graph=True)
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
             if not slope.requires_grad:

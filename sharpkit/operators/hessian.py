@@ -10,14 +10,14 @@ from torch import Tensor
 from sharpkit._errors import ObjectiveError
 from sharpkit._memory import graph_bytes
 from sharpkit.objective import Piece
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, check_twice_differentiable
 
 
 class HessianOperator(CurvatureOperator):
     """H = grad^2 f(w), exact: ``H @ v`` is the gradient of g(w) . v (Pearlmutter 1994).
 
-    A product costs about 1.6 to 2.2 gradients once the graph of the data is built and kept. Symmetric, linear, and the same however the data is
-    cut into batches; the model is left as found. Arguments and errors: :class:`~sharpkit.operators.curvature.CurvatureOperator`.
+    A product costs about 1.6 to 2.2 gradients once the graph of the data is built and kept. Symmetric, linear, and the same however the data
+    is cut into batches; the model is left as found. Arguments and errors: :class:`~sharpkit.operators.curvature.CurvatureOperator`.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -34,6 +34,7 @@ class HessianOperator(CurvatureOperator):
     def _build(self, piece: Piece) -> PieceProduct:
         params = self.layout.params
         loss = self.objective.evaluate(piece)
+        check_twice_differentiable([loss])
         gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
             raise ObjectiveError("the loss does not depend on any of the selected parameters: check params= and that the model uses them")

@@ -117,7 +117,9 @@ def _report_target(arguments: argparse.Namespace) -> Answer:
     with _bar(arguments) as bar:
         sharpness = measure(objective, optimizer=optimizer, seed=arguments.seed, callback=bar)
         layers = per_layer(objective, seed=arguments.seed, name=type(objective.model).__name__, callback=bar)
-    return _finish(arguments, [to_document(sharpness), layers.to_dict(), to_document(examine(objective))])
+    diagnosis = examine(objective, seed=arguments.seed)
+    documents, extra, code = _finish(arguments, [to_document(sharpness), layers.to_dict(), to_document(diagnosis)])
+    return documents, extra, code if diagnosis.passed else NOT_CONVERGED
 
 
 def run_demo_command(arguments: argparse.Namespace) -> Answer:
@@ -154,13 +156,16 @@ def run_demo_command(arguments: argparse.Namespace) -> Answer:
 def _objective(arguments: argparse.Namespace, *, expected_matvecs: int | None = None, forecast: bool = True) -> tuple[Objective, Any]:
     """The target's objective, restricted as asked, with a forecast of the cost on stderr."""
     from sharpkit._cli_output import say
-    from sharpkit._cli_target import load_target
+    from sharpkit._cli_target import UsageError, load_target
 
     if arguments.html:
         _check_folder(arguments.html)
     objective, optimizer = load_target(arguments.target)
     if arguments.params:
-        objective = objective.with_params(arguments.params)
+        try:
+            objective = objective.with_params(arguments.params)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     if not arguments.quiet:
         say(str(objective))
     if forecast and not arguments.quiet:

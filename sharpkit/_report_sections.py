@@ -133,10 +133,12 @@ def _density_section(document: Document, title: str, *, lr: float | None = None,
     density = density_from(document)
     limit = limit if limit is not None else document.get("limit")
     label = title or "Spectral density"
+    intro = "How the Hessian's eigenvalues are distributed: the bulk as a smoothed density on a log scale, the outliers one by one."
+    if limit is not None or lr is not None:
+        intro += " An outlier beyond the dashed limit is a direction in which full-batch steps grow."
     section = Section(
         label,
-        "How the Hessian's eigenvalues are distributed: the bulk as a smoothed density on a log scale, the outliers one by one. "
-        "An outlier beyond the dashed limit is a direction in which full-batch steps grow.",
+        intro,
         draw=lambda ax: plot_density(density, ax=ax, lr=lr, limit=limit),
         figure_label=label,
         cost=_cost(document),

@@ -37,8 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         Traceback (most recent call last):
         SystemExit: 0
     """
-    arguments = _parser().parse_args(argv)
-    arguments.argv = ["sharpkit", *(sys.argv[1:] if argv is None else argv)]
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if not given:
+        parser.print_help(sys.stderr)
+        return USAGE
+    arguments = parser.parse_args(given)
+    arguments.argv = ["sharpkit", *given]
     try:
         # Whatever user code prints goes to stderr: stdout carries the answer alone.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():

@@ -98,7 +98,7 @@ def report(
         >>> import tempfile, sharpkit as sk
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = sk.report(f"{folder}/out.html", [("Trace", sk.Estimate(3.0, 0.1, 40))])
-        ...     "3 +- 0.1" in page.read_text()
+        ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
         True
     """
     target = Path(os.path.realpath(path))

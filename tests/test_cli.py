@@ -197,11 +197,22 @@ def test_an_error_in_the_users_code_shows_their_line_and_exits_1(target: Path, c
     assert err.rstrip().endswith("raised RuntimeError: the data are not there")
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["measure", "a.py:f", "--tol", "-1"], ["spectrum", "a.py:f", "--k", "0"]])
+@pytest.mark.parametrize("arguments", [["dance"], ["measure", "a.py:f", "--tol", "-1"], ["spectrum", "a.py:f", "--k", "0"]])
 def test_a_wrong_command_line_exits_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert all(command in err for command in ("demo", "measure", "spectrum", "doctor", "report"))
+
+
+def test_a_pattern_that_picks_nothing_is_a_usage_error(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", f"{target}:objective", "--params", "nope.*"]) == 2
+    assert "0.weight" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(target: Path, capsys: pytest.CaptureFixture[str]) -> None:

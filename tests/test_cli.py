@@ -54,9 +54,9 @@ def slow():
     import time
     model = torch.nn.Linear(4, 2)
     def closure(model, batch):
+        print("ready", flush=True)
         time.sleep(2)
         return model(batch).square().mean()
-    print("ready", flush=True)
     return sk.Objective(model, torch.randn(8, 4), closure=closure)
 
 number = 3

@@ -307,8 +307,8 @@ class Objective:
         """f(w) and its gradient, a flat vector of shape (num_parameters,)."""
 
         def local() -> tuple[float, Tensor]:
-            total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
             with self.undisturbed():
+                total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
                 for piece in self.pieces():
                     loss = self.evaluate(piece)
                     total += float(loss.detach()) * piece.weight

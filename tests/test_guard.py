@@ -1,0 +1,234 @@
+"""A measurement leaves no trace, whatever interrupts it, and nothing around it has an influence on it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import built, gaussian, labels, mlp, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
+from traces import untouched
+
+import sharpkit as sk
+
+
+class Bad(torch.autograd.Function):
+    """Identity whose backward raises what it is told to."""
+
+    error: BaseException | None = None
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        if Bad.error is not None:
+            raise Bad.error
+        return g.clone()
+
+
+class Everything(nn.Module):
+    """BatchNorm, dropout, buffers shared, tied, absent and made on the fly, three kinds of randomness, and a switch that raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 3)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("absent", None)
+        self.alias = nn.Module()
+        self.alias.register_buffer("steps", self.steps)
+        self.error: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.absent = torch.ones(1)
+        if "late" not in self._buffers:
+            self.register_buffer("late", torch.ones(1))
+        scale = 1 + 0.1 * random.random() + 0.1 * float(np.random.rand())  # noqa: NPY002
+        hidden = self.drop(torch.tanh(self.norm(self.first(x))))
+        if self.error is not None:
+            raise self.error
+        return Bad.apply(self.last(hidden)) * scale
+
+
+def everything() -> tuple[Everything, torch.optim.Optimizer]:
+    """With gradients, optimizer state, hooks and mixed flags as in the middle of a training run."""
+    model = built(Everything)
+    assert isinstance(model, Everything)
+    model._buffers.pop("late", None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    F.cross_entropy(model(gaussian(5, 4)), labels(5)).backward()
+    optimizer.step()
+    model._buffers.pop("late", None)
+    model._buffers["absent"] = None
+    model.train()
+    model.drop.eval()
+    model.last.weight.grad = None
+    model.first.weight.register_hook(lambda g: g * 7)
+    return model, optimizer
+
+
+DATA = [(gaussian(5, 4), labels(5)), (gaussian(3, 4, seed=8), labels(3, seed=8))]
+
+
+def measurements(model: nn.Module, mode: str) -> dict[str, Callable[[], object]]:
+    objective = sk.Objective(model, DATA, loss=F.cross_entropy, mode=mode)
+    operators = {"hessian": sk.HessianOperator(objective), "rebuilt": sk.HessianOperator(objective, retain=False)}
+    operators["gauss_newton"], operators["fisher"] = sk.GaussNewtonOperator(objective), sk.FisherOperator(objective)
+    if mode == "eval":
+        operators["covariance"] = sk.GradientCovarianceOperator(objective)
+    v = gaussian(objective.num_parameters)
+    calls: dict[str, Callable[[], object]] = {name: (lambda A=A: (A @ v, A @ v)) for name, A in operators.items()}
+    return calls | {"value": objective.value, "gradient": objective.gradient, "block": lambda: operators["hessian"].block("last.*") @ v[:21]}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_every_measurement_leaves_the_model_bit_for_bit_as_found(mode: str) -> None:
+    model, optimizer = everything()
+    with untouched(model, optimizer=optimizer):
+        calls = measurements(model, mode)
+    for call in calls.values():
+        with untouched(model, optimizer=optimizer):
+            call()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), MemoryError()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_interruption_in_mid_product_leaves_the_model_as_found_and_the_operator_usable(error: BaseException, where: str) -> None:
+    model, optimizer = everything()
+    for name, call in measurements(model, "train").items():
+        if where == "backward" and name == "value":
+            continue
+        try:
+            model.error, Bad.error = (error, None) if where == "forward" else (None, error)
+            with untouched(model, optimizer=optimizer), pytest.raises((type(error), sk.OutOfMemoryError)):
+                call()
+        finally:
+            model.error = Bad.error = None
+        with untouched(model, optimizer=optimizer):
+            call()
+
+
+def test_an_interrupted_product_does_not_change_the_next_one() -> None:
+    model, _ = everything()
+    H = sk.HessianOperator(sk.Objective(model, DATA, loss=F.cross_entropy, mode="train"))
+    expected = H.to_dense()
+    H.forget_graphs()
+    v = gaussian(H.size)
+    original, calls = model.norm.forward, []
+
+    def interrupted(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:  # the first batch's graph is kept by then
+            raise KeyboardInterrupt
+        return original(x)
+
+    model.norm.forward = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        H @ v
+    model.norm.forward = original  # type: ignore[method-assign]
+    assert relative_error(H.to_dense(), expected) < 1e-12
+
+
+def test_making_an_objective_leaves_no_trace_also_when_it_fails() -> None:
+    model, optimizer = everything()
+    model.error = ValueError("in the middle")
+    with untouched(model, optimizer=optimizer), pytest.raises(ValueError, match="in the middle"):
+        sk.Objective(model, DATA, loss=F.cross_entropy)
+
+
+def test_the_users_hooks_on_parameters_are_silent_in_a_product_and_work_after_it() -> None:
+    problem = mlp()
+    expected = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss)).to_dense()
+    weight, seen = problem.model[0].weight, []
+    handle = weight.register_hook(lambda g: (seen.append("tensor"), g * 100)[1])
+    late = weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
+    found = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss)).to_dense()
+    assert torch.equal(found, expected)
+    assert seen == []
+    problem.value().backward()
+    assert seen == ["tensor", "accumulated"]
+    assert float(weight.grad.norm()) > 10 * float(problem.model[2].weight.grad.norm()), "the hook scaled it"
+    handle.remove()
+    late.remove()
+    problem.value().backward()
+    assert seen == ["tensor", "accumulated"], "handles still remove their hooks"
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_gradient_modes_and_autocast_around_a_measurement_have_no_influence(around: Callable[[], Any]) -> None:
+    model = built(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), dtype=torch.float32)
+    x, y = gaussian(6, 4, dtype=torch.float32), labels(6)
+    v = gaussian(43, dtype=torch.float32)
+    outside = sk.HessianOperator(sk.Objective(model, (x, y), loss=F.cross_entropy)) @ v
+    with around(), untouched(model):
+        objective = sk.Objective(model, (x.clone(), y.clone()), loss=F.cross_entropy)
+        H = sk.HessianOperator(objective)
+        inside, again = H @ v.clone(), H @ v
+        value, (_, gradient) = objective.value(), objective.gradient()
+    assert torch.equal(inside, outside)
+    assert torch.equal(again, outside)
+    assert not inside.is_inference()
+    assert value == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-6)
+    assert gradient.abs().sum() > 0
+
+
+def test_the_generators_of_a_loader_are_put_back() -> None:
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(gaussian(8, 4), labels(8)), batch_size=4, generator=generator)
+    problem = mlp()
+    with untouched(problem.model, generators=(generator,)):
+        H = sk.HessianOperator(sk.Objective(problem.model, loader, loss=F.cross_entropy), retain=False)
+        H @ gaussian(H.size)
+
+
+def test_a_sampler_with_its_own_generator_is_put_back_and_refused() -> None:
+    class Shuffled(SequentialSampler):
+        def __init__(self, source: Dataset[Any], generator: torch.Generator) -> None:
+            super().__init__(source)
+            self.generator = generator
+
+        def __iter__(self) -> Any:
+            return iter(torch.randperm(len(self.data_source), generator=self.generator).tolist())
+
+    data = TensorDataset(gaussian(8, 4), labels(8))
+    generator = torch.Generator().manual_seed(3)
+    problem = mlp()
+    with untouched(problem.model, generators=(generator,)), pytest.raises(sk.NonDeterministicError, match="shuffles or augments"):
+        sk.Objective(problem.model, DataLoader(data, batch_size=4, sampler=Shuffled(data, generator)), loss=F.cross_entropy)
+
+
+def test_seeding_leaves_no_seed_behind_for_a_device_not_yet_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed queues a seed for a CUDA context to come, which no guard could take back."""
+    problem = mlp()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("torch.manual_seed was called"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("torch.cuda.manual_seed_all was called"))
+    sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss)) @ gaussian(43)
+
+
+def test_products_do_not_depend_on_random_states_found_outside() -> None:
+    model, _ = everything()
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        results.append(sk.HessianOperator(sk.Objective(model, DATA, loss=F.cross_entropy, mode="train")) @ gaussian(63))
+    assert torch.equal(*results)
+
+
+def test_nested_guards_put_back_each_its_own() -> None:
+    model, _ = everything()
+    objective = sk.Objective(model, DATA, loss=F.cross_entropy)
+    with untouched(model), objective.undisturbed():
+        inner = objective.value()
+        assert model.first.weight.grad is None
+        assert not model.norm.training
+    assert inner == pytest.approx(objective.value(), rel=1e-12)

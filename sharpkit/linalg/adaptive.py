@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
+from sharpkit.linalg.basis import affordable_rows
 from sharpkit.linalg.deflation import DeflatedProbes
-from sharpkit.linalg.krylov import affordable_rows
 from sharpkit.linalg.progress import Budget
 from sharpkit.linalg.xtrace import xtrace
 from sharpkit.operators.base import SymmetricOperator
 
-_PILOT = 6
+_PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares
 _KEPT = 16  # probes that are kept for a larger basis
 _PATIENCE = 3  # products spent on the leading subspace without the forecast falling,
-_SHARE = 0.08  # or this share of it
-_PERSISTENCE = 2
+_SHARE = 0.04  # or this share of it
+_WORTH = 0.75  # the fall in the forecast, from spreads of a few probes, that is taken for real
+_PERSISTENCE = {False: 4, True: 6}  # steps with enough probes in a row; squares are more skewed: a few samples look better than they are
 _SURPRISE = 1.5  # probes needed, relative to the forecast, that reopen the choice
 _HOPELESS = 4.0  # give up where the forecast exceeds the budget this many times
 _HOPELESS_AFTER = 100
@@ -48,18 +49,26 @@ class AdaptiveEstimate:
     """
 
     def __init__(
-        self, operator: SymmetricOperator, target: Tolerance, budget: Budget, *, seed: int, limit: int, fixed: bool = False,
+        self,
+        operator: SymmetricOperator,
+        target: Tolerance,
+        budget: Budget,
+        *,
+        seed: int,
+        limit: int,
+        fixed: bool = False,
         squared: bool = False,
     ) -> None:
         self.operator, self.target, self.budget, self.limit, self.fixed = operator, target, budget, limit, fixed
         self.may_give_up = False
+        self.pilot = _PILOT[squared]
         self.generator = torch.Generator().manual_seed(seed)
         self.probes = DeflatedProbes(operator, self.generator, squared=squared)
 
     def estimate(self, method: str) -> tuple[float, float, str]:
         """Value, standard error and the way it was made."""
         n = self.operator.size
-        if n <= self.limit and (n <= _PILOT or self.fixed):
+        if n <= self.limit and (n <= self.pilot or self.fixed):
             complete = self._fill()
             return self.probes.known, 0.0 if complete else math.inf, "exact" if complete else "incomplete"
         if method == "xtrace":
@@ -67,10 +76,10 @@ class AdaptiveEstimate:
         if method == "hutch++":
             self._sketch()
             return self._probe("Hutch++", adapt=False)
-        for _ in range(_PILOT):
+        for _ in range(self.pilot):
             if self.budget.allows():
                 self.probes.draw(keep=method == "auto")
-                self.budget.report(_PILOT, "pilot probes")
+                self.budget.report(self.pilot, "pilot probes")
         return self._probe("Hutchinson", adapt=method == "auto")
 
     def _fill(self) -> bool:
@@ -103,16 +112,17 @@ class AdaptiveEstimate:
         """Grow the basis while that lowers the forecast: of the cost, or of the error where the cost is fixed."""
         probes, space, n = self.probes, self.probes.space, self.operator.size
         made = probes.num_kept
-        best, best_at, enough = math.inf, 0, 0
-        while self.budget.allows(1 + _PILOT) and (space.pending or space.add_random(self.generator)):
+        best, best_at, enough, start = math.inf, 0, 0, math.inf
+        while self.budget.allows(1 + self.pilot) and (space.pending or space.add_random(self.generator)):
             steps, needed = len(space.expanded), self._forecast()
             score = probes.mean_and_spread()[1] ** 2 / max(1, self.limit - steps) if self.fixed else steps + needed
-            if score < 0.995 * best:
+            start = min(start, score) if start == math.inf else start
+            if score < 0.995 * best and (best == math.inf or score < _WORTH * start):
                 best, best_at = score, steps
             patience = max(_PATIENCE, _SHARE * (self.limit if self.fixed else best))
             enough = enough + 1 if needed <= made and not self.fixed else 0
             finish = needed >= n - steps and self._can_complete()
-            if enough >= _PERSISTENCE or (not finish and steps - best_at >= patience) or space.size >= self._most_rows():
+            if enough >= _PERSISTENCE[probes.squared] or (not finish and steps - best_at >= patience) or space.size >= self._most_rows():
                 return
             probes.deflate_one()
             self.budget.report(int(min(steps + needed, self.limit)), "leading subspace")
@@ -134,16 +144,17 @@ class AdaptiveEstimate:
     def _probe(self, how: str, *, adapt: bool) -> tuple[float, float, str]:
         """Probes until the tolerance is reached; where they disappoint the forecast, the basis is looked at again."""
         probes, space = self.probes, self.probes.space
-        expected = 2.0 * _PILOT if not self.fixed else 0.0
+        expected = 2.0 * self.pilot if not self.fixed else 0.0
         while True:
-            if adapt and (needed := self._forecast()) > max(expected, 1.0):
+            sunk = probes.num_late
+            if adapt and (needed := self._forecast()) > expected and needed - len(probes) > 2 * sunk:
                 self._deflate()
-                expected = max(_SURPRISE * self._forecast(), needed if not space.expanded else 0.0) + _PILOT
+                expected = max(_SURPRISE * self._forecast(), needed if not space.expanded else 0.0) + self.pilot
                 adapt = not self.fixed
             if space.is_complete and not space.pending and space.expanded:
                 return probes.known, 0.0, "exact"
             value, stderr = probes.estimate()
-            settled = not self.fixed and len(probes) >= _PILOT and stderr <= self.target(value)
+            settled = not self.fixed and len(probes) >= self.pilot and stderr <= self.target(value)
             hopeless = self.may_give_up and len(probes) >= _HOPELESS_AFTER and self._forecast() > _HOPELESS * self.limit
             if settled or hopeless or not self.budget.allows():
                 return value, stderr, f"{how}, deflated" if space.expanded and how == "Hutchinson" else how

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sharpkit._errors import NonFiniteError
-from sharpkit.linalg.krylov import Array, KrylovSpace
+from sharpkit.linalg.basis import Array
+from sharpkit.linalg.krylov import KrylovSpace
+from sharpkit.linalg.results import standard_error
 from sharpkit.operators.base import SymmetricOperator
-
-
-@cache
-def student_factor(count: int) -> float:
-    """What widens the standard error of ``count`` samples so that two of it hold the usual 95 %."""
-    from scipy.stats import norm, t
-
-    return float(t.ppf(norm.cdf(2.0), count - 1) / 2.0) if count > 1 else math.inf
 
 
 class DeflatedProbes:
@@ -51,6 +44,11 @@ class DeflatedProbes:
     def num_kept(self) -> int:
         """Probes that a growing basis can still use."""
         return len(self._kept)
+
+    @property
+    def num_late(self) -> int:
+        """Probes drawn for the present basis alone."""
+        return len(self._late)
 
     @property
     def known(self) -> float:
@@ -136,6 +134,4 @@ class DeflatedProbes:
 
     def estimate(self) -> tuple[float, float]:
         """The trace and its standard error, widened for few probes."""
-        value, spread = self.mean_and_spread()
-        count = len(self)
-        return value, spread / math.sqrt(count) * student_factor(count) if count > 1 else math.inf
+        return self.mean_and_spread()[0], standard_error(self.samples())

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit._errors import ConvergenceWarning
 from sharpkit.linalg.adaptive import AdaptiveEstimate, Tolerance
-from sharpkit.linalg.deflation import student_factor
 from sharpkit.linalg.krylov import KrylovSpace
 from sharpkit.linalg.progress import Budget, ProgressCallback
-from sharpkit.linalg.results import SCHEMA_VERSION, Estimate
+from sharpkit.linalg.results import SCHEMA_VERSION, Estimate, student_factor
 from sharpkit.operators.algebra import as_operator
 from sharpkit.operators.base import SymmetricOperator
 
@@ -43,13 +42,23 @@ class DiagonalEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Lists and numbers, JSON-ready."""
         return {
-            "kind": "diagonal", "version": SCHEMA_VERSION, "value": self.value.tolist(), "stderr": self.stderr.tolist(),
-            "num_matvecs": self.num_matvecs, "seconds": self.seconds, "converged": self.converged,
+            "kind": "diagonal",
+            "version": SCHEMA_VERSION,
+            "value": self.value.tolist(),
+            "stderr": self.stderr.tolist(),
+            "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds,
+            "converged": self.converged,
         }
 
 
 def diagonal(
-    operator: Any, *, num_probes: int = 100, seed: int = 0, max_matvecs: int | None = None, max_seconds: float | None = None,
+    operator: Any,
+    *,
+    num_probes: int = 100,
+    seed: int = 0,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
     callback: ProgressCallback | None = None,
 ) -> DiagonalEstimate:
     """The diagonal of A as the mean of z * (A z) over Rademacher probes z.
@@ -128,7 +137,12 @@ def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, bud
 
 
 def frobenius_norm(
-    operator: Any, *, rtol: float = 0.01, seed: int = 0, max_matvecs: int | None = None, max_seconds: float | None = None,
+    operator: Any,
+    *,
+    rtol: float = 0.01,
+    seed: int = 0,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
     callback: ProgressCallback | None = None,
 ) -> Estimate:
     """||A||_F to a relative standard error of ``rtol``.
@@ -166,7 +180,8 @@ def frobenius_norm(
     if not converged:
         warnings.warn(
             f"||A||_F = {norm:.4g} has a standard error of {error:.2g} after {budget.num_matvecs} products, {rtol * norm:.2g} was asked: "
-            "raise max_matvecs or rtol.", ConvergenceWarning, stacklevel=2,
+            "raise max_matvecs or rtol.",
+            ConvergenceWarning,
+            stacklevel=2,
         )
     return Estimate(norm, error, budget.num_matvecs, budget.seconds, how, converged)
-

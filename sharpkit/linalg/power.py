@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
-from sharpkit.linalg.krylov import BasisRows, working_dtype
+from sharpkit.linalg.basis import BasisRows, working_dtype
 from sharpkit.linalg.lanczos import check_arguments
 from sharpkit.linalg.progress import Budget, ProgressCallback
 from sharpkit.linalg.results import Eigenpairs
@@ -22,8 +22,15 @@ _STALL_CHECK = 10
 
 
 def power_iteration(
-    operator: Any, k: int = 1, *, tol: float = 1e-3, seed: int = 0, initial: Tensor | None = None, max_matvecs: int | None = None,
-    max_seconds: float | None = None, callback: ProgressCallback | None = None,
+    operator: Any,
+    k: int = 1,
+    *,
+    tol: float = 1e-3,
+    seed: int = 0,
+    initial: Tensor | None = None,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
 ) -> Eigenpairs:
     """The k eigenvalues of largest magnitude, sign included, one after the other by power iteration.
 
@@ -56,7 +63,8 @@ def power_iteration(
     """
     operator = as_operator(operator)
     check_arguments(operator, k, "magnitude", tol, initial)
-    budget = Budget(operator, max_matvecs=_DEFAULT_MATVECS * k if max_matvecs is None else max_matvecs, max_seconds=max_seconds, callback=callback)
+    limit = _DEFAULT_MATVECS * k if max_matvecs is None else max_matvecs
+    budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(seed)
     found = BasisRows(operator)
     pairs: list[tuple[float, float, str]] = []
@@ -72,18 +80,21 @@ def power_iteration(
 
 def _start(operator: SymmetricOperator, found: BasisRows, initial: Tensor | None, number: int, generator: torch.Generator) -> Tensor:
     """A unit vector orthogonal to those found: the given one where something of it is left, else a random one."""
-    given = None if initial is None else initial[:, None] if initial.ndim == 1 else initial
-    candidates = [] if given is None or number >= given.shape[1] else [given[:, number].to(device=operator.device, dtype=working_dtype(operator))]
-    if candidates and len(candidates[0]) != len(operator.random_vectors(1, generator=torch.Generator().manual_seed(0))):
-        raise ValueError(f"initial must have {operator.size} rows, got shape {tuple(given.shape) if given is not None else ()}")
-    candidates.append(operator.random_vectors(1, generator=generator)[:, 0].to(working_dtype(operator)))
-    for candidate in candidates:
+    candidates = [operator.random_vectors(1, generator=generator)[:, 0].to(working_dtype(operator))]
+    if initial is not None:
+        given = initial if initial.ndim == 2 else initial[:, None]
+        if len(given) != len(candidates[0]):
+            raise ValueError(f"initial must have {len(candidates[0])} rows, got shape {tuple(initial.shape)}")
+        if number < given.shape[1]:
+            candidates.insert(0, given[:, number].to(candidates[0]))
+    while True:
+        candidate = candidates.pop(0)
         rest, _ = found.orthogonalise(candidate / operator.dot(candidate, candidate).sqrt())
         norm = float(operator.dot(rest, rest)) ** 0.5
-        if norm > 1e-5:
+        if norm > 1e-5 or not candidates:  # NaN and 0 fail the comparison
             rest, _ = found.orthogonalise(rest / norm)
-            return rest / operator.dot(rest, rest).sqrt()
-    return rest / norm
+            unit: Tensor = rest / operator.dot(rest, rest).sqrt()
+            return unit
 
 
 def _iterate(found: BasisRows, vector: Tensor, scale: float, tol: float, budget: Budget, stage: str) -> tuple[float, float, str, Tensor]:
@@ -101,12 +112,13 @@ def _iterate(found: BasisRows, vector: Tensor, scale: float, tol: float, budget:
         value, norm = float(theta), float(grown) ** 0.5
         scale = max(scale, float(length) ** 0.5)
         residual = float(np.hypot(max(float(length) - value**2, 0.0) ** 0.5, 4 * eps * scale))
-        if residual <= max(tol * scale, 8 * eps**0.5 * eps**0.5 * scale):
+        if residual <= max(tol, 8 * eps) * scale:
             return value, residual, "converged", vector
         history.append((norm, value))
         budget.report(budget.num_matvecs + 10, stage)
         if _is_tie(history, tol * scale):
-            return value, residual, f"eigenvalues near +{norm:.6g} and -{norm:.6g} tie in magnitude: use eigenpairs(which='magnitude')", vector
+            tie = f"eigenvalues near +{norm:.6g} and -{norm:.6g} tie in magnitude: use eigenpairs(which='magnitude')"
+            return value, residual, tie, vector
         vector = rest / norm
     return value, residual, "product or time budget used up", vector
 
@@ -131,6 +143,8 @@ def _result(operator: SymmetricOperator, found: BasisRows, pairs: list[tuple[flo
     if not bool(converged.all()):
         warnings.warn(
             f"{int(converged.sum())} of {len(pairs)} pairs converged after {budget.num_matvecs} products of power iteration: {outcome}. "
-            "eigenpairs() needs far fewer products.", ConvergenceWarning, stacklevel=3,
+            "eigenpairs() needs far fewer products.",
+            ConvergenceWarning,
+            stacklevel=3,
         )
     return Eigenpairs(values, vectors, residuals, converged, budget.num_matvecs, budget.seconds, "magnitude", tol, outcome)

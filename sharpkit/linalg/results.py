@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,22 +22,25 @@ def format_with_error(value: float, error: float) -> str:
     """``1.234 +- 0.005``, with as many digits as the error supports."""
     if not math.isfinite(error):
         return f"{value:.4g} (error unknown)"
-    if error <= 0 or value == 0 and error == 0:
+    if error <= 0:
         return f"{value:.6g}"
     digits = max(1, min(12, math.ceil(math.log10(max(abs(value), error) / error)) + 1)) if value else 2
     return f"{value:.{digits}g} +- {error:.2g}"
 
 
-def standard_error(samples: np.ndarray[Any, Any]) -> float:
-    """Standard error of the mean of independent samples, widened for their small number.
-
-    The factor t(0.975; m - 1) / 1.96 makes value +- 2 stderr cover 95 % also with a handful of samples; it tends to 1.
-    """
+@cache
+def student_factor(count: int) -> float:
+    """t(0.975; count - 1) / 1.96: widens a standard error from ``count`` samples so that twice it covers 95 % also with a handful."""
     from scipy.stats import t
 
+    return float(t.ppf(0.975, count - 1) / 1.959964) if count > 1 else math.inf
+
+
+def standard_error(samples: np.ndarray[Any, Any]) -> float:
+    """Standard error of the mean of independent samples, widened for their small number."""
     if len(samples) < 2:
         return math.inf
-    return float(samples.std(ddof=1) / math.sqrt(len(samples)) * t.ppf(0.975, len(samples) - 1) / 1.959964)
+    return float(samples.std(ddof=1) / math.sqrt(len(samples))) * student_factor(len(samples))
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,14 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, JSON-ready."""
         return {
-            "kind": "estimate", "version": SCHEMA_VERSION, "value": self.value, "stderr": self.stderr, "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds, "method": self.method, "converged": self.converged,
+            "kind": "estimate",
+            "version": SCHEMA_VERSION,
+            "value": self.value,
+            "stderr": self.stderr,
+            "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds,
+            "method": self.method,
+            "converged": self.converged,
         }
 
 
@@ -120,9 +130,16 @@ class Eigenpairs:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vectors, JSON-ready."""
         return {
-            "kind": "eigenpairs", "version": SCHEMA_VERSION, "which": self.which, "values": self.values.tolist(),
-            "residuals": self.residuals.tolist(), "converged": self.converged.tolist(), "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds, "tol": self.tol, "outcome": self.outcome,
+            "kind": "eigenpairs",
+            "version": SCHEMA_VERSION,
+            "which": self.which,
+            "values": self.values.tolist(),
+            "residuals": self.residuals.tolist(),
+            "converged": self.converged.tolist(),
+            "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds,
+            "tol": self.tol,
+            "outcome": self.outcome,
         }
 
 
@@ -218,8 +235,16 @@ class SpectralDensity:
     def to_dict(self) -> dict[str, Any]:
         """Nodes, weights and the derived numbers, JSON-ready."""
         return {
-            "kind": "spectral_density", "version": SCHEMA_VERSION, "size": self.size, "nodes": self.nodes.tolist(),
-            "weights": self.weights.tolist(), "outliers": self.outliers.tolist(), "trace": self.trace.to_dict(),
-            "frobenius_norm": self.frobenius_norm.to_dict(), "negative_mass": self.negative_mass.to_dict(),
-            "num_matvecs": self.num_matvecs, "seconds": self.seconds, "converged": self.converged,
+            "kind": "spectral_density",
+            "version": SCHEMA_VERSION,
+            "size": self.size,
+            "nodes": self.nodes.tolist(),
+            "weights": self.weights.tolist(),
+            "outliers": self.outliers.tolist(),
+            "trace": self.trace.to_dict(),
+            "frobenius_norm": self.frobenius_norm.to_dict(),
+            "negative_mass": self.negative_mass.to_dict(),
+            "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds,
+            "converged": self.converged,
         }

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
+from sharpkit.linalg.basis import Array, affordable_rows
+from sharpkit.linalg.krylov import KrylovSpace
 from sharpkit.linalg.progress import Budget, ProgressCallback
 from sharpkit.linalg.results import SpectralDensity
 from sharpkit.operators.algebra import as_operator
@@ -21,8 +22,15 @@ _OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spac
 
 
 def spectral_density(
-    operator: Any, *, num_probes: int = 10, num_steps: int = 80, seed: int = 0, distribution: str = "rademacher",
-    max_matvecs: int | None = None, max_seconds: float | None = None, callback: ProgressCallback | None = None,
+    operator: Any,
+    *,
+    num_probes: int = 10,
+    num_steps: int = 80,
+    seed: int = 0,
+    distribution: str = "rademacher",
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
 ) -> SpectralDensity:
     """The eigenvalue density of a symmetric operator, from ``num_probes`` Lanczos runs of ``num_steps`` products each.
 
@@ -79,17 +87,17 @@ def spectral_density(
         warnings.warn(
             f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(runs)} of "
             f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes.",
-            ConvergenceWarning, stacklevel=2,
+            ConvergenceWarning,
+            stacklevel=2,
         )
     return density_from_runs(runs, steps, operator.size, budget, complete)
 
 
 def density_from_runs(runs: list[tuple[Array, Array, Array]], steps: int, size: int, budget: Budget, complete: bool) -> SpectralDensity:
     """The quadrature over finished Lanczos runs, each given as nodes (ascending), weights and residuals."""
-    nodes, weights = _padded(runs, steps)
-    return SpectralDensity(
-        torch.from_numpy(nodes), torch.from_numpy(weights), size, budget.num_matvecs, budget.seconds, torch.from_numpy(_outliers(runs)), complete
-    )
+    nodes, weights = (torch.from_numpy(array) for array in _padded(runs, steps))
+    outliers = torch.from_numpy(_outliers(runs))
+    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete)
 
 
 def _one_probe(

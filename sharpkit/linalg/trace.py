@@ -17,8 +17,16 @@ _DEFAULT_MATVECS = 2000
 
 
 def trace(
-    operator: Any, *, rtol: float = 0.01, atol: float = 0.0, method: Method = "auto", seed: int = 0, num_matvecs: int | None = None,
-    max_matvecs: int | None = None, max_seconds: float | None = None, callback: ProgressCallback | None = None,
+    operator: Any,
+    *,
+    rtol: float = 0.01,
+    atol: float = 0.0,
+    method: Method = "auto",
+    seed: int = 0,
+    num_matvecs: int | None = None,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
 ) -> Estimate:
     """tr A from random products, until its standard error is at most ``rtol`` |tr A| (or ``atol``).
 
@@ -77,6 +85,7 @@ def trace(
         warnings.warn(
             f"the trace {value:.4g} has a standard error of {stderr:.2g} after {budget.num_matvecs} products, {target:.2g} was "
             "asked: raise max_matvecs or rtol, or set atol where positive and negative eigenvalues nearly cancel.",
-            ConvergenceWarning, stacklevel=2,
+            ConvergenceWarning,
+            stacklevel=2,
         )
     return Estimate(value, stderr, budget.num_matvecs, budget.seconds, how, converged)

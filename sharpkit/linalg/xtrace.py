@@ -9,9 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.linalg.krylov import Array, KrylovSpace
+from sharpkit.linalg.basis import Array
+from sharpkit.linalg.krylov import KrylovSpace
 from sharpkit.linalg.progress import Budget
+from sharpkit.linalg.results import standard_error
 from sharpkit.operators.base import SymmetricOperator
+
+# The leave-one-out estimates share most of their basis, so their spread understates the error: by 1.0 to 1.3 over reference spectra.
+_SHARED_BASIS = 1.25
+_LEAST_TESTS = 5
 
 
 def xtrace(
@@ -32,7 +38,7 @@ def xtrace(
     space = KrylovSpace(operator)
     tests: list[Tensor] = []
     images: list[Array] = []  # R: A omega_i in the basis
-    value, stderr = math.nan, math.inf
+    value, stderr, passes = math.nan, math.inf, 0
     while budget.allows(2) and not space.is_complete:
         test = operator.random_vectors(1, generator=generator)[:, 0].to(space.dtype)
         image = operator.multiply(test.to(operator.dtype)).to(space.dtype)
@@ -44,10 +50,11 @@ def xtrace(
             return float(np.trace(space.projected())) if space.expanded else 0.0, 0.0, "XTrace, exact"
         space.expand(known)
         space.forget_pending()
-        if len(tests) >= 4:
+        if len(tests) >= _LEAST_TESTS:
             value, stderr = _leave_one_out(space, tests, images)
         budget.report(2 * len(tests) + 2, "trace, XTrace")
-        if not fixed and len(tests) >= 4 and stderr <= target(value):
+        passes = passes + 1 if stderr <= target(value) else 0
+        if not fixed and passes >= 2:
             break
     if space.is_complete and not space.pending:
         return float(np.trace(space.projected())), 0.0, "XTrace, exact"
@@ -56,8 +63,6 @@ def xtrace(
 
 def _leave_one_out(space: KrylovSpace, tests: list[Tensor], images: list[Array]) -> tuple[float, float]:
     """Mean of the estimates that leave test vector i out of the basis, and its standard error."""
-    from sharpkit.linalg.deflation import student_factor
-
     m, n = len(tests), space.operator.size
     inner = space.projected()  # Q^T A Q
     triangle = np.zeros((m, m))
@@ -71,4 +76,4 @@ def _leave_one_out(space: KrylovSpace, tests: list[Tensor], images: list[Array])
     rest = (coordinates * triangle).sum(axis=0) - 2 * (reduced * triangle).sum(axis=0) + (reduced * (inner @ reduced)).sum(axis=0)
     scaling = (n - m + 1) / np.maximum(norms - (reduced**2).sum(axis=0), np.finfo(float).tiny)
     estimates = np.trace(inner) - (dual * (inner @ dual)).sum(axis=0) + scaling * rest
-    return float(estimates.mean()), float(estimates.std(ddof=1) / math.sqrt(m)) * student_factor(m)
+    return float(estimates.mean()), _SHARED_BASIS * standard_error(estimates)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sharpkit.analysis.sharpness import measure as measure
     from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
     from sharpkit.analysis.stability import stable_learning_rate as stable_learning_rate
+    from sharpkit.linalg.diagonal import DiagonalEstimate as DiagonalEstimate
     from sharpkit.linalg.diagonal import diagonal as diagonal
     from sharpkit.linalg.diagonal import frobenius_norm as frobenius_norm
     from sharpkit.linalg.lanczos import eigenpairs as eigenpairs
@@ -66,7 +67,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
     "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
     "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
-    "sharpkit.linalg.diagonal": ("diagonal", "frobenius_norm"),
+    "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),
     "sharpkit.linalg.lanczos": ("eigenpairs",),
     "sharpkit.linalg.power": ("power_iteration",),
     "sharpkit.linalg.progress": ("Progress",),

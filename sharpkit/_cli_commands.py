@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def run_report_command(arguments: argparse.Namespace) -> Answer:
         run = _read_run(source)
         seeds.add(run.get("seed"))
         machine = machine or run.get("environment")
-        notes += [f"{source.name}: {' '.join(run['command'])}"] if run.get("command") else []
+        notes += [f"{source.name}: {shlex.join(run['command'])}"] if run.get("command") else []
         notes += run.get("notes", [])
         for document in run["results"]:
             heading = document.get("title", "")
@@ -99,7 +100,7 @@ def run_report_command(arguments: argparse.Namespace) -> Answer:
         notes=notes,
         machine=machine,
         seed=seed,
-        command=" ".join(arguments.argv),
+        command=shlex.join(arguments.argv),
     )
     return [], {"page": str(page)}, OK
 
@@ -141,7 +142,7 @@ def run_demo_command(arguments: argparse.Namespace) -> Answer:
         arguments.out,
         documents,
         title="sharpkit demo: curvature of two networks in training",
-        command=" ".join(arguments.argv),
+        command=shlex.join(arguments.argv),
         seed=arguments.seed,
         notes=result.notes,
     )
@@ -198,7 +199,7 @@ def _finish(arguments: argparse.Namespace, documents: list[Document]) -> Answer:
     extra: Document = {"target": arguments.target}
     if arguments.html:
         page = report(
-            arguments.html, documents, title=f"Curvature of {arguments.target}", command=" ".join(arguments.argv), seed=arguments.seed
+            arguments.html, documents, title=f"Curvature of {arguments.target}", command=shlex.join(arguments.argv), seed=arguments.seed
         )
         extra["page"] = str(page)
     return documents, extra, OK if all_converged(documents) else NOT_CONVERGED

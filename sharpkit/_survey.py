@@ -89,6 +89,7 @@ def look_at(source: BatchSource, probe: Probe, *, reduction: str) -> Look:
     _check_reduction(probe.known, reduction)
     rows, lengths, marks = [], [], []
     shown: list[tuple[int, Batch]] = []
+    cuttable = False
     for index, batch in enumerate(source):
         if probe.pair and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             came = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
@@ -103,8 +104,11 @@ def look_at(source: BatchSource, probe: Probe, *, reduction: str) -> Look:
         lengths.append(samples_in(batch, probe.pair))
         if source.is_loader and index < 2:
             marks.append(fingerprint(batch))
-        if min(row.values()) > 0 and (not shown or (len(shown) < _MAX_TRIALS and _cut(batch, probe)[1] > 0)):
-            shown.append((index, batch))
+        if min(row.values()) > 0 and len(shown) < _MAX_TRIALS:
+            cut, spread = _cut(batch, probe)
+            if spread > 0 or not shown or (cut and not cuttable):
+                shown.append((index, batch))
+                cuttable = cuttable or cut > 0
     source.check_repeatable(marks)
     rules = [rule for rule in (rows[0] if rows else {}) if all(rule in row for row in rows)]
     if rows and not rules:
@@ -193,7 +197,7 @@ def _cut(batch: Batch, probe: Probe) -> tuple[int, float]:
     """Where to cut the batch in two so that the rules' shares of the first part differ most, and by how much; (0, 0) where they cannot."""
     length = samples_in(batch, probe.pair)
     best = (0, 0.0)
-    for cut in {max(1, length // 3), max(1, length // 2)} if length >= 2 else ():
+    for cut in {max(1, length // 3), length // 2, 2 * length // 3} if length >= 2 else ():
         first, second = _parts_counts(batch, cut, length, probe)
         if all(first.get(rule, 0) > 0 and n > 0 for rule, n in second.items()):
             shares = [first[rule] / (first[rule] + n) for rule, n in second.items()]

@@ -109,8 +109,8 @@ def _eigenpairs_section(document: Document, title: str) -> Section:
 def _listed(values: list[float]) -> str:
     if not values:
         return "none"
-    shown = ", ".join(f"{v:.4g}" for v in values[:6])
-    return shown if len(values) <= 6 else f"{shown} ... ({len(values)} in all)"
+    shown = ", ".join(f"{v:.4g}" for v in values[:4])
+    return shown if len(values) <= 4 else f"{shown} ... ({len(values)} in all)"
 
 
 def density_from(document: Document) -> SpectralDensity:

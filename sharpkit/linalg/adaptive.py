@@ -75,6 +75,9 @@ class AdaptiveEstimate:
             return xtrace(self.operator, self.target, self.budget, self.generator, fixed=self.fixed)
         if method == "hutch++":
             self._sketch()
+            if not self.fixed and self._forecast() > n - len(self.probes.space.expanded) and self._can_complete():
+                complete = self._fill()
+                return self.probes.known, 0.0 if complete else math.inf, "exact" if complete else "incomplete"
             return self._probe("Hutch++", adapt=False)
         for _ in range(self.pilot):
             if self.budget.allows():

@@ -38,6 +38,7 @@ class KrylovSpace:
         self.scale = 0.0
         self.asymmetry = 0.0
         self._forgetful = False
+        self._dropped = 0.0
         self._matrix = np.zeros((_FIRST_SIZE, _FIRST_SIZE))
 
     @property
@@ -99,6 +100,7 @@ class KrylovSpace:
         self.pending.remove(index)
         self.expanded.append(index)
         if self.is_complete or beta <= _BREAKDOWN * self.eps * self.scale:
+            self._dropped = max(self._dropped, beta)
             return False
         self._matrix[self.size, index] = beta
         self._append_pending(rest / beta)
@@ -120,7 +122,7 @@ class KrylovSpace:
 
     def floor(self) -> float:
         """What rounding and the noise of the products leave uncertain in a residual."""
-        return float(max(self.asymmetry, 2 * self.eps * self.scale * max(1.0, len(self.expanded)) ** 0.5))
+        return float(max(self.asymmetry, self._dropped, 2 * self.eps * self.scale * max(1.0, len(self.expanded)) ** 0.5))
 
     def vectors(self, coordinates: Array) -> Tensor:
         """Combinations of the expanded vectors, (n, k) for (len(expanded), k) coordinates, in the operator's dtype."""

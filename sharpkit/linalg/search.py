@@ -64,39 +64,42 @@ class Search:
                 return "converged"
 
     def _sweep(self, budget: Budget) -> str:
-        """Lanczos from a fresh start in the complement: 'intruder' where it finds something above the k-th pair.
+        """Look for what was missed: 'intruder' where something comes in above the k-th pair.
 
-        It goes on while the complement's best Ritz value might still climb among the wanted, up to half the products made.
+        What the basis does not span may hide in the vector that is still pending, or outside: so that one is multiplied, and then Lanczos
+        runs from a fresh random start in the complement. It goes on while the complement's best Ritz value might still climb among the
+        wanted, up to half the products made.
         """
-        most = max(_SWEEP_STEPS + 2, min(budget.num_matvecs // 2, self.capacity - self.k - 4))
-        self._make_room(most + 1)
-        if self.capacity < self.space.operator.size:
-            most = max(1, min(most, self.capacity - self.space.size - 1))
-        known = self.space.size
+        space = self.space
+        most = max(_SWEEP_STEPS + 2, min(budget.num_matvecs // 2, self.capacity - self.k - 5))
+        self._make_room(most + 2)
+        if self.capacity < space.operator.size:
+            most = max(1, min(most, self.capacity - space.size - 2))
         assert self.ritz is not None
-        before = self.ritz.ranks[: self.k].copy()
-        if not self.space.add_random(self.generator):
-            return "converged"
-        for step in range(1, most + 1):
+        before, queue, strand = self.ritz.ranks[: self.k].copy(), space.pending[-1:], list[int]()
+        if space.add_random(self.generator):
+            queue.append(space.size - 1)
+        for index in queue:
             if not budget.allows():
                 return "product or time budget used up before the search for missed eigenvalues ended"
-            strand = [index for index in self.space.pending if index >= known]
-            grew = self.space.expand(strand[-1])
+            grew = space.expand(index)
             self._update()
-            budget.report(budget.num_matvecs + max(1, _SWEEP_STEPS - step), "search for missed eigenvalues")
+            budget.report(budget.num_matvecs + max(1, _SWEEP_STEPS - len(strand)), "search for missed eigenvalues")
             if np.any(self.ritz.ranks[: self.k] > before + self.tol * self.size_of_spectrum):
                 return "intruder"
-            if not grew or (step >= _SWEEP_STEPS and self._clear_of_wanted(known)):
-                break
+            if index != queue[0] or len(queue) == 1:
+                strand.append(index)
+                done = len(strand) >= most or (len(strand) >= _SWEEP_STEPS and self._clear_of_wanted(strand))
+                if grew and not done:
+                    queue.append(space.size - 1)
         return "converged" if self._is_settled() else "unsettled"
 
-    def _clear_of_wanted(self, known: int) -> bool:
+    def _clear_of_wanted(self, strand: list[int]) -> bool:
         """Whether the complement's best eigenvalue will not reach the k-th wanted one.
 
         A random start underestimates the top of a spectrum of width w by order w (log n / steps)^2 (Kuczynski and Wozniakowski, 1992);
         the factor 1/4 was chosen so that no eigenvalue was missed on clustered reference spectra.
         """
-        strand = [index for index in self.space.expanded if index >= known]
         values, coordinates = np.linalg.eigh(self.space.projected(strand))
         ranks = self._rank(values)
         best = int(np.argmax(ranks))

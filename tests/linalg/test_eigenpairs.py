@@ -1,0 +1,261 @@
+"""eigenpairs against prescribed spectra: right values, honest residuals, few products, nothing missed."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from problems_linalg import network_like, operator_with, rotated, true_residuals
+
+import sharpkit as sk
+from sharpkit._errors import ConvergenceWarning, NonFiniteError, NotSymmetricError
+from sharpkit.operators.algebra import CallableOperator
+
+TOL = 1e-3
+BULK = np.linspace(-1, 1, 194)
+SPECTRA = {
+    "separated": np.concatenate([[9.0, 7, 5, 4, 3, 2], BULK]),
+    "clustered": np.concatenate([[5.0, 4.99, 4.98, 4.97, 3, 2], BULK]),
+    "multiple": np.concatenate([[5.0, 5, 3, 3, 3, 2], BULK]),
+    "indefinite": np.concatenate([[5.0, -9, 4, -8, 3, -2], BULK]),
+    "plus-minus pairs": np.concatenate([[5.0, -5, 4, -4, 3, -3], BULK]),
+    "rank-deficient": np.concatenate([[5.0, 4, 3], np.zeros(197)]),
+    "identity": np.ones(50),
+    "zero": np.zeros(50),
+    "all equal but one": np.concatenate([[3.0], np.ones(60)]),
+    "network-like": network_like(400),
+}
+
+
+def wanted(spectrum: np.ndarray, k: int, which: str) -> np.ndarray:
+    """The true answer in the documented order."""
+    if which == "magnitude":
+        return spectrum[np.argsort(-np.abs(spectrum), kind="stable")][:k]
+    ascending = np.sort(spectrum)
+    return ascending[::-1][:k] if which == "largest" else ascending[:k][::-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_values_vectors_and_residuals_are_right(name: str, which: str, dtype: torch.dtype) -> None:
+    spectrum, k = SPECTRA[name], 4
+    # wanted pairs inside a continuous bulk are told apart only up to the tolerance: the error is bounded by the residual
+    operator = operator_with(spectrum, dtype=dtype)
+    pairs = sk.eigenpairs(operator, k, which=which, tol=TOL)
+    scale = float(np.abs(spectrum).max())
+    rounding = 100 * torch.finfo(dtype).eps * scale
+    expected = wanted(spectrum, k, which)
+    compare = np.abs if which == "magnitude" else np.asarray  # +5 and -5 may come in either order
+    np.testing.assert_allclose(compare(pairs.values.numpy()), compare(expected), atol=2 * TOL * scale + rounding)
+    assert bool(pairs.converged.all()) and pairs.outcome == "converged"
+    assert pairs.values.dtype == torch.float64 and pairs.vectors.dtype == dtype and pairs.vectors.shape == (len(spectrum), k)
+    truth = true_residuals(operator, pairs.vectors, pairs.values)
+    assert np.all(truth <= 1.1 * pairs.residuals.numpy() + 1e-300), "a reported residual is below the true one"
+    assert np.all(truth <= TOL * scale + rounding)
+    gram = (pairs.vectors.T @ pairs.vectors).double()
+    torch.testing.assert_close(gram, torch.eye(k, dtype=torch.float64), atol=200 * torch.finfo(dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [1e-7, 1e7])
+def test_the_scale_of_the_matrix_changes_nothing(factor: float, dtype: torch.dtype) -> None:
+    spectrum = network_like(300)
+    plain = sk.eigenpairs(operator_with(spectrum, dtype=dtype), 8)
+    scaled = sk.eigenpairs(operator_with(factor * spectrum, dtype=dtype), 8)
+    assert abs(scaled.num_matvecs - plain.num_matvecs) <= 1  # the rounding differs
+    np.testing.assert_allclose(scaled.values.numpy() / factor, plain.values.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20])
+def test_all_n_pairs_of_a_small_matrix_are_exact(n: int) -> None:
+    spectrum = np.arange(n) - n / 3
+    pairs = sk.eigenpairs(operator_with(spectrum), n)
+    np.testing.assert_allclose(pairs.values.numpy(), np.sort(spectrum)[::-1], atol=1e-12 * n)
+    assert bool(pairs.converged.all()) and pairs.num_matvecs <= n
+
+
+@pytest.mark.parametrize("name", ["identity", "zero", "rank-deficient"])
+def test_k_equal_to_n_works_where_every_start_breaks_down(name: str) -> None:
+    spectrum = SPECTRA[name][:30]
+    pairs = sk.eigenpairs(operator_with(spectrum), 30)
+    np.testing.assert_allclose(pairs.values.numpy(), np.sort(spectrum)[::-1], atol=1e-12)
+    assert bool(pairs.converged.all())
+
+
+def test_every_copy_of_a_multiple_eigenvalue_is_found() -> None:
+    spectrum = np.concatenate([[5.0] * 4, [3.0] * 2, [2.0], np.linspace(-1, 1, 193)])
+    for seed in range(5):
+        pairs = sk.eigenpairs(operator_with(spectrum), 6, seed=seed)
+        np.testing.assert_allclose(pairs.values.numpy(), [5, 5, 5, 5, 3, 3], atol=5 * TOL**2 * 5 + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_outlier_is_missed_in_50_starts_and_products_stay_few(dtype: torch.dtype) -> None:
+    spectrum = network_like(400)
+    truth, operator, counts = np.sort(spectrum)[::-1][:10], operator_with(spectrum, dtype=dtype), []
+    for seed in range(50):
+        pairs = sk.eigenpairs(operator, 10, seed=seed)
+        assert np.abs(pairs.values.numpy() / truth - 1).max() <= 1e-3, f"seed {seed}"
+        counts.append(pairs.num_matvecs)
+    assert max(counts) <= 38 and np.median(counts) <= 30
+
+
+def test_a_clustered_outlier_is_never_missed_in_50_starts() -> None:
+    spectrum = np.concatenate([[1.0, 0.98, 0.96, 0.6, 0.59, 0.3], 0.05 * np.linspace(-1, 1, 294)])
+    operator = operator_with(spectrum)
+    for seed in range(50):
+        found = sk.eigenpairs(operator, 6, seed=seed).values.numpy()
+        np.testing.assert_allclose(found, spectrum[:6], atol=1e-3, err_msg=f"seed {seed}")
+
+
+def test_top_1_needs_about_ten_products() -> None:
+    operator = operator_with(network_like(400))
+    counts = [sk.eigenpairs(operator, seed=seed).num_matvecs for seed in range(20)]
+    assert max(counts) <= 14
+
+
+def test_float32_shows_no_ghost_after_200_steps() -> None:
+    outliers = np.array([10.0, 3, 2, 1, 0.5])
+    spectrum = np.concatenate([outliers, 1e-3 * np.linspace(0, 1, 595)])
+    density = sk.spectral_density(operator_with(spectrum, dtype=torch.float32), num_probes=1, num_steps=200, distribution="normal")
+    above = np.sort(density.nodes.numpy().ravel()[density.nodes.numpy().ravel() > 0.01])[::-1]
+    distinct = above[np.concatenate([[True], np.diff(above) != 0])]
+    np.testing.assert_allclose(distinct, outliers, rtol=1e-5)
+
+
+def test_thick_restart_gives_the_same_pairs_in_a_small_basis() -> None:
+    spectrum = np.concatenate([np.linspace(2, 3, 12), np.linspace(-1, 1.9, 388)])
+    operator = operator_with(spectrum)
+    small, large = (sk.eigenpairs(operator, 3, tol=1e-6, basis_size=size) for size in (16, 300))
+    assert small.num_matvecs > 16, "the small basis must have been restarted for this test to mean anything"
+    np.testing.assert_allclose(small.values.numpy(), large.values.numpy(), atol=1e-8)
+    assert np.all(true_residuals(operator, small.vectors, small.values) <= 3e-6 * 3)
+
+
+def test_offloading_the_basis_changes_nothing() -> None:
+    operator = operator_with(network_like(300))
+    torch.testing.assert_close(sk.eigenpairs(operator, 5, offload=True).values, sk.eigenpairs(operator, 5).values)
+
+
+def test_half_precision_operators_recur_in_float32() -> None:
+    matrix = rotated(SPECTRA["separated"], dtype=torch.float32)
+    half = CallableOperator(lambda v: matrix.to(v.dtype) @ v, len(matrix), dtype=torch.bfloat16, device=torch.device("cpu"))
+    pairs = sk.eigenpairs(half, 2, tol=0.05)
+    assert pairs.vectors.dtype == torch.bfloat16
+    np.testing.assert_allclose(pairs.values.numpy(), [9, 7], rtol=2e-2)  # bfloat16 carries 8 bits
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_global_generator_is_left_alone() -> None:
+    operator = operator_with(network_like(200))
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first, second, other = (sk.eigenpairs(operator, 3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.values, second.values) and torch.equal(first.vectors, second.vectors)
+    assert not torch.equal(first.vectors, other.vectors)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_warm_start_needs_few_products() -> None:
+    old, change = rotated(network_like(500)), rotated(np.linspace(-1, 1, 500), seed=1)
+    new = sk.as_operator(old + 0.02 * change)  # moves the matrix by 2 % of its norm
+    start = torch.linalg.eigh(old).eigenvectors.flip(1)
+    truth = torch.linalg.eigvalsh(new.matrix).flip(0)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        after_two = sk.eigenpairs(new, initial=start[:, 0], max_matvecs=2)
+    assert abs(float(after_two.values[0] / truth[0]) - 1) <= 2e-3
+    cold, warm = sk.eigenpairs(new), sk.eigenpairs(new, initial=start[:, 0])
+    assert warm.num_matvecs <= 5 < cold.num_matvecs
+    assert sk.eigenpairs(new, 5, initial=start[:, :5]).num_matvecs < sk.eigenpairs(new, 5).num_matvecs
+    assert abs(float(warm.values[0] / truth[0]) - 1) <= 1e-4
+
+
+def test_an_exact_eigenvector_of_a_wrong_eigenvalue_is_no_trap() -> None:
+    matrix = torch.diag(torch.from_numpy(network_like(300)))
+    unit = torch.eye(300, dtype=torch.float64)
+    for seed in range(10):
+        for wrong in (1, 2, 5):
+            assert abs(float(sk.eigenpairs(matrix, initial=unit[:, wrong], seed=seed).values[0]) - 1) <= 1e-3
+    two = sk.eigenpairs(matrix, 2, initial=unit[:, 3:5])
+    np.testing.assert_allclose(two.values.numpy(), [1, 0.75], atol=1e-3)
+
+
+def test_a_budget_gives_a_flagged_partial_result() -> None:
+    operator = operator_with(network_like(300))
+    with pytest.warns(ConvergenceWarning, match="products"):
+        pairs = sk.eigenpairs(operator, 5, max_matvecs=8)
+    assert pairs.num_matvecs == 8 and not bool(pairs.converged.all()) and "budget" in pairs.outcome
+    assert np.all(true_residuals(operator, pairs.vectors, pairs.values) <= 1.1 * pairs.residuals.numpy())
+
+
+def test_fewer_products_than_pairs_says_so() -> None:
+    with pytest.warns(ConvergenceWarning):
+        pairs = sk.eigenpairs(operator_with(network_like(100)), 5, max_matvecs=3)
+    assert pairs.vectors.shape == (100, 5) and pairs.values.shape == (5,)
+    assert bool(torch.isfinite(pairs.values[:3]).all()) and bool(torch.isnan(pairs.values[3:]).all())
+    assert bool(torch.isinf(pairs.residuals[3:]).all())
+    torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(5, dtype=torch.float64))
+
+
+def test_a_time_budget_ends_it() -> None:
+    with pytest.warns(ConvergenceWarning, match="time"):
+        pairs = sk.eigenpairs(operator_with(network_like(100)), 3, max_seconds=1e-9)
+    assert pairs.num_matvecs == 0 and not bool(pairs.converged.any())
+
+
+def test_progress_counts_up_to_the_end() -> None:
+    seen: list[sk.Progress] = []
+    pairs = sk.eigenpairs(operator_with(network_like(200)), 4, callback=seen.append)
+    assert [p.num_matvecs for p in seen] == list(range(1, pairs.num_matvecs + 1))
+    assert all(p.expected_matvecs >= p.num_matvecs and p.remaining >= 0 for p in seen)
+    assert seen[-1].stage == "search for missed eigenvalues"
+
+
+def test_a_tolerance_below_rounding_ends_and_says_so() -> None:
+    with pytest.warns(ConvergenceWarning, match="rounding"):
+        pairs = sk.eigenpairs(operator_with(network_like(200), dtype=torch.float32), 3, tol=1e-9)
+    assert not bool(pairs.converged.any()) and "out of reach" in pairs.outcome
+    np.testing.assert_allclose(pairs.values.numpy(), [1, 0.75, 0.5625], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "between 1 and n = 20"),
+        ({"k": 21}, "between 1 and n = 20"),
+        ({"which": "LA"}, "which must be one of"),
+        ({"tol": 0.0}, "tol"),
+        ({"initial": torch.ones(7, dtype=torch.float64)}, "20 rows"),
+        ({"basis_size": 5}, "basis_size must be at least"),
+        ({"max_matvecs": 0}, "max_matvecs"),
+        ({"initial": torch.ones(2, 3, 4)}, "shape"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sk.eigenpairs(operator_with(np.arange(20.0)), **arguments)
+
+
+def test_nan_products_raise() -> None:
+    broken = CallableOperator(lambda v: v * float("nan"), 5, dtype=torch.float64, device=torch.device("cpu"))
+    with pytest.raises(NonFiniteError, match="NaN"):
+        sk.eigenpairs(broken)
+
+
+def test_products_that_are_not_symmetric_raise_during_the_iteration() -> None:
+    generator = np.random.default_rng(0)
+    matrix = torch.from_numpy(generator.standard_normal((40, 40)))
+    crooked = CallableOperator(lambda v: matrix @ v, 40, dtype=torch.float64, device=torch.device("cpu"))
+    with pytest.raises(NotSymmetricError, match="contradict"):
+        sk.eigenpairs(crooked, 3)
+
+
+def test_values_agree_with_scipy() -> None:
+    from scipy.sparse.linalg import eigsh
+
+    operator = operator_with(SPECTRA["clustered"])
+    reference = eigsh(operator.to_scipy(), 4, which="LA", return_eigenvectors=False)
+    np.testing.assert_allclose(sk.eigenpairs(operator, 4, tol=1e-8).values.numpy(), np.sort(reference)[::-1], rtol=1e-10)

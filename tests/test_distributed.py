@@ -1,0 +1,233 @@
+"""Two gloo processes, each with its own data: every number equals the one-process number, and an error on one is an error on both."""
+
+from __future__ import annotations
+
+import functools
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from problems import built, conv, gaussian, labels, mlp, relative_error, tied
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sharpkit as sk
+
+pytestmark = pytest.mark.distributed
+WORLD = 2
+
+
+def _worker(rank: int, folder: str, task: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD, timeout=timedelta(seconds=40))
+    try:
+        result: Any = {name: _outcome(part, rank) for name, part in TASKS[task]().items()}
+        torch.save(result, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _outcome(part: Callable[[int], Any], rank: int) -> Any:
+    try:
+        return part(rank)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", traceback.format_exc()
+
+
+def on_two_ranks(folder: Path, task: str) -> list[dict[str, Any]]:
+    folder.mkdir(exist_ok=True)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    mp.spawn(_worker, (str(folder), task), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def plain(z: Tensor, t: Tensor) -> Tensor:
+    """A loss whose average must be tried out."""
+    return F.cross_entropy(z, t)
+
+
+# -- the same numbers -----------------------------------------------------------------------------------------------------
+def shards(batches: list[Any], rank: int, how: str) -> list[Any]:
+    """``uneven``: the first batch here, the others there; ``empty``: everything on rank 0."""
+    if how == "empty":
+        return batches if rank == 0 else []
+    return batches[:1] if rank == 0 else batches[1:]
+
+
+def numbers(problem: Any, data: Any, loss: Any, **settings: Any) -> dict[str, Any]:
+    objective = sk.Objective(problem.model, data, loss=loss, **settings)
+    covariance = sk.GradientCovarianceOperator(objective)
+    v = gaussian(objective.num_parameters)
+    return {
+        "value": objective.value(), "gradient": objective.gradient()[1], "hessian": sk.HessianOperator(objective).to_dense(),
+        "gauss_newton": sk.GaussNewtonOperator(objective) @ v, "empirical": sk.EmpiricalFisherOperator(objective) @ v,
+        "covariance": torch.stack([covariance @ v, covariance @ (2 * v)]), "targets": objective.num_targets, "samples": objective.num_samples,
+        "values": sk.eigenpairs(sk.HessianOperator(objective), k=3, tol=1e-8).values,
+    }
+
+
+def same_numbers() -> dict[str, Callable[[int], Any]]:
+    def part(rank: int, name: str, how: str, known: str) -> Any:
+        problem = {"mlp": mlp, "tied": tied, "conv": conv}[name]()
+        return numbers(problem, shards(problem.batches, rank, how), plain if (name, known) == ("mlp", "tried") else problem.loss)
+
+    cases = ("mlp uneven known", "mlp empty tried", "tied uneven tried", "tied empty tried", "conv uneven known")
+    return {case: functools.partial(lambda rank, case: part(rank, *case.split()), case=case) for case in cases}
+
+
+def refusals() -> dict[str, Callable[[int], Any]]:
+    x, y = gaussian(6, 4), labels(6)
+    token_mean = lambda z, t: F.cross_entropy(z, t)  # noqa: E731
+    squares = lambda z, t: F.cross_entropy(z, t, reduction="sum")  # noqa: E731
+
+    def failing(rank: int) -> Any:
+        problem = mlp()
+        H = sk.HessianOperator(sk.Objective(problem.model, shards(problem.batches, rank, "uneven"), loss=problem.loss), retain=False)
+        v = gaussian(H.size)
+        before = H @ v
+        if rank == 1:
+            handle = problem.model[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(ArithmeticError("only here")))
+        try:
+            H @ v
+            return "no error"
+        except Exception as error:
+            first = f"{type(error).__name__}: {error}"
+        if rank == 1:
+            handle.remove()
+        return first, torch.equal(H @ v, before)
+
+    def other_weights(rank: int) -> Any:
+        return sk.Objective(built(lambda: nn.Linear(4, 3), seed=rank), (x, y), loss=F.cross_entropy)
+
+    def alone(rank: int) -> Any:
+        model = built(lambda: nn.Linear(4, 3), seed=rank)
+        found = sk.Objective(model, (x, y), loss=F.cross_entropy, process_group=False).value()
+        return abs(found - float(F.cross_entropy(model(x), y).detach())) < 1e-12
+
+    def agreed(rank: int) -> Any:
+        """Rank 0's data alone does not tell tokens from samples; rank 1's does."""
+        problem = tied()
+        full, padded = problem.batches[0][0][:3], problem.batches[1]
+        data = [(full, labels(3, 4, classes=7))] if rank == 0 else [(padded[0], padded[1])]
+        return sk.Objective(problem.model, data, loss=problem.loss).counted
+
+    return {
+        "product fails on one": failing,
+        "making fails on one": lambda rank: sk.Objective(mlp().model, (x, y) if rank else iter([(x, y)]), loss=F.cross_entropy),
+        "wrong argument on one": lambda rank: sk.Objective(mlp().model, (x, y), loss=F.cross_entropy, params="typo.*" if rank else None),
+        "nan on one": lambda rank: sk.Objective(mlp().model, (x * float("nan") if rank else x, y), loss=F.cross_entropy),
+        "disagreeing losses": lambda rank: sk.Objective(mlp().model, (x, y), loss=squares if rank else token_mean),
+        "other weights": other_weights, "own group": alone, "agreed": agreed,
+        "no data anywhere": lambda rank: sk.Objective(mlp().model, [], loss=F.cross_entropy),
+    }
+
+
+# -- wrappers and sharded models ----------------------------------------------------------------------------------------------
+def wrappers() -> dict[str, Callable[[int], Any]]:
+    def ddp(rank: int, static: bool) -> Any:
+        problem, twin = mlp(), mlp()
+        wrapped = nn.parallel.DistributedDataParallel(problem.model, static_graph=static)
+        x, y = problem.batches[0]
+        twin_gradients = torch.autograd.grad(F.cross_entropy(twin.model(x), y), twin.params)
+        F.cross_entropy(wrapped(x), y).backward()
+        objective = sk.Objective(wrapped, shards(problem.batches, rank, "uneven"), loss=problem.loss)
+        dense = sk.HessianOperator(objective).to_dense()
+        errors = []
+        for _ in range(3):
+            problem.model.zero_grad()
+            F.cross_entropy(wrapped(x), y).backward()
+            errors += [relative_error(p.grad, g) for p, g in zip(problem.params, twin_gradients, strict=True)]
+        return dense, objective.layout.names, max(errors)
+
+    def fully_sharded(rank: int) -> Any:
+        from torch.distributed.fsdp import fully_shard
+
+        problem = mlp()
+        fully_shard(problem.model)
+        x, y = problem.batches[0]
+        said = _outcome(lambda _: sk.Objective(problem.model, (x, y), loss=F.cross_entropy), rank)[0]
+        F.cross_entropy(problem.model(x), y).backward()
+        return said, all(p.grad is not None for p in problem.model.parameters())
+
+    def tensor_parallel(rank: int) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        model = built(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+        parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        return sk.Objective(model, (gaussian(6, 4), labels(6)), loss=F.cross_entropy)
+
+    def one_sharded_part(rank: int) -> Any:
+        from torch.distributed.fsdp import fully_shard
+
+        problem = mlp()
+        fully_shard(problem.model[0])
+        return sk.Objective(problem.model, problem.batches[0], loss=F.cross_entropy, params="2.*")
+
+    return {
+        "ddp": lambda rank: ddp(rank, False), "static ddp": lambda rank: ddp(rank, True), "fsdp": fully_sharded, "tensor parallel": tensor_parallel,
+        "one sharded part": one_sharded_part,
+    }
+
+
+TASKS = {"same_numbers": same_numbers, "refusals": refusals, "wrappers": wrappers}
+
+
+def test_every_number_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
+    ranks = on_two_ranks(tmp_path, "same_numbers")
+    for name, found in ranks[0].items():
+        assert isinstance(found, dict), (name, found)
+        assert isinstance(ranks[1][name], dict), (name, ranks[1][name])
+        problem = {"mlp": mlp, "tied": tied, "conv": conv}[name.split()[0]]()
+        expected = numbers(problem, problem.batches, problem.loss)
+        for what, number in expected.items():
+            for rank in range(WORLD):
+                other = ranks[rank][name][what]
+                # 1e-8 for eigenvalues found to that tolerance; sums over two processes round otherwise by a few bits
+                tolerance = 1e-7 if what == "values" else 1e-11
+                assert relative_error(torch.as_tensor(other), torch.as_tensor(number)) < tolerance, (name, what, rank)
+                if isinstance(other, Tensor):
+                    assert torch.equal(other, ranks[0][name][what]), (name, what, "the processes must hold the same bits")
+
+
+def test_an_error_on_one_process_is_an_error_on_both_and_none_hangs(tmp_path: Path) -> None:
+    zero, one = on_two_ranks(tmp_path, "refusals")
+    assert zero["product fails on one"] == ("SharpkitError: the measurement failed on rank 1: see the error there; this is rank 0 of 2", True)
+    assert one["product fails on one"] == ("ArithmeticError: only here", True)
+    for task, failing, kind in (
+        ("making fails on one", 0, "ObjectiveError"), ("wrong argument on one", 1, "ValueError"), ("nan on one", 1, "NonFiniteError"),
+    ):
+        said = [zero[task][0], one[task][0]]
+        assert said[failing].startswith(kind), said
+        assert said[1 - failing].startswith(f"SharpkitError: the measurement failed on rank {failing}"), said
+    for found in (zero, one):
+        assert "the processes disagree on how the loss averages: rank 0" in found["disagreeing losses"][0]
+        assert "rank 1 a sum" in found["disagreeing losses"][0]
+        assert "parameters on rank 1 are not those of rank 0" in found["other weights"][0]
+        assert found["own group"] is True
+        assert found["agreed"] == "labels other than -100"
+        assert "holds nothing that counts" in found["no data anywhere"][0]
+
+
+def test_data_parallel_wrappers_are_measured_and_sharded_models_refused(tmp_path: Path) -> None:
+    problem = mlp()
+    expected = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss)).to_dense()
+    for found in on_two_ranks(tmp_path, "wrappers"):
+        for name in ("ddp", "static ddp"):
+            dense, names, gradient_error = found[name]
+            assert relative_error(dense, expected) < 1e-12
+            assert names == ("0.weight", "0.bias", "2.weight", "2.bias")
+            assert gradient_error < 1e-12, "training through the wrapper goes on with the right gradients"
+        said, trains = found["fsdp"]
+        assert said.startswith("UnsupportedError: parameter '0.weight' is sharded over processes"), said
+        assert trains
+        for name in ("tensor parallel", "one sharded part"):
+            assert found[name][0].startswith("UnsupportedError: parameter '0.weight' is sharded over processes"), found[name]

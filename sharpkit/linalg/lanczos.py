@@ -86,7 +86,7 @@ def eigenpairs(
     space = KrylovSpace(operator, offload=offload)
     _add_starts(space, initial, generator)
     capacity = _capacity(operator, k, basis_size, offload, space.rows.row(0).shape[0])
-    search = Search(space, k, which, tol, generator, capacity)
+    search = Search(space, k, which, tol, generator, capacity, warm=initial is not None)
     pairs = search.result(budget, search.run(budget))
     if not bool(pairs.converged.all()):
         warnings.warn(

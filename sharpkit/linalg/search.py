@@ -31,10 +31,14 @@ class Ritz:
 class Search:
     """The iteration: which vector to multiply next, when to restart, sweep and stop."""
 
-    def __init__(self, space: KrylovSpace, k: int, which: str, tol: float, generator: torch.Generator, capacity: int) -> None:
+    def __init__(
+        self, space: KrylovSpace, k: int, which: str, tol: float, generator: torch.Generator, capacity: int, *, warm: bool
+    ) -> None:
         self.space, self.k, self.which, self.tol, self.generator, self.capacity = space, k, which, tol, generator, capacity
         self.ritz: Ritz | None = None
         self.passes = 0
+        # A single pair has no search for missed ones behind it; a warm start is near what it looks for.
+        self.persistence = _PERSISTENCE + (1 if k == 1 and not warm else 0)
 
     def run(self, budget: Budget) -> str:
         while True:
@@ -60,7 +64,7 @@ class Search:
             self._update()
             budget.report(self._forecast(budget), f"Lanczos, {self._num_accepted()} of {self.k} pairs")
             self.passes = self.passes + 1 if self._is_settled() else 0
-            if self.passes >= _PERSISTENCE:
+            if self.passes >= self.persistence:
                 return "converged"
 
     def _sweep(self, budget: Budget) -> str:

@@ -41,9 +41,10 @@ class _DiagonalScaling(_DerivedOperator):
 class PreconditionedOperator(_DiagonalScaling):
     """D^-1/2 A D^-1/2: symmetric, with the eigenvalues of D^-1 A, D what an adaptive optimizer divides its gradients by.
 
-    D is read from the live state: Adam and AdamW (1 - beta1^t)(sqrt(v_hat) + eps), amsgrad's maximum where used; RMSprop sqrt(v) + eps, centred
-    where asked; Adagrad sqrt(sum) + eps; SGD 1. Parameter groups with other learning rates than the first are scaled by their ratio, so that the
-    limit found holds for the first group's rate. The state is copied: make a new operator after further steps.
+    D is read from the live state: Adam and AdamW (1 - beta1^t)(sqrt(v_hat) + eps), amsgrad's maximum where used; RMSprop sqrt(v) + eps,
+    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Parameter groups with other learning rates than the first are scaled by their ratio,
+    so that the limit found holds for the first group's rate. Parameters that the optimizer has never moved have zero rows. The state is
+    copied: make a new operator after further steps.
 
     Args:
         base: a curvature operator, or a sum or multiple of such.
@@ -70,9 +71,11 @@ class PreconditionedOperator(_DiagonalScaling):
         if optimizer is not None:
             scale = preconditioner_scale(optimizer, layout_of(base))
         else:
+            if not isinstance(diagonal, Tensor):
+                raise TypeError(f"diagonal must be a tensor of shape ({base.size},), got {type(diagonal).__name__}")
             if not bool((diagonal > 0).all()):
                 raise ValueError("the diagonal must be positive everywhere")
-            scale = diagonal.double().rsqrt()  # type: ignore[union-attr]
+            scale = diagonal.double().rsqrt()
         super().__init__(base, scale)
 
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
@@ -109,7 +112,9 @@ def layout_of(operator: SymmetricOperator) -> ParamLayout:
     while not isinstance(found, _HasLayout):
         found = getattr(found, "base", None)
         if found is None:
-            raise TypeError(f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass diagonal=")
+            raise TypeError(
+                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass diagonal="
+            )
     return found.layout
 
 
@@ -121,52 +126,53 @@ def preconditioner_scale(optimizer: torch.optim.Optimizer, layout: ParamLayout) 
     """
     if type(optimizer) not in _DENOMINATORS:
         raise UnsupportedError(
-            f"the state of {type(optimizer).__name__} is not known; supported: {', '.join(k.__name__ for k in _DENOMINATORS)}. Pass diagonal= with what it divides "
-            "gradients by"
+            f"the state of {type(optimizer).__name__} is not known; supported: {', '.join(k.__name__ for k in _DENOMINATORS)}. Pass diagonal= "
+            "with what it divides gradients by"
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     reference = float(optimizer.param_groups[0]["lr"])
+    if reference == 0 and any(float(group["lr"]) for group in optimizer.param_groups):
+        raise ValueError("the first group's learning rate is 0, and the others' are relative to it: measure after the warmup's first step")
+    if _DENOMINATORS[type(optimizer)] is not _sgd and not any(float(s.get("step", 0)) for s in optimizer.state.values()):
+        raise ValueError(f"{type(optimizer).__name__} has no state yet: measure after its first step")
     pieces: list[Tensor | None] = []
     for name, p in zip(layout.names, layout.params, strict=True):
         if id(p) not in groups:
             raise ValueError(f"parameter {name!r} is not in the optimizer; select the optimizer's parameters with params=, or add it")
-        group = groups[id(p)]
-        denominator = _DENOMINATORS[type(optimizer)](optimizer.state.get(p, {}), group, p, name)
+        group, state = groups[id(p)], optimizer.state.get(p, {})
+        if _DENOMINATORS[type(optimizer)] is not _sgd and not float(state.get("step", 0)):
+            pieces.append(None)  # without a gradient so far, it has never been moved
+            continue
+        denominator = _DENOMINATORS[type(optimizer)](state, group, p)
         ratio = float(group["lr"]) / reference if reference else 1.0
         pieces.append((ratio / denominator).sqrt())
     return layout.flatten(pieces)
 
 
-def _adam(state: dict[str, Any], group: dict[str, Any], p: Tensor, name: str) -> Tensor:
+def _adam(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
     beta1, beta2 = group["betas"]
-    moment = _need(state, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq", name)
+    moment: Tensor = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
     t = float(state["step"])
     corrected = moment.double() / (1 - float(beta2) ** t)
     return (corrected.sqrt() + group["eps"]) * (1 - float(beta1) ** t)
 
 
-def _rmsprop(state: dict[str, Any], group: dict[str, Any], p: Tensor, name: str) -> Tensor:
-    moment = _need(state, "square_avg", name).double()
+def _rmsprop(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
+    moment: Tensor = state["square_avg"].double()
     if group.get("centered"):
         moment = moment - state["grad_avg"].double().square()
     return moment.clamp_min(0).sqrt() + group["eps"]
 
 
-def _adagrad(state: dict[str, Any], group: dict[str, Any], p: Tensor, name: str) -> Tensor:
-    total = _need(state, "sum", name).double()
-    return (total.sqrt() + group["eps"]) * (1 + max(float(state["step"]) - 1, 0) * group["lr_decay"])
+def _adagrad(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
+    total: Tensor = state["sum"].double()
+    return (total.sqrt() + group["eps"]) * (1 + (float(state["step"]) - 1) * group["lr_decay"])  # type: ignore[no-any-return]
 
 
-def _sgd(state: dict[str, Any], group: dict[str, Any], p: Tensor, name: str) -> Tensor:
+def _sgd(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
     return torch.ones_like(p, dtype=torch.float64)
 
 
-def _need(state: dict[str, Any], key: str, name: str) -> Tensor:
-    if key not in state:
-        raise ValueError(f"the optimizer has no state for parameter {name!r} yet: measure after its first step")
-    return state[key]  # type: ignore[no-any-return]
-
-
-_DENOMINATORS: dict[type, Callable[[dict[str, Any], dict[str, Any], Tensor, str], Tensor]] = {
+_DENOMINATORS: dict[type, Callable[[dict[str, Any], dict[str, Any], Tensor], Tensor]] = {
     torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam, torch.optim.RMSprop: _rmsprop, torch.optim.Adagrad: _adagrad,
 }

@@ -38,8 +38,9 @@ class Images:
         return int(self.train_x.shape[-1])
 
     def to(self, device: str) -> Images:
-        moved = (t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y))
-        return Images(*moved, name=self.name)
+        parts = (self.train_x, self.train_y, self.test_x, self.test_y)
+        train_x, train_y, test_x, test_y = (part.to(device) for part in parts)
+        return Images(train_x, train_y, test_x, test_y, name=self.name)
 
 
 def load_images(dataset: str, *, folder: Path | None = None, num_train: int = 1000, num_test: int = 500) -> Images:

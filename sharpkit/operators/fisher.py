@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,40 +56,59 @@ class FisherOperator(CurvatureOperator):
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
         index, first = piece.key
         seed = hash((self.seed, self.objective.ranks.rank, index)) % 2**63
-        draws = _Draws(self.likelihood, jacobian, self._known, whole=self.objective._survey.lengths[index], first=first, seed=seed)
-        scores = [self._score(jacobian, draws, index) for _ in range(self.num_draws)]
-        _check_likelihood(self.likelihood, scores[0], self._score(jacobian, draws, index))
+        error: ObjectiveError | None = None
+        for class_dim in self._class_dims(jacobian):
+            draws = _Draws(self.likelihood, jacobian, self._known, whole=self.objective._survey.lengths[index], first=first, class_dim=class_dim)
+            try:
+                residuals, slopes = self._scores(jacobian, draws, number=index, seed=seed)
+            except ObjectiveError as refused:
+                error = error or refused
+                continue
+            return PieceProduct(_outer_products(jacobian, draws, residuals, slopes), piece.weight, jacobian.bytes_held)
+        raise error or ObjectiveError(
+            f"outputs of shape {tuple(jacobian.output.shape)} do not fit labels of shape {tuple(getattr(jacobian.target, 'shape', ()))}: labels have the "
+            "output's shape without the classes, which come second or last"
+        )
 
-        def multiply(vectors: Sequence[Tensor]) -> Pieces:
-            pushed = jacobian.forward(vectors)
-            pulled = torch.zeros_like(pushed)
-            for residual, slope in scores:
-                pulled += slope * _sum_units(self.likelihood, residual * pushed) / self.num_draws
-            return jacobian.transpose(pulled)
+    def _class_dims(self, jacobian: OutputJacobian) -> list[int]:
+        """Where the classes may lie, counted from the end; F.cross_entropy has them second, a user's own loss perhaps last."""
+        shape, target = jacobian.output.shape, jacobian.target
+        if self.likelihood != "categorical" or len(shape) < 2:
+            return [-1]
+        if self._known is not None or not isinstance(target, Tensor) or target.is_floating_point():
+            return [1 - len(shape)]
+        return [d for d in dict.fromkeys((1 - len(shape), -1)) if target.shape == shape[:d] + (shape[d + 1 :] if d != -1 else ())]
 
-        return PieceProduct(multiply, piece.weight, jacobian.bytes_held)
+    def _scores(self, jacobian: OutputJacobian, draws: _Draws, *, number: int, seed: int) -> tuple[Tensor, Tensor]:
+        """For labels drawn from the model, d(-log p)/dz, and the loss's own gradient: the same times each target's share of the mean.
 
-    def _score(self, jacobian: OutputJacobian, draws: _Draws, number: int) -> tuple[Tensor, Tensor]:
-        """For labels drawn from the model: d(-log p)/dz, and the loss's own gradient, the same times each target's share of the mean."""
-        target, residual = draws.next()
-        return residual, output_gradient(self.objective, jacobian.output, target, number=number)[0]
+        Returns:
+            Both (num_draws, *output shape).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residuals, slopes = [], []
+        for _ in range(self.num_draws + 1):  # one more, to check the shares
+            target, residual = draws.next(generator)
+            residuals.append(residual)
+            slopes.append(output_gradient(self.objective, jacobian.output, target, number=number)[0])
+        _check_likelihood(self.likelihood, draws, (residuals[0], slopes[0]), (residuals[-1], slopes[-1]))
+        return torch.stack(residuals[:-1]), torch.stack(slopes[:-1])
 
 
-def _class_dim(output: Tensor) -> int:
-    return 1 if output.ndim > 1 else 0
+def _outer_products(jacobian: OutputJacobian, draws: _Draws, residuals: Tensor, slopes: Tensor) -> Callable[[Sequence[Tensor]], Pieces]:
+    def multiply(vectors: Sequence[Tensor]) -> Pieces:
+        along = draws.sum_units(residuals * jacobian.forward(vectors))
+        return jacobian.transpose((slopes * along).mean(dim=0))
+
+    return multiply
 
 
-def _sum_units(likelihood: str, entries: Tensor) -> Tensor:
-    """Sum over the entries that describe one target: all classes for a label, one entry for a real or binary target."""
-    return entries.sum(dim=_class_dim(entries), keepdim=True) if likelihood == "categorical" else entries
-
-
-def _check_likelihood(likelihood: str, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
+def _check_likelihood(likelihood: str, draws: _Draws, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
     """The loss's gradient must be d(-log p)/dz times a share that does not depend on the label drawn."""
     shares = []
     for residual, slope in (first, second):
-        squares = _sum_units(likelihood, residual * residual)
-        share = _sum_units(likelihood, residual * slope) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+        squares = draws.sum_units(residual * residual)
+        share = draws.sum_units(residual * slope) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
         off = float((slope - share * residual).abs().max()) > 1e-3 * float(slope.abs().max())
         shares.append(torch.where(squares > 1e-6, share, torch.nan))
         if off:
@@ -104,36 +123,39 @@ _INSTEAD = "Use GaussNewtonOperator, which needs no likelihood, or EmpiricalFish
 class _Draws:
     """Labels drawn from the model, the same for a sample however its batch is cut into pieces."""
 
-    def __init__(self, likelihood: str, jacobian: OutputJacobian, known: KnownLoss | None, *, whole: int, first: int, seed: int) -> None:
+    def __init__(
+        self, likelihood: str, jacobian: OutputJacobian, known: KnownLoss | None, *, whole: int, first: int, class_dim: int
+    ) -> None:
         self._likelihood, self._output, self._target = likelihood, jacobian.output, jacobian.target
         self._ignored = known.ignore_index if known is not None else -100
-        self._generator = torch.Generator().manual_seed(seed)
-        self._whole, self._first = whole, first
+        self._whole, self._first, self._class_dim = whole, first, class_dim
 
-    def next(self) -> tuple[Tensor, Tensor]:
+    def sum_units(self, entries: Tensor) -> Tensor:
+        """Sum over the entries that describe one target: all classes for a label, one entry for a real or binary target."""
+        return entries.sum(dim=self._class_dim, keepdim=True) if self._likelihood == "categorical" else entries
+
+    def next(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(target, d(-log p)/dz at it)."""
         z = self._output
         if self._likelihood == "gaussian":
-            noise = self._noise(z.shape, normal=True)
+            noise = self._noise(z.shape, generator, normal=True)
             return z + noise, -noise
         if self._likelihood == "bernoulli":
             p = z.double().sigmoid()
-            drawn = (self._noise(z.shape).double() < p).double()
+            drawn = (self._noise(z.shape, generator) < p).double()
             return drawn.to(z.dtype), (p - drawn).to(z.dtype)
-        dim = _class_dim(z)
-        p = z.double().softmax(dim=dim)
-        bounds = p.movedim(dim, -1).cumsum(-1)
-        drawn = (bounds < self._noise(bounds.shape[:-1]).double().unsqueeze(-1)).sum(-1).clamp_max(p.shape[dim] - 1)
-        residual = p - F.one_hot(drawn, p.shape[dim]).movedim(-1, dim)
+        p = z.double().softmax(dim=self._class_dim).movedim(self._class_dim, -1)
+        drawn = (p.cumsum(-1) < self._noise(p.shape[:-1], generator).unsqueeze(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
+        residual = (p - F.one_hot(drawn, p.shape[-1])).movedim(-1, self._class_dim)
         if isinstance(self._target, Tensor) and not self._target.is_floating_point() and self._target.shape == drawn.shape:
             drawn = torch.where(self._target == self._ignored, self._target, drawn)
         return drawn, residual.to(z.dtype)
 
-    def _noise(self, shape: torch.Size, *, normal: bool = False) -> Tensor:
+    def _noise(self, shape: torch.Size, generator: torch.Generator, *, normal: bool = False) -> Tensor:
         samples = shape[0] if shape else 1
         whole = max(self._whole, self._first + samples)
         draw = torch.randn if normal else torch.rand
-        noise = draw((whole, *shape[1:]), generator=self._generator, dtype=torch.float64)[self._first : self._first + samples]
+        noise = draw((whole, *shape[1:]), generator=generator, dtype=torch.float64)[self._first : self._first + samples]
         return noise.reshape(shape).to(device=self._output.device, dtype=self._output.dtype if normal else torch.float64)
 
 

@@ -1,0 +1,117 @@
+"""Hugging Face models from a tiny configuration: tied weights, padded labels, dict batches, default attention, their own loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from contracts.operator_contract import check_operator
+from problems import Problem, built, dense_gauss_newton, dense_hessian, labels, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+from traces import untouched
+
+import sharpkit as sk
+
+transformers = pytest.importorskip("transformers")
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=7, n_positions=5, n_embd=4, n_layer=1, n_head=2, n_inner=4)
+    return built(lambda: transformers.GPT2LMHeadModel(config))
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=7, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=5,
+        tie_word_embeddings=True,
+    )
+    return built(lambda: transformers.LlamaForCausalLM(config))
+
+
+MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def batches() -> list[dict[str, Tensor]]:
+    tokens, marks = labels(4, 5, classes=7), labels(4, 5, classes=7, seed=3)
+    marks[1, 3:], marks[3, 2:] = -100, -100
+    attended = (marks != -100).long()
+    return [{"input_ids": t, "attention_mask": a, "labels": y} for t, a, y in zip(tokens.split([3, 1]), attended.split([3, 1]), marks.split([3, 1]), strict=True)]
+
+
+def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """In the model's own precision; theirs is computed in float32."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def total(model: nn.Module) -> Tensor:
+    summed, count = torch.zeros((), dtype=torch.float64), 0.0
+    for batch in batches():
+        kept = batch["labels"][:, 1:] != -100
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        summed = summed - logits[kept].log_softmax(-1).gather(-1, batch["labels"][:, 1:][kept][:, None]).sum()
+        count += float(kept.sum())
+    return summed / count
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_hessian_equals_the_dense_reference(name: str) -> None:
+    model = MODELS[name]()
+    objective = sk.Objective(model, batches(), closure=own_loss)
+    assert objective.counted == "next tokens"
+    params = list(model.parameters())
+    # Llama's RMSNorm computes in float32, whatever the model's type
+    check_operator(sk.HessianOperator(objective), dense_hessian(lambda: total(model), params), model=model, rtol=1e-9 if name == "gpt2" else 3e-5)
+
+
+def test_gauss_newton_of_dict_inputs_uses_the_logits() -> None:
+    model = gpt2()
+    data = [({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"]}, b["labels"]) for b in batches()]
+
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z.transpose(1, 2), t)
+
+    def unit(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z.transpose(1, 2), t, reduction="sum")
+
+    class Logits(nn.Module):
+        def forward(self, inputs: dict[str, Tensor]) -> Any:
+            return model(**inputs).logits
+
+    logits = Logits()
+    logits.parameters = model.parameters  # type: ignore[method-assign]
+    problem = Problem("gpt2", logits, data, loss, unit, lambda t: float((t != -100).sum()))
+    G = sk.GaussNewtonOperator(sk.Objective(model, data, loss=loss))
+    assert relative_error(G.to_dense(), dense_gauss_newton(problem)) < 1e-9
+
+
+def test_their_own_loss_in_float32_is_recognised_as_a_mean_over_tokens() -> None:
+    model = gpt2()
+    with untouched(model):
+        objective = sk.Objective(model, batches())
+        assert objective.counted == "next tokens"
+        assert objective.value() == pytest.approx(float(total(model).detach()), rel=1e-6)
+        v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        theirs, ours = sk.HessianOperator(objective) @ v, sk.HessianOperator(sk.Objective(model, batches(), closure=own_loss)) @ v
+    assert 1e-12 < relative_error(theirs, ours) < 1e-4, "float32 inside a float64 model"
+
+
+@pytest.mark.parametrize("settings", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing_is_exact_or_refused(settings: dict[str, bool]) -> None:
+    model = gpt2()
+    H = sk.HessianOperator(sk.Objective(model, batches(), closure=own_loss))
+    v = torch.ones(H.size, dtype=torch.float64)
+    expected = H @ v
+    model.config.attn_pdrop = model.config.resid_pdrop = model.config.embd_pdrop = 0.0
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    checkpointed = sk.HessianOperator(sk.Objective(model, batches(), closure=own_loss, mode="train"))
+    if settings["use_reentrant"]:
+        with pytest.raises(sk.UnsupportedError, match="use_reentrant"):
+            checkpointed @ v
+    else:
+        assert relative_error(checkpointed @ v, expected) < 1e-10

@@ -144,13 +144,10 @@ def _density_section(document: Document, title: str, *, lr: float | None = None,
         cost=_cost(document),
         columns=["quantity", "value +- standard error"],
     )
-    # Flat directions come out as tiny values of either sign, so only what is clearly below zero counts.
-    floor = -1e-3 * float(density.nodes.abs().max())
-    negative = density.expectation(lambda x: x < floor)
     section.rows = [
         ["trace", str(density.trace)],
         ["Frobenius norm", str(density.frobenius_norm)],
-        [f"share of eigenvalues below {floor:.2g}", format_with_error(negative.value, negative.stderr)],
+        ["share of eigenvalues clearly below zero", str(density.negative_mass)],
         ["outliers", _listed(density.outliers.tolist())],
         ["rows n, probes x steps", f"{density.size}, {density.num_probes} x {density.nodes.shape[1]}"],
     ]

@@ -33,7 +33,7 @@ class Sharpness:
         trace: of the Hessian.
         frobenius_norm: of the Hessian.
         effective_rank: sum |lambda_i| / max |lambda_i|: how many directions are about as curved as the sharpest.
-        negative_mass: share of eigenvalues below zero.
+        negative_mass: share of eigenvalues clearly below zero.
         loss: f(w).
         grad_norm: ||grad f(w)||.
         stable_lr: largest stable learning rate of the optimizer (of plain gradient descent without one).
@@ -122,7 +122,10 @@ class Sharpness:
                 f"direction grow until the loss flattens or diverges."
             )
         if ratio > 0.9:
-            return f"The learning rate {self.lr:.3g} is at the stable limit {limit}: training is at the edge of stability."
+            return (
+                f"The learning rate {self.lr:.3g} is at the full-batch stable limit {limit}: at the edge of stability, where "
+                f"full-batch training settles."
+            )
         return f"The learning rate {self.lr:.3g} is {ratio:.0%} of the full-batch stable limit {limit}; small batches lower that limit."
 
     def _about_shape(self) -> str:

@@ -24,7 +24,7 @@ def format_with_error(value: float, error: float) -> str:
         return f"{value:.4g} (error unknown)"
     if error <= 0:
         return f"{value:.6g}"
-    digits = max(1, min(12, math.ceil(math.log10(max(abs(value), error) / error)) + 1)) if value else 2
+    digits = max(1, min(7, math.ceil(math.log10(max(abs(value), error) / error)) + 1)) if value else 2
     return f"{value:.{digits}g} +- {error:.2g}"
 
 
@@ -204,8 +204,9 @@ class SpectralDensity:
 
     @property
     def negative_mass(self) -> Estimate:
-        """Share of the spectrum below zero, between 0 and 1."""
-        return self.expectation(lambda x: (x < 0).astype(np.float64))
+        """Share of the spectrum clearly below zero, by more than 0.1 % of the largest magnitude: flat directions do not count."""
+        floor = -1e-3 * float(self.nodes.abs().max())
+        return self.expectation(lambda x: (x < floor).astype(np.float64))
 
     def density(self, grid: Tensor | np.ndarray[Any, Any], bandwidth: float | None = None) -> np.ndarray[Any, Any]:
         """The smoothed density on a grid: Gaussians of width ``bandwidth`` on the nodes; integrates to 1.

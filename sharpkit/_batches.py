@@ -56,7 +56,12 @@ def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any
 def tensors_of(batch: Batch) -> list[Tensor]:
     """Every tensor in the nesting, in order."""
     found: list[Tensor] = []
-    map_tensors(lambda t: (found.append(t), t)[1], batch)
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(keep, batch)
     return found
 
 
@@ -141,7 +146,8 @@ class BatchSource:
         for index, (batch, before) in enumerate(zip(self, first_pass, strict=False)):
             if fingerprint(batch) != before:
                 raise NonDeterministicError(
-                    f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product would be with "
+                    f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product "
+                    "would be with "
                     f"a different matrix. {_HOW_TO_FIX} without random augmentation"
                 )
 
@@ -156,11 +162,15 @@ def _is_batch(data: Any, pair: bool) -> bool:
 
 def _check_reiterable(data: Any) -> None:
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise TypeError(f"data is a {type(data).__name__}, which gives single samples, not batches: pass DataLoader(dataset, batch_size=...)")
+        raise TypeError(
+            f"data is a {type(data).__name__}, which gives single samples, not batches: pass DataLoader(dataset, batch_size=...)"
+        )
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a batch, a list of batches or a re-iterable loader, got {type(data).__name__}")
     if isinstance(data, Iterator):
-        raise ObjectiveError(f"data is a {type(data).__name__}, which can be gone through only once, but every product needs a pass. {_HOW_TO_FIX}")
+        raise ObjectiveError(
+            f"data is a {type(data).__name__}, which can be gone through only once, but every product needs a pass. {_HOW_TO_FIX}"
+        )
     if isinstance(data, DataLoader):
         samplers = (data.sampler, getattr(data.batch_sampler, "sampler", None))
         if any(isinstance(s, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) for s in samplers):

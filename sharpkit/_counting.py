@@ -20,8 +20,13 @@ from sharpkit._batches import Batch, batch_length, tensors_of
 CountFunction = Callable[[Batch], float]
 
 _MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.CrossEntropyLoss: F.cross_entropy, nn.NLLLoss: F.nll_loss, nn.MSELoss: F.mse_loss, nn.L1Loss: F.l1_loss,
-    nn.SmoothL1Loss: F.smooth_l1_loss, nn.HuberLoss: F.huber_loss, nn.BCELoss: F.binary_cross_entropy,
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.NLLLoss: F.nll_loss,
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCELoss: F.binary_cross_entropy,
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
 _FUNCTIONS = set(_MODULES.values())
@@ -68,7 +73,7 @@ def recognise_loss(loss: Callable[..., Tensor]) -> KnownLoss | None:
         settings, loss = dict(loss.keywords), loss.func
     if type(loss) in _MODULES:
         settings = {name: getattr(loss, name) for name in ("reduction", "weight", "ignore_index", "label_smoothing") if hasattr(loss, name)}
-        loss = _MODULES[type(loss)]
+        loss = _MODULES[type(loss)]  # type: ignore[index]
     if loss not in _FUNCTIONS or "size_average" in settings or "reduce" in settings:
         return None
     if settings.get("weight") is not None and loss not in _LABELLED:
@@ -121,8 +126,8 @@ def _find_target(batch: Batch, pair: bool) -> Tensor | None:
         return target if isinstance(target, Tensor) else (tensors_of(target) or [None])[0]  # type: ignore[list-item]
     if isinstance(batch, Mapping):
         for key in ("labels", "label", "target", "targets", "y"):
-            if isinstance(batch.get(key), Tensor):
-                return batch[key]
+            if isinstance(found := batch.get(key), Tensor):
+                return found
         return None
     if isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[1], Tensor):
         return batch[1]

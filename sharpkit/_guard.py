@@ -39,12 +39,14 @@ def _check_parts(model: nn.Module) -> None:
         where = f"the model's part {name!r}" if name else "the model"
         if type(part).__name__ == "FullyShardedDataParallel":
             raise UnsupportedError(
-                f"{where} is FullyShardedDataParallel, through which second derivatives fail: gather the parameters into a plain copy of the model "
+                f"{where} is FullyShardedDataParallel, through which second derivatives fail: gather the parameters into a plain copy "
+                "of the model "
                 "(a full state dict) and measure that"
             )
         if isinstance(part, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise UnsupportedError(
-                f"{where} is wrapped in {type(part).__name__}, through which second derivatives are silently wrong: wrap the whole model instead, or "
+                f"{where} is wrapped in {type(part).__name__}, through which second derivatives are silently wrong: wrap the whole "
+                "model instead, or "
                 "pass the model with that part unwrapped (.module)"
             )
 
@@ -98,7 +100,7 @@ def undisturbed(model: nn.Module, *, training: bool, generators: Iterable[torch.
 
 @contextmanager
 def _random_states_kept(model: nn.Module, generators: Iterable[torch.Generator]) -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     own = [(g, g.get_state()) for g in generators]

@@ -52,7 +52,7 @@ def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) ->
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     sizes: dict[int, int] = {}
-    with _NoRecomputation():
+    with _NoRecomputation():  # type: ignore[no-untyped-call]
         for node in graph_nodes(outputs):
             for t in _saved_tensors(node):
                 storage = t.untyped_storage()
@@ -78,7 +78,7 @@ class _Recomputed(RuntimeError):
     """A saved tensor turned out not to be stored but computed on demand."""
 
 
-class _NoRecomputation(TorchDispatchMode):
+class _NoRecomputation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reading a stored tensor runs no operation; reading a checkpointed or offloaded one would run a forward pass or a copy: stop it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

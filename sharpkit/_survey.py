@@ -94,7 +94,8 @@ def look_at(source: BatchSource, probe: Probe, *, reduction: str) -> Look:
         if probe.pair and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             came = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
             raise TypeError(
-                f"with loss=, batches are (input, target), but batch {index} is a {came}: pass closure=lambda model, batch: ... instead, or a "
+                f"with loss=, batches are (input, target), but batch {index} is a {came}: pass closure=lambda model, batch: ... "
+                "instead, or a "
                 "list of (input, target) batches"
             )
         row = probe.count(batch)
@@ -119,7 +120,15 @@ def look_at(source: BatchSource, probe: Probe, *, reduction: str) -> Look:
     possible, tried, fits = _try_rules(shown, probe, rules, reduction)
     totals = {rule: sum(row[rule] for row in rows) for rule in rules}
     opinion = Opinion(
-        tuple(rules), possible, fits, tried, draws, sum(any(row.values()) for row in rows), sum(lengths), totals, _ratios(rows, rules),
+        tuple(rules),
+        possible,
+        fits,
+        tried,
+        draws,
+        sum(any(row.values()) for row in rows),
+        sum(lengths),
+        totals,
+        _ratios(rows, rules),
         probe.parameters,
     )
     return Look(tuple(rows), tuple(lengths), opinion)
@@ -134,8 +143,14 @@ def conclude(look: Look, ranks: Ranks, *, probe: Probe, reduction: str) -> Surve
     opinions = ranks.gather(look.opinion)
     verdict = decide(opinions, reduction=reduction, given_count=probe.given_count, check=probe.check)
     return Survey(
-        tuple(row.get(verdict.rule, 0.0) for row in look.rows), look.lengths, verdict.reduction, verdict.rule, verdict.additive,
-        any(o.draws for o in opinions), sum(o.totals.get(verdict.rule, 0.0) for o in opinions), sum(o.num_samples for o in opinions),
+        tuple(row.get(verdict.rule, 0.0) for row in look.rows),
+        look.lengths,
+        verdict.reduction,
+        verdict.rule,
+        verdict.additive,
+        any(o.draws for o in opinions),
+        sum(o.totals.get(verdict.rule, 0.0) for o in opinions),
+        sum(o.num_samples for o in opinions),
     )
 
 
@@ -155,7 +170,8 @@ def _check_repeats(shown: tuple[int, Batch], loss_in_mode: Callable[[Batch, int]
     a, b = float(first), float(again)
     if abs(a - b) > machine_rtol(first.dtype) * max(abs(a), abs(b)) + machine_atol(first.dtype):
         raise NonDeterministicError(
-            f"the same batch gave the losses {a:.9g} and {b:.9g}: the model or the closure draws from a random generator of its own, or carries "
+            f"the same batch gave the losses {a:.9g} and {b:.9g}: the model or the closure draws from a random generator of its own, "
+            "or carries "
             "state from call to call. Seed that generator inside the closure, reset the state, or use mode='eval'"
         )
     return draws
@@ -166,9 +182,11 @@ def _try_rules(shown: list[tuple[int, Batch]], probe: Probe, rules: list[str], r
     """(rules that make the loss of a batch the mean, or the sum, of its parts'; whether that was tried; whether one did)."""
     known = probe.known
     if known is not None:
-        possible: list[Rule] = [None] if known.reduction == "sum" else rules[:1]
+        possible: list[Rule] = [None] if known.reduction == "sum" else [*rules[:1]]
+    elif reduction == "auto":
+        possible = [*rules, None]
     else:
-        possible = [*rules, None] if reduction == "auto" else [None] if reduction == "sum" else [*rules]
+        possible = [None] if reduction == "sum" else [*rules]
     left, tried = possible, False
     for index, batch in shown if probe.check else []:
         if (trial := _try_out(index, batch, probe, rules)) is not None:

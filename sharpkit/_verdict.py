@@ -73,7 +73,9 @@ def decide(opinions: Sequence[Opinion], *, reduction: str, given_count: bool, ch
     fallback = "sum" if reduction == "sum" else "mean"
     if not possible:
         _refuse_unless_one_or_given(
-            f"the loss of a batch is neither the sum nor the mean of its parts' losses, counting {' or '.join(rules)}", num_batches, given_count
+            f"the loss of a batch is neither the sum nor the mean of its parts' losses, counting {' or '.join(rules)}",
+            num_batches,
+            given_count,
         )
         return Verdict(fallback, rules[0], False)
     tried = any(o.tried for o in having)
@@ -83,8 +85,11 @@ def decide(opinions: Sequence[Opinion], *, reduction: str, given_count: bool, ch
         if not tried:
             _refuse_unless_one_or_given(f"the loss may be {ways}, and no batch could be cut in two to find out", num_batches, given_count)
         warnings.warn(
-            f"the loss may be {ways}: all fit, and weigh batches differently. The first is taken; pass count=lambda batch: ... (and reduction=) "
-            "to say which is meant", ObjectiveWarning, stacklevel=4,
+            f"the loss may be {ways}: all fit, and weigh batches differently. The first is taken; pass count=lambda batch: ... (and "
+            "reduction=) "
+            "to say which is meant",
+            ObjectiveWarning,
+            stacklevel=4,
         )
     separates = (tried and all(o.fits for o in having)) if check else rules[0] != "batches"
     return Verdict("sum" if best is None else "mean", rules[0] if best is None else best, separates)
@@ -94,7 +99,8 @@ def _refuse_unless_one_or_given(problem: str, num_batches: int, given_count: boo
     if num_batches == 1:
         return
     message = (
-        f"{problem}, so it is unknown how much each of the {num_batches} batches weighs. Pass count=lambda batch: ... returning what the loss "
+        f"{problem}, so it is unknown how much each of the {num_batches} batches weighs. Pass count=lambda batch: ... returning what "
+        "the loss "
         "averages over (and reduction='sum' if it sums), or one batch instead of several"
     )
     if not given_count:
@@ -116,10 +122,13 @@ def _disagreement(opinions: Sequence[Opinion]) -> str:
     found = []
     for rank, o in enumerate(opinions):
         if o.num_batches:
-            ways = " or ".join("a sum" if r is None else f"a mean over {r}" for r in o.possible) or f"neither, counting {', '.join(o.rules)}"
+            ways = (
+                " or ".join("a sum" if r is None else f"a mean over {r}" for r in o.possible) or f"neither, counting {', '.join(o.rules)}"
+            )
             found.append(f"rank {rank} {ways}")
     return (
-        f"the processes disagree on how the loss averages: {'; '.join(found)}. Give every process the same loss and the same kind of batches, "
+        f"the processes disagree on how the loss averages: {'; '.join(found)}. Give every process the same loss and the same kind of "
+        "batches, "
         "or say it by count= and reduction="
     )
 
@@ -129,6 +138,7 @@ def _check_same_parameters(opinions: Sequence[Opinion]) -> None:
     others = [r for r, o in enumerate(opinions) if o.parameters[0] != size or abs(o.parameters[1] - checksum) > 1e-6 * abs(checksum)]
     if others:
         raise ObjectiveError(
-            f"the parameters on rank {', '.join(map(str, others))} are not those of rank 0, so there is no one function to measure: broadcast them "
+            f"the parameters on rank {', '.join(map(str, others))} are not those of rank 0, so there is no one function to measure: "
+            "broadcast them "
             "first (DistributedDataParallel does), or pass process_group=False to measure each process's own model"
         )

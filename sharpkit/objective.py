@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from sharpkit import _counting
 from sharpkit._batches import Batch, BatchSource, slice_batch, to_device
 from sharpkit._distributed import find_ranks
 from sharpkit._errors import ObjectiveError
-from sharpkit._guard import loader_generators, random_fingerprint, seed_everything, undisturbed, unwrap
-from sharpkit._loss import check_arguments, check_loss, own_loss
+from sharpkit._guard import loader_generators, seed_everything, undisturbed, unwrap
+from sharpkit._loss import call_model, check_arguments, check_loss, own_loss
 from sharpkit._params import ParamSelector, select_params
+from sharpkit._probing import make_probe
 from sharpkit._survey import Look, Probe, Survey, conclude, look_at
 
 Closure = Callable[[nn.Module, Batch], Tensor]
@@ -84,9 +84,20 @@ class Objective:
     """
 
     def __init__(
-        self, model: nn.Module, data: Any, *, loss: Callable[[Any, Any], Tensor] | None = None, closure: Closure | None = None,
-        count: Callable[[Batch], float] | None = None, params: ParamSelector = None, reduction: str = "auto", mode: str = "eval",
-        autocast: torch.dtype | None = None, micro_batch_size: int | str | None = "auto", process_group: Any = None, seed: int = 0,
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        closure: Closure | None = None,
+        count: Callable[[Batch], float] | None = None,
+        params: ParamSelector = None,
+        reduction: str = "auto",
+        mode: str = "eval",
+        autocast: torch.dtype | None = None,
+        micro_batch_size: int | str | None = "auto",
+        process_group: Any = None,
+        seed: int = 0,
         check: bool = True,
     ) -> None:
         check_arguments(
@@ -98,13 +109,15 @@ class Objective:
         self.micro_batch_size: int | None = None
         self.ranks = find_ranks(process_group)
         self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
-        probe = self._probe(check)
+        probe = make_probe(self, check=check)
         look = self.ranks.run_together(lambda: self._look(probe, reduction), device=self.device)
         self._survey: Survey = conclude(look, self.ranks, probe=probe, reduction=reduction)
         self.may_split = micro_batch_size is not None and self.may_separate and not self._survey.draws
         if isinstance(micro_batch_size, int):
             if not self.may_split:
-                raise ValueError(f"micro_batch_size={micro_batch_size} would change the function: {self._why_whole()}. Pass None, or mode='eval'")
+                raise ValueError(
+                    f"micro_batch_size={micro_batch_size} would change the function: {self._why_whole()}. Pass None, or mode='eval'"
+                )
             self.micro_batch_size = micro_batch_size
 
     def _prepare(self, model: nn.Module, data: Any, params: ParamSelector) -> None:
@@ -174,7 +187,8 @@ class Objective:
     def __repr__(self) -> str:
         world = f", {self.ranks.size} processes" if self.ranks.size > 1 else ""
         return (
-            f"Objective({type(self.model).__name__}, {self.num_parameters:,} parameters, {self.reduction} over {self.num_targets:g} {self.counted} "
+            f"Objective({type(self.model).__name__}, {self.num_parameters:,} parameters, {self.reduction} over {self.num_targets:g} "
+            f"{self.counted} "
             f"in {self.num_batches} batch{'' if self.num_batches == 1 else 'es'}, {self.mode} mode, {self.dtype}, {self.device}{world})"
         )
 
@@ -184,7 +198,9 @@ class Objective:
         picked, own = select_params(self.model, params), set(self.layout.names)
         both = [name for name in picked.names if name in own]
         if not both:
-            raise ValueError(f"params= picks {', '.join(picked.names[:4])}, none of the objective's own parameters: {', '.join(self.layout.names[:8])}")
+            raise ValueError(
+                f"params= picks {', '.join(picked.names[:4])}, none of the objective's own parameters: {', '.join(self.layout.names[:8])}"
+            )
         other.layout = select_params(self.model, lambda name, _: name in both)
         return other
 
@@ -209,7 +225,9 @@ class Objective:
             if index < self.num_batches and self._survey.counts[index]:
                 yield from self._slices(index, to_device(batch, self._data_device))
         if seen != self.num_batches:
-            raise ObjectiveError(f"the data gave {seen} batches, {self.num_batches} when the objective was made: it changed, make a new Objective")
+            raise ObjectiveError(
+                f"the data gave {seen} batches, {self.num_batches} when the objective was made: it changed, make a new Objective"
+            )
 
     def _slices(self, index: int, batch: Batch) -> Iterator[Piece]:
         length = self._survey.lengths[index]
@@ -231,7 +249,9 @@ class Objective:
             ObjectiveError: the loss does not fall apart into samples.
         """
         if not self.may_separate or self._survey.draws:
-            raise ObjectiveError(f"per-sample gradients would not add up to the gradient: {self._why_whole()}. Use mode='eval', or another loss")
+            raise ObjectiveError(
+                f"per-sample gradients would not add up to the gradient: {self._why_whole()}. Use mode='eval', or another loss"
+            )
         index, first = piece.key
         length = _counting.samples_in(piece.batch, self.loss is not None)
         slices = [slice_batch(piece.batch, i, i + 1, length=length) for i in range(length)]
@@ -245,16 +265,9 @@ class Objective:
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's output on an (input, target) batch, as the loss receives it. To be called under :meth:`undisturbed`."""
-        inputs = batch[0]
-        packed = isinstance(inputs, PackedSequence)  # a tuple, but one argument
         with self._precision():
-            if isinstance(inputs, Mapping):
-                output = self.model(**inputs)
-            else:
-                output = self.model(*inputs) if isinstance(inputs, (tuple, list)) and not packed else self.model(inputs)
-        if not isinstance(output, Tensor) and isinstance(logits := getattr(output, "logits", None), Tensor):
-            return logits
-        return output  # type: ignore[no-any-return]
+            output: Tensor = call_model(self.model, batch[0])
+        return output
 
     def output_loss(self, output: Tensor, target: Any) -> Tensor:
         """The loss of a model output, in the objective's precision."""
@@ -327,24 +340,6 @@ class Objective:
     @property
     def _known_loss(self) -> _counting.KnownLoss | None:
         return _counting.recognise_loss(self.loss) if self.loss is not None else None
-
-    def _probe(self, check: bool) -> Probe:
-        def loss(batch: Batch, number: int) -> Tensor:
-            with self._guard(training=False):
-                return self._evaluate(to_device(batch, self._data_device), number).detach()
-
-        def loss_in_mode(batch: Batch, number: int) -> tuple[Tensor, bool]:
-            with self.undisturbed():
-                self.seed_for(number)
-                before = random_fingerprint(self._data_device)
-                found = self._evaluate(to_device(batch, self._data_device), number).detach()
-                return found, before != random_fingerprint(self._data_device)
-
-        values = sum(float(p.detach().double().abs().sum()) for p in self.layout.params) if self.ranks.size > 1 else 0.0
-        return Probe(
-            count=self._candidate_counts, loss=loss, loss_in_mode=loss_in_mode, known=self._known_loss, given_count=self._count is not None,
-            pair=self.loss is not None, check=check, draws=self.mode == "train", parameters=(self.num_parameters, values),
-        )
 
     def _look(self, probe: Probe, reduction: str) -> Look:
         with self.undisturbed():

@@ -77,7 +77,9 @@ def dense_gauss_newton(problem: Problem) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         for x, y in problem.batches:
             z = problem.model(x)
-            jacobian = torch.stack([flat(torch.autograd.grad(e, params, retain_graph=True, allow_unused=True), params) for e in z.reshape(-1)])
+            jacobian = torch.stack(
+                [flat(torch.autograd.grad(e, params, retain_graph=True, allow_unused=True), params) for e in z.reshape(-1)]
+            )
             curvature = torch.autograd.functional.hessian(lambda u, y=y: problem.unit(u, y), z.detach()).reshape(z.numel(), z.numel())
             matrix += jacobian.T @ curvature @ jacobian
     return matrix / problem.total
@@ -87,7 +89,10 @@ def sample_gradients(problem: Problem) -> Tensor:
     """(N, n): each sample's own gradient, scaled so that their mean is the gradient of the objective."""
     samples = problem.samples()
     with sdpa_kernel(SDPBackend.MATH):
-        rows = [flat(torch.autograd.grad(problem.unit(problem.model(x), y), problem.params, allow_unused=True), problem.params) for x, y in samples]
+        rows = [
+            flat(torch.autograd.grad(problem.unit(problem.model(x), y), problem.params, allow_unused=True), problem.params)
+            for x, y in samples
+        ]
     return torch.stack(rows) * len(samples) / problem.total
 
 
@@ -178,7 +183,13 @@ def classified(name: str, make: Callable[[], nn.Module], x: Tensor, *, classes: 
     y = labels(len(x), classes=classes)
     batches = list(zip(torch.tensor_split(x, cuts), torch.tensor_split(y, cuts), strict=True))
     return Problem(
-        name, built(make), batches, F.cross_entropy, lambda z, t: -z.log_softmax(-1).gather(-1, t[:, None]).sum(), lambda t: float(len(t)), "categorical"
+        name,
+        built(make),
+        batches,
+        F.cross_entropy,
+        lambda z, t: -z.log_softmax(-1).gather(-1, t[:, None]).sum(),
+        lambda t: float(len(t)),
+        "categorical",
     )
 
 
@@ -186,7 +197,9 @@ def mlp() -> Problem:
     return classified("mlp", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), gaussian(7, 4), cuts=(4, 6))
 
 
-def regression(name: str, loss: Callable[[Tensor, Tensor], Tensor], unit: Callable[[Tensor, Tensor], Tensor], y: Tensor, likelihood: str | None) -> Problem:
+def regression(
+    name: str, loss: Callable[[Tensor, Tensor], Tensor], unit: Callable[[Tensor, Tensor], Tensor], y: Tensor, likelihood: str | None
+) -> Problem:
     x = gaussian(len(y), 3)
     batches = list(zip(torch.tensor_split(x, (4,)), torch.tensor_split(y, (4,)), strict=True))
     model = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, y.shape[1])))
@@ -246,7 +259,13 @@ def tied() -> Problem:
     batches = list(zip(torch.tensor_split(tokens, (3,)), torch.tensor_split(y, (3,)), strict=True))
     model = built(TiedLanguageModel)
     return Problem(
-        "tied, padded", model, batches, lambda z, t: F.cross_entropy(z.transpose(1, 2), t), unit, lambda t: float((t != -100).sum()), "categorical",
+        "tied, padded",
+        model,
+        batches,
+        lambda z, t: F.cross_entropy(z.transpose(1, 2), t),
+        unit,
+        lambda t: float((t != -100).sum()),
+        "categorical",
         extra={"output": lambda z: z.transpose(1, 2)},
     )
 

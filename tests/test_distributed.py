@@ -67,9 +67,14 @@ def numbers(problem: Any, data: Any, loss: Any, **settings: Any) -> dict[str, An
     covariance = sk.GradientCovarianceOperator(objective)
     v = gaussian(objective.num_parameters)
     return {
-        "value": objective.value(), "gradient": objective.gradient()[1], "hessian": sk.HessianOperator(objective).to_dense(),
-        "gauss_newton": sk.GaussNewtonOperator(objective) @ v, "empirical": sk.EmpiricalFisherOperator(objective) @ v,
-        "covariance": torch.stack([covariance @ v, covariance @ (2 * v)]), "targets": objective.num_targets, "samples": objective.num_samples,
+        "value": objective.value(),
+        "gradient": objective.gradient()[1],
+        "hessian": sk.HessianOperator(objective).to_dense(),
+        "gauss_newton": sk.GaussNewtonOperator(objective) @ v,
+        "empirical": sk.EmpiricalFisherOperator(objective) @ v,
+        "covariance": torch.stack([covariance @ v, covariance @ (2 * v)]),
+        "targets": objective.num_targets,
+        "samples": objective.num_samples,
         "values": sk.eigenpairs(sk.HessianOperator(objective), k=3, tol=1e-8).values,
     }
 
@@ -125,7 +130,9 @@ def refusals() -> dict[str, Callable[[int], Any]]:
         "wrong argument on one": lambda rank: sk.Objective(mlp().model, (x, y), loss=F.cross_entropy, params="typo.*" if rank else None),
         "nan on one": lambda rank: sk.Objective(mlp().model, (x * float("nan") if rank else x, y), loss=F.cross_entropy),
         "disagreeing losses": lambda rank: sk.Objective(mlp().model, (x, y), loss=squares if rank else token_mean),
-        "other weights": other_weights, "own group": alone, "agreed": agreed,
+        "other weights": other_weights,
+        "own group": alone,
+        "agreed": agreed,
         "no data anywhere": lambda rank: sk.Objective(mlp().model, [], loss=F.cross_entropy),
     }
 
@@ -173,7 +180,10 @@ def wrappers() -> dict[str, Callable[[int], Any]]:
         return sk.Objective(problem.model, problem.batches[0], loss=F.cross_entropy, params="2.*")
 
     return {
-        "ddp": lambda rank: ddp(rank, False), "static ddp": lambda rank: ddp(rank, True), "fsdp": fully_sharded, "tensor parallel": tensor_parallel,
+        "ddp": lambda rank: ddp(rank, False),
+        "static ddp": lambda rank: ddp(rank, True),
+        "fsdp": fully_sharded,
+        "tensor parallel": tensor_parallel,
         "one sharded part": one_sharded_part,
     }
 
@@ -200,10 +210,15 @@ def test_every_number_of_two_processes_equals_that_of_one(tmp_path: Path) -> Non
 
 def test_an_error_on_one_process_is_an_error_on_both_and_none_hangs(tmp_path: Path) -> None:
     zero, one = on_two_ranks(tmp_path, "refusals")
-    assert zero["product fails on one"] == ("SharpkitError: the measurement failed on rank 1: see the error there; this is rank 0 of 2", True)
+    assert zero["product fails on one"] == (
+        "SharpkitError: the measurement failed on rank 1: see the error there; this is rank 0 of 2",
+        True,
+    )
     assert one["product fails on one"] == ("ArithmeticError: only here", True)
     for task, failing, kind in (
-        ("making fails on one", 0, "ObjectiveError"), ("wrong argument on one", 1, "ValueError"), ("nan on one", 1, "NonFiniteError"),
+        ("making fails on one", 0, "ObjectiveError"),
+        ("wrong argument on one", 1, "ValueError"),
+        ("nan on one", 1, "NonFiniteError"),
     ):
         said = [zero[task][0], one[task][0]]
         assert said[failing].startswith(kind), said

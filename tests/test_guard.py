@@ -86,7 +86,11 @@ def measurements(model: nn.Module, mode: str) -> dict[str, Callable[[], object]]
         operators["covariance"] = sk.GradientCovarianceOperator(objective)
     v = gaussian(objective.num_parameters)
     calls: dict[str, Callable[[], object]] = {name: (lambda A=A: (A @ v, A @ v)) for name, A in operators.items()}
-    return calls | {"value": objective.value, "gradient": objective.gradient, "block": lambda: operators["hessian"].block("last.*") @ v[:21]}
+    return calls | {
+        "value": objective.value,
+        "gradient": objective.gradient,
+        "block": lambda: operators["hessian"].block("last.*") @ v[:21],
+    }
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -24,7 +24,13 @@ def gpt2() -> nn.Module:
 
 def llama() -> nn.Module:
     config = transformers.LlamaConfig(
-        vocab_size=7, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=5,
+        vocab_size=7,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=5,
         tie_word_embeddings=True,
     )
     return built(lambda: transformers.LlamaForCausalLM(config))
@@ -37,7 +43,10 @@ def batches() -> list[dict[str, Tensor]]:
     tokens, marks = labels(4, 5, classes=7), labels(4, 5, classes=7, seed=3)
     marks[1, 3:], marks[3, 2:] = -100, -100
     attended = (marks != -100).long()
-    return [{"input_ids": t, "attention_mask": a, "labels": y} for t, a, y in zip(tokens.split([3, 1]), attended.split([3, 1]), marks.split([3, 1]), strict=True)]
+    return [
+        {"input_ids": t, "attention_mask": a, "labels": y}
+        for t, a, y in zip(tokens.split([3, 1]), attended.split([3, 1]), marks.split([3, 1]), strict=True)
+    ]
 
 
 def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -63,7 +72,9 @@ def test_the_hessian_equals_the_dense_reference(name: str) -> None:
     assert objective.counted == "next tokens"
     params = list(model.parameters())
     # Llama's RMSNorm computes in float32, whatever the model's type
-    check_operator(sk.HessianOperator(objective), dense_hessian(lambda: total(model), params), model=model, rtol=1e-9 if name == "gpt2" else 3e-5)
+    check_operator(
+        sk.HessianOperator(objective), dense_hessian(lambda: total(model), params), model=model, rtol=1e-9 if name == "gpt2" else 3e-5
+    )
 
 
 def test_gauss_newton_of_dict_inputs_uses_the_logits() -> None:

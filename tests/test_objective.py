@@ -72,8 +72,16 @@ EXPECTED = float(F.cross_entropy(network()(X), Y).detach())
 @pytest.mark.parametrize(
     "data",
     [
-        (X, Y), [X, Y], [(X, Y)], [[X, Y]], [(X[:4], Y[:4]), (X[4:], Y[4:])], Pair(X, Y), [Pair(X[:1], Y[:1]), Pair(X[1:], Y[1:])],
-        DataLoader(TensorDataset(X, Y), batch_size=4), [((X,), Y)], [({"input": X}, Y)],
+        (X, Y),
+        [X, Y],
+        [(X, Y)],
+        [[X, Y]],
+        [(X[:4], Y[:4]), (X[4:], Y[4:])],
+        Pair(X, Y),
+        [Pair(X[:1], Y[:1]), Pair(X[1:], Y[1:])],
+        DataLoader(TensorDataset(X, Y), batch_size=4),
+        [((X,), Y)],
+        [({"input": X}, Y)],
     ],
     ids=["tuple", "list pair", "list of tuple", "list of list", "uneven", "namedtuple", "namedtuples", "loader", "nested", "keywords"],
 )
@@ -103,7 +111,9 @@ def test_dict_batches_go_to_models_that_compute_their_own_loss() -> None:
     batches = [{"x": X[:5], "y": Y[:5]}, {"x": X[5:], "y": Y[5:]}]
     expected = float(F.cross_entropy(model.body(X), Y).detach())
     assert value(model=model, data=batches) == pytest.approx(expected, rel=1e-12)
-    assert value(model=model, data=[({"x": X}, Y)], loss=F.cross_entropy) == pytest.approx(expected, rel=1e-12), "logits are taken from the output"
+    assert value(model=model, data=[({"x": X}, Y)], loss=F.cross_entropy) == pytest.approx(expected, rel=1e-12), (
+        "logits are taken from the output"
+    )
 
 
 def test_packed_sequences_are_one_input() -> None:
@@ -138,7 +148,9 @@ class Noisy(Dataset):  # type: ignore[type-arg]
         return X[i] + 0.1 * float(self.draw()), Y[i]
 
 
-@pytest.mark.parametrize("draw", [lambda: torch.randn(()), np.random.default_rng(0).standard_normal, np.random.rand], ids=["torch", "numpy", "legacy"])
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.randn(()), np.random.default_rng(0).standard_normal, np.random.rand], ids=["torch", "numpy", "legacy"]
+)
 def test_an_augmenting_data_set_is_refused(draw: Any) -> None:
     with pytest.raises(sk.NonDeterministicError, match=r"batch 0 differed between two passes.*list\(loader\)"):
         sk.Objective(network(), DataLoader(Noisy(draw), batch_size=3), loss=F.cross_entropy)
@@ -222,17 +234,38 @@ def per_sample_huber(z: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("loss", "target"),
     [
-        (F.cross_entropy, MASKED), (nn.CrossEntropyLoss(weight=WEIGHT), Y), (nn.CrossEntropyLoss(weight=WEIGHT), MASKED),
-        (functools.partial(F.cross_entropy, ignore_index=1), Y), (nn.CrossEntropyLoss(label_smoothing=0.1, weight=WEIGHT), MASKED),
-        (nn.CrossEntropyLoss(), torch.softmax(gaussian(6, 3), dim=1)), (nn.CrossEntropyLoss(reduction="sum"), MASKED),
-        (lambda z, t: F.cross_entropy(z, t), MASKED), (lambda z, t: F.cross_entropy(z, t, reduction="sum"), Y),
-        (F.mse_loss, gaussian(6, 3)), (nn.HuberLoss(), gaussian(6, 3)), (per_sample_huber, gaussian(6, 3)),
-        (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), torch.sigmoid(gaussian(6, 3))), (lambda z, t: ((z - t) ** 2).sum(), gaussian(6, 3)),
+        (F.cross_entropy, MASKED),
+        (nn.CrossEntropyLoss(weight=WEIGHT), Y),
+        (nn.CrossEntropyLoss(weight=WEIGHT), MASKED),
+        (functools.partial(F.cross_entropy, ignore_index=1), Y),
+        (nn.CrossEntropyLoss(label_smoothing=0.1, weight=WEIGHT), MASKED),
+        (nn.CrossEntropyLoss(), torch.softmax(gaussian(6, 3), dim=1)),
+        (nn.CrossEntropyLoss(reduction="sum"), MASKED),
+        (lambda z, t: F.cross_entropy(z, t), MASKED),
+        (lambda z, t: F.cross_entropy(z, t, reduction="sum"), Y),
+        (F.mse_loss, gaussian(6, 3)),
+        (nn.HuberLoss(), gaussian(6, 3)),
+        (per_sample_huber, gaussian(6, 3)),
+        (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), torch.sigmoid(gaussian(6, 3))),
+        (lambda z, t: ((z - t) ** 2).sum(), gaussian(6, 3)),
         (functools.partial(F.cross_entropy, size_average=False), Y),
     ],
     ids=[
-        "masked", "class weights", "weights and mask", "ignore_index", "smoothing", "probabilities", "sum", "lambda masked", "lambda sum", "squares",
-        "huber", "own huber", "pos_weight", "own sum", "legacy sum",
+        "masked",
+        "class weights",
+        "weights and mask",
+        "ignore_index",
+        "smoothing",
+        "probabilities",
+        "sum",
+        "lambda masked",
+        "lambda sum",
+        "squares",
+        "huber",
+        "own huber",
+        "pos_weight",
+        "own sum",
+        "legacy sum",
     ],
 )
 @pytest.mark.filterwarnings("ignore:size_average")
@@ -392,8 +425,12 @@ def test_frozen_tied_integer_and_selected_parameters() -> None:
 @pytest.mark.parametrize(
     ("params", "error", "match"),
     [
-        ("nothing.*", ValueError, r"nothing.*0\.weight"), (["0.*", "typo.*"], ValueError, r"typo"), (lambda n, p: False, ValueError, "none of"),
-        (5, TypeError, "got int"), (list(network().parameters()), TypeError, "list of Parameter"), ([], ValueError, "none of"),
+        ("nothing.*", ValueError, r"nothing.*0\.weight"),
+        (["0.*", "typo.*"], ValueError, r"typo"),
+        (lambda n, p: False, ValueError, "none of"),
+        (5, TypeError, "got int"),
+        (list(network().parameters()), TypeError, "list of Parameter"),
+        ([], ValueError, "none of"),
     ],
 )
 def test_a_selection_that_selects_nothing_is_an_error(params: Any, error: type[Exception], match: str) -> None:
@@ -420,8 +457,10 @@ def test_names_that_look_like_patterns_are_names() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: nn.Linear(4, 3, dtype=torch.complex64), "complex"), (lambda: nn.LazyLinear(3), "forward pass first"),
-        (lambda: nn.Sequential(nn.Tanh()), "no parameters"), (lambda: nn.Linear(4, 3).requires_grad_(False), "frozen"),
+        (lambda: nn.Linear(4, 3, dtype=torch.complex64), "complex"),
+        (lambda: nn.LazyLinear(3), "forward pass first"),
+        (lambda: nn.Sequential(nn.Tanh()), "no parameters"),
+        (lambda: nn.Linear(4, 3).requires_grad_(False), "frozen"),
     ],
 )
 def test_models_without_real_trainable_parameters_are_refused(make: Any, match: str) -> None:
@@ -487,10 +526,14 @@ def test_a_loss_that_does_not_repeat_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({"loss": F.cross_entropy, "closure": lambda m, b: 0}, ValueError, "not both"), ({"loss": 3}, TypeError, "loss must be a function"),
-        ({"loss": nn.CrossEntropyLoss}, TypeError, r"CrossEntropyLoss\(\)"), ({"loss": F.cross_entropy, "mode": "Eval"}, ValueError, "mode"),
-        ({"loss": F.cross_entropy, "reduction": "avg"}, ValueError, "reduction"), ({}, TypeError, "batches must be dicts"),
-        ({"loss": F.cross_entropy, "micro_batch_size": 0}, ValueError, "micro_batch_size"), ({"count": 3}, TypeError, "count"),
+        ({"loss": F.cross_entropy, "closure": lambda m, b: 0}, ValueError, "not both"),
+        ({"loss": 3}, TypeError, "loss must be a function"),
+        ({"loss": nn.CrossEntropyLoss}, TypeError, r"CrossEntropyLoss\(\)"),
+        ({"loss": F.cross_entropy, "mode": "Eval"}, ValueError, "mode"),
+        ({"loss": F.cross_entropy, "reduction": "avg"}, ValueError, "reduction"),
+        ({}, TypeError, "batches must be dicts"),
+        ({"loss": F.cross_entropy, "micro_batch_size": 0}, ValueError, "micro_batch_size"),
+        ({"count": 3}, TypeError, "count"),
         ({"loss": F.cross_entropy, "micro_batch_size": True}, ValueError, "micro_batch_size"),
         ({"loss": F.cross_entropy, "count": lambda b: -1}, ValueError, "negative"),
     ],

@@ -7,7 +7,20 @@ import copy
 import pytest
 import torch
 from problems import (
-    EncoderClassifier, Attention, attention, built, classified, conv, dense_gauss_newton, dense_hessian, encoder, gaussian, labels, mlp, relative_error, tied,
+    Attention,
+    EncoderClassifier,
+    attention,
+    built,
+    classified,
+    conv,
+    dense_gauss_newton,
+    dense_hessian,
+    encoder,
+    gaussian,
+    labels,
+    mlp,
+    relative_error,
+    tied,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +50,10 @@ def train_mode_reference(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 # -- second order through normalisation layers ------------------------------------------------------------------------------
 NORMALISED = {
     "LayerNorm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)), (6, 4)),
-    "InstanceNorm": (lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(9, 3)), (6, 2, 4)),
+    "InstanceNorm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(9, 3)),
+        (6, 2, 4),
+    ),
     "BatchNorm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)), (6, 4)),
 }
 
@@ -47,7 +63,11 @@ NORMALISED = {
 def test_affine_normalisation_has_an_exact_symmetric_hessian(norm: str, mode: str) -> None:
     make, shape = NORMALISED[norm]
     model, x, y = built(make), gaussian(*shape), labels(shape[0])
-    expected = train_mode_reference(model, x, y) if mode == "train" else dense_hessian(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
+    expected = (
+        train_mode_reference(model, x, y)
+        if mode == "train"
+        else dense_hessian(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
+    )
     found = sk.HessianOperator(sk.Objective(model, (x, y), loss=F.cross_entropy, mode=mode)).to_dense()
     assert relative_error(found, expected) < EXACT
     assert relative_error(found, found.T) < EXACT
@@ -67,7 +87,9 @@ def test_uneven_batches_and_masked_tokens_are_weighed_by_what_they_count() -> No
     found = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss)).to_dense()
     expected = dense_hessian(problem.value, problem.params)
     with torch.random.fork_rng():
-        naive = sum(dense_hessian(lambda x=x, y=y: problem.loss(problem.model(x), y), problem.params) for x, y in problem.batches) / len(problem.batches)
+        naive = sum(dense_hessian(lambda x=x, y=y: problem.loss(problem.model(x), y), problem.params) for x, y in problem.batches) / len(
+            problem.batches
+        )
     assert relative_error(found, expected) < EXACT
     assert relative_error(naive, expected) > 0.01, "the trap is real on this problem"
 
@@ -173,9 +195,9 @@ def test_cutting_a_batch_is_refused_where_it_would_change_the_function(layer: st
 # -- attention, compile, checkpointing, unused and linear parameters ------------------------------------------------------------
 def test_scaled_dot_product_attention_with_its_default_backend_is_exact() -> None:
     problem = attention()
+    loss = F.cross_entropy(problem.model(problem.batches[0][0]), problem.batches[0][1])
+    (g,) = torch.autograd.grad(loss, problem.model.qkv.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):  # the trap: the default kernel has no second derivative
-        loss = F.cross_entropy(problem.model(problem.batches[0][0]), problem.batches[0][1])
-        (g,) = torch.autograd.grad(loss, problem.model.qkv.weight, create_graph=True)
         torch.autograd.grad(g.sum(), problem.model.qkv.weight)
     found = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss)).to_dense()
     assert relative_error(found, dense_hessian(problem.value, problem.params)) < EXACT
@@ -194,7 +216,7 @@ def test_transformer_encoder_layer_is_exact(training: bool) -> None:
 def test_a_compiled_model_is_measured_eagerly_under_its_own_names(how: str) -> None:
     problem = mlp()
     expected = dense_hessian(problem.value, problem.params)
-    x, y = problem.batches[0]
+    x, _ = problem.batches[0]
     model: nn.Module = problem.model
     if how == "torch.compile":
         model = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
@@ -239,9 +261,7 @@ def test_unused_and_linear_parameters_have_zero_rows() -> None:
             return self.used(x)
 
     model, x, y = built(Odd), gaussian(5, 3), gaussian(5, 2)
-    H = sk.HessianOperator(
-        sk.Objective(model, (x, y), closure=lambda m, b: F.mse_loss(m(b[0]), b[1]) + m.linear.sum())
-    )
+    H = sk.HessianOperator(sk.Objective(model, (x, y), closure=lambda m, b: F.mse_loss(m(b[0]), b[1]) + m.linear.sum()))
     found = H.to_dense()
     params = list(model.parameters())
     assert relative_error(found, dense_hessian(lambda: F.mse_loss(model(x), y) + model.linear.sum(), params)) < EXACT

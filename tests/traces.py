@@ -35,7 +35,9 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def snapshot(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, generators: tuple[torch.Generator, ...] = ()) -> dict[str, Any]:
+def snapshot(
+    model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, generators: tuple[torch.Generator, ...] = ()
+) -> dict[str, Any]:
     """Values (copied) and identities of parameters, gradients, buffers, hooks, flags, random states and thread-wide switches."""
     params, modules = list(model.parameters()), list(model.modules())
     buffers = [(name, b) for m in modules for name, b in m._buffers.items()]
@@ -57,9 +59,15 @@ def snapshot(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None
         "generators": [g.get_state() for g in generators],
         "optimizer": _copied(optimizer.state_dict()) if optimizer is not None else None,
         "switches": [
-            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
-            torch.is_autocast_cache_enabled(), torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(),
-            torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cudnn.enabled,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cudnn.enabled,
         ],
     }
 

@@ -18,7 +18,8 @@ from sharpkit.operators.curvature import Pieces, check_twice_differentiable
 class OutputJacobian:
     """The Jacobian J of the model's output z(w) on one piece.
 
-    J v is the derivative of u -> J^T u, which is linear, applied to v: the double-backward trick. It needs no forward-mode rule, works on the
+    J v is the derivative of u -> J^T u, which is linear, applied to v: the double-backward trick. It needs no forward-mode rule, works on
+    the
     live parameters, and its graph is reused for every v.
 
     Attributes:

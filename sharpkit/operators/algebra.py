@@ -83,7 +83,11 @@ class SumOperator(_DerivedOperator):
     """A + B."""
 
     def __init__(self, first: SymmetricOperator, second: SymmetricOperator) -> None:
-        for what, a, b in (("size", first.size, second.size), ("dtype", first.dtype, second.dtype), ("device", first.device, second.device)):
+        for what, a, b in (
+            ("size", first.size, second.size),
+            ("dtype", first.dtype, second.dtype),
+            ("device", first.device, second.device),
+        ):
             if a != b:
                 raise ValueError(f"cannot add operators of different {what}: {a} and {b}")
         super().__init__(first)
@@ -189,7 +193,9 @@ def _checked_matrix(matrix: Tensor, size: int | None, dtype: torch.dtype | None,
         expected = f"({size}, {size})" if size is not None else "square"
         raise ValueError(f"expected a {expected} matrix, got shape {tuple(matrix.shape)}")
     if matrix.is_complex():
-        raise ValueError("expected a real matrix, got a complex one; a Hermitian n x n matrix is the real 2n x 2n one [[Re, -Im], [Im, Re]]")
+        raise ValueError(
+            "expected a real matrix, got a complex one; a Hermitian n x n matrix is the real 2n x 2n one [[Re, -Im], [Im, Re]]"
+        )
     target = dtype or (matrix.dtype if matrix.is_floating_point() else torch.float64)
     if not target.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {target}")

@@ -98,10 +98,16 @@ class SymmetricOperator(ABC):
             NonFiniteError: the product contains NaN or infinity.
         """
         product = self.multiply(vectors)
-        if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):  # the sum alone is cheaper, but may overflow
-            cause = "the vector itself is not finite" if not bool(torch.isfinite(vectors).all()) else (
-                "the function has no second derivative at this point (a square root at 0, a norm of a zero vector), "
-                "or half precision overflowed"
+        if not bool(torch.isfinite(product.sum())) and not bool(
+            torch.isfinite(product).all()
+        ):  # the sum alone is cheaper, but may overflow
+            cause = (
+                "the vector itself is not finite"
+                if not bool(torch.isfinite(vectors).all())
+                else (
+                    "the function has no second derivative at this point (a square root at 0, a norm of a zero vector), "
+                    "or half precision overflowed"
+                )
             )
             raise NonFiniteError(f"the product with {self!r} contains NaN or infinity: {cause}")
         return product
@@ -167,8 +173,12 @@ class SymmetricOperator(ABC):
             return (self @ vector).cpu().numpy()
 
         return LinearOperator(
-            self.shape, matvec=lambda v: multiply(v.reshape(-1)), matmat=multiply, rmatvec=lambda v: multiply(v.reshape(-1)),
-            rmatmat=multiply, dtype=dtype,
+            self.shape,
+            matvec=lambda v: multiply(v.reshape(-1)),
+            matmat=multiply,
+            rmatvec=lambda v: multiply(v.reshape(-1)),
+            rmatmat=multiply,
+            dtype=dtype,
         )
 
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:

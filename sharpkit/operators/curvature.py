@@ -25,12 +25,14 @@ _GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs
 _FORECAST_FROM = 64  # samples in a batch from which its graph is forecast from a slice of it
 
 _REENTRANT = (
-    "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False); for Hugging Face "
+    "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False); for "
+    "Hugging Face "
     "models gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 _COMPILED = "compiled code cannot be differentiated twice: pass the module from before torch.compile"
 _ONCE = (
-    "a custom autograd.Function in the model has a backward marked once_differentiable, so that second derivatives through it are wrong: write the "
+    "a custom autograd.Function in the model has a backward marked once_differentiable, so that second derivatives through it are "
+    "wrong: write the "
     "backward in torch operations and remove the mark"
 )
 _UNSUPPORTED = {
@@ -41,8 +43,10 @@ _UNSUPPORTED = {
     "use_reentrant=True": _REENTRANT,
     "Checkpointing is not compatible": _REENTRANT,
     "once_differentiable": _ONCE,
-    "_cudnn_rnn_backward": "the cuDNN RNN kernel has no second derivative: run the model's RNN under torch.backends.cudnn.flags(enabled=False)",
-    "modified by an inplace operation": "the data was changed in place between the products of one measurement: leave the batches alone, or make a "
+    "_cudnn_rnn_backward": "the cuDNN RNN kernel has no second derivative: run the model's RNN under "
+    "torch.backends.cudnn.flags(enabled=False)",
+    "modified by an inplace operation": "the data was changed in place between the products of one measurement: leave the batches "
+    "alone, or make a "
     "new operator",
 }
 
@@ -181,8 +185,10 @@ class CurvatureOperator(SymmetricOperator):
     def _does_not_fit(self) -> str:
         samples = self.objective.micro_batch_size or max(self.objective._survey.lengths, default=0)
         return (
-            f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, pieces of "
-            f"{samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. Select fewer parameters "
+            f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, "
+            "pieces of "
+            f"{samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. Select "
+            "fewer parameters "
             "(params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
         )
 
@@ -212,7 +218,10 @@ class CurvatureOperator(SymmetricOperator):
             objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (1.5 * held)))
             logger.warning(
                 "a batch of %d samples would need about %s of %s free; using pieces of %d samples",
-                longest, human_bytes(peak), human_bytes(free), objective.micro_batch_size,
+                longest,
+                human_bytes(peak),
+                human_bytes(free),
+                objective.micro_batch_size,
             )
 
     # -- ranks and blocks -----------------------------------------------------------------------------------------------
@@ -234,7 +243,10 @@ class CurvatureOperator(SymmetricOperator):
 
 
 def all_equal(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
-    if len(now) != len(before) or any(a.shape != b.shape or a.dtype != b.dtype or a.device != b.device for a, b in zip(now, before, strict=True)):
+    """Whether two lists of tensors hold the same values, shapes, types and devices."""
+    if len(now) != len(before) or any(
+        a.shape != b.shape or a.dtype != b.dtype or a.device != b.device for a, b in zip(now, before, strict=True)
+    ):
         return False
     on_cpu = all(torch.equal(a, b) for a, b in zip(now, before, strict=True) if a.device.type == "cpu")
     elsewhere = [(a.detach() != b).any() for a, b in zip(now, before, strict=True) if a.device.type != "cpu"]

@@ -37,7 +37,13 @@ class FisherOperator(CurvatureOperator):
     """
 
     def __init__(
-        self, objective: Objective, *, num_draws: int = 1, likelihood: str | None = None, seed: int = 0, retain: bool | str = "auto",
+        self,
+        objective: Objective,
+        *,
+        num_draws: int = 1,
+        likelihood: str | None = None,
+        seed: int = 0,
+        retain: bool | str = "auto",
         memory_limit: float | None = None,
     ) -> None:
         super().__init__(objective, retain=retain, memory_limit=memory_limit)
@@ -58,7 +64,9 @@ class FisherOperator(CurvatureOperator):
         seed = hash((self.seed, self.objective.ranks.rank, index)) % 2**63
         error: ObjectiveError | None = None
         for class_dim in self._class_dims(jacobian):
-            draws = _Draws(self.likelihood, jacobian, self._known, whole=self.objective._survey.lengths[index], first=first, class_dim=class_dim)
+            draws = _Draws(
+                self.likelihood, jacobian, self._known, whole=self.objective._survey.lengths[index], first=first, class_dim=class_dim
+            )
             try:
                 residuals, slopes = self._scores(jacobian, draws, number=index, seed=seed)
             except ObjectiveError as refused:
@@ -66,7 +74,8 @@ class FisherOperator(CurvatureOperator):
                 continue
             return PieceProduct(_outer_products(jacobian, draws, residuals, slopes), piece.weight, jacobian.bytes_held)
         raise error or ObjectiveError(
-            f"outputs of shape {tuple(jacobian.output.shape)} do not fit labels of shape {tuple(getattr(jacobian.target, 'shape', ()))}: labels have the "
+            f"outputs of shape {tuple(jacobian.output.shape)} do not fit labels of shape "
+            f"{tuple(getattr(jacobian.target, 'shape', ()))}: labels have the "
             "output's shape without the classes, which come second or last"
         )
 
@@ -112,9 +121,13 @@ def _check_likelihood(likelihood: str, draws: _Draws, first: tuple[Tensor, Tenso
         off = float((slope - share * residual).abs().max()) > 1e-3 * float(slope.abs().max())
         shares.append(torch.where(squares > 1e-6, share, torch.nan))
         if off:
-            raise ObjectiveError(f"the loss is not the negative log-likelihood of a {likelihood} model: its gradient is not that. {_INSTEAD}")
+            raise ObjectiveError(
+                f"the loss is not the negative log-likelihood of a {likelihood} model: its gradient is not that. {_INSTEAD}"
+            )
     if float((shares[0] - shares[1]).abs().nan_to_num().max()) > 1e-2 * float(shares[0].abs().nan_to_num().max()):
-        raise ObjectiveError(f"the loss is not the negative log-likelihood of a {likelihood} model: it weighs targets by their label. {_INSTEAD}")
+        raise ObjectiveError(
+            f"the loss is not the negative log-likelihood of a {likelihood} model: it weighs targets by their label. {_INSTEAD}"
+        )
 
 
 _INSTEAD = "Use GaussNewtonOperator, which needs no likelihood, or EmpiricalFisherOperator"
@@ -168,8 +181,10 @@ def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
         if known.function is F.binary_cross_entropy_with_logits:
             return "bernoulli"
     raise ObjectiveError(
-        "the Fisher matrix needs the likelihood that labels are drawn from. Plain cross_entropy, mse_loss and binary_cross_entropy_with_logits tell "
-        "it; for another loss that is a negative log-likelihood pass likelihood='categorical', 'gaussian' or 'bernoulli'. With class weights or label "
+        "the Fisher matrix needs the likelihood that labels are drawn from. Plain cross_entropy, mse_loss and "
+        "binary_cross_entropy_with_logits tell "
+        "it; for another loss that is a negative log-likelihood pass likelihood='categorical', 'gaussian' or 'bernoulli'. With class "
+        "weights or label "
         "smoothing it is none: use GaussNewtonOperator"
     )
 
@@ -189,7 +204,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
             return self._build_one_by_one(piece)
         if not self.objective.may_separate:
             raise ObjectiveError(
-                "per-sample gradients need a loss that is a mean or sum over the samples of a batch, and no batch statistics: use mode='eval', or "
+                "per-sample gradients need a loss that is a mean or sum over the samples of a batch, and no batch statistics: use "
+                "mode='eval', or "
                 "another loss"
             )
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
@@ -197,7 +213,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
         samples, expected = jacobian.output.shape[0] if jacobian.output.ndim else 1, samples_in(piece.batch, True)
         if samples != expected:
             raise ObjectiveError(
-                f"the model's output has shape {tuple(jacobian.output.shape)}, but the batch {expected} samples: per-sample gradients need outputs of "
+                f"the model's output has shape {tuple(jacobian.output.shape)}, but the batch {expected} samples: per-sample gradients "
+                "need outputs of "
                 f"shape ({expected}, ...)"
             )
 

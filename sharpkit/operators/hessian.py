@@ -16,7 +16,8 @@ from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
 class HessianOperator(CurvatureOperator):
     """H = grad^2 f(w), exact: ``H @ v`` is the gradient of g(w) . v (Pearlmutter 1994).
 
-    A product costs about 1.6 to 2.2 gradients once the graph of the data is built and kept. Symmetric, linear, and the same however the data
+    A product costs about 1.6 to 2.2 gradients once the graph of the data is built and kept. Symmetric, linear, and the same however the
+    data
     is cut into batches; the model is left as found. Arguments and errors: :class:`~sharpkit.operators.curvature.CurvatureOperator`.
 
     Example:

@@ -42,7 +42,8 @@ class PreconditionedOperator(_DiagonalScaling):
     """D^-1/2 A D^-1/2: symmetric, with the eigenvalues of D^-1 A, D what an adaptive optimizer divides its gradients by.
 
     D is read from the live state: Adam and AdamW (1 - beta1^t)(sqrt(v_hat) + eps), amsgrad's maximum where used; RMSprop sqrt(v) + eps,
-    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Parameter groups with other learning rates than the first are scaled by their ratio,
+    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Parameter groups with other learning rates than the first are scaled by their
+    ratio,
     so that the limit found holds for the first group's rate. Parameters that the optimizer has never moved have zero rows. The state is
     copied: make a new operator after further steps.
 
@@ -58,8 +59,8 @@ class PreconditionedOperator(_DiagonalScaling):
     Example:
         >>> import torch, sharpkit as sk
         >>> A = sk.as_operator(torch.eye(2).double())
-        >>> sk.PreconditionedOperator(A, diagonal=torch.tensor([2.0, 4.0])).to_dense().diagonal().tolist()
-        [0.5, 0.25]
+        >>> sk.PreconditionedOperator(A, diagonal=torch.tensor([4.0, 16.0])).to_dense().diagonal().tolist()
+        [0.25, 0.0625]
 
     References:
         Cohen et al., "Adaptive gradient methods at the edge of stability" (2022), arXiv 2207.14484.
@@ -113,7 +114,8 @@ def layout_of(operator: SymmetricOperator) -> ParamLayout:
         found = getattr(found, "base", None)
         if found is None:
             raise TypeError(
-                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass diagonal="
+                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass "
+                "diagonal="
             )
     return found.layout
 
@@ -126,7 +128,8 @@ def preconditioner_scale(optimizer: torch.optim.Optimizer, layout: ParamLayout) 
     """
     if type(optimizer) not in _DENOMINATORS:
         raise UnsupportedError(
-            f"the state of {type(optimizer).__name__} is not known; supported: {', '.join(k.__name__ for k in _DENOMINATORS)}. Pass diagonal= "
+            f"the state of {type(optimizer).__name__} is not known; supported: {', '.join(k.__name__ for k in _DENOMINATORS)}. Pass "
+            "diagonal= "
             "with what it divides gradients by"
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -154,19 +157,22 @@ def _adam(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
     moment: Tensor = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
     t = float(state["step"])
     corrected = moment.double() / (1 - float(beta2) ** t)
-    return (corrected.sqrt() + group["eps"]) * (1 - float(beta1) ** t)
+    divisor: Tensor = (corrected.sqrt() + group["eps"]) * (1 - float(beta1) ** t)
+    return divisor
 
 
 def _rmsprop(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
     moment: Tensor = state["square_avg"].double()
     if group.get("centered"):
         moment = moment - state["grad_avg"].double().square()
-    return moment.clamp_min(0).sqrt() + group["eps"]
+    divisor: Tensor = moment.clamp_min(0).sqrt() + group["eps"]
+    return divisor
 
 
 def _adagrad(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
     total: Tensor = state["sum"].double()
-    return (total.sqrt() + group["eps"]) * (1 + (float(state["step"]) - 1) * group["lr_decay"])  # type: ignore[no-any-return]
+    divisor: Tensor = (total.sqrt() + group["eps"]) * (1 + (float(state["step"]) - 1) * group["lr_decay"])
+    return divisor
 
 
 def _sgd(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
@@ -174,5 +180,9 @@ def _sgd(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
 
 
 _DENOMINATORS: dict[type, Callable[[dict[str, Any], dict[str, Any], Tensor], Tensor]] = {
-    torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam, torch.optim.RMSprop: _rmsprop, torch.optim.Adagrad: _adagrad,
+    torch.optim.SGD: _sgd,
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adam,
+    torch.optim.RMSprop: _rmsprop,
+    torch.optim.Adagrad: _adagrad,
 }

@@ -21,7 +21,12 @@ A = M + M.T
 @pytest.mark.parametrize(
     "matrix",
     [
-        A, A.numpy(), A.numpy().tolist, scipy.sparse.csr_matrix(A.numpy()), scipy.sparse.linalg.aslinearoperator(A.numpy()), lambda v: A @ v,
+        A,
+        A.numpy(),
+        A.numpy().tolist,
+        scipy.sparse.csr_matrix(A.numpy()),
+        scipy.sparse.linalg.aslinearoperator(A.numpy()),
+        lambda v: A @ v,
         A.clone().requires_grad_(),
     ],
     ids=["tensor", "array", "skip", "sparse", "linear operator", "function", "tensor with gradient"],
@@ -39,11 +44,19 @@ def test_anything_that_multiplies_a_vector_is_an_operator(matrix: Any) -> None:
 @pytest.mark.parametrize(
     ("matrix", "settings", "error", "match"),
     [
-        (M, {}, sk.NotSymmetricError, "not symmetric"), (lambda v: M @ v, {"size": 6}, sk.NotSymmetricError, r"\(A \+ A\^T\) / 2"),
-        (lambda v: A @ v, {}, ValueError, "size=n"), (A[:5], {}, ValueError, "square"), (A, {"size": 7}, ValueError, r"\(7, 7\)"),
-        (A.to(torch.complex128), {}, ValueError, "complex"), (A.numpy() * 1j, {}, ValueError, "complex"), (lambda v: v[:2], {"size": 6}, ValueError, "shape"),
-        (lambda v: 1.0, {"size": 6}, ValueError, "float"), (A, {"dtype": torch.int32}, ValueError, "floating-point"), ("A", {}, TypeError, "str"),
-        (lambda v: v * float("nan"), {"size": 6}, sk.NonFiniteError, "NaN"), (lambda v: v, {"size": 0}, ValueError, "at least one row"),
+        (M, {}, sk.NotSymmetricError, "not symmetric"),
+        (lambda v: M @ v, {"size": 6}, sk.NotSymmetricError, r"\(A \+ A\^T\) / 2"),
+        (lambda v: A @ v, {}, ValueError, "size=n"),
+        (A[:5], {}, ValueError, "square"),
+        (A, {"size": 7}, ValueError, r"\(7, 7\)"),
+        (A.to(torch.complex128), {}, ValueError, "complex"),
+        (A.numpy() * 1j, {}, ValueError, "complex"),
+        (lambda v: v[:2], {"size": 6}, ValueError, "shape"),
+        (lambda v: 1.0, {"size": 6}, ValueError, "float"),
+        (A, {"dtype": torch.int32}, ValueError, "floating-point"),
+        ("A", {}, TypeError, "str"),
+        (lambda v: v * float("nan"), {"size": 6}, sk.NonFiniteError, "NaN"),
+        (lambda v: v, {"size": 0}, ValueError, "at least one row"),
     ],
 )
 def test_what_is_no_symmetric_operator_is_refused(matrix: Any, settings: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -63,8 +76,18 @@ def test_algebra_is_that_of_matrices() -> None:
     B = A @ A
     a, b, eye = sk.as_operator(A), sk.as_operator(B), torch.eye(6, dtype=torch.float64)
     for operator, expected in (
-        (a + b, A + B), (a - b, A - B), (2 * a, 2 * A), (a * np.float32(2), 2 * A), (a / 4, A / 4), (-a, -A), (a + 0.1, A + 0.1 * eye), (1 - a, eye - A),
-        (a - 2, A - 2 * eye), (torch.tensor(3.0) * a, 3 * A), (a + b - 2 * (a - 1), B - A + 2 * eye), (sum([a, b], start=0 * a), A + B),
+        (a + b, A + B),
+        (a - b, A - B),
+        (2 * a, 2 * A),
+        (a * np.float32(2), 2 * A),
+        (a / 4, A / 4),
+        (-a, -A),
+        (a + 0.1, A + 0.1 * eye),
+        (1 - a, eye - A),
+        (a - 2, A - 2 * eye),
+        (torch.tensor(3.0) * a, 3 * A),
+        (a + b - 2 * (a - 1), B - A + 2 * eye),
+        (sum([a, b], start=0 * a), A + B),
     ):
         check_operator(operator, expected)
 
@@ -72,9 +95,13 @@ def test_algebra_is_that_of_matrices() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda a: a + sk.as_operator(torch.eye(5).double()), ValueError, "different size"), (lambda a: a + sk.as_operator(torch.eye(6)), ValueError, "dtype"),
-        (lambda a: a * "x", TypeError, "got str"), (lambda a: a * float("inf"), ValueError, "finite"), (lambda a: a + True, TypeError, "bool"),
-        (lambda a: a.deflate(torch.ones(5, 1), torch.ones(1)), ValueError, "deflation"), (lambda a: a.block("x"), TypeError, "no named parameters"),
+        (lambda a: a + sk.as_operator(torch.eye(5).double()), ValueError, "different size"),
+        (lambda a: a + sk.as_operator(torch.eye(6)), ValueError, "dtype"),
+        (lambda a: a * "x", TypeError, "got str"),
+        (lambda a: a * float("inf"), ValueError, "finite"),
+        (lambda a: a + True, TypeError, "bool"),
+        (lambda a: a.deflate(torch.ones(5, 1), torch.ones(1)), ValueError, "deflation"),
+        (lambda a: a.block("x"), TypeError, "no named parameters"),
     ],
 )
 def test_mistakes_in_algebra_are_named(make: Any, error: type[Exception], match: str) -> None:

@@ -70,7 +70,9 @@ def test_graphs_kept_for_whole_batches_are_not_mixed_with_pieces_cut_later() -> 
     assert relative_error(H @ v, expected) < 1e-12
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 3 bytes")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 3 bytes")]
+)
 def test_out_of_memory_halves_the_pieces_and_answers_the_same(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     problem = mlp()
     expected = dense_hessian(problem.value, problem.params)
@@ -96,7 +98,10 @@ def test_a_single_sample_that_does_not_fit_is_reported_with_the_numbers(monkeypa
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(sk.HessianOperator, "_build", never)
-    with untouched(problem.model), pytest.raises(sk.OutOfMemoryError, match=r"iB free on cpu, 43 parameters, pieces of 1 sample that cannot be cut"):
+    with (
+        untouched(problem.model),
+        pytest.raises(sk.OutOfMemoryError, match=r"iB free on cpu, 43 parameters, pieces of 1 sample that cannot be cut"),
+    ):
         H @ gaussian(H.size)
 
 
@@ -160,9 +165,11 @@ def test_memory_words() -> None:
 @pytest.mark.parametrize(
     ("vector", "error", "match"),
     [
-        (torch.ones(42, dtype=torch.float64), ValueError, r"expected shape \(43,\)"), (torch.ones(43), ValueError, r"float64 vectors, got torch.float32"),
+        (torch.ones(42, dtype=torch.float64), ValueError, r"expected shape \(43,\)"),
+        (torch.ones(43), ValueError, r"float64 vectors, got torch.float32"),
         (torch.ones(43, dtype=torch.float64, device="meta"), ValueError, "lives on cpu, the vector on meta"),
-        (torch.ones(43, 2, 2, dtype=torch.float64), ValueError, "expected shape"), ([1.0] * 43, TypeError, "got list"),
+        (torch.ones(43, 2, 2, dtype=torch.float64), ValueError, "expected shape"),
+        ([1.0] * 43, TypeError, "got list"),
         (torch.full((43,), torch.nan, dtype=torch.float64), sk.NonFiniteError, "the vector itself"),
     ],
 )
@@ -184,12 +191,16 @@ def test_vectors_that_need_gradients_and_no_columns_at_all() -> None:
 def test_a_point_without_second_derivative_is_reported() -> None:
     model = nn.Linear(3, 1, bias=False).double()
     nn.init.zeros_(model.weight)
-    H = sk.HessianOperator(sk.Objective(model, gaussian(4, 3), closure=lambda m, x: m.weight.norm() + (m.weight**2).sum().sqrt() + m(x).mean()))
+    H = sk.HessianOperator(
+        sk.Objective(model, gaussian(4, 3), closure=lambda m, x: m.weight.norm() + (m.weight**2).sum().sqrt() + m(x).mean())
+    )
     with pytest.raises(sk.NonFiniteError, match="no second derivative"):
         H @ gaussian(3)
 
 
-@pytest.mark.parametrize("kind", [sk.HessianOperator, sk.GaussNewtonOperator, sk.EmpiricalFisherOperator, sk.GradientCovarianceOperator, sk.FisherOperator])
+@pytest.mark.parametrize(
+    "kind", [sk.HessianOperator, sk.GaussNewtonOperator, sk.EmpiricalFisherOperator, sk.GradientCovarianceOperator, sk.FisherOperator]
+)
 def test_blocks_are_diagonal_blocks(kind: Any) -> None:
     problem = mlp()
     A = kind(sk.Objective(problem.model, problem.batches, loss=problem.loss))

@@ -61,7 +61,9 @@ def test_the_scale_of_a_users_own_loss_is_found_not_guessed(own: str) -> None:
 @pytest.mark.parametrize(
     "loss",
     [
-        nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)), nn.L1Loss(),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)),
+        nn.L1Loss(),
         lambda z, t: F.cross_entropy(z, t),
     ],
     ids=["smoothed", "class weights", "absolute", "unknown"],
@@ -78,7 +80,8 @@ def test_losses_of_unknown_likelihood_are_refused(loss: Any) -> None:
     [
         (nn.CrossEntropyLoss(label_smoothing=0.1), "categorical"),
         (nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)), "categorical"),
-        (lambda z, t: F.multi_margin_loss(z, t), "categorical"), (lambda z, t: F.huber_loss(z, t.double()[:, None] + 0 * z, delta=0.3), "gaussian"),
+        (lambda z, t: F.multi_margin_loss(z, t), "categorical"),
+        (lambda z, t: F.huber_loss(z, t.double()[:, None] + 0 * z, delta=0.3), "gaussian"),
     ],
     ids=["smoothed", "class weights", "margin", "huber"],
 )

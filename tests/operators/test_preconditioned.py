@@ -77,8 +77,14 @@ def by_hand(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> Ten
 @pytest.mark.parametrize(
     "make",
     [
-        lambda g: SGD(g, momentum=0.9), lambda g: ADAM(g), lambda g: ADAM(g, amsgrad=True, betas=(0.8, 0.95)), lambda g: ADAMW(g, weight_decay=0.1),
-        lambda g: ADAMW(g, amsgrad=True), lambda g: RMS(g), lambda g: RMS(g, centered=True, momentum=0.5), lambda g: ADAGRAD(g, lr_decay=0.1),
+        lambda g: SGD(g, momentum=0.9),
+        lambda g: ADAM(g),
+        lambda g: ADAM(g, amsgrad=True, betas=(0.8, 0.95)),
+        lambda g: ADAMW(g, weight_decay=0.1),
+        lambda g: ADAMW(g, amsgrad=True),
+        lambda g: RMS(g),
+        lambda g: RMS(g, centered=True, momentum=0.5),
+        lambda g: ADAGRAD(g, lr_decay=0.1),
     ],
     ids=["sgd", "adam", "adam amsgrad", "adamw", "adamw amsgrad", "rmsprop", "rmsprop centred", "adagrad"],
 )
@@ -121,7 +127,7 @@ def test_what_cannot_be_read_from_an_optimizer_is_refused() -> None:
     problem = mlp()
     H = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss))
     params = list(problem.model.parameters())
-    with pytest.raises(sk.UnsupportedError, match="Adadelta.*diagonal="):
+    with pytest.raises(sk.UnsupportedError, match=r"Adadelta.*diagonal="):
         sk.PreconditionedOperator(H, torch.optim.Adadelta(params))
     for make in (ADAM, RMS, ADAGRAD):
         with pytest.raises(ValueError, match="first step"):
@@ -132,7 +138,12 @@ def test_what_cannot_be_read_from_an_optimizer_is_refused() -> None:
         sk.PreconditionedOperator(H, SGD([{"params": params[:2], "lr": 0.0}, {"params": params[2:], "lr": 0.1}]))
     with pytest.raises(ValueError, match="either"):
         sk.PreconditionedOperator(H)
-    for diagonal, error in ((torch.zeros(43), ValueError), (torch.ones(4), ValueError), ([1.0] * 43, TypeError), (torch.full((43,), torch.nan), ValueError)):
+    for diagonal, error in (
+        (torch.zeros(43), ValueError),
+        (torch.ones(4), ValueError),
+        ([1.0] * 43, TypeError),
+        (torch.full((43,), torch.nan), ValueError),
+    ):
         with pytest.raises(error, match="diagonal"):
             sk.PreconditionedOperator(H, diagonal=diagonal)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no named parameters"):

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,13 @@ def circumstances(name: str, *, quick: bool, seconds: float) -> Row:
         except PackageNotFoundError:
             continue
     return {
-        "command": f"python -m experiments.{name}{' --quick' if quick else ''}", "date": time.strftime("%Y-%m-%d"), "seconds": seconds,
-        "python": platform.python_version(), "versions": versions, "cpu": _cpu(), "torch_threads": torch.get_num_threads(),
+        "command": f"python -m experiments.{name}{' --quick' if quick else ''}",
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": seconds,
+        "python": platform.python_version(),
+        "versions": versions,
+        "cpu": _cpu(),
+        "torch_threads": torch.get_num_threads(),
     }
 
 
@@ -99,16 +105,30 @@ def rounded(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def interleaved_times(functions: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Times:
+    """Seconds of repeated calls.
+
+    Attributes:
+        wall: by the clock.
+        cpu: of this process's processors; with one thread, what the clock would say on an idle machine.
+    """
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def interleaved_times(functions: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, Times]:
     """Seconds of each call, ``rounds`` of each, taking turns in an order that reverses every round; one warm-up call each before."""
     for function in functions.values():
         function()
-    found: dict[str, list[float]] = {name: [] for name in functions}
+    found = {name: Times([], []) for name in functions}
     for turn in range(rounds):
         for name in list(functions)[:: 1 if turn % 2 == 0 else -1]:
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             functions[name]()
-            found[name].append(time.perf_counter() - began)
+            found[name].wall.append(time.perf_counter() - wall)
+            found[name].cpu.append(time.process_time() - cpu)
     return found
 
 

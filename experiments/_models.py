@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,7 +145,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small character-level GPT; logits as (batch, vocabulary, time), which is what cross_entropy takes."""
 
-    def __init__(self, *, vocabulary: int = 96, time: int = 64, width: int = 64, layers: int = 2, heads: int = 4, tied: bool = False) -> None:
+    def __init__(
+        self, *, vocabulary: int = 96, time: int = 64, width: int = 64, layers: int = 2, heads: int = 4, tied: bool = False
+    ) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(time, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -163,7 +166,7 @@ class GPT(nn.Module):
 
 def mlp(sizes: tuple[int, ...], activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -171,9 +174,16 @@ def mlp(sizes: tuple[int, ...], activation: Callable[[], nn.Module] = nn.ReLU) -
 def conv_net(channels: int, *, side: int, batch_norm: bool = True) -> nn.Module:
     norm = nn.BatchNorm2d if batch_norm else lambda _: nn.Identity()
     return nn.Sequential(
-        nn.Conv2d(1, channels, 3, padding=1), norm(channels), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(channels, 2 * channels, 3, padding=1), norm(2 * channels), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(2 * channels * (side // 4) ** 2, 10),
+        nn.Conv2d(1, channels, 3, padding=1),
+        norm(channels),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(channels, 2 * channels, 3, padding=1),
+        norm(2 * channels),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * channels * (side // 4) ** 2, 10),
     )
 
 
@@ -200,10 +210,10 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, batch: int = 64
 
 # -- cases ----------------------------------------------------------------------------------------------------------------
 def large_mlp(*, samples: int = 256, steps: int = 60, hidden: int = 512) -> Case:
-    """MLP 784-512-512-10."""
+    """MLP 784-512-512-10, its name with the number of training steps."""
     x, y, data = images(2048)
     model = train(seeded(lambda: mlp((784, hidden, hidden, 10))), x, y, steps=steps)
-    return Case(f"MLP 784-{hidden}-{hidden}-10", model, x[:samples], y[:samples], f"{data}; first {samples}")
+    return Case(f"MLP 784-{hidden}-{hidden}-10, {steps} steps", model, x[:samples], y[:samples], f"{data}; first {samples}")
 
 
 def small_gpt(*, batch: int = 8, time: int = 32, width: int = 64, steps: int = 150) -> Case:
@@ -228,7 +238,9 @@ def dense_cases(*, quick: bool = False) -> list[Case]:
     tokens, following, corpus = text(256, 16, vocabulary=32, seed=1)
     flat = train(seeded(lambda: mlp((64, mlp_hidden, 10), nn.Tanh)), x, y, steps=200, lr=3e-3)
     conv = train(seeded(lambda: conv_net(channels, side=8)), x, y, steps=200, lr=3e-3)
-    gpt = train(seeded(lambda: GPT(vocabulary=32, time=16, width=width, layers=1, heads=2)), tokens, following, steps=200, batch=32, lr=3e-3)
+    gpt = train(
+        seeded(lambda: GPT(vocabulary=32, time=16, width=width, layers=1, heads=2)), tokens, following, steps=200, batch=32, lr=3e-3
+    )
     return [
         Case(f"MLP 64-{mlp_hidden}-10", flat, x[:256], y[:256], f"{data}; first 256").double(),
         Case(f"GPT, 1 layer, width {width}", gpt, tokens[:32], following[:32], f"{corpus}; first 32").double(),

@@ -6,7 +6,8 @@ Truth is ARPACK in float64 to 1e-10 over a double backward of its own. The true 
 
 Rows of kind "sharpkit": one random start each, stopped by the library's own rule at tol=1e-3; ``first_within`` is the number of products
 after which the ten values first had a true error of 1e-3, which no stopping rule can know. "pyhessian": its tolerance lowered step by
-step until the true error was reached. "wall": the three roads taking turns in one process.
+step until the true error was reached. "wall": the roads taking turns in one process, each with the loosest tolerance that reached the true
+error from five starts (and sharpkit's default beside it).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ K = 10
 TRUE_ERROR = 1e-3
 MISSED = 1e-2  # no value within this of a wanted eigenvalue
 TARGET = {"MLP": 40, "GPT": 36}
+TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 
 
 def true_error(values: np.ndarray, reference: np.ndarray) -> float:
@@ -58,9 +60,22 @@ def sharpkit_row(case: Case, operator: sk.HessianOperator, reference: np.ndarray
     pairs = sk.eigenpairs(operator, k=K, seed=seed)
     values = pairs.values.numpy()
     return {
-        "kind": "sharpkit", "case": case.name, "seed": seed, "products": pairs.num_matvecs, "true_error": true_error(values, reference),
-        "missed": num_missed(values, reference), "converged": bool(pairs.converged.all()),
+        "kind": "sharpkit",
+        "case": case.name,
+        "seed": seed,
+        "products": pairs.num_matvecs,
+        "true_error": true_error(values, reference),
+        "missed": num_missed(values, reference),
+        "converged": bool(pairs.converged.all()),
     }
+
+
+def loosest(values_at: Callable[[float, int], np.ndarray], reference: np.ndarray, *, starts: range = range(5)) -> float | None:
+    """The loosest tolerance that gives the true error on all starts, which only one who knows the truth can choose."""
+    for tol in TOLERANCES:
+        if all(true_error(values_at(tol, seed), reference) <= TRUE_ERROR for seed in starts):
+            return tol
+    return None
 
 
 def first_within(operator: sk.HessianOperator, reference: np.ndarray, *, seed: int) -> int:
@@ -114,8 +129,14 @@ def pyhessian_rows(case: Case, reference: np.ndarray, *, seeds: range, tolerance
             error = true_error(values, reference)
             rows.append(
                 {
-                    "kind": "pyhessian", "case": case.name, "seed": seed, "tol": tol, "products": peer.products, "true_error": error,
-                    "missed": num_missed(values, reference), "reached": error <= TRUE_ERROR,
+                    "kind": "pyhessian",
+                    "case": case.name,
+                    "seed": seed,
+                    "tol": tol,
+                    "products": peer.products,
+                    "true_error": error,
+                    "missed": num_missed(values, reference),
+                    "reached": error <= TRUE_ERROR,
                 }
             )
             if error <= TRUE_ERROR:
@@ -129,7 +150,9 @@ def eigsh_through_curvlinops(case: Case, *, tol: float, ncv: int | None, seed: i
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     with sdpa_kernel(SDPBackend.MATH):
-        hessian = HessianLinearOperator(case.model, nn.CrossEntropyLoss(), case.params, [(case.x, case.y)], check_deterministic=False).to_scipy()
+        hessian = HessianLinearOperator(
+            case.model, nn.CrossEntropyLoss(), case.params, [(case.x, case.y)], check_deterministic=False
+        ).to_scipy()
         count = [0]
 
         def multiply(v: np.ndarray) -> np.ndarray:
@@ -142,34 +165,50 @@ def eigsh_through_curvlinops(case: Case, *, tol: float, ncv: int | None, seed: i
     return values, count[0]
 
 
-def wall_rows(case: Case, reference: np.ndarray, *, rounds: int, tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)) -> list[Row]:
-    """Wall time from model to ten values at equal true error; eigsh gets the loosest tolerance that reached it on two starts."""
-    roads: dict[str, Callable[[], object]] = {"sharpkit": lambda: sk.eigenpairs(operator_of(case), k=K, seed=0)}
-    details: dict[str, Row] = {"sharpkit": {}}
+def wall_rows(case: Case, reference: np.ndarray, *, rounds: int) -> list[Row]:
+    """Wall time from model to ten values at equal true error: each road gets the loosest tolerance that reached it on five starts."""
+    roads: dict[str, Callable[[], object]] = {"sharpkit, tol 1e-3 (default)": lambda: sk.eigenpairs(operator_of(case), k=K, seed=0)}
+    details: dict[str, Row] = {"sharpkit, tol 1e-3 (default)": {"tol": 1e-3}}
+    operator = operator_of(case)
+    tol = loosest(lambda tol, seed: sk.eigenpairs(operator, k=K, tol=tol, seed=seed).values.numpy(), reference)
+    if tol is not None:
+        products = [sk.eigenpairs(operator, k=K, tol=tol, seed=seed).num_matvecs for seed in range(5)]
+        roads["sharpkit"] = lambda tol=tol: sk.eigenpairs(operator_of(case), k=K, tol=tol, seed=0)
+        details["sharpkit"] = {"tol": tol, "products": float(np.median(products))}
     for ncv in (None, 40):
-        for tol in tolerances:
-            outcomes = [eigsh_through_curvlinops(case, tol=tol, ncv=ncv, seed=seed) for seed in (0, 1)]
-            errors = [true_error(values, reference) for values, _ in outcomes]
-            if max(errors) <= TRUE_ERROR:
-                name = f"curvlinops + eigsh, ncv {'default' if ncv is None else ncv}"
-                roads[name] = lambda tol=tol, ncv=ncv: eigsh_through_curvlinops(case, tol=tol, ncv=ncv, seed=0)
-                details[name] = {"tol": tol, "products": outcomes[0][1], "true_error": errors[0]}
-                break
-    seconds = interleaved_times(roads, rounds=rounds)
-    ours = float(np.median(seconds["sharpkit"]))
+        tol = loosest(lambda tol, seed, ncv=ncv: eigsh_through_curvlinops(case, tol=tol, ncv=ncv, seed=seed)[0], reference)
+        if tol is not None:
+            name = f"curvlinops + eigsh, ncv {'default' if ncv is None else ncv}"
+            roads[name] = lambda tol=tol, ncv=ncv: eigsh_through_curvlinops(case, tol=tol, ncv=ncv, seed=0)
+            details[name] = {"tol": tol, "products": eigsh_through_curvlinops(case, tol=tol, ncv=ncv, seed=0)[1]}
+    times = interleaved_times(roads, rounds=rounds)
+    wall = {name: float(np.median(found.wall)) for name, found in times.items()}
+    cpu = {name: float(np.median(found.cpu)) for name, found in times.items()}
+    default, equal = "sharpkit, tol 1e-3 (default)", "sharpkit" if "sharpkit" in roads else "sharpkit, tol 1e-3 (default)"
     return [
         {
-            "kind": "wall", "case": case.name, "road": name, "median_seconds": float(np.median(times)), "seconds": times,
-            "times_sharpkit": float(np.median(times)) / ours, "threads": torch.get_num_threads(), **details[name],
+            "kind": "wall",
+            "case": case.name,
+            "road": name,
+            "wall_seconds": wall[name],
+            "cpu_seconds": cpu[name],
+            "all_wall": times[name].wall,
+            "times_sharpkit": wall[name] / wall[equal],
+            "times_sharpkit_cpu": cpu[name] / cpu[equal],
+            "times_sharpkit_default": wall[name] / wall[default],
+            "threads": torch.get_num_threads(),
+            **details[name],
         }
-        for name, times in seconds.items()
+        for name in roads
     ]
 
 
 def measure_case(case: Case, *, starts: int, oracle: int, peer_seeds: int, rounds: int, tolerances: tuple[float, ...]) -> list[Row]:
     began = time.perf_counter()
     reference = reference_eigenvalues(case, K + 4)
-    rows: list[Row] = [{"kind": "reference", "case": case.name, "parameters": case.size, "data": case.data, "eigenvalues": reference.tolist()}]
+    rows: list[Row] = [
+        {"kind": "reference", "case": case.name, "parameters": case.size, "data": case.data, "eigenvalues": reference.tolist()}
+    ]
     operator = operator_of(case)
     rows += [sharpkit_row(case, operator, reference, seed=seed) for seed in range(starts)]
     for row in rows[1 : 1 + oracle]:
@@ -184,22 +223,40 @@ def measure_case(case: Case, *, starts: int, oracle: int, peer_seeds: int, round
 def summarise(rows: list[Row]) -> Row:
     ours = [row for row in rows if row["kind"] == "sharpkit"]
     reached = [row["products"] for row in rows if row["kind"] == "pyhessian" and row["reached"]]
-    wall = [row["times_sharpkit"] for row in rows if row["kind"] == "wall" and row["road"] != "sharpkit"]
+    peers = [row for row in rows if row["kind"] == "wall" and row["road"].startswith("curvlinops")]
+    equal = next((row["products"] for row in rows if row["kind"] == "wall" and row["road"] == "sharpkit"), float("nan"))
     products = [row["products"] for row in ours]
     return {
-        "kind": "summary", "case": rows[0]["case"], "starts": len(ours), "products_median": float(np.median(products)), "products_max": max(products),
-        "target": TARGET[rows[0]["case"][:3]], "worst_true_error": max(row["true_error"] for row in ours),
-        "starts_over_true_error": sum(row["true_error"] > TRUE_ERROR for row in ours), "starts_with_missed": sum(row["missed"] > 0 for row in ours),
+        "kind": "summary",
+        "case": rows[0]["case"],
+        "starts": len(ours),
+        "products_median": float(np.median(products)),
+        "products_max": max(products),
+        "target": TARGET[rows[0]["case"][:3]],
+        "worst_true_error": max(row["true_error"] for row in ours),
+        "starts_over_true_error": sum(row["true_error"] > TRUE_ERROR for row in ours),
+        "starts_with_missed": sum(row["missed"] > 0 for row in ours),
         "first_within_median": float(np.median([row["first_within"] for row in ours if "first_within" in row] or [float("nan")])),
         "pyhessian_products_median": float(np.median(reached)) if reached else None,
-        "pyhessian_over_sharpkit": float(np.median(reached)) / max(products) if reached else None, "eigsh_over_sharpkit": min(wall) if wall else None,
+        "sharpkit_products_equal_error": equal,
+        "pyhessian_over_sharpkit": float(np.median(reached)) / equal if reached else None,
+        "pyhessian_over_sharpkit_default": float(np.median(reached)) / float(np.median(products)) if reached else None,
+        "eigsh_over_sharpkit": min((row["times_sharpkit"] for row in peers), default=None),
+        "eigsh_over_sharpkit_cpu": min((row["times_sharpkit_cpu"] for row in peers), default=None),
+        "eigsh_over_sharpkit_default": min((row["times_sharpkit_default"] for row in peers), default=None),
     }
 
 
 def measure(quick: bool) -> list[Row]:
     with threads(1):
-        cases = [large_mlp(samples=64, steps=20, hidden=64), small_gpt(batch=2, width=16, steps=30)] if quick else [large_mlp(), small_gpt()]
-        settings = {"starts": 4, "oracle": 1, "peer_seeds": 1, "rounds": 1} if quick else {"starts": 50, "oracle": 2, "peer_seeds": 3, "rounds": 7}
+        cases = (
+            [large_mlp(samples=64, steps=20, hidden=64), small_gpt(batch=2, width=16, steps=30)]
+            if quick
+            else [large_mlp(), large_mlp(samples=512, steps=300), small_gpt()]
+        )
+        settings = (
+            {"starts": 4, "oracle": 1, "peer_seeds": 1, "rounds": 1} if quick else {"starts": 50, "oracle": 1, "peer_seeds": 3, "rounds": 7}
+        )
         tolerances = (1e-3, 1e-4, 1e-5) if quick else (1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)
         return [row for case in cases for row in measure_case(case, tolerances=tolerances, **settings)]
 
@@ -207,7 +264,7 @@ def measure(quick: bool) -> list[Row]:
 def draw(rows: list[Row], figure: object) -> None:
     left, right = figure.subplots(1, 2)
     summaries = [row for row in rows if row["kind"] == "summary"]
-    for color, summary in zip(("C0", "C1"), summaries, strict=False):
+    for color, summary in zip(("C0", "C1", "C3"), summaries, strict=False):
         case = summary["case"]
         ours = [row for row in rows if row["kind"] == "sharpkit" and row["case"] == case]
         peer = [row for row in rows if row["kind"] == "pyhessian" and row["case"] == case]
@@ -217,10 +274,14 @@ def draw(rows: list[Row], figure: object) -> None:
     left.set(xscale="log", yscale="log", xlabel="products with the Hessian", ylabel="largest relative error of the ten values")
     left.legend(fontsize=7)
     wall = [row for row in rows if row["kind"] == "wall"]
-    labels = [row["road"].replace("curvlinops + ", "curvlinops +\n") + "\n" + row["case"].split(",")[0] for row in wall]
-    right.barh(range(len(wall)), [row["median_seconds"] for row in wall], color=["C2" if row["road"] == "sharpkit" else "0.7" for row in wall])
+    labels = [row["road"].replace("curvlinops + ", "curvlinops +\n") + "\n" + row["case"] for row in wall]
+    right.barh(
+        range(len(wall)),
+        [row["wall_seconds"] for row in wall],
+        color=["C2" if row["road"].startswith("sharpkit") else "0.7" for row in wall],
+    )
     for position, row in enumerate(wall):
-        right.text(row["median_seconds"], position, f" {row['times_sharpkit']:.2f}x", va="center", fontsize=7)
+        right.text(row["wall_seconds"], position, f" {row['times_sharpkit']:.2f}x", va="center", fontsize=7)
     right.set_yticks(range(len(wall)), labels, fontsize=7)
     right.margins(x=0.15)
     right.set(xlabel="wall time to ten eigenvalues (s), median")

@@ -61,10 +61,23 @@ def measure(quick: bool) -> list[Row]:
         plain = lanczos_without_orthogonalisation(operator, steps=200, seed=seed)
         pairs = sk.eigenpairs(operator, k=8, seed=seed)
         ours = density.nodes[0].numpy()
-        for road, values in (("sharpkit, 200 steps", ours), ("no re-orthogonalisation, 200 steps", plain), ("sharpkit.eigenpairs, k = 8", pairs.values.numpy())):
+        for road, values in (
+            ("sharpkit, 200 steps", ours),
+            ("no re-orthogonalisation, 200 steps", plain),
+            ("sharpkit.eigenpairs, k = 8", pairs.values.numpy()),
+        ):
             outside = np.sort(values[values > 10 * BULK])[::-1]
             error = float(np.abs(outside / OUTLIERS - 1).max()) if len(outside) == len(OUTLIERS) else None
-            rows.append({"seed": seed, "road": road, "size": operator.size, "ghosts": count_ghosts(values), "outlier_error": error, "outside_bulk": outside.tolist()})
+            rows.append(
+                {
+                    "seed": seed,
+                    "road": road,
+                    "size": operator.size,
+                    "ghosts": count_ghosts(values),
+                    "outlier_error": error,
+                    "outside_bulk": outside.tolist(),
+                }
+            )
     return rows
 
 

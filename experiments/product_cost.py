@@ -1,9 +1,9 @@
 """What one exact product costs in time and memory, in gradients on the same batch.
 
 Time: the gradient, the bare double backward over a retained graph, and sharpkit's Hessian and Gauss-Newton products take turns in one
-process; medians. Memory: each case in a fresh process, the peak of resident memory over what the model and data held before.
+process, on one thread; medians of processor time. Memory: each case in a fresh process, the peak of resident memory over what the model and data held before.
 
-    OMP_NUM_THREADS=2 python -m experiments.product_cost      # results/product_cost.jsonl, figures/product_cost.png
+    python -m experiments.product_cost      # results/product_cost.jsonl, figures/product_cost.png
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sharpkit as sk
-from experiments._common import Row, interleaved_times, run_as_script
+from experiments._common import Row, interleaved_times, run_as_script, threads
 from experiments._models import GPT, Case, RetainedProduct, conv_net, images, mlp, seeded, text
 
 ROADS = ("gradient", "bare", "hessian", "gauss_newton")
@@ -61,13 +61,24 @@ def road(case: Case, name: str) -> Any:
 
 
 def time_rows(case: Case, *, rounds: int) -> list[Row]:
-    seconds = interleaved_times({name: road(case, name) for name in ROADS}, rounds=rounds)
-    median = {name: float(np.median(times)) for name, times in seconds.items()}
+    """One thread and the median of its processor time, which other work on the machine hardly disturbs; wall time beside it."""
+    with threads(1):
+        times = interleaved_times({name: road(case, name) for name in ROADS}, rounds=rounds)
+    cpu = {name: float(np.median(found.cpu)) for name, found in times.items()}
+    wall = {name: float(np.median(found.wall)) for name, found in times.items()}
     return [
         {
-            "kind": "time", "case": case.name, "road": name, "parameters": case.size, "median_ms": 1e3 * median[name], "rounds": rounds,
-            "in_gradients": median[name] / median["gradient"], "in_bare": median[name] / median["bare"],
-            "paired_in_bare": float(np.median(np.array(seconds[name]) / np.array(seconds["bare"]))),
+            "kind": "time",
+            "case": case.name,
+            "road": name,
+            "parameters": case.size,
+            "cpu_ms": 1e3 * cpu[name],
+            "wall_ms": 1e3 * wall[name],
+            "rounds": rounds,
+            "in_gradients": cpu[name] / cpu["gradient"],
+            "in_bare": cpu[name] / cpu["bare"],
+            "wall_in_gradients": wall[name] / wall["gradient"],
+            "wall_in_bare": wall[name] / wall["bare"],
         }
         for name in ROADS
     ]
@@ -104,7 +115,9 @@ def memory_rows(quick: bool) -> list[Row]:
             # Small thresholds make the allocator hand freed tensors back, so that resident memory is what is really held.
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
             code = f"from experiments.product_cost import peak_of; import json; print(json.dumps(peak_of({number}, {name!r}, {quick})))"
-            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, cwd=Path(__file__).parent.parent)
+            run = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, cwd=Path(__file__).parent.parent
+            )
             peaks[name] = float(json.loads(run.stdout.splitlines()[-1]))
         rows += [
             {"kind": "memory", "case": case.name, "road": name, "peak_mib": peaks[name], "in_gradients": peaks[name] / peaks["gradient"]}
@@ -120,12 +133,20 @@ def measure(quick: bool) -> list[Row]:
 
 def draw(rows: list[Row], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
-    for axes, kind, label in ((left, "time", "time of one product / of a gradient"), (right, "memory", "peak memory over the model / of a gradient")):
+    for axes, kind, label in (
+        (left, "time", "time of one product / of a gradient"),
+        (right, "memory", "peak memory over the model / of a gradient"),
+    ):
         found = [row for row in rows if row["kind"] == kind and row["road"] != "gradient"]
         names = list(dict.fromkeys(row["case"] for row in found))
         for shift, name in enumerate(ROADS[1:]):
             heights = [next(row["in_gradients"] for row in found if row["case"] == case and row["road"] == name) for case in names]
-            bars = axes.bar(np.arange(len(names)) + 0.27 * (shift - 1), heights, 0.25, label={"bare": "bare double backward"}.get(name, f"sharpkit {name}"))
+            bars = axes.bar(
+                np.arange(len(names)) + 0.27 * (shift - 1),
+                heights,
+                0.25,
+                label={"bare": "bare double backward"}.get(name, f"sharpkit {name}"),
+            )
             axes.bar_label(bars, fmt="%.2f", fontsize=7)
         axes.set_xticks(range(len(names)), names)
         axes.set(ylabel=label)

@@ -24,11 +24,22 @@ if TYPE_CHECKING:
     from sharpkit._errors import SharpkitError as SharpkitError
     from sharpkit._errors import SharpkitWarning as SharpkitWarning
     from sharpkit._errors import UnsupportedError as UnsupportedError
+    from sharpkit.analysis.bracket import SharpnessBracket as SharpnessBracket
+    from sharpkit.analysis.bracket import sharpness_bracket as sharpness_bracket
+    from sharpkit.analysis.critical import CriticalLearningRate as CriticalLearningRate
+    from sharpkit.analysis.critical import critical_learning_rate as critical_learning_rate
+    from sharpkit.analysis.directional import batch_sharpness as batch_sharpness
+    from sharpkit.analysis.directional import directional_sharpness as directional_sharpness
+    from sharpkit.analysis.directional import gradient_noise_interaction as gradient_noise_interaction
     from sharpkit.analysis.doctor import Diagnosis as Diagnosis
     from sharpkit.analysis.doctor import examine as examine
     from sharpkit.analysis.history import CurvatureHistory as CurvatureHistory
     from sharpkit.analysis.layers import LayerSharpness as LayerSharpness
     from sharpkit.analysis.layers import per_layer as per_layer
+    from sharpkit.analysis.noise import BatchSizeTest as BatchSizeTest
+    from sharpkit.analysis.noise import GradientNoise as GradientNoise
+    from sharpkit.analysis.noise import batch_size_tests as batch_size_tests
+    from sharpkit.analysis.noise import gradient_noise_scale as gradient_noise_scale
     from sharpkit.analysis.sharpness import Sharpness as Sharpness
     from sharpkit.analysis.sharpness import measure as measure
     from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
@@ -62,9 +73,13 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "ConvergenceWarning", "NonDeterministicError", "NonFiniteError", "NotSymmetricError", "ObjectiveError", "ObjectiveWarning",
         "OutOfMemoryError", "SharpkitError", "SharpkitWarning", "UnsupportedError",
     ),
+    "sharpkit.analysis.bracket": ("SharpnessBracket", "sharpness_bracket"),
+    "sharpkit.analysis.critical": ("CriticalLearningRate", "critical_learning_rate"),
+    "sharpkit.analysis.directional": ("batch_sharpness", "directional_sharpness", "gradient_noise_interaction"),
     "sharpkit.analysis.doctor": ("Diagnosis", "examine"),
     "sharpkit.analysis.history": ("CurvatureHistory",),
     "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
+    "sharpkit.analysis.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
     "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
     "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),

@@ -1,0 +1,88 @@
+"""The largest learning rate of SGD on noisy curvature: the mean-square condition, exact for Gaussian least squares and in short form."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+
+
+def short_form(lambda_max: float, noise: float, batch_size: float, *, momentum: float = 0.0) -> float:
+    """2 (1 + beta) / (lambda_max + k noise), k = (1 + beta) / ((1 - beta) b): linear in b while the noise dominates, then flat.
+
+    For Gaussian least squares ``noise`` is the trace of H; in general it is s^2 / lambda_max with s^2 = E ||(h_i - H) v||^2 along the top
+    eigenvector v. The crossover is b* = (1 + beta) / (1 - beta) noise / lambda_max.
+
+    Args:
+        lambda_max: top eigenvalue of the full Hessian.
+        noise: trace, or measured s^2 / lambda_max, in units of curvature.
+        batch_size: effective batch size b; inf for the full batch.
+        momentum: beta of the heavy ball v <- beta v + g.
+
+    Returns:
+        the rate; inf where nothing is curved.
+
+    Example:
+        >>> short_form(2.0, 0.0, math.inf), short_form(2.0, 6.0, 3.0)
+        (1.0, 0.5)
+    """
+    gain = (1 + momentum) / ((1 - momentum) * batch_size)
+    load = lambda_max + gain * noise
+    return 2 * (1 + momentum) / load if load > 0 else math.inf
+
+
+def crossover_batch_size(lambda_max: float, noise: float, *, momentum: float = 0.0) -> float:
+    """b* = (1 + beta) / (1 - beta) noise / lambda_max, where the short form is half its full-batch value.
+
+    Example:
+        >>> crossover_batch_size(2.0, 6.0), round(crossover_batch_size(2.0, 6.0, momentum=0.9), 6)
+        (3.0, 57.0)
+    """
+    return (1 + momentum) / (1 - momentum) * noise / lambda_max if lambda_max > 0 else math.inf
+
+
+def gaussian_limit(nodes: ArrayLike, counts: ArrayLike, batch_size: float, *, momentum: float = 0.0) -> float:
+    """The exact mean-square limit of SGD with a heavy ball on Gaussian least squares, over a quadrature of the spectrum.
+
+    The largest eta with sum_i c_i eta k lambda_i / (2 (1 + beta) - eta lambda_i (1 + k)) < 1, k = (1 + beta) / ((1 - beta) b), summed over
+    the positive nodes with counts c_i: equal to the point where the second-moment map's spectral radius reaches 1.
+
+    Args:
+        nodes: eigenvalues or quadrature nodes; those not positive are left out.
+        counts: how many eigenvalues each stands for.
+        batch_size: b, drawn with replacement.
+        momentum: beta.
+
+    Example:
+        >>> round(gaussian_limit([1.0], [1.0], 1e12), 6)
+        2.0
+    """
+    lam, c = np.asarray(nodes, dtype=np.float64).ravel(), np.asarray(counts, dtype=np.float64).ravel()
+    lam, c = lam[lam > 0], c[lam > 0]
+    if len(lam) == 0:
+        return math.inf
+    k = (1 + momentum) / ((1 - momentum) * batch_size)
+    top = 2 * (1 + momentum) / (float(lam.max()) * (1 + k))
+
+    def excess(eta: float) -> float:
+        return float(np.sum(c * eta * k * lam / (2 * (1 + momentum) - eta * lam * (1 + k)))) - 1.0
+
+    low, high = top * 1e-12, top * (1 - 1e-12)
+    if excess(high) < 0:
+        return top
+    return float(brentq(excess, low, high, xtol=1e-15 * top, rtol=1e-10))
+
+
+def equal_norm_trace_limit(lambda_max: float, trace: float, batch_size: float) -> float:
+    """2 / (tr(H) / B + (1 - 1/B) lambda_max): linear stability of an interpolating minimum with equal-norm gradients and square loss.
+
+    At B = 1 it is 2 / tr(H) (Wu and Su 2023, arXiv 2305.17490).
+
+    Example:
+        >>> equal_norm_trace_limit(2.0, 8.0, 1), equal_norm_trace_limit(2.0, 8.0, 3)
+        (0.25, 0.5)
+    """
+    load = trace / batch_size + (1 - 1 / batch_size) * lambda_max
+    return 2 / load if load > 0 else math.inf

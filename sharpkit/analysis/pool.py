@@ -28,11 +28,15 @@ class SamplePool:
 
     def __init__(self, objective: Objective) -> None:
         if not objective.may_separate:
-            raise ObjectiveError("mini-batches can only be drawn where the loss is a mean or sum over samples; use mode='eval', or another loss")
+            raise ObjectiveError(
+                "mini-batches can only be drawn where the loss is a mean or sum over samples; use mode='eval', or another loss"
+            )
         if objective.ranks.size > 1:
             raise UnsupportedError("drawing mini-batches works on one process: make the Objective with process_group=False")
         self.parent = objective
-        batches = [to_device(batch, objective.device) for batch, count in zip(objective._source, objective._survey.counts, strict=True) if count]
+        batches = [
+            to_device(batch, objective.device) for batch, count in zip(objective._source, objective._survey.counts, strict=True) if count
+        ]
         lengths = [length for length, count in zip(objective._survey.lengths, objective._survey.counts, strict=True) if count]
         self._batches, self._lengths = (_joined(batches), [sum(lengths)]) if _joinable(batches) else (batches, lengths)
 

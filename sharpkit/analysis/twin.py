@@ -72,7 +72,9 @@ def twin_optimizer(
     torch.optim.Optimizer.__init__(other, groups, dict(optimizer.defaults))
     if not reset:
         for p, values in optimizer.state.items():
-            other.state[place[id(p)]] = {key: v.detach().clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v) for key, v in values.items()}
+            other.state[place[id(p)]] = {
+                key: v.detach().clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v) for key, v in values.items()
+            }
     return other
 
 

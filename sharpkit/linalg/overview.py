@@ -118,6 +118,28 @@ def spectral_overview(
     return SpectralOverview(ends[0], ends[1], density, trace, _root(squared), absolute, budget.num_matvecs, budget.seconds)
 
 
+def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int = 12) -> tuple[Eigenpairs, Eigenpairs]:
+    """The largest and the smallest eigenpair from one Lanczos run.
+
+    Args:
+        operator: anything :func:`sharpkit.as_operator` takes.
+        tol: of both residuals, relative to the largest magnitude.
+        seed: of the start vector.
+        num_steps: products at least.
+
+    Example:
+        >>> import torch
+        >>> top, bottom = both_ends(torch.diag(torch.linspace(-1, 9, 11).double()))
+        >>> round(float(top.values), 6), round(float(bottom.values), 6)
+        (9.0, -1.0)
+    """
+    operator = as_operator(operator)
+    budget, steps = Budget(operator), min(num_steps, operator.size)
+    run = _run(operator, torch.Generator().manual_seed(seed), budget, _ends_converged(steps, tol), steps, "both ends of the spectrum")
+    pairs = _Ritz(run.space)
+    return pairs.extreme("largest", tol, budget), pairs.extreme("smallest", tol, budget)
+
+
 @dataclass(frozen=True)
 class _Run:
     """One Lanczos run: its probe z (||z||^2 = n), its Krylov space, and whether it went as far as it was to go."""

@@ -1,0 +1,269 @@
+"""The top eigenvalue of a mini-batch Hessian as a function of the batch size: four estimators and direct measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sharpkit.analysis.bounded import Bounded
+from sharpkit.analysis.pilot import Ledger
+from sharpkit.analysis.pool import SamplePool
+from sharpkit.analysis.random_matrix import additive_outlier, effective_batch_size
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.overview import both_ends, spectral_overview
+from sharpkit.linalg.progress import ProgressCallback
+from sharpkit.linalg.results import standard_error
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.hessian import HessianOperator
+
+Floats = NDArray[np.float64]
+Wrap = Callable[[SymmetricOperator], SymmetricOperator]
+
+_GROUPS = 64
+_DIRECT_TOL = 1e-2
+
+
+@dataclass(frozen=True)
+class DirectPoint:
+    """The extreme eigenvalues of batch Hessians, measured on drawn batches.
+
+    Attributes:
+        batch_size: B.
+        largest, smallest: (k,) per drawn batch.
+    """
+
+    batch_size: int
+    largest: tuple[float, ...]
+    smallest: tuple[float, ...]
+
+    def mean(self, which: str = "largest") -> tuple[float, float]:
+        """(mean, standard error) over the batches."""
+        values = np.array(getattr(self, which))
+        return float(values.mean()), standard_error(values)
+
+
+@dataclass(frozen=True)
+class BatchCurvature:
+    """Curvature of the full data and its mini-batch noise.
+
+    Attributes:
+        lambda_max, lambda_min, trace: of the full-data Hessian.
+        nodes, counts: its spectrum as a quadrature: eigenvalues and how many each stands for.
+        directional: s^2 = E ||(h_i - H) v||^2 of a single sample along the top eigenvector, with its standard error.
+        isotropic: r^2 = E ||(h_i - H) z||^2 of a single sample along a random unit vector.
+        subspace_share: part of s^2 that stays within the span of the top eigenvectors looked at.
+        direct: measured points, ascending in B.
+        num_samples: N.
+    """
+
+    lambda_max: float
+    lambda_min: float
+    trace: float
+    nodes: tuple[float, ...]
+    counts: tuple[float, ...]
+    directional: tuple[float, float]
+    isotropic: float
+    subspace_share: float
+    direct: tuple[DirectPoint, ...]
+    num_samples: int
+
+    def effective(self, batch_size: float) -> float:
+        """b for this pool, without replacement."""
+        return float(effective_batch_size(batch_size, self.num_samples))
+
+    @property
+    def noise(self) -> float:
+        """s^2 / lambda_max: what takes the trace's place in the mean-square limit."""
+        return self.directional[0] / self.lambda_max if self.lambda_max > 0 else 0.0
+
+    # -- the estimators of E lambda_max(H_B) ------------------------------------------------------------------------------
+    def isotropic_estimate(self, batch_size: float) -> float:
+        """The additive model of independent noise entries: lambda + r^2 / (b lambda) above the transition, else the bulk edge 2 r."""
+        return float(additive_outlier(self.lambda_max, math.sqrt(max(self.isotropic, 0.0) / self.effective(batch_size))))
+
+    def directional_estimate(self, batch_size: float) -> float:
+        """lambda + s^2 / (b lambda), noise measured along the top eigenvector."""
+        return self.lambda_max + self.noise / self.effective(batch_size)
+
+    def calibrated_estimate(self, batch_size: float) -> float:
+        """lambda + c / b, c fitted to the measured points."""
+        weights, excess = [], []
+        for point in self.direct:
+            mean, stderr = point.mean()
+            scale = (stderr**2 + (0.05 * mean) ** 2) ** 0.5
+            weights.append(1 / (self.effective(point.batch_size) * scale))
+            excess.append((mean - self.lambda_max) / scale)
+        w, e = np.array(weights), np.array(excess)
+        c = max(float(w @ e / (w @ w)), 0.0) if len(w) and float(w @ w) > 0 else self.noise
+        return self.lambda_max + c / self.effective(batch_size)
+
+    def interpolated(self, batch_size: float, which: str = "largest") -> Bounded:
+        """Through the measured points: straight lines in log excess over log b; beyond them the outer slopes, kept between b^0 and b^-1."""
+        end = self.lambda_max if which == "largest" else self.lambda_min
+        sign = 1.0 if which == "largest" else -1.0
+        b = self.effective(batch_size)
+        if math.isinf(b):
+            return Bounded(end, end, end)
+        points = [
+            (math.log(self.effective(p.batch_size)), *p.mean(which)) for p in self.direct if math.isfinite(self.effective(p.batch_size))
+        ]
+        floor = 1e-3 * max(abs(end), 1e-30)
+        x = np.array([p[0] for p in points])
+        y = np.log([max(sign * (p[1] - end), floor) for p in points])
+        value = end + sign * math.exp(_line(x, y, math.log(b)))
+        nearest = points[int(np.argmin(np.abs(x - math.log(b))))]
+        half = 1.96 * nearest[2] * (abs(value) / max(abs(nearest[1]), 1e-30))
+        return Bounded(value, value - half, value + half)
+
+    def choose(self) -> tuple[str, str]:
+        """(estimator, why): what :meth:`lambda_max_of` uses."""
+        if len(self.direct) >= 2:
+            sizes = ", ".join(str(p.batch_size) for p in self.direct)
+            return "interpolated", f"lambda_max(H_B) was measured on drawn batches of {sizes} and is interpolated between them"
+        if len(self.direct) == 1:
+            return "calibrated", "one batch size was measured, which fixes c in lambda + c / b"
+        return "directional", "nothing was measured directly; the noise along the top eigenvector gives lambda + s^2 / (b lambda)"
+
+    def lambda_max_of(self, batch_size: float) -> Bounded:
+        """E lambda_max(H_B) by the chosen estimator."""
+        method = self.choose()[0]
+        if method == "interpolated":
+            return self.interpolated(batch_size)
+        value = self.calibrated_estimate(batch_size) if method == "calibrated" else self.directional_estimate(batch_size)
+        spread = abs(value - self.lambda_max)
+        return Bounded(value, value - spread, value + spread)
+
+    def lambda_min_of(self, batch_size: float) -> Bounded:
+        """E lambda_min(H_B), from the measured points; the full value where there are none."""
+        return (
+            self.interpolated(batch_size, "smallest")
+            if len(self.direct) >= 2
+            else Bounded(self.lambda_min, self.lambda_min, self.lambda_min)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "lambda_max": self.lambda_max,
+            "lambda_min": self.lambda_min,
+            "trace": self.trace,
+            "directional": list(self.directional),
+            "isotropic": self.isotropic,
+            "num_samples": self.num_samples,
+            "estimator": self.choose()[0],
+            "direct": [{"batch_size": p.batch_size, "largest": list(p.largest), "smallest": list(p.smallest)} for p in self.direct],
+        }
+
+
+def _line(x: Floats, y: Floats, at: float) -> float:
+    """Piecewise linear, the outer pieces continued with slopes between -1 and 0."""
+    if len(x) == 1:
+        return float(y[0] - (at - x[0]))
+    if at < x[0]:
+        return float(y[0] + np.clip((y[1] - y[0]) / (x[1] - x[0]), -1, 0) * (at - x[0]))
+    if at > x[-1]:
+        return float(y[-1] - (at - x[-1]))  # far out the excess is that of the law of large numbers, 1 / b
+    return float(np.interp(at, x, y))
+
+
+def measure_batch_curvature(
+    pool: SamplePool,
+    *,
+    sizes: Sequence[int],
+    seed: int,
+    ledger: Ledger,
+    repeats: int = 6,
+    wrap: Wrap | None = None,
+    k: int = 3,
+    callback: ProgressCallback | None = None,
+) -> BatchCurvature:
+    """Measure full curvature, its noise in disjoint groups, and the extreme eigenvalues of drawn batches.
+
+    Args:
+        pool: the samples.
+        sizes: batch sizes to measure directly; those above N / 2 are left out.
+        seed: of draws and probes.
+        ledger: where the cost is written.
+        repeats: batches drawn per size.
+        wrap: turns each Hessian into the operator meant (preconditioning).
+        k: eigenvectors of the full Hessian along which noise is measured.
+        callback: progress of the full-data part.
+    """
+    turned = wrap or (lambda operator: operator)
+    full = HessianOperator(pool.parent)
+    overview = spectral_overview(turned(full), num_probes=3, num_steps=16, tol=5e-3, seed=seed, callback=callback)
+    pairs = eigenpairs(turned(full), k=min(k, full.size), tol=2e-2, seed=seed, initial=overview.largest.vectors[:, 0])
+    ledger.spend(2 * full.num_matvecs * pool.size)
+    noise, share, isotropic = _group_noise(pool, turned, pairs.vectors, seed=seed, ledger=ledger)
+    direct = tuple(
+        _direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats)
+        for size in sorted(set(sizes))
+        if size <= pool.size // 2
+    )
+    density = overview.density
+    return BatchCurvature(
+        float(overview.largest.values[0]),
+        float(overview.smallest.values[0]),
+        overview.trace.value,
+        tuple(density.nodes.ravel().tolist()),
+        tuple((density.weights * density.size).ravel().tolist()),
+        noise,
+        isotropic,
+        share,
+        direct,
+        pool.size,
+    )
+
+
+def top_and_noise(pool: SamplePool, *, seed: int, ledger: Ledger, wrap: Wrap) -> tuple[float, float]:
+    """Only lambda_max of the full matrix and s^2 / lambda_max, at a tenth of the cost of everything."""
+    full = HessianOperator(pool.parent)
+    pairs = eigenpairs(wrap(full), k=1, tol=1e-2, seed=seed)
+    ledger.spend(2 * full.num_matvecs * pool.size)
+    (noise, _), _, _ = _group_noise(pool, wrap, pairs.vectors, seed=seed, ledger=ledger)
+    top = float(pairs.values[0])
+    return top, noise / top if top > 0 else 0.0
+
+
+def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, ledger: Ledger) -> tuple[tuple[float, float], float, float]:
+    """Single-sample noise from disjoint groups: (s^2, stderr) along the top eigenvector, its share within the span, r^2 along a random
+    unit vector."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    size = max(1, pool.size // _GROUPS)
+    groups = pool.groups(size, generator=generator) probe =
+    torch.randn(vectors.shape[0], 1, generator=generator, dtype=torch.float64).to(vectors) directions = torch.cat([vectors[:, :1], probe
+    / probe.norm()], dim=1)
+        products = torch.stack( [turned(HessianOperator(group, retain=False)).multiply(directions) for group in
+        groups]
+    ).double()  # (groups, n, 2)
+    ledger.spend(2 * 2 * size * len(groups))
+    deviation = products - products.mean(dim=0)
+    squared = deviation.square().sum(dim=1) * size * len(groups) / (len(groups) - 1)  # (groups, 2), each an estimate of s^2
+    inside = (vectors.double().T @ deviation[:, :, 0].T).square().sum() / max(float(deviation[:, :, 0].square().sum()), 1e-300)
+    along = squared[:, 0].cpu().numpy()
+    return (float(along.mean()), standard_error(along)), float(inside), float(squared[:, 1].mean())
+
+
+def _direct_point(pool: SamplePool, turned: Wrap, size: int, *, seed: int, ledger: Ledger, repeats: int) -> DirectPoint:
+    draws = pool.draws(size, generator=torch.Generator().manual_seed(seed + size))
+    largest, smallest = [], []
+    for number, batch in zip(range(repeats), draws, strict=False):
+        operator = HessianOperator(batch)
+        ends = extreme_values(turned(operator), seed=seed + number)
+        largest.append(ends[0])
+        smallest.append(ends[1])
+        ledger.spend(2 * operator.num_matvecs * size)
+    return DirectPoint(size, tuple(largest), tuple(smallest))
+
+
+def extreme_values(operator: SymmetricOperator, *, seed: int, tol: float = _DIRECT_TOL) -> tuple[float, float]:
+    """(largest, smallest) eigenvalue from one Krylov space."""
+    largest, smallest = both_ends(operator, tol=tol, seed=seed, num_steps=8)
+    return float(largest.values[0]), float(smallest.values[0])

@@ -1,0 +1,81 @@
+"""The mean-square limit of an optimizer at every batch size, from measured curvature and noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit.analysis.batch_curvature import BatchCurvature, measure_batch_curvature, top_and_noise
+from sharpkit.analysis.mean_square import short_form
+from sharpkit.analysis.pilot import Ledger
+from sharpkit.analysis.pool import SamplePool
+from sharpkit.analysis.stability import UpdateRule
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.preconditioned import PreconditionedOperator
+
+_GRID = 24
+_GROUPS = 64
+_FULL_SIZES = 4  # batch sizes at which an adaptive optimizer's matrix is measured anew
+
+
+def limits_for(
+    pool: SamplePool, optimizer: torch.optim.Optimizer, rule: UpdateRule, *, sizes: Sequence[int], seed: int, ledger: Ledger
+) -> tuple[BatchCurvature, tuple[tuple[float, float], ...]]:
+    """Curvature and (batch size, limiting rate) pairs over the range of ``sizes``.
+
+    For SGD one measurement serves all batch sizes. An adaptive optimizer divides by D, which itself depends on the batch size: v = g^2 +
+    var / B per coordinate; its matrix is measured at a few batch sizes and the limit interpolated between them.
+    """
+    grid = np.geomspace(sizes[0], sizes[-1], _GRID)
+    direct = _spread(sizes, 4)
+    if not rule.adaptive:
+        curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger)
+        return curvature, tuple(
+            (float(b), _rate(curvature.lambda_max, curvature.noise, curvature.effective(min(float(b), pool.size)), rule)) for b in grid
+        )
+    mean, variance = gradient_moments(pool, seed=seed, ledger=ledger)
+    smallest, *others = _spread(sizes, _FULL_SIZES)
+    curvature = measure_batch_curvature(
+        pool, sizes=direct, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, smallest, optimizer), repeats=3
+    )
+    points = [(float(smallest), _rate(curvature.lambda_max, curvature.noise, curvature.effective(smallest), rule))]
+    for size in others:
+        top, noise = top_and_noise(pool, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, size, optimizer))
+        points.append((float(size), _rate(top, noise, curvature.effective(size), rule)))
+    return curvature, tuple(points)
+
+
+def _rate(lambda_max: float, noise: float, effective: float, rule: UpdateRule) -> float:
+    """The short mean-square form; averaging momentum is a heavy ball whose rate is smaller by 1 - dampening."""
+    return short_form(max(lambda_max, 1e-12), noise, effective, momentum=rule.momentum) / (1.0 - rule.dampening)
+
+
+def _spread(sizes: Sequence[int], count: int) -> list[int]:
+    """About ``count`` of the sizes, evenly spread in log, the ends included."""
+    logs = np.log(np.array(sizes, dtype=float))
+    wanted = np.linspace(logs[0], logs[-1], count)
+    return sorted({int(sizes[int(np.argmin(np.abs(logs - w)))]) for w in wanted})
+
+
+def gradient_moments(pool: SamplePool, *, seed: int, ledger: Ledger) -> tuple[Tensor, Tensor]:
+    """Mean and single-sample variance of the gradient per coordinate, (n,) each in float64, from disjoint groups."""
+    size = max(1, pool.size // _GROUPS)
+    groups = pool.groups(size, generator=torch.Generator().manual_seed(seed + 2))
+    gradients = torch.stack([group.gradient()[1] for group in groups]).double()
+    ledger.spend(size * len(groups))
+    return gradients.mean(dim=0), gradients.var(dim=0) * size
+
+
+def preconditioner(
+    mean: Tensor, variance: Tensor, batch_size: int, optimizer: torch.optim.Optimizer
+) -> Callable[[SymmetricOperator], SymmetricOperator]:
+    """D^-1/2 A D^-1/2 with D = sqrt(g^2 + var / B) + eps: what an adaptive optimizer's second moment tends to at a batch size."""
+    epsilon = float(optimizer.param_groups[0].get("eps", 1e-8))
+    diagonal = (mean.square() + variance / batch_size).sqrt() + epsilon
+    if not math.isfinite(float(diagonal.sum())):
+        raise ValueError("the gradient's moments are not finite")
+    return lambda operator: PreconditionedOperator(operator, diagonal=diagonal)

@@ -1,0 +1,213 @@
+"""Short training runs on a private copy: to reach a settled sharpness, and to find where training really breaks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
+from sharpkit.analysis.pool import SamplePool
+from sharpkit.analysis.stability import UpdateRule
+from sharpkit.analysis.twin import matching, twin_objective, twin_optimizer
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.objective import Objective
+from sharpkit.operators.hessian import HessianOperator
+
+_BLOWN_UP = 1e3  # times the first loss: beyond help
+_STRIDE = math.sqrt(2.0)
+_MAX_RUNS = 16
+_PILOT_SHARE = 0.5  # of the full-batch limit: what the pilot's rate keeps to
+_PILOT_START = 0.02  # of that share, at the first step: sharpness at initialisation is no guide to what follows
+_PILOT_GROWTH = 1.6  # the most its rate grows from one look to the next
+_LOOK_SAMPLES = 512  # to look lambda_max up on
+_ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have a scale of their own
+
+
+@dataclass
+class Ledger:
+    """What was spent, in single-sample gradients (a Hessian product counts two) and runs.
+
+    Attributes:
+        samples: sample gradients.
+        runs: training runs.
+    """
+
+    samples: float = 0.0
+    runs: int = 0
+
+    def spend(self, samples: float) -> None:
+        """Add sample gradients."""
+        self.samples += samples
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run of a copy.
+
+    Attributes:
+        objective: the twin over all the pool's data.
+        optimizer: the twin's, with its state.
+        losses: of each step's batch; the last is inf where it blew up.
+    """
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    losses: list[float]
+
+    @property
+    def survived(self) -> bool:
+        """Whether the loss stayed finite and within bounds."""
+        return math.isfinite(self.losses[-1])
+
+
+@dataclass
+class _EdgeRate:
+    """A rate that keeps to a share of the full-batch limit, with lambda_max looked up at intervals by a few warm-started products."""
+
+    limit: Callable[[float], float]
+    every: int
+    seed: int
+    ledger: Ledger
+    rate: float = 0.0
+    first: float = math.nan
+    vector: Tensor | None = None
+
+    def __call__(self, step: int, twin: Objective) -> float:
+        if step % self.every == 0:
+            self._look(twin)
+        return self.rate
+
+    def _look(self, twin: Objective) -> None:
+        pool = SamplePool(twin).limited(_LOOK_SAMPLES, seed=self.seed)
+        hessian = HessianOperator(pool.parent)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            pairs = eigenpairs(hessian, k=1, tol=0.03, seed=self.seed, initial=self.vector, max_matvecs=6 if self.rate else 12)
+        self.ledger.spend(2 * hessian.num_matvecs * pool.size)
+        top, self.vector = float(pairs.values[0]), pairs.vectors[:, 0]
+        wanted = _PILOT_SHARE * self.limit(max(top, 1e-12))
+        if not self.rate:
+            self.first, self.rate = top, _PILOT_START * wanted
+            return
+        self.rate = min(wanted, _PILOT_GROWTH * self.rate)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains copies of an objective's model with the user's kind of optimizer, started afresh.
+
+    Attributes:
+        pool: the samples, of the original objective.
+        optimizer: the user's; only read.
+        seed: of the draws.
+        ledger: where the cost is written.
+    """
+
+    pool: SamplePool
+    optimizer: torch.optim.Optimizer
+    seed: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def run(self, rate: Callable[[int, Objective], float], *, batch_size: int, steps: int, seed_offset: int = 0) -> Run:
+        """One run from the present parameters.
+
+        Args:
+            rate: (step, twin objective) -> learning rate of the first group; the others keep their ratio to it.
+            batch_size: samples a step.
+            steps: how many; a run whose loss explodes ends early.
+            seed_offset: another order of the same data.
+        """
+        twin = twin_objective(self.pool.parent, self.pool.batches)
+        optimizer = twin_optimizer(self.optimizer, matching(self.pool.parent.model, twin.model), lr=1.0, reset=True)
+        ratios = [float(group["lr"]) for group in optimizer.param_groups]
+        draws = SamplePool(twin).epochs(batch_size, generator=torch.Generator().manual_seed(self.seed + seed_offset))
+        losses: list[float] = []
+        self.ledger.runs += 1
+        for step, batch in zip(range(steps), draws, strict=False):
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = rate(step, twin) * ratio
+            batch.seed = self.seed + step
+            losses.append(self._step(batch, optimizer))
+            if not losses[-1] <= _BLOWN_UP * max(abs(losses[0]), 1e-12):
+                losses[-1] = math.inf
+                break
+        return Run(twin, optimizer, losses)
+
+    def _step(self, batch: Objective, optimizer: torch.optim.Optimizer) -> float:
+        self.ledger.spend(batch.num_samples)
+        try:
+            loss, gradient = batch.gradient()
+        except NonFiniteError:
+            return math.inf
+        for p, g in zip(batch.layout.params, batch.layout.split(gradient), strict=True):
+            p.grad = g
+        type(optimizer).step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def settle(self, *, steps: int, batch_size: int, rule: UpdateRule) -> tuple[Run, float, float]:
+        """The pilot: a run that keeps to half the full-batch limit (an adaptive optimizer: to a small rate).
+
+        Returns:
+            the run, its rate at the end, and lambda_max of the Hessian at its start.
+
+        Raises:
+            ObjectiveError: it diverged all the same.
+        """
+        plain = UpdateRule(rule.momentum, rule.dampening, rule.nesterov)
+        edge = _EdgeRate(plain.max_learning_rate, max(1, steps // 10), self.seed, self.ledger)
+        if rule.adaptive:
+            edge._look(self.pool.parent)
+            pilot = self.run(lambda step, twin: _ADAPTIVE_RATE, batch_size=batch_size, steps=steps)
+        else:
+            pilot = self.run(edge, batch_size=batch_size, steps=steps)
+        if not pilot.survived:
+            raise ObjectiveError(
+                "the pilot run diverged at a rate well inside the stability limit: start from a less sharp point, or warm up first"
+            )
+        return pilot, _ADAPTIVE_RATE if rule.adaptive else edge.rate, edge.first
+
+    def final_loss(self, lr: float, *, batch_size: int, steps: int, seed_offset: int = 0) -> float:
+        """Loss over the pool after a run at a constant rate; inf where it blew up."""
+        run = self.run(lambda step, twin: lr, batch_size=batch_size, steps=steps, seed_offset=seed_offset)
+        if not run.survived:
+            return math.inf
+        self.ledger.spend(self.pool.size / 3)
+        try:
+            return run.objective.value()
+        except NonFiniteError:
+            return math.inf
+
+    def largest_stable_rate(self, guess: float, *, batch_size: int, steps: int, seed_offset: int = 0) -> tuple[float, float]:
+        """Where training breaks: (largest rate that trained, smallest above it that did not), a factor sqrt(2) apart.
+
+        A rate trains if its run makes at least half of the best improvement that any run made. The search walks down from the guess until
+        the best run is no longer the lowest rate tried, then up from the best to the first failure.
+        """
+        start = self.pool.parent.value()
+        losses: dict[int, float] = {}
+
+        def at(power: int) -> float:
+            if power not in losses:
+                losses[power] = self.final_loss(guess * _STRIDE**power, batch_size=batch_size, steps=steps, seed_offset=seed_offset)
+            return losses[power]
+
+        def trained(power: int) -> bool:
+            best = min(losses.values())
+            return best < start and start - at(power) >= 0.5 * (start - best)
+
+        def best() -> int:
+            return min(losses, key=lambda power: (losses[power], power))
+
+        at(0)
+        while len(losses) < _MAX_RUNS and (best() == min(losses) or losses[best()] >= start):
+            at(min(losses) - 2)
+        high = best()
+        while len(losses) < _MAX_RUNS and trained(high + 1):
+            high += 1
+        return guess * _STRIDE**high, guess * _STRIDE ** (high + 1)

@@ -87,11 +87,11 @@ class LearningRateCurve:
 
     # -- reading it -------------------------------------------------------------------------------------------------------
     def lambda_max(self, batch_size: float) -> Bounded:
-        """E lambda_max(H_B)."""
+        """The expected largest eigenvalue of a batch Hessian."""
         return self.curvature.lambda_max_of(self._checked(batch_size))
 
     def lambda_min(self, batch_size: float) -> Bounded:
-        """E lambda_min(H_B)."""
+        """The expected smallest eigenvalue of a batch Hessian."""
         return self.curvature.lambda_min_of(self._checked(batch_size))
 
     def by_curvature(self, batch_size: float) -> float:

@@ -233,22 +233,25 @@ def top_and_noise(pool: SamplePool, *, seed: int, ledger: Ledger, wrap: Wrap) ->
 
 
 def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, ledger: Ledger) -> tuple[tuple[float, float], float, float]:
-    """Single-sample noise from disjoint groups: (s^2, stderr) along the top eigenvector, its share within the span, r^2 along a random
-    unit vector."""
+    """Single-sample noise from disjoint groups.
+
+    Returns:
+        (s^2, standard error) along the top eigenvector, its share within the span of all vectors, r^2 along a random unit vector.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     size = max(1, pool.size // _GROUPS)
-    groups = pool.groups(size, generator=generator) probe =
-    torch.randn(vectors.shape[0], 1, generator=generator, dtype=torch.float64).to(vectors) directions = torch.cat([vectors[:, :1], probe
-    / probe.norm()], dim=1)
-        products = torch.stack( [turned(HessianOperator(group, retain=False)).multiply(directions) for group in
-        groups]
-    ).double()  # (groups, n, 2)
+    groups = pool.groups(size, generator=generator)
+    probe = torch.randn(vectors.shape[0], 1, generator=generator, dtype=torch.float64).to(vectors)
+    directions = torch.cat([vectors[:, :1], probe / probe.norm()], dim=1)
+    products = [turned(HessianOperator(group, retain=False)).multiply(directions) for group in groups]
     ledger.spend(2 * 2 * size * len(groups))
-    deviation = products - products.mean(dim=0)
-    squared = deviation.square().sum(dim=1) * size * len(groups) / (len(groups) - 1)  # (groups, 2), each an estimate of s^2
-    inside = (vectors.double().T @ deviation[:, :, 0].T).square().sum() / max(float(deviation[:, :, 0].square().sum()), 1e-300)
-    along = squared[:, 0].cpu().numpy()
-    return (float(along.mean()), standard_error(along)), float(inside), float(squared[:, 1].mean())
+    stacked = torch.stack(products).double()  # (groups, n, 2)
+    deviation = stacked - stacked.mean(dim=0)
+    squared = deviation.square().sum(dim=1) * size * len(groups) / (len(groups) - 1)  # (groups, 2), each an estimate for one sample
+    along = deviation[:, :, 0]
+    inside = float((along @ vectors.double()).square().sum()) / max(float(along.square().sum()), 1e-300)
+    single = squared[:, 0].cpu().numpy()
+    return (float(single.mean()), standard_error(single)), inside, float(squared[:, 1].mean())
 
 
 def _direct_point(pool: SamplePool, turned: Wrap, size: int, *, seed: int, ledger: Ledger, repeats: int) -> DirectPoint:

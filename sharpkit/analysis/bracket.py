@@ -21,7 +21,7 @@ from sharpkit.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
 
 _QUARTERS, _GROUPS = 4, 4  # evaluation sets, and groups within each, whose spread gives the standard errors
-_TOL, _SPAN_TOL = 2e-3, 1e-2
+_TOL, _SPAN_TOL = 2e-3, 0.1  # any span is valid below; above the residual is added
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from sharpkit._errors import SharpkitError as SharpkitError
     from sharpkit._errors import SharpkitWarning as SharpkitWarning
     from sharpkit._errors import UnsupportedError as UnsupportedError
+    from sharpkit.analysis.batch import LearningRateCurve as LearningRateCurve
+    from sharpkit.analysis.batch import learning_rate_curve as learning_rate_curve
+    from sharpkit.analysis.bounded import Bounded as Bounded
     from sharpkit.analysis.bracket import SharpnessBracket as SharpnessBracket
     from sharpkit.analysis.bracket import sharpness_bracket as sharpness_bracket
     from sharpkit.analysis.critical import CriticalLearningRate as CriticalLearningRate
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from sharpkit.analysis.noise import GradientNoise as GradientNoise
     from sharpkit.analysis.noise import batch_size_tests as batch_size_tests
     from sharpkit.analysis.noise import gradient_noise_scale as gradient_noise_scale
+    from sharpkit.analysis.scaling import ScaledLearningRate as ScaledLearningRate
+    from sharpkit.analysis.scaling import scale_learning_rate as scale_learning_rate
     from sharpkit.analysis.sharpness import Sharpness as Sharpness
     from sharpkit.analysis.sharpness import measure as measure
     from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
@@ -70,9 +75,19 @@ if TYPE_CHECKING:
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
 _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit._errors": (
-        "ConvergenceWarning", "NonDeterministicError", "NonFiniteError", "NotSymmetricError", "ObjectiveError", "ObjectiveWarning",
-        "OutOfMemoryError", "SharpkitError", "SharpkitWarning", "UnsupportedError",
+        "ConvergenceWarning",
+        "NonDeterministicError",
+        "NonFiniteError",
+        "NotSymmetricError",
+        "ObjectiveError",
+        "ObjectiveWarning",
+        "OutOfMemoryError",
+        "SharpkitError",
+        "SharpkitWarning",
+        "UnsupportedError",
     ),
+    "sharpkit.analysis.batch": ("LearningRateCurve", "learning_rate_curve"),
+    "sharpkit.analysis.bounded": ("Bounded",),
     "sharpkit.analysis.bracket": ("SharpnessBracket", "sharpness_bracket"),
     "sharpkit.analysis.critical": ("CriticalLearningRate", "critical_learning_rate"),
     "sharpkit.analysis.directional": ("batch_sharpness", "directional_sharpness", "gradient_noise_interaction"),
@@ -80,6 +95,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.analysis.history": ("CurvatureHistory",),
     "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
     "sharpkit.analysis.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
+    "sharpkit.analysis.scaling": ("ScaledLearningRate", "scale_learning_rate"),
     "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
     "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),

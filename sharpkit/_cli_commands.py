@@ -73,6 +73,28 @@ def run_doctor_command(arguments: argparse.Namespace) -> Answer:
     return documents, extra, OK if diagnosis.passed else FAILED
 
 
+def run_batch_command(arguments: argparse.Namespace) -> Answer:
+    from sharpkit._cli_output import say
+    from sharpkit._cli_target import UsageError
+    from sharpkit.analysis.batch import learning_rate_curve
+
+    objective, optimizer = _objective(arguments, forecast=False)
+    if optimizer is None:
+        raise UsageError(f"{arguments.target} returned no optimizer, and the limit depends on its kind: return (objective, optimizer)")
+    curve = learning_rate_curve(
+        objective,
+        optimizer,
+        batch_sizes=arguments.batch_sizes,
+        pilot=arguments.pilot,
+        calibrate=not arguments.no_calibration,
+        seed=arguments.seed,
+        callback=None if arguments.quiet else say,
+    )
+    documents, extra, code = _finish(arguments, [curve.to_dict()])
+    extra["text"] = f"{curve.table()}\n\n{curve}\ncost: {curve.gradients:.0f} full-data gradients, {curve.seconds:.3g} s"
+    return documents, extra, code
+
+
 def run_report_command(arguments: argparse.Namespace) -> Answer:
     from sharpkit._cli_target import UsageError
     from sharpkit.reporting import report

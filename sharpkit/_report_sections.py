@@ -257,6 +257,25 @@ def _diagnosis_section(document: Document, title: str) -> Section:
     return section
 
 
+def _curve_section(document: Document, title: str) -> Section:
+    from sharpkit.plots import plot_learning_rate_curve
+
+    section = Section(
+        title or f"Largest learning rate against batch size, {document['optimizer']}",
+        f"{document['condition']}. Sharpness {document['sharpness_at_start']:.3g} at the start, {document['sharpness_after_pilot']:.3g} after the pilot.",
+        draw=lambda ax: plot_learning_rate_curve(document, ax=ax),
+        figure_label="Largest stable learning rate against batch size",
+        findings=list(document["findings"]),
+        cost=f"{document['gradients']:.0f} full-data gradients, {document['seconds']:.3g} s",
+        columns=["batch size", "largest stable rate (interval)", "by curvature alone", "lambda_max of H_B (interval)", "lambda_min of H_B"],
+    )
+    for row in document["rows"]:
+        rate = f"{row['max_lr']:.3g} ({row['max_lr_lower']:.3g} - {row['max_lr_upper']:.3g})"
+        top = f"{row['lambda_max']:.3g} ({row['lambda_max_lower']:.3g} - {row['lambda_max_upper']:.3g})"
+        section.rows.append([str(row["batch_size"]), rate, f"{row['by_curvature']:.3g}", top, f"{row['lambda_min']:.3g}"])
+    return section
+
+
 def _generic_section(document: Document, title: str) -> Section:
     scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
     return Section(
@@ -275,6 +294,7 @@ _SECTIONS: dict[str, Callable[[Document, str], Section]] = {
     "curvature_history": _history_section,
     "layer_sharpness": _layers_section,
     "diagnosis": _diagnosis_section,
+    "learning_rate_curve": _curve_section,
 }
 
 

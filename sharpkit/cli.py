@@ -1,4 +1,4 @@
-"""The command line: ``sharpkit demo | measure | spectrum | doctor | report``.
+"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report``.
 
 Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
 reach its tolerance; 130 interrupted.
@@ -146,7 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     spectrum = _command(subparsers, "spectrum", commands.run_spectrum_command, "largest eigenvalues and spectral density of the Hessian")
     doctor = _command(subparsers, "doctor", commands.run_doctor_command, "can measurements of this model, loss and data be trusted?")
-    for command in (measure, spectrum, doctor):
+    batch = _command(subparsers, "batch", commands.run_batch_command, "the largest stable learning rate for every batch size")
+    batch.add_argument("--batch-sizes", type=_count, nargs="+", metavar="B", help="where to evaluate (default: powers of two from 4 on)")
+    batch.add_argument(
+        "--pilot", type=_count, default=100, metavar="STEPS", help="of the pilot and of each short run (default: %(default)s)"
+    )
+    batch.add_argument("--no-calibration", action="store_true", help="curvature only: no short training runs")
+    for command in (measure, spectrum, doctor, batch):
         command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")
         _add_common(command)
     spectrum.add_argument("--k", type=_count, default=10, help="how many of the largest eigenvalues (default: %(default)s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -208,6 +209,54 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
     ax.set_yticks(rows, labels=list(layers.names))
     ax.invert_yaxis()
     ax.set_xlabel("curvature of the layer's block (loss / parameter²)")
+    if title:
+        ax.set_title(title)
+    return _finish(ax)
+
+
+def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Largest stable learning rate against batch size, log-log: the curve with its interval, calibrating runs, the limit by curvature, the rule.
+
+    Args:
+        document: ``LearningRateCurve.to_dict()``.
+        ax: where to draw; by default a new figure.
+        title: of the axes.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> row = {"max_lr": 0.1, "max_lr_lower": 0.05, "max_lr_upper": 0.2, "by_curvature": 0.1}
+        >>> rows = [{"batch_size": b, **row} for b in (8, 64)]
+        >>> plot_learning_rate_curve({"rows": rows, "anchors": [], "crossover": {"value": 8}, "exponent": 1.0, "optimizer": "SGD"}).get_xscale()
+        'log'
+    """
+    ax = ax if ax is not None else _new_axes()
+    rows = document["rows"]
+    sizes = np.array([row["batch_size"] for row in rows], dtype=float)
+    rates, lower, upper, theory = (
+        np.array([row[k] for row in rows], dtype=float) for k in ("max_lr", "max_lr_lower", "max_lr_upper", "by_curvature")
+    )
+    ax.fill_between(sizes, lower, upper, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval")
+    ax.plot(sizes, rates, color=BLUE, linewidth=1.8, marker="o", markersize=3.5, label=f"largest stable rate, {document['optimizer']}")
+    ax.plot(sizes, theory, color=GREY, linestyle=":", linewidth=1.4, label="mean-square limit at the pilot's end")
+    for anchor in document["anchors"]:
+        ax.vlines(anchor["batch_size"], anchor["trained"], anchor["broke"], color=GREEN, linewidth=4, alpha=0.7)
+    if document["anchors"]:
+        ax.plot([], [], color=GREEN, linewidth=4, alpha=0.7, label="short runs: trained to broke")
+    rule = rates[0] * (sizes / sizes[0]) ** document["exponent"]
+    name = "square-root" if document["exponent"] == 0.5 else "linear"
+    shown = rule <= 3 * upper.max()
+    ax.plot(sizes[shown], rule[shown], color=ORANGE, linestyle="--", linewidth=1.2, label=f"{name} rule")
+    cross = float(document["crossover"]["value"])
+    if sizes[0] < cross < sizes[-1]:
+        ax.axvline(cross, color=GREY, linewidth=0.8)
+        ax.annotate(f"B* = {cross:.0f}", (cross, lower.min()), xytext=(4, 4), textcoords="offset points", color=GREY, fontsize=8)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xlabel("batch size (samples)")
+    ax.set_ylabel("largest stable learning rate")
     if title:
         ax.set_title(title)
     return _finish(ax)

@@ -219,7 +219,7 @@ class LearningRateCurve:
         """The largest rate against B with its interval, the anchors, the limit by curvature and the simple rule."""
         from sharpkit.plots import plot_learning_rate_curve
 
-        return plot_learning_rate_curve(self, ax=ax)
+        return plot_learning_rate_curve(self.to_dict(), ax=ax)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -229,6 +229,7 @@ class LearningRateCurve:
             "version": SCHEMA_VERSION,
             "optimizer": self.optimizer,
             "condition": self.rule.condition,
+            "exponent": self.exponent,
             "rows": self.rows(),
             "crossover": cross.to_dict(),
             "rule_holds_to": self.rule_holds_to(),

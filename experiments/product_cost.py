@@ -1,7 +1,8 @@
 """What one exact product costs in time and memory, in gradients on the same batch.
 
 Time: the gradient, the bare double backward over a retained graph, and sharpkit's Hessian and Gauss-Newton products take turns in one
-process, on one thread; medians of processor time. Memory: each case in a fresh process, the peak of resident memory over what the model and data held before.
+process, on one thread; medians of processor time. Memory: each case in a fresh process, the peak of resident memory over what the model
+and data held before.
 
     python -m experiments.product_cost      # results/product_cost.jsonl, figures/product_cost.png
 """

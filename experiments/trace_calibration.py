@@ -101,11 +101,13 @@ def draw(rows: list[Row], figure: Any) -> None:
     ):
         bars = right.bar(np.arange(len(rows)) + 0.27 * (shift - 1), [row[key] for row in rows], 0.25, label=label)
         right.bar_label(bars, fmt="%.0f", fontsize=7)
-    right.plot(np.arange(len(rows)), [row["n"] for row in rows], "k_", ms=40, label="n products: exact")
+    right.plot(np.arange(len(rows)), [row["n"] for row in rows], "k_", ms=40, mew=1.5)
+    right.text(0, rows[0]["n"] * 1.15, "n products: exact", ha="center", fontsize=7)
     right.set_xticks(range(len(rows)), [row["case"].split(",")[0] for row in rows], fontsize=8)
     right.set(ylabel="mean products to 1 %", yscale="log")
     right.margins(y=0.2)
-    right.legend(fontsize=7)
+    right.set_ylim(top=8000)
+    right.legend(fontsize=7, ncols=3, loc="upper center")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from sharpkit._errors import SharpkitError as SharpkitError
     from sharpkit._errors import SharpkitWarning as SharpkitWarning
     from sharpkit._errors import UnsupportedError as UnsupportedError
-    from sharpkit.analysis.batch import LearningRateCurve as LearningRateCurve
     from sharpkit.analysis.batch import learning_rate_curve as learning_rate_curve
+    from sharpkit.analysis.batch_rates import LearningRateCurve as LearningRateCurve
     from sharpkit.analysis.bounded import Bounded as Bounded
     from sharpkit.analysis.bracket import SharpnessBracket as SharpnessBracket
     from sharpkit.analysis.bracket import sharpness_bracket as sharpness_bracket
@@ -86,7 +86,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "SharpkitWarning",
         "UnsupportedError",
     ),
-    "sharpkit.analysis.batch": ("LearningRateCurve", "learning_rate_curve"),
+    "sharpkit.analysis.batch": ("learning_rate_curve",),
+    "sharpkit.analysis.batch_rates": ("LearningRateCurve",),
     "sharpkit.analysis.bounded": ("Bounded",),
     "sharpkit.analysis.bracket": ("SharpnessBracket", "sharpness_bracket"),
     "sharpkit.analysis.critical": ("CriticalLearningRate", "critical_learning_rate"),

@@ -262,7 +262,8 @@ def _curve_section(document: Document, title: str) -> Section:
 
     section = Section(
         title or f"Largest learning rate against batch size, {document['optimizer']}",
-        f"{document['condition']}. Sharpness {document['sharpness_at_start']:.3g} at the start, {document['sharpness_after_pilot']:.3g} after the pilot.",
+        f"{document['condition']}. Sharpness {document['sharpness_at_start']:.3g} at the start, "
+        f"{document['sharpness_after_pilot']:.3g} after the pilot.",
         draw=lambda ax: plot_learning_rate_curve(document, ax=ax),
         figure_label="Largest stable learning rate against batch size",
         findings=list(document["findings"]),

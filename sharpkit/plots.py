@@ -215,7 +215,8 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
 
 
 def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = None, title: str | None = None) -> Axes:
-    """Largest stable learning rate against batch size, log-log: the curve with its interval, calibrating runs, the limit by curvature, the rule.
+    """Largest stable learning rate against batch size, log-log: the curve with its interval, calibrating runs, the limit by curvature, the
+    rule.
 
     Args:
         document: ``LearningRateCurve.to_dict()``.
@@ -229,7 +230,8 @@ def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = N
         >>> import matplotlib; matplotlib.use("Agg")
         >>> row = {"max_lr": 0.1, "max_lr_lower": 0.05, "max_lr_upper": 0.2, "by_curvature": 0.1}
         >>> rows = [{"batch_size": b, **row} for b in (8, 64)]
-        >>> plot_learning_rate_curve({"rows": rows, "anchors": [], "crossover": {"value": 8}, "exponent": 1.0, "optimizer": "SGD"}).get_xscale()
+        >>> document = {"rows": rows, "anchors": [], "crossover": {"value": 8}, "exponent": 1.0, "optimizer": "SGD"}
+        >>> plot_learning_rate_curve(document).get_xscale()
         'log'
     """
     ax = ax if ax is not None else _new_axes()

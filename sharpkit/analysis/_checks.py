@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sharpkit._batches import map_tensors
 from sharpkit._memory import available_memory, human_bytes
+from sharpkit.analysis.twin import twin_objective
 from sharpkit.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
 
@@ -98,25 +98,8 @@ def _check_linear(hessian: HessianOperator, seed: int) -> Verdict:
 
 def float64_twin(objective: Objective) -> Objective:
     """The same objective on a float64 copy of the model and of the first batches. Raises whatever the model raises in float64."""
-    model = copy.deepcopy(objective.model).double()
-    batches = []
-    for index, batch in enumerate(objective._source):
-        if index >= _MAX_COPIED_BATCHES:
-            break
-        batches.append(map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch))
-    loss = copy.deepcopy(objective.loss).double() if isinstance(objective.loss, nn.Module) else objective.loss
-    return Objective(
-        model,
-        batches,
-        loss=loss,
-        closure=None if loss is not None else objective._closure,
-        params=list(objective.layout.names),
-        mode=objective.mode,
-        process_group=False,
-        seed=objective.seed,
-        count=objective._count,
-        reduction=objective.reduction,
-    )
+    batches = list(itertools.islice(iter(objective._source), _MAX_COPIED_BATCHES))
+    return twin_objective(objective, batches, dtype=torch.float64)
 
 
 def _check_finite_differences(hessian: HessianOperator, seed: int) -> Verdict:

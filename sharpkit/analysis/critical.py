@@ -110,6 +110,8 @@ def critical_learning_rate(
         raise NonFiniteError("the gradient or the optimizer's next update contains NaN or infinity: there is no step to measure")
     if slope < 0:  # the loss rises from the first: no search could tell that from a tiny rate
         return CriticalLearningRate(0.0, 0.0, 0.0, math.inf, 0, "ascent")
+    if not bool(update.any()):
+        return CriticalLearningRate(math.inf, math.inf, math.inf, 0.0, 0, "unbounded")
     search = _Search(objective, objective.layout.split(update))
     lower, upper = search.bracket(start)
     while lower > 0 and math.isfinite(upper) and lower / upper < 1 - rtol:

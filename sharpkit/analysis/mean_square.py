@@ -76,9 +76,14 @@ def gaussian_limit(nodes: ArrayLike, counts: ArrayLike, batch_size: float, *, mo
 
 
 def equal_norm_trace_limit(lambda_max: float, trace: float, batch_size: float) -> float:
-    """2 / (tr(H) / B + (1 - 1/B) lambda_max): linear stability of an interpolating minimum with equal-norm gradients and square loss.
+    """2 / (tr(H) / B + (1 - 1/B) lambda_max): below it an interpolating minimum with equal-norm gradients and square loss is stable.
 
-    At B = 1 it is 2 / tr(H) (Wu and Su 2023, arXiv 2305.17490).
+    With C the second moment of the error, tr C changes by -2 eta tr(HC) + eta^2 (tr(H) tr(HC) / B + (1 - 1/B) tr(H^2 C)), and
+    tr(H^2 C) <= lambda_max tr(HC): so the rate is safe for every B. At B = 1, where it is 2 / tr(H), and where all curvatures are equal it
+    is also the largest stable one; else stability ends later.
+
+    References:
+        Wu and Su (2023), arXiv 2305.17490, for B = 1.
 
     Example:
         >>> equal_norm_trace_limit(2.0, 8.0, 1), equal_norm_trace_limit(2.0, 8.0, 3)

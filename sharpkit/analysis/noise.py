@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharpkit._errors import NonFiniteError
 from sharpkit.analysis.pool import SamplePool
-from sharpkit.linalg.results import SCHEMA_VERSION, Estimate, format_with_error
+from sharpkit.linalg.results import SCHEMA_VERSION, Estimate, format_with_error, student_factor
 from sharpkit.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
 
@@ -132,12 +132,13 @@ def _noise_and_signal(gram: Tensor, size: int) -> tuple[Estimate, Estimate, Esti
 
     noise, signal = estimate(float(diagonal.sum()), float(matrix.sum()), count)
     left_out = np.array([estimate(diagonal.sum() - diagonal[j], matrix.sum() - 2 * rows[j] + diagonal[j], count - 1) for j in range(count)])
-    spread = np.sqrt((count - 1) * left_out.var(axis=0))
+    widened = (count - 1) * student_factor(count) ** 2
+    spread = np.sqrt(widened * left_out.var(axis=0))
     resolved = signal > 2 * float(spread[1])
     scale = (math.inf, math.inf)
     if signal > 0:
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio_error = float(np.sqrt((count - 1) * (left_out[:, 0] / left_out[:, 1]).var()))
+            ratio_error = float(np.sqrt(widened * (left_out[:, 0] / left_out[:, 1]).var()))
         scale = (noise / signal, ratio_error if math.isfinite(ratio_error) else math.inf)
     how = f"{count} groups of {size}"
     return (

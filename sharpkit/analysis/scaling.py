@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sharpkit._errors import SharpkitWarning
 
 if TYPE_CHECKING:
-    from sharpkit.analysis.batch import LearningRateCurve
+    from sharpkit.analysis.batch_rates import LearningRateCurve
 
 _RULES = {"linear": 1.0, "sqrt": 0.5}
 
@@ -58,9 +58,9 @@ def scale_learning_rate(
     """The learning rate for another batch size, k = new / old.
 
     ``"linear"``: lr x k, for SGD. ``"sqrt"``: lr x sqrt(k), for Adam and its kin, with 1 - beta_i x k and eps / sqrt(k), which holds while
-    k (1 - beta_i) << 1. A :class:`~sharpkit.analysis.batch.LearningRateCurve` scales by the ratio of its largest stable rates: the measured rule.
-    Momentum of SGD is kept under the linear rule (same decay per step at a proportionally larger rate); weight decay is adjusted so that an epoch
-    shrinks the weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
+    k (1 - beta_i) << 1. A :class:`~sharpkit.analysis.batch_rates.LearningRateCurve` scales by the ratio of its largest stable rates: the
+    measured rule. Momentum of SGD is kept under the linear rule (same decay per step at a proportionally larger rate); weight decay is
+    adjusted so that an epoch shrinks the weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
 
     Args:
         lr: learning rate that works at ``batch_size``.
@@ -80,7 +80,8 @@ def scale_learning_rate(
         ScaledLearningRate(0.002, betas=(0.6, 0.996): lr x sqrt(k), k = 4)
 
     References:
-        Goyal et al. (2017), arXiv 1706.02677, for the linear rule; Malladi et al. (2022), arXiv 2205.10287, for the square root and companions.
+        Goyal et al. (2017), arXiv 1706.02677, for the linear rule; Malladi et al. (2022), arXiv 2205.10287, for the square root and
+        companions.
     """
     for name, value in (("lr", lr), ("batch_size", batch_size), ("new_batch_size", new_batch_size)):
         if not (value > 0 and math.isfinite(value)):
@@ -105,7 +106,8 @@ def _scaled_betas(betas: tuple[float, float], k: float) -> tuple[float, float]:
     scaled = tuple(1 - k * (1 - beta) for beta in betas)
     if min(scaled) <= 0:
         raise ValueError(
-            f"1 - beta x k leaves the range for betas={betas} and k = {k:g}: the square-root rule's companions hold while k (1 - beta) << 1; "
+            f"1 - beta x k leaves the range for betas={betas} and k = {k:g}: the square-root rule's companions hold while k (1 - "
+            f"beta) << 1; "
             "scale in smaller steps, or leave betas out"
         )
     if k * (1 - min(betas)) > 0.5:
@@ -125,7 +127,8 @@ def _by_curve(
     name = "square-root" if curve.exponent == 0.5 else "linear"
     if abs(factor / straight - 1) > 0.1:
         _warn(
-            f"between B = {batch_size:g} and {new_batch_size:g} the {name} rule is off by {straight / factor:.2g}x; the measured curve was used"
+            f"between B = {batch_size:g} and {new_batch_size:g} the {name} rule is off by {straight / factor:.2g}x; the measured "
+            f"curve was used"
         )
     decay = weight_decay * (new_batch_size / batch_size) / factor if weight_decay is not None else None
     return ScaledLearningRate(scaled, momentum=momentum, weight_decay=decay, rule=f"measured curve, x {factor:.3g}")

@@ -1,0 +1,202 @@
+"""The learning-rate curve: exact where theory is exact, true to real training, and without a trace on the user's model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sharpkit as sk
+from sharpkit.analysis.batch_curvature import BatchCurvature, DirectPoint, measure_batch_curvature
+from sharpkit.analysis.batch_rates import Anchor, LearningRateCurve
+from sharpkit.analysis.mean_square import short_form
+from sharpkit.analysis.pilot import Ledger, Trainer
+from sharpkit.analysis.pool import SamplePool
+from sharpkit.analysis.stability import UpdateRule
+from sharpkit.operators.hessian import HessianOperator
+
+
+def _regression(samples: int = 256, scale: float = 3.0) -> tuple[nn.Module, sk.Objective]:
+    """Linear least squares with Gaussian inputs: curvature does not move, and the mean-square theory is exact up to sampling."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 5, generator=g, dtype=torch.float64) * torch.tensor([scale, 1.0, 1.0, 0.5, 0.5], dtype=torch.float64)
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1, bias=False).double()
+    return model, sk.Objective(model, (x, x @ torch.ones(5, 1, dtype=torch.float64)), loss=F.mse_loss)
+
+
+def _classifier() -> tuple[nn.Module, sk.Objective]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(320, 8, generator=g)
+    y = (x @ torch.randn(8, 3, generator=g)).argmax(dim=1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    return model, sk.Objective(model, (x, y), loss=F.cross_entropy)
+
+
+def test_the_noise_along_the_top_eigenvector_is_that_of_single_samples() -> None:
+    _, objective = _regression()
+    curvature = measure_batch_curvature(SamplePool(objective), sizes=[8, 64], seed=0, ledger=Ledger())
+    x = next(iter(objective._source))[0]
+    matrices = 2 * x[:, :, None] * x[:, None, :]
+    mean = matrices.mean(dim=0)
+    values, vectors = torch.linalg.eigh(mean)
+    exact = float(((matrices - mean) @ vectors[:, -1]).square().sum(dim=1).mean())
+    assert curvature.lambda_max == pytest.approx(float(values[-1]), rel=1e-3)
+    assert abs(curvature.directional[0] - exact) < 4 * curvature.directional[1]
+
+
+def test_measured_batch_curvature_lies_between_its_neighbours() -> None:
+    _, objective = _classifier()
+    pool = SamplePool(objective)
+    curvature = measure_batch_curvature(pool, sizes=[8, 32, 128], seed=0, ledger=Ledger(), repeats=8)
+    generator = torch.Generator().manual_seed(77)
+    for size in (16, 64):
+        tops = [
+            float(sk.eigenpairs(HessianOperator(b), k=1).values[0])
+            for _, b in zip(range(12), pool.draws(size, generator=generator), strict=False)
+        ]
+        assert float(curvature.lambda_max_of(size)) == pytest.approx(np.mean(tops), rel=0.2)
+    assert float(curvature.lambda_max_of(320)) == pytest.approx(curvature.lambda_max)
+    assert float(curvature.lambda_min_of(8)) <= float(curvature.lambda_min_of(128)) <= curvature.lambda_min + 1e-9
+
+
+def _curvature(**changes: object) -> BatchCurvature:
+    settings: dict[str, object] = {
+        "lambda_max": 2.0,
+        "lambda_min": -0.1,
+        "trace": 10.0,
+        "nodes": (2.0,),
+        "counts": (1.0,),
+        "directional": (12.0, 1.0),
+        "isotropic": 0.5,
+        "subspace_share": 1.0,
+        "direct": (),
+        "num_samples": 1024,
+    }
+    settings.update(changes)
+    return BatchCurvature(**settings)  # type: ignore[arg-type]
+
+
+def test_the_estimators_have_their_closed_forms() -> None:
+    curvature = _curvature()
+    b = 16 / (1 - 16 / 1024)
+    assert curvature.noise == 6.0
+    assert curvature.directional_estimate(16) == pytest.approx(2 + 6 / b)
+    assert curvature.isotropic_estimate(16) == pytest.approx(2 + 0.5 / b / 2)
+    direct = tuple(DirectPoint(size, (2 + 8 / (size / (1 - size / 1024)),) * 3, (-0.1,) * 3) for size in (8, 32))
+    assert _curvature(direct=direct).calibrated_estimate(16) == pytest.approx(2 + 8 / b)
+    assert float(_curvature(direct=direct).lambda_max_of(16)) == pytest.approx(2 + 8 / b, rel=1e-6)
+
+
+def test_the_choice_of_estimator_is_explained() -> None:
+    point = DirectPoint(8, (3.0, 3.1), (-0.2, -0.1))
+    assert _curvature().choose()[0] == "directional"
+    assert _curvature(direct=(point,)).choose()[0] == "calibrated"
+    name, why = _curvature(direct=(point, DirectPoint(32, (2.5, 2.4), (-0.1, -0.1)))).choose()
+    assert name == "interpolated" and "8, 32" in why
+
+
+def _rates(anchors: tuple[Anchor, ...] = ()) -> LearningRateCurve:
+    curvature = _curvature()
+    limits = tuple((float(b), short_form(2.0, 6.0, curvature.effective(b))) for b in np.geomspace(1, 1024, 40))
+    return LearningRateCurve((1, 8, 64, 1024), "SGD", UpdateRule(name="SGD"), curvature, limits, anchors, (1.0, 2.0), 0.1, 1024, 100.0, 1.0)
+
+
+def test_without_calibration_the_curve_is_the_mean_square_limit() -> None:
+    curve = _rates()
+    for b in (1, 5, 30, 1024):
+        assert float(curve.max_lr(b)) == pytest.approx(short_form(2.0, 6.0, curve.curvature.effective(b)), rel=0.02)
+    assert curve.max_lr(8).lower < curve.max_lr(8) < curve.max_lr(8).upper
+    with pytest.raises(ValueError, match="1024 samples"):
+        curve.max_lr(2048)
+
+
+def test_the_crossover_is_where_the_rule_meets_the_plateau() -> None:
+    curve = _rates()
+    # the linear law through B = 1 and 8 lies below the small-batch slope 1/3 by the saturation at 8: meets the plateau 1 between 3 and 8
+    assert 3 < curve.crossover < 8
+    assert "linear scaling reaches the plateau" in str(curve)
+
+
+def test_calibration_moves_the_level_and_holds_it_beyond_the_last_anchor() -> None:
+    anchors = (Anchor(8, 0.5, 0.5 * math.sqrt(2)), Anchor(64, 1.0, math.sqrt(2)))
+    curve = _rates(anchors)
+    assert float(curve.max_lr(8)) == pytest.approx(0.5 * 2**0.25) and float(curve.max_lr(64)) == pytest.approx(2**0.25)
+    assert float(curve.max_lr(1024)) == pytest.approx(2**0.25)
+    assert curve.max_lr(1024).upper / curve.max_lr(1024).lower > curve.max_lr(64).upper / curve.max_lr(64).lower
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_calibrating_runs_find_where_a_quadratic_really_breaks(momentum: float) -> None:
+    model, objective = _regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+    limit = 2 * (1 + momentum) / float(sk.eigenpairs(HessianOperator(objective), k=1).values[0])
+    trainer = Trainer(SamplePool(objective), optimizer)
+    trained, broke = trainer.largest_stable_rate(limit / 10, batch_size=256, steps=300)
+    assert trained <= limit * 1.01 and broke >= limit * 0.99
+
+
+def test_the_curve_agrees_with_training_on_least_squares_at_every_batch_size() -> None:
+    """Curvature does not move here, so the limit by curvature alone must be right, not only the calibrated one."""
+    model, objective = _regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    curve = sk.learning_rate_curve(objective, optimizer, batch_sizes=[2, 32, 256], pilot=40)
+    trainer = Trainer(SamplePool(objective), optimizer, seed=5)
+    for size in (2, 32, 256):
+        trained, broke = trainer.largest_stable_rate(0.02, batch_size=size, steps=250)
+        measured = math.sqrt(trained * broke)
+        assert measured / 1.5 < float(curve.max_lr(size)) < measured * 1.5
+        assert measured / 2 < curve.by_curvature(size) < measured * 2
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
+def test_a_curve_of_a_network_is_complete_and_leaves_no_trace(kind: str) -> None:
+    model, objective = _classifier()
+    optimizer = {
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1),
+        "momentum": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "adam": lambda: torch.optim.Adam(model.parameters(), lr=0.1),
+    }[kind]()
+    weights = copy.deepcopy(model.state_dict())
+    state, rng = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    said: list[str] = []
+    curve = sk.learning_rate_curve(objective, optimizer, batch_sizes=[8, 64, 320], pilot=30, callback=said.append)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert optimizer.state_dict() == state and torch.equal(rng, torch.get_rng_state())
+    assert "full-data gradients" in said[0]
+    assert curve.gradients > 0 and all(math.isfinite(row["max_lr"]) and row["max_lr"] > 0 for row in curve.rows())
+    assert json.loads(json.dumps(curve.to_dict()))["kind"] == "learning_rate_curve"
+    assert str(curve.batch_sizes[0]) in curve.table()
+    assert curve.exponent == (0.5 if kind == "adam" else 1.0)
+
+
+def test_the_same_seed_gives_the_same_curve() -> None:
+    rows = []
+    for _ in range(2):
+        model, objective = _classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rows.append(sk.learning_rate_curve(objective, optimizer, batch_sizes=[16, 64], pilot=10, seed=3).rows())
+    assert rows[0] == rows[1]
+
+
+def test_bad_arguments_are_refused() -> None:
+    model, objective = _classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="320 samples"):
+        sk.learning_rate_curve(objective, optimizer, batch_sizes=[8, 999])
+    with pytest.raises(ValueError, match="two different"):
+        sk.learning_rate_curve(objective, optimizer, batch_sizes=[8])
+    with pytest.raises(ValueError, match="pilot"):
+        sk.learning_rate_curve(objective, optimizer, pilot=2)
+    with pytest.raises(sk.UnsupportedError, match="NAdam"):
+        sk.learning_rate_curve(objective, torch.optim.NAdam(model.parameters()))
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="not the model's"):
+        sk.learning_rate_curve(objective, other, batch_sizes=[8, 64], pilot=20)

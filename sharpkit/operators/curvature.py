@@ -186,10 +186,8 @@ class CurvatureOperator(SymmetricOperator):
         samples = self.objective.micro_batch_size or max(self.objective._survey.lengths, default=0)
         return (
             f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, "
-            "pieces of "
-            f"{samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. Select "
-            "fewer parameters "
-            "(params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
+            f"pieces of {samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. "
+            "Select fewer parameters (params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
         )
 
     def _halve_pieces(self) -> bool:

@@ -196,8 +196,8 @@ def batch_size_tests(
 
     Over per-sample gradients g_i with mean g: sum Var(g_i) / b <= norm^2 |g|^2; Var(g_i . g) / b <= inner_product^2 |g|^4;
     Var(g_i - (g_i . g / |g|^2) g) / b <= orthogonality^2 |g|^2; over the whole parameter vector. On failure the suggestion is what would
-    pass: the norm test asks for B_simple / norm^2. Samples that count more (more targets) weigh more. Costs b + 1 single-sample gradients
-    one after the other and holds two vectors.
+    pass: the norm test asks for B_simple / norm^2. Samples that count more (more targets) weigh more. Costs b single-sample gradients
+    one after the other, and holds two vectors.
 
     Args:
         objective: its samples are the batch.
@@ -227,10 +227,10 @@ def batch_size_tests(
         raise ValueError(f"thresholds must be positive, got norm={norm}, inner_product={inner_product}, orthogonality={orthogonality}")
     pool = SamplePool(objective)
     size = pool.size if batch_size is None else batch_size
-    singles = pool.groups(1, generator=torch.Generator().manual_seed(seed), max_groups=size)
-    if len(singles) < max(2, size):
+    if not 2 <= size <= pool.size:
         raise ValueError(f"the tests need 2 to {pool.size} samples, the objective's, got batch_size={size}")
-    variance, along, across, squared = _variances(singles)
+    chosen = torch.randperm(pool.size, generator=torch.Generator().manual_seed(seed))[:size]
+    variance, along, across, squared = _variances(pool.objective(chosen))
     rows: Sequence[tuple[str, float, float]] = (
         ("norm", variance, norm**2 * squared),
         ("inner product", along, inner_product**2 * squared**2),
@@ -239,20 +239,21 @@ def batch_size_tests(
     return [_verdict(name, statistic, bound, size) for name, statistic, bound in rows]
 
 
-def _variances(singles: Sequence[Objective]) -> tuple[float, float, float, float]:
-    """sum Var(g_i), Var(g_i . g), the variance of the part of g_i across g, and |g|^2, by two passes that keep no per-sample gradients."""
-    counts = [single.num_targets if single.reduction == "mean" else 1.0 for single in singles]
-    shares = [count * len(counts) / sum(counts) for count in counts]
-    mean = torch.zeros(singles[0].num_parameters, dtype=torch.float64, device=singles[0].device)
-    for single, share in zip(singles, shares, strict=True):
-        mean += _finite(single.gradient()[1]).double() * (share / len(shares))
+def _variances(batch: Objective) -> tuple[float, float, float, float]:
+    """sum Var(g_i), Var(g_i . g), the variance of the part of g_i across g, and |g|^2, by passes that keep no per-sample gradients."""
+    mean = _finite(batch.gradient()[1]).double() / (1 if batch.reduction == "mean" else batch.num_samples)
     squared = float(mean @ mean)
+    per_sample = batch.num_targets / batch.num_samples if batch.reduction == "mean" else 1.0
     total = inner = 0.0
-    for single, share in zip(singles, shares, strict=True):
-        deviation = (single.gradient()[1].double() - mean) * share
-        total += float(deviation @ deviation)
-        inner += float(deviation @ mean) ** 2
-    freedom = len(singles) - 1
+    with batch.undisturbed():
+        for piece in batch.pieces():
+            for sample in batch.samples_of(piece):
+                share = sample.count / per_sample if batch.reduction == "mean" else 1.0
+                parts = torch.autograd.grad(batch.evaluate(sample), batch.layout.params, allow_unused=True)
+                deviation = (batch.layout.flatten(parts).double() - mean) * share
+                total += float(deviation @ deviation)
+                inner += float(deviation @ mean) ** 2
+    freedom = batch.num_samples - 1
     across = total - inner / squared if squared > 0 else total
     return total / freedom, inner / freedom, max(across, 0.0) / freedom, squared
 

@@ -19,6 +19,7 @@ from sharpkit.objective import Objective
 
 _PRECISION = 15 / 16
 _MAX_DOUBLINGS = 60
+_COUNTERS = ("step", "mu_product")  # scalars beside the moments, kept in their own type
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def next_update(optimizer: torch.optim.Optimizer, layout: ParamLayout, gradient:
     present = float(optimizer.param_groups[0]["lr"])
     twin = twin_optimizer(optimizer, copies, lr=None if present else 1.0)
     for values in twin.state.values():
-        values.update({k: v.double() for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and k != "step"})
+        moments = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in _COUNTERS}
+        values.update({k: v.double() for k, v in moments.items()})
     for group in twin.param_groups:
         group.update({key: False for key in ("fused", "foreach", "capturable") if key in group})
     for p, g in zip(layout.params, layout.split(gradient), strict=True):

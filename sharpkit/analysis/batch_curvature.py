@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 Wrap = Callable[[SymmetricOperator], SymmetricOperator]
 
 _GROUPS = 64
+_PART = 256  # samples for the trace, the spectrum and the other eigenvectors, none of which the rates rest on
 _DIRECT_TOL = 1e-2
 
 
@@ -55,10 +56,12 @@ class BatchCurvature:
 
     Attributes:
         lambda_max, lambda_min, trace: of the full-data Hessian.
-        nodes, counts: its spectrum as a quadrature: eigenvalues and how many each stands for.
+        nodes, counts: the spectrum on up to 256 samples as a quadrature, where the trace comes from too: eigenvalues, how many each.
         directional: s^2 = E ||(h_i - H) v||^2 of a single sample along the top eigenvector, with its standard error.
         isotropic: r^2 = E ||(h_i - H) z||^2 of a single sample along a random unit vector.
-        subspace_share: part of s^2 that stays within the span of the top eigenvectors looked at.
+        block: (k, k) the full matrix within the span of the top eigenvectors; where they are close, noise mixes them.
+        mixing: (groups, k, k) the groups' deviations within the span of those eigenvectors, scaled to one sample.
+        leakage: the part of s^2 that leads out of that span.
         direct: measured points, ascending in B.
         num_samples: N.
     """
@@ -70,7 +73,9 @@ class BatchCurvature:
     counts: tuple[float, ...]
     directional: tuple[float, float]
     isotropic: float
-    subspace_share: float
+    block: NDArray[np.float64] = field(repr=False)
+    mixing: NDArray[np.float64] = field(repr=False)
+    leakage: float
     direct: tuple[DirectPoint, ...]
     num_samples: int
 
@@ -89,8 +94,17 @@ class BatchCurvature:
         return float(additive_outlier(self.lambda_max, math.sqrt(max(self.isotropic, 0.0) / self.effective(batch_size))))
 
     def directional_estimate(self, batch_size: float) -> float:
-        """lambda + s^2 / (b lambda), noise measured along the top eigenvector."""
-        return self.lambda_max + self.noise / self.effective(batch_size)
+        """Noise along the top eigenvectors: exact within their span, second order out of it (leakage / (b lambda)).
+
+        With one eigenvector it is lambda + s^2 / (b lambda), less the noise along the vector itself, which has mean zero. Nearly equal
+        eigenvalues are mixed by the noise, so their k x k matrix is perturbed as a whole and its largest eigenvalue averaged over groups.
+        """
+        b = self.effective(batch_size)
+        if math.isinf(b) or self.lambda_max <= 0:
+            return self.lambda_max
+        perturbed = self.block + self.mixing / math.sqrt(b)
+        inside = float(np.linalg.eigvalsh(perturbed)[:, -1].mean())
+        return self._capped(inside + self.leakage / (b * self.lambda_max), batch_size)
 
     def calibrated_estimate(self, batch_size: float) -> float:
         """lambda + c / b, c fitted to the measured points."""
@@ -102,7 +116,11 @@ class BatchCurvature:
             excess.append((mean - self.lambda_max) / scale)
         w, e = np.array(weights), np.array(excess)
         c = max(float(w @ e / (w @ w)), 0.0) if len(w) and float(w @ w) > 0 else self.noise
-        return self.lambda_max + c / self.effective(batch_size)
+        return self._capped(self.lambda_max + c / self.effective(batch_size), batch_size)
+
+    def _capped(self, value: float, batch_size: float) -> float:
+        """The mean falls with B (a larger batch's Hessian is a mean of smaller ones'), so smaller measured batches bound it."""
+        return min([value, *(point.mean()[0] for point in self.direct if point.batch_size <= batch_size)])
 
     def interpolated(self, batch_size: float, which: str = "largest") -> Bounded:
         """Through the measured points: straight lines in log excess over log b; beyond them the outer slopes, kept between b^0 and b^-1."""
@@ -193,65 +211,78 @@ def measure_batch_curvature(
         ledger: where the cost is written.
         repeats: batches drawn per size.
         wrap: turns each Hessian into the operator meant (preconditioning).
-        k: eigenvectors of the full Hessian along which noise is measured.
+        k: further eigenvectors, of part of the data, that noise along the top one is shared out to.
         callback: progress of the full-data part.
     """
     turned = wrap or (lambda operator: operator)
     full = HessianOperator(pool.parent)
-    overview = spectral_overview(turned(full), num_probes=3, num_steps=16, tol=5e-3, seed=seed, callback=callback)
-    pairs = eigenpairs(turned(full), k=min(k, full.size), tol=2e-2, seed=seed, initial=overview.largest.vectors[:, 0])
+    largest, smallest = both_ends(turned(full), tol=5e-3, seed=seed)
     ledger.spend(2 * full.num_matvecs * pool.size)
-    noise, share, isotropic = _group_noise(pool, turned, pairs.vectors, seed=seed, ledger=ledger)
+    part = pool.limited(_PART, seed=seed)
+    sketch = HessianOperator(part.parent)
+    density = (overview := spectral_overview(turned(sketch), num_probes=3, num_steps=12, seed=seed, callback=callback)).density
+    pairs = eigenpairs(turned(sketch), k=min(k, full.size), tol=2e-2, seed=seed, initial=largest.vectors[:, 0])
+    ledger.spend(2 * sketch.num_matvecs * part.size)
+    span = torch.linalg.qr(torch.cat([largest.vectors[:, :1], pairs.vectors], dim=1))[0]
+    noise = _group_noise(pool, turned, span, seed=seed, ledger=ledger)
     direct = tuple(
         _direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats)
         for size in sorted(set(sizes))
         if size <= pool.size // 2
     )
-    density = overview.density
     return BatchCurvature(
-        float(overview.largest.values[0]),
-        float(overview.smallest.values[0]),
-        overview.trace.value,
-        tuple(density.nodes.ravel().tolist()),
-        tuple((density.weights * density.size).ravel().tolist()),
-        noise,
-        isotropic,
-        share,
-        direct,
-        pool.size,
+        lambda_max=float(largest.values[0]),
+        lambda_min=float(smallest.values[0]),
+        trace=overview.trace.value,
+        nodes=tuple(density.nodes.ravel().tolist()),
+        counts=tuple((density.weights * density.size).ravel().tolist()),
+        directional=(float(noise.along.mean()), standard_error(noise.along)),
+        isotropic=noise.isotropic,
+        block=noise.block,
+        mixing=noise.mixing,
+        leakage=noise.leakage,
+        direct=direct,
+        num_samples=pool.size,
     )
 
 
 def top_and_noise(pool: SamplePool, *, seed: int, ledger: Ledger, wrap: Wrap) -> tuple[float, float]:
-    """Only lambda_max of the full matrix and s^2 / lambda_max, at a tenth of the cost of everything."""
+    """Only lambda_max of the full matrix and s^2 / lambda_max, at a fraction of the cost of everything."""
     full = HessianOperator(pool.parent)
-    pairs = eigenpairs(wrap(full), k=1, tol=1e-2, seed=seed)
+    pairs = eigenpairs(wrap(full), k=1, tol=5e-2, seed=seed)
     ledger.spend(2 * full.num_matvecs * pool.size)
-    (noise, _), _, _ = _group_noise(pool, wrap, pairs.vectors, seed=seed, ledger=ledger)
+    noise = _group_noise(pool, wrap, pairs.vectors, seed=seed, ledger=ledger)
     top = float(pairs.values[0])
-    return top, noise / top if top > 0 else 0.0
+    return top, float(noise.along.mean()) / top if top > 0 else 0.0
 
 
-def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, ledger: Ledger) -> tuple[tuple[float, float], float, float]:
-    """Single-sample noise from disjoint groups.
+@dataclass(frozen=True)
+class _GroupNoise:
+    """Noise of one sample, from disjoint groups of m: deviations of their Hessians scaled by sqrt(m)."""
 
-    Returns:
-        (s^2, standard error) along the top eigenvector, its share within the span of all vectors, r^2 along a random unit vector.
-    """
+    along: Floats  # (groups,) ||(h - H) v_1||^2
+    block: Floats  # (k, k) V^T H V
+    mixing: Floats  # (groups, k, k) V^T (h - H) V
+    leakage: float  # the part of the first that leads out of the span of V
+    isotropic: float  # ||(h - H) z||^2, z a random unit vector
+
+
+def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, ledger: Ledger) -> _GroupNoise:
     generator = torch.Generator().manual_seed(seed + 1)
-    size = max(1, pool.size // _GROUPS)
+    size, k = max(1, pool.size // _GROUPS), vectors.shape[1]
     groups = pool.groups(size, generator=generator)
     probe = torch.randn(vectors.shape[0], 1, generator=generator, dtype=torch.float64).to(vectors)
-    directions = torch.cat([vectors[:, :1], probe / probe.norm()], dim=1)
-    products = [turned(HessianOperator(group, retain=False)).multiply(directions) for group in groups]
-    ledger.spend(2 * 2 * size * len(groups))
-    stacked = torch.stack(products).double()  # (groups, n, 2)
-    deviation = stacked - stacked.mean(dim=0)
-    squared = deviation.square().sum(dim=1) * size * len(groups) / (len(groups) - 1)  # (groups, 2), each an estimate for one sample
-    along = deviation[:, :, 0]
-    inside = float((along @ vectors.double()).square().sum()) / max(float(along.square().sum()), 1e-300)
-    single = squared[:, 0].cpu().numpy()
-    return (float(single.mean()), standard_error(single)), inside, float(squared[:, 1].mean())
+    directions = torch.cat([vectors, probe / probe.norm()], dim=1)
+    products = [turned(HessianOperator(group)).multiply(directions).double() for group in groups]
+    ledger.spend(2 * (k + 1) * size * len(groups))
+    stacked = torch.stack(products)  # (groups, n, k + 1)
+    deviation = (stacked - stacked.mean(dim=0)) * math.sqrt(size * len(groups) / (len(groups) - 1))
+    squared = deviation.square().sum(dim=1)
+    inside = torch.einsum("nj,gnk->gjk", vectors.double(), deviation[:, :, :k])
+    leakage = float((squared[:, 0] - inside[:, :, 0].square().sum(dim=1)).mean())
+    mixing = ((inside + inside.transpose(1, 2)) / 2).cpu().numpy()
+    block = (vectors.double().T @ stacked.mean(dim=0)[:, :k]).cpu().numpy()
+    return _GroupNoise(squared[:, 0].cpu().numpy(), (block + block.T) / 2, mixing, max(leakage, 0.0), float(squared[:, k].mean()))
 
 
 def _direct_point(pool: SamplePool, turned: Wrap, size: int, *, seed: int, ledger: Ledger, repeats: int) -> DirectPoint:

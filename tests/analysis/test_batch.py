@@ -76,7 +76,9 @@ def _curvature(**changes: object) -> BatchCurvature:
         "counts": (1.0,),
         "directional": (12.0, 1.0),
         "isotropic": 0.5,
-        "subspace_share": 1.0,
+        "block": np.array([[2.0]]),
+        "mixing": np.zeros((4, 1, 1)),
+        "leakage": 12.0,
         "direct": (),
         "num_samples": 1024,
     }
@@ -93,6 +95,20 @@ def test_the_estimators_have_their_closed_forms() -> None:
     direct = tuple(DirectPoint(size, (2 + 8 / (size / (1 - size / 1024)),) * 3, (-0.1,) * 3) for size in (8, 32))
     assert _curvature(direct=direct).calibrated_estimate(16) == pytest.approx(2 + 8 / b)
     assert float(_curvature(direct=direct).lambda_max_of(16)) == pytest.approx(2 + 8 / b, rel=1e-6)
+
+
+def test_nearly_equal_top_eigenvalues_are_perturbed_as_a_block() -> None:
+    """Two equal eigenvalues and noise +-delta that mixes them: the largest is 2 + |delta|, which one eigenvector alone cannot see."""
+    mixing = np.array([[[0.0, 1.0], [1.0, 0.0]], [[0.0, -1.0], [-1.0, 0.0]]])
+    curvature = _curvature(block=2 * np.eye(2), mixing=mixing, leakage=0.0)
+    b = curvature.effective(16)
+    assert curvature.directional_estimate(16) == pytest.approx(2 + 1 / math.sqrt(b))
+
+
+def test_a_smaller_measured_batch_bounds_the_estimates() -> None:
+    curvature = _curvature(direct=(DirectPoint(2, (3.0, 3.0), (-0.2, -0.2)),))
+    assert curvature.directional_estimate(4) == 3.0
+    assert curvature.calibrated_estimate(4) <= 3.0
 
 
 def test_the_choice_of_estimator_is_explained() -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sharpkit.analysis.noise import batch_size_tests as batch_size_tests
     from sharpkit.analysis.noise import gradient_noise_scale as gradient_noise_scale
     from sharpkit.analysis.scaling import ScaledLearningRate as ScaledLearningRate
+    from sharpkit.analysis.scaling import safe_damping as safe_damping
     from sharpkit.analysis.scaling import scale_learning_rate as scale_learning_rate
     from sharpkit.analysis.sharpness import Sharpness as Sharpness
     from sharpkit.analysis.sharpness import measure as measure
@@ -96,7 +97,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.analysis.history": ("CurvatureHistory",),
     "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
     "sharpkit.analysis.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
-    "sharpkit.analysis.scaling": ("ScaledLearningRate", "scale_learning_rate"),
+    "sharpkit.analysis.scaling": ("ScaledLearningRate", "safe_damping", "scale_learning_rate"),
     "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
     "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),

@@ -5,40 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit import _counting
-from sharpkit._batches import Batch, BatchSource, slice_batch, to_device
+from sharpkit._batches import Batch, BatchSource
 from sharpkit._distributed import find_ranks
 from sharpkit._errors import ObjectiveError
 from sharpkit._guard import loader_generators, seed_everything, undisturbed, unwrap
 from sharpkit._loss import call_model, check_arguments, check_loss, own_loss
 from sharpkit._params import ParamSelector, select_params
+from sharpkit._pieces import Piece, cut_batches, cut_samples
 from sharpkit._probing import make_probe
 from sharpkit._survey import Look, Probe, Survey, conclude, look_at
 
 Closure = Callable[[nn.Module, Batch], Tensor]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A batch or a slice of one, on the model's device.
-
-    Attributes:
-        key: (batch number, first sample): the same piece has the same key in every pass.
-        batch: the data.
-        count: what it counts (targets, or the sum of their class weights).
-        weight: its share of the objective: count / total for a mean, 1 for a sum.
-    """
-
-    key: tuple[int, int]
-    batch: Batch
-    count: float
-    weight: float
 
 
 class Objective:
@@ -219,28 +202,7 @@ class Objective:
 
     def pieces(self) -> Iterator[Piece]:
         """The data, batch by batch or in slices of ``micro_batch_size``, with weights; pieces that count nothing are left out."""
-        seen = 0
-        for index, batch in enumerate(self._source):
-            seen += 1
-            if index < self.num_batches and self._survey.counts[index]:
-                yield from self._slices(index, to_device(batch, self._data_device))
-        if seen != self.num_batches:
-            raise ObjectiveError(
-                f"the data gave {seen} batches, {self.num_batches} when the objective was made: it changed, make a new Objective"
-            )
-
-    def _slices(self, index: int, batch: Batch) -> Iterator[Piece]:
-        length = self._survey.lengths[index]
-        if self.micro_batch_size is None or self.micro_batch_size >= length:
-            yield self._piece((index, 0), batch, self._survey.counts[index])
-            return
-        for start in range(0, length, self.micro_batch_size):
-            part = slice_batch(batch, start, start + self.micro_batch_size, length=length)
-            if count := self.count_of(part):
-                yield self._piece((index, start), part, count)
-
-    def _piece(self, key: tuple[int, int], batch: Batch, count: float) -> Piece:
-        return Piece(key, batch, count, count / self.num_targets if self.reduction == "mean" else 1.0)
+        return cut_batches(self._source, self._survey, self.count_of, size=self.micro_batch_size, device=self._data_device)
 
     def samples_of(self, piece: Piece) -> list[Piece]:
         """A piece cut into single samples, those that count nothing left out.
@@ -252,10 +214,7 @@ class Objective:
             raise ObjectiveError(
                 f"per-sample gradients would not add up to the gradient: {self._why_whole()}. Use mode='eval', or another loss"
             )
-        index, first = piece.key
-        length = _counting.samples_in(piece.batch, self.loss is not None)
-        slices = [slice_batch(piece.batch, i, i + 1, length=length) for i in range(length)]
-        return [self._piece((index, first + i), part, count) for i, part in enumerate(slices) if (count := self.count_of(part))]
+        return cut_samples(piece, self._survey, self.count_of, length=_counting.samples_in(piece.batch, self.loss is not None))
 
     def count_of(self, batch: Batch) -> float:
         """What a batch counts, by the rule found at the start."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from sharpkit._errors import ObjectiveError
 from sharpkit._loss import check_loss
 from sharpkit._memory import graph_bytes
-from sharpkit.objective import Objective, Piece
+from sharpkit._pieces import Piece
+from sharpkit.objective import Objective
 from sharpkit.operators.curvature import Pieces, check_twice_differentiable
 
 

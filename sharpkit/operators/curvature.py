@@ -14,7 +14,8 @@ from torch import Tensor
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
 from sharpkit._memory import available_memory, graph_nodes, human_bytes, is_out_of_memory
 from sharpkit._params import ParamSelector
-from sharpkit.objective import Objective, Piece
+from sharpkit._pieces import Piece
+from sharpkit.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from sharpkit._counting import KnownLoss, recognise_loss, samples_in
 from sharpkit._errors import ObjectiveError
 from sharpkit._memory import available_memory
-from sharpkit.objective import Objective, Piece
+from sharpkit._pieces import Piece
+from sharpkit.objective import Objective
 from sharpkit.operators._jacobian import OutputJacobian, output_gradient
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, all_equal
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharpkit.objective import Piece
+from sharpkit._pieces import Piece
 from sharpkit.operators._jacobian import OutputJacobian, output_gradient
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpkit._errors import ObjectiveError
 from sharpkit._memory import graph_bytes
-from sharpkit.objective import Piece
+from sharpkit._pieces import Piece
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, check_twice_differentiable
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpkit._errors import NonFiniteError
+from sharpkit._errors import NonFiniteError, UnsupportedError
 from sharpkit._params import ParamLayout
 from sharpkit.analysis.twin import twin_optimizer
 from sharpkit.linalg.results import SCHEMA_VERSION
@@ -171,8 +171,16 @@ def next_update(optimizer: torch.optim.Optimizer, layout: ParamLayout, gradient:
 
     Returns:
         (n,) in the layout's order; 0 for parameters the optimizer does not hold.
+
+    Raises:
+        UnsupportedError: LBFGS, whose step searches.
+        ValueError: the optimizer holds none of these parameters.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError("LBFGS evaluates the loss several times within a step, so it has no next update to look at; use another one")
     copies = {id(p): torch.nn.Parameter(p.detach().double().clone()) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in copies for p in layout.params):
+        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
     before = {key: p.detach().clone() for key, p in copies.items()}
     present = float(optimizer.param_groups[0]["lr"])
     twin = twin_optimizer(optimizer, copies, lr=None if present else 1.0)

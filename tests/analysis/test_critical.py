@@ -264,3 +264,14 @@ def test_arguments_are_checked() -> None:
         sk.critical_learning_rate(objective, optimizer, guess=0.1, rtol=0)
     with pytest.raises(sk.NonFiniteError, match="no step to measure"):
         sk.critical_learning_rate(objective, optimizer, guess=0.1, gradient=torch.full((6,), math.nan, dtype=torch.float64))
+
+
+def test_an_optimizer_that_searches_within_its_step_is_refused() -> None:
+    objective = quadratic()
+    with pytest.raises(sk.UnsupportedError, match="LBFGS"):
+        sk.critical_learning_rate(objective, torch.optim.LBFGS(objective.model.parameters(), lr=0.1))
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="none of the objective's parameters"):
+        sk.critical_learning_rate(quadratic(), torch.optim.SGD(built(Pair).parameters(), lr=0.1))

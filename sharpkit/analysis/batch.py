@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,9 +21,12 @@ logger = logging.getLogger(__name__)
 
 _MAX_POOL = 4096
 _PILOT_BATCH = 256
-_RUNS = 7  # a calibration takes about so many
+_RUNS = 6  # a search takes about so many
+_MEASURING = 80  # full-data gradients for curvature and its noise, about
 _ANCHOR_STRIDE = 8  # calibrate at every eighth batch size ...
-_ANCHOR_SHARE = 7  # ... up to a seventh of the data: runs at large batches cost most
+_ANCHOR_SHARE = 28  # ... up to this part of the data: runs at large batches cost most
+_WHOLE_SHARE, _WHOLE_SIZES = 7, (64, 256)  # the noise-free end: on a seventh of the data, within these sizes
+_REPEATS = 3  # searches at the smallest batch sizes, with other orders of the data
 
 
 def learning_rate_curve(
@@ -41,7 +45,9 @@ def learning_rate_curve(
     A pilot run on a private copy reaches settled curvature; there the spectrum, its mini-batch noise and lambda_max of drawn batches are
     measured, which gives the mean-square limit of the optimizer's kind at every batch size. Sharpness grows until it meets the limit of
     whatever rate is used, so curvature after a pilot says how the limit depends on the batch size, but not the rate at which training from
-    the present point breaks: that level is fixed by short runs at a few small batch sizes.
+    the present point breaks: that level is fixed by short runs at a few small batch sizes, and, for the end without batch noise, on a part
+    of the data used whole: where the full batch breaks, it breaks by the data's common curvature, which a few hundred samples share, at a
+    small part of the cost. One search at a small batch size scatters by a factor of 2 and is repeated with other orders of the data.
 
     Args:
         objective: at the point to train from, usually freshly initialised. Only read.
@@ -49,7 +55,7 @@ def learning_rate_curve(
         not matter.
         batch_sizes: where to evaluate; by default powers of two from 4 to all samples.
         pilot: steps of the pilot and of each calibrating run.
-        calibrate: whether to make calibrating runs, or the batch sizes to make them at.
+        calibrate: whether to make calibrating runs, or the batch sizes to make them at (N: on a part of the data used whole).
         max_samples: use at most so many samples, drawn at random.
         seed: of draws and probes.
         callback: told what is being done, with its forecast cost.
@@ -68,22 +74,21 @@ def learning_rate_curve(
     sizes = _checked_sizes(batch_sizes, pool.size)
     if pilot < 10:
         raise ValueError(f"pilot must be at least 10 steps, got {pilot}")
-    anchor_sizes = _anchor_sizes(calibrate, sizes)
-    trainer = Trainer(pool, optimizer, seed)
-    forecast = 180 + _RUNS * sum(_run_steps(pilot, size) * size for size in anchor_sizes) / pool.size
+    plans = [_Plan.at(anchor, pilot, pool.size) for anchor in _anchor_sizes(calibrate, sizes, pool.size)]
+    trainer, size = Trainer(pool, optimizer, seed), min(_PILOT_BATCH, pool.size)
+    forecast = _MEASURING + (pilot * size + _RUNS * sum(plan.samples for plan in plans)) / pool.size
     say(
         f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some "
-        f"{_RUNS * len(anchor_sizes) + 1} short runs"
+        f"{_RUNS * sum(plan.repeats for plan in plans) + 1} short runs"
     )
-    size = min(_PILOT_BATCH, pool.size)
     settled, rate, start_lambda = trainer.settle(steps=pilot, batch_size=size, rule=rule)
     say(f"pilot done (loss {settled.losses[0]:.3g} -> {settled.losses[-1]:.3g}); measuring curvature and its noise")
     curvature, limits = limits_for(SamplePool(settled.objective), optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
     anchors: list[Anchor] = []
-    for anchor in anchor_sizes:
-        say(f"calibrating at B = {anchor}")
-        begin = 2 * anchors[-1].trained if anchors else rate * (anchor / size) ** 0.5
-        anchors.append(Anchor(anchor, *trainer.largest_stable_rate(begin, batch_size=anchor, steps=_run_steps(pilot, anchor))))
+    for plan in plans:
+        say(f"calibrating at B = {plan.batch_size}" if plan.drawn else f"calibrating on {plan.size} samples used whole")
+        begin = 2 * anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
+        anchors.append(plan.search(trainer, begin))
     return LearningRateCurve(
         sizes,
         type(optimizer).__name__,
@@ -113,19 +118,55 @@ def _checked_sizes(batch_sizes: Sequence[int] | None, available: int) -> tuple[i
     return sizes
 
 
-def _anchor_sizes(calibrate: bool | Sequence[int], sizes: tuple[int, ...]) -> list[int]:
+def _anchor_sizes(calibrate: bool | Sequence[int], sizes: tuple[int, ...], available: int) -> list[int]:
     if calibrate is False:
         return []
     if calibrate is not True:
         return sorted({int(b) for b in calibrate})
     wanted, cap = [], max(sizes[-1] // _ANCHOR_SHARE, sizes[0])
     size = sizes[0]
-    while size <= cap:
+    while size <= cap and size < available:
         wanted.append(size)
         size *= _ANCHOR_STRIDE
-    return wanted
+    return [*wanted, available]
 
 
-def _run_steps(pilot: int, batch_size: int) -> int:
-    """Steps of a calibrating run: small batches need more of them to show what breaks, and cost less."""
-    return round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), 4.0))
+@dataclass(frozen=True)
+class _Plan:
+    """A search for the rate that breaks training at one batch size.
+
+    Attributes:
+        batch_size: B; N for a part of the data used whole.
+        size: samples a step.
+        steps: of each run. Small batches need more of them to show what breaks, and cost less.
+        repeats: searches.
+        drawn: whether batches are drawn; else the part is used whole.
+    """
+
+    batch_size: int
+    size: int
+    steps: int
+    repeats: int
+    drawn: bool
+
+    @classmethod
+    def at(cls, batch_size: int, pilot: int, available: int) -> _Plan:
+        if batch_size == available:
+            whole = min(max(available // _WHOLE_SHARE, _WHOLE_SIZES[0]), _WHOLE_SIZES[1], available)
+            return cls(batch_size, whole, pilot, 1, drawn=False)
+        steps = round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), 4.0))
+        return cls(batch_size, batch_size, steps, min(max(round(math.sqrt(128 / batch_size)), 1), _REPEATS), drawn=True)
+
+    @property
+    def samples(self) -> int:
+        """Sample gradients of one run of each search."""
+        return self.size * self.steps * self.repeats
+
+    def search(self, trainer: Trainer, begin: float) -> Anchor:
+        if not self.drawn:
+            trainer = replace(trainer, pool=trainer.pool.limited(self.size, seed=trainer.seed))
+        found = [
+            trainer.largest_stable_rate(begin, batch_size=self.size, steps=self.steps, seed_offset=10_000 * r) for r in range(self.repeats)
+        ]
+        trained, broke = (math.exp(sum(math.log(pair[j]) for pair in found) / len(found)) for j in (0, 1))
+        return Anchor(self.batch_size, trained, broke, self.repeats, None if self.drawn else self.size)

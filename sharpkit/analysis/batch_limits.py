@@ -19,7 +19,7 @@ from sharpkit.operators.preconditioned import PreconditionedOperator
 
 _GRID = 24
 _GROUPS = 64
-_FULL_SIZES = 4  # batch sizes at which an adaptive optimizer's matrix is measured anew
+_FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew
 
 
 def limits_for(
@@ -31,7 +31,7 @@ def limits_for(
     var / B per coordinate; its matrix is measured at a few batch sizes and the limit interpolated between them.
     """
     grid = np.geomspace(sizes[0], sizes[-1], _GRID)
-    direct = _spread(sizes, 4)
+    direct = _spread([size for size in sizes if size <= pool.size // 8] or sizes[:1], 4)  # beyond, the excess is small and goes as 1 / b
     if not rule.adaptive:
         curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger)
         return curvature, tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,17 +22,21 @@ _MODEL_SPREAD = 1.5  # what a rate read off curvature alone, or carried over a d
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where training really broke at one batch size, by short runs.
+    """Where training really broke at one batch size, by short runs; geometric means where the search was repeated.
 
     Attributes:
-        batch_size: B.
+        batch_size: B; N for runs on a part of the data used whole, without batch noise.
         trained: largest rate that trained.
         broke: smallest rate above it that did not.
+        repeats: searches with other orders of the data.
+        num_samples: size of the part used whole; None where batches of all the data were drawn.
     """
 
     batch_size: int
     trained: float
     broke: float
+    repeats: int = 1
+    num_samples: int | None = None
 
     @property
     def rate(self) -> float:
@@ -87,22 +91,29 @@ class LearningRateCurve:
     def max_lr(self, batch_size: float) -> Bounded:
         """The largest stable learning rate at a batch size, with an interval.
 
-        Between calibrated batch sizes the ratio to the mean-square limit is interpolated. Beyond the largest it is held at that rate: what
-        breaks training there is the full batch's own dynamics, which batch noise does not tell; the interval takes the limit's further
-        course in.
+        The mean-square condition makes 1 / rate linear in 1 / b (adaptive optimizers, whose small-batch rates go as sqrt(B): 1 / rate^2).
+        Between calibrated batch sizes that line is drawn through the rates at which runs broke. Beyond the largest the rate is held, and
+        the interval takes the further course of the limit by curvature in.
         """
         theory = self.by_curvature(batch_size)
         if not self.anchors:
             return Bounded(theory, theory / _MODEL_SPREAD, theory * _MODEL_SPREAD)
-        x, at = np.log([a.batch_size for a in self.anchors]), math.log(batch_size)
-        ratio = np.log([a.rate / self.by_curvature(a.batch_size) for a in self.anchors])
-        spread = 1.1 * _HALF_STEP * _MODEL_SPREAD ** min(float(np.min(np.abs(x - at))) / math.log(10), 2.0)
-        if at > x[-1]:
-            last = self.anchors[-1]
-            further = theory / self.by_curvature(last.batch_size)
-            return Bounded(last.rate, last.rate / spread * min(further, 1.0) ** 0.5, last.rate * spread * max(further, 1.0) ** 0.5)
-        value = theory * float(np.exp(np.interp(at, x, ratio)))
-        return Bounded(value, value / spread, value * spread)
+        distance = min(abs(math.log(a.batch_size / batch_size)) for a in self.anchors) / math.log(10)
+        spread = 1.1 * _HALF_STEP * _MODEL_SPREAD ** min(distance, 2.0)
+        last = self.anchors[-1]
+        further = theory / self.by_curvature(last.batch_size) if batch_size > last.batch_size else 1.0
+        value = self._between_anchors(batch_size)
+        return Bounded(value, value / spread * min(further, 1.0) ** 0.5, value * spread * max(further, 1.0) ** 0.5)
+
+    def _between_anchors(self, batch_size: float) -> float:
+        power = 1 / self.exponent
+        x = np.array([1 / self.curvature.effective(a.batch_size) for a in self.anchors][::-1])  # ascending in 1 / b
+        y = np.array([a.rate**-power for a in self.anchors][::-1])
+        at = 1 / self.curvature.effective(batch_size)
+        if at > x[-1] and len(x) > 1:
+            slope = max(float((y[-1] - y[-2]) / (x[-1] - x[-2])), 0.0)
+            return float((y[-1] + slope * (at - x[-1])) ** (-1 / power))
+        return float(np.interp(at, x, y) ** (-1 / power))
 
     @property
     def exponent(self) -> float:
@@ -184,8 +195,10 @@ class LearningRateCurve:
             f"{self.curvature.choose()[1]}."
         )
         if self.anchors:
-            sizes = ", ".join(str(a.batch_size) for a in self.anchors)
-            found.append(f"The level is calibrated by short training runs at B = {sizes}; beyond the largest it is held.")
+            sizes = ", ".join(str(a.batch_size) for a in self.anchors if a.num_samples is None)
+            whole = "".join(f" and, without batch noise, on {a.num_samples} samples used whole" for a in self.anchors if a.num_samples)
+            held = "" if whole else "; beyond the largest it is held"
+            found.append(f"The level is calibrated by short training runs at B = {sizes}{whole}{held}.")
         else:
             found.append(
                 "No calibrating runs were made: rates are those at which training from the measured point is stable, not training "
@@ -219,7 +232,7 @@ class LearningRateCurve:
             "crossover": cross.to_dict(),
             "rule_holds_to": self.rule_holds_to(),
             "curvature": self.curvature.to_dict(),
-            "anchors": [{"batch_size": a.batch_size, "trained": a.trained, "broke": a.broke} for a in self.anchors],
+            "anchors": [asdict(anchor) for anchor in self.anchors],
             "sharpness_at_start": self.sharpness[0],
             "sharpness_after_pilot": self.sharpness[1],
             "lr": self.lr,

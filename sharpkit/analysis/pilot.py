@@ -20,11 +20,11 @@ from sharpkit.operators.hessian import HessianOperator
 
 _BLOWN_UP = 1e3  # times the first loss: beyond help
 _STRIDE = math.sqrt(2.0)
-_MAX_RUNS = 16
+_MAX_RUNS = 24
 _PILOT_SHARE = 0.5  # of the full-batch limit: what the pilot's rate keeps to
 _PILOT_START = 0.02  # of that share, at the first step: sharpness at initialisation is no guide to what follows
 _PILOT_GROWTH = 1.6  # the most its rate grows from one look to the next
-_LOOK_SAMPLES = 512  # to look lambda_max up on
+_LOOK_SAMPLES = 256  # to look lambda_max up on
 _ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have a scale of their own
 
 
@@ -186,8 +186,11 @@ class Trainer:
     def largest_stable_rate(self, guess: float, *, batch_size: int, steps: int, seed_offset: int = 0) -> tuple[float, float]:
         """Where training breaks: (largest rate that trained, smallest above it that did not), a factor sqrt(2) apart.
 
-        A rate trains if its run makes at least half of the best improvement that any run made. The search walks down from the guess until
-        the best run is no longer the lowest rate tried, then up from the best to the first failure.
+        A rate trains if its run makes at least half of the best improvement that any run made. By factors of 2, the search walks down from
+        the guess until the best run is no longer the lowest rate tried, then up from the best to the first failure; then it halves the gap.
+
+        Raises:
+            ObjectiveError: no such rate among the runs allowed.
         """
         start = self.pool.parent.value()
         losses: dict[int, float] = {}
@@ -207,7 +210,13 @@ class Trainer:
         at(0)
         while len(losses) < _MAX_RUNS and (best() == min(losses) or losses[best()] >= start):
             at(min(losses) - 2)
-        high = best()
-        while len(losses) < _MAX_RUNS and trained(high + 1):
-            high += 1
-        return guess * _STRIDE**high, guess * _STRIDE ** (high + 1)
+        low = best()
+        while trained(low + 2):
+            low += 2
+            if len(losses) >= _MAX_RUNS:
+                raise ObjectiveError(
+                    f"no largest stable rate after {len(losses)} runs of {steps} steps at batch size {batch_size}, up to lr = "
+                    f"{guess * _STRIDE**low:.3g}: the loss may not depend on the rate, or the runs are too short (pilot=)"
+                )
+        low += trained(low + 1)
+        return guess * _STRIDE**low, guess * _STRIDE ** (low + 1)

@@ -179,7 +179,7 @@ def _root_rows(sample: Objective, num_outputs: int) -> Tensor:
         (piece,) = list(sample.pieces())
         sample.seed_for(piece.key[0])
         output = sample.predict(piece.batch)
-        slope, leaf = output_gradient(sample, output.detach(), piece.batch[1], number=piece.key[0], create_graph=True)
+        slope, leaf = output_gradient(sample, output.detach().double(), piece.batch[1], number=piece.key[0], create_graph=True)
         root = _square_root(_output_hessian(slope, leaf, num_outputs)).to(output.dtype)
         cotangents = root.reshape(num_outputs, *output.shape)
         parts = _batched_gradient(output, sample.layout.params, cotangents)
@@ -212,9 +212,9 @@ def _output_hessian(slope: Tensor, leaf: Tensor, num_outputs: int) -> Tensor:
 
 
 def _square_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root in float64 of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT).double() / 2)
-    if float(values.min()) < -1e-5 * float(values.abs().max()):
+    """Symmetric square root of a positive semi-definite matrix, float64; that of a confident sample is rounding alone."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    if float(values.min()) < -1e-6 * float(values.abs().max()) - 1e-12:
         raise ObjectiveError(
             f"the loss is not convex in the output (Hessian eigenvalue {float(values.min()):.3g}): Gram resampling has no square root of it"
         )

@@ -62,6 +62,15 @@ def test_squared_error_with_several_outputs_and_batches_cut_otherwise() -> None:
     assert gram_resampling(two).of_subset(np.arange(12)) == pytest.approx(_top(one), rel=1e-9)
 
 
+def test_samples_classified_with_certainty_in_float32() -> None:
+    """Their output Hessian is rounding: neither a refusal nor a contribution."""
+    model, x, y = _network("mlp", 16)
+    with torch.no_grad():
+        model[-1].weight.mul_(40)
+    objective = sk.Objective(model.float(), (x.float(), y), loss=F.cross_entropy)
+    assert gram_resampling(objective).of_subset(np.arange(16)) == pytest.approx(_top(objective), rel=1e-4)
+
+
 def test_a_part_of_the_parameters() -> None:
     model, x, y = _network("mlp", 16)
     objective = sk.Objective(model, (x, y), loss=F.cross_entropy, params="3.*")

@@ -42,7 +42,8 @@ def predict(model: str, optimizer: str) -> Row:
     objective = sk.Objective(network, (problem.x, problem.y), loss=F.cross_entropy)
     sizes = [*SIZES, problem.size]
     curve = learning_rate_curve(objective, OPTIMIZERS[optimizer](network.parameters(), 1e-3), batch_sizes=sizes, seed=SEED)
-    return {"kind": "curve", "model": model, "optimizer": optimizer, "title": problem.title, **curve.to_dict(), "beta": curve.rule.momentum}
+    labels = {"kind": "curve", "model": model, "optimizer": optimizer, "title": problem.title, "beta": curve.rule.momentum}
+    return {**curve.to_dict(), **labels}
 
 
 def geometric(values: list[float]) -> float:

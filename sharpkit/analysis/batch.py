@@ -20,12 +20,13 @@ from sharpkit.objective import Objective
 logger = logging.getLogger(__name__)
 
 _MAX_POOL = 4096
-_PILOT_BATCH = 256
+_PILOT_BATCH = 128
 _RUNS = 6  # a search takes about so many
 _MEASURING = 80  # full-data gradients for curvature and its noise, about
 _ANCHOR_STRIDE = 8  # calibrate at every eighth batch size ...
 _ANCHOR_SHARE = 28  # ... up to this part of the data: runs at large batches cost most
-_WHOLE_SHARE, _WHOLE_SIZES = 7, (64, 256)  # the noise-free end: on a seventh of the data, within these sizes
+_WHOLE_SHARE, _WHOLE_SIZES = 8, (64, 256)  # the noise-free end: on an eighth of the data, within these sizes ...
+_WHOLE_STEPS = 0.75  # ... in so many of the pilot's steps: without noise, it shows early
 _REPEATS = 3  # searches at the smallest batch sizes, with other orders of the data
 
 
@@ -153,7 +154,7 @@ class _Plan:
     def at(cls, batch_size: int, pilot: int, available: int) -> _Plan:
         if batch_size == available:
             whole = min(max(available // _WHOLE_SHARE, _WHOLE_SIZES[0]), _WHOLE_SIZES[1], available)
-            return cls(batch_size, whole, pilot, 1, drawn=False)
+            return cls(batch_size, whole, round(_WHOLE_STEPS * pilot), 1, drawn=False)
         steps = round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), 4.0))
         return cls(batch_size, batch_size, steps, min(max(round(math.sqrt(128 / batch_size)), 1), _REPEATS), drawn=True)
 

@@ -19,6 +19,7 @@ from sharpkit.operators.preconditioned import PreconditionedOperator
 
 _GRID = 24
 _GROUPS = 64
+_PART = 512  # samples for it, but at the smallest batch size
 _FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew
 
 
@@ -42,9 +43,10 @@ def limits_for(
     curvature = measure_batch_curvature(
         pool, sizes=direct, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, smallest, optimizer), repeats=3
     )
+    part = pool.limited(_PART, seed=seed)
     points = [(float(smallest), _rate(curvature.lambda_max, curvature.noise, curvature.effective(smallest), rule))]
     for size in others:
-        top, noise = top_and_noise(pool, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, size, optimizer))
+        top, noise = top_and_noise(part, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, size, optimizer))
         points.append((float(size), _rate(top, noise, curvature.effective(size), rule)))
     return curvature, tuple(points)
 

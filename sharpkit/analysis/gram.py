@@ -75,14 +75,16 @@ class GramResampling:
         """The expected top eigenvalue of a batch of B, with a 95 % interval of that mean.
 
         The interval takes in the chance of the draws and of the pool: subsets of a pool of M share samples, so that the mean over all of
-        them still scatters from pool to pool as that of about M / B independent batches does.
+        them still scatters from pool to pool as that of about M / B independent batches does, whose scatter is that of the draws enlarged by
+        1 / sqrt(1 - B / M). A curvature that rests on samples rarer than one in M is not in it.
         """
         values = self.draws(batch_size)
         mean = float(values.mean())
         if len(values) == 1:
             return Bounded(mean, mean, mean)
         spread = float(values.std(ddof=1))
-        half = 1.96 * math.hypot(standard_error(values), spread * math.sqrt(batch_size / self.num_samples))
+        share = batch_size / self.num_samples
+        half = 1.96 * math.hypot(standard_error(values), spread * math.sqrt(share / (1 - share)))
         return Bounded(mean, mean - half, mean + half)
 
     def quantiles(self, batch_size: int, q: float | list[float]) -> NDArray[np.float64]:

@@ -25,6 +25,7 @@ _PILOT_SHARE = 0.5  # of the full-batch limit: what the pilot's rate keeps to
 _PILOT_START = 0.02  # of that share, at the first step: sharpness at initialisation is no guide to what follows
 _PILOT_GROWTH = 1.6  # the most its rate grows from one look to the next
 _LOOK_SAMPLES = 256  # to look lambda_max up on
+_JUDGES = 512  # samples that say whether a run trained
 _ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have a scale of their own
 
 
@@ -173,13 +174,14 @@ class Trainer:
         return pilot, _ADAPTIVE_RATE if rule.adaptive else edge.rate, edge.first
 
     def final_loss(self, lr: float, *, batch_size: int, steps: int, seed_offset: int = 0) -> float:
-        """Loss over the pool after a run at a constant rate; inf where it blew up."""
+        """Loss over up to 512 samples of the pool after a run at a constant rate; inf where it blew up."""
         run = self.run(lambda step, twin: lr, batch_size=batch_size, steps=steps, seed_offset=seed_offset)
         if not run.survived:
             return math.inf
-        self.ledger.spend(self.pool.size / 3)
+        judge = SamplePool(run.objective).limited(_JUDGES, seed=self.seed)
+        self.ledger.spend(judge.size / 3)
         try:
-            return run.objective.value()
+            return judge.parent.value()
         except NonFiniteError:
             return math.inf
 
@@ -192,7 +194,7 @@ class Trainer:
         Raises:
             ObjectiveError: no such rate among the runs allowed.
         """
-        start = self.pool.parent.value()
+        start = self.pool.limited(_JUDGES, seed=self.seed).parent.value()
         losses: dict[int, float] = {}
 
         def at(power: int) -> float:

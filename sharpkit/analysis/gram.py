@@ -75,8 +75,8 @@ class GramResampling:
         """The expected top eigenvalue of a batch of B, with a 95 % interval of that mean.
 
         The interval takes in the chance of the draws and of the pool: subsets of a pool of M share samples, so that the mean over all of
-        them still scatters from pool to pool as that of about M / B independent batches does, whose scatter is that of the draws enlarged by
-        1 / sqrt(1 - B / M). A curvature that rests on samples rarer than one in M is not in it.
+        them still scatters from pool to pool as that of about M / B independent batches does, whose scatter is that of the draws enlarged
+        by 1 / sqrt(1 - B / M). A curvature that rests on samples rarer than one in M is not in it.
         """
         values = self.draws(batch_size)
         mean = float(values.mean())

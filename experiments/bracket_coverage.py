@@ -42,12 +42,13 @@ def measure(quick: bool) -> list[Row]:
     for name, model, x, y in networks(quick=quick):
         objective = sk.Objective(model, (x, y), loss=F.cross_entropy)
         truth = float(sk.eigenpairs(sk.HessianOperator(objective), tol=1e-5).values[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", sk.ConvergenceWarning)
-            histories = [
-                sk.sharpness_bracket(objective, rtol=1e-9, start=_SIZES[0], max_samples=_SIZES[-1], seed=seed).history
-                for seed in range(repeats)
-            ]
+        histories = []
+        crossed: list[int] = []
+        for seed in range(repeats):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", sk.ConvergenceWarning)
+                histories.append(sk.sharpness_bracket(objective, rtol=1e-9, start=_SIZES[0], max_samples=_SIZES[-1], seed=seed).history)
+            crossed += [seed] * any("crossed" in str(w.message) for w in said)
         for i, n in enumerate(_SIZES):
             rows.append({"network": name, "truth": truth, "rule": f"n = {n}", "samples": n, **_summary([h[i] for h in histories], truth)})
         # what rtol = 0.4 would have returned: the first step narrow enough, else all samples and the truth
@@ -55,7 +56,16 @@ def measure(quick: bool) -> list[Row]:
             next((step for step in h if step[2] - step[1] <= _RTOL * (step[1] + step[2]) / 2), (len(x), truth, truth)) for h in histories
         ]
         used = float(np.mean([n for n, _, _ in ended]))
-        rows.append({"network": name, "truth": truth, "rule": f"rtol = {_RTOL}", "samples": used, **_summary(ended, truth)})
+        rows.append(
+            {
+                "network": name,
+                "truth": truth,
+                "rule": f"rtol = {_RTOL}",
+                "samples": used,
+                "crossed_seeds": crossed,
+                **_summary(ended, truth),
+            }
+        )
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharpkit._errors import ConvergenceWarning
 from sharpkit.analysis.pool import SamplePool
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.progress import Progress, ProgressCallback
@@ -116,8 +118,14 @@ def sharpness_bracket(
     while True:
         size = min(size, most)
         lower, upper = work.exact() if size == pool.size else work.bounds(order[:size])
+        crossed = lower - upper > _TOL * abs(upper)
+        if crossed:  # by noise, or because an eigenvalue was missed: no reason to stop
+            warnings.warn(
+                f"from {size} samples the bounds crossed ({lower:.4g} below, {upper:.4g} above)", ConvergenceWarning, stacklevel=2
+            )
+        lower, upper = min(lower, upper), max(lower, upper)
         history.append((size, lower, upper))
-        converged = upper - lower <= rtol * abs(lower + upper) / 2
+        converged = not crossed and upper - lower <= rtol * abs(lower + upper) / 2
         if callback is not None:
             callback(_progress(work, time.perf_counter() - began, done=converged or size == most, history=history))
         if converged or size == most:
@@ -162,7 +170,7 @@ class _Work:
         upper = float(top[0]) + residual + _WIDEN * shrink * _grouped_error(values.reshape(1, -1))
         judged = np.concatenate([self._held_out(groups[2:], self.known[0]), self._held_out(groups[:2], self.known[1])])
         lower = float(judged.mean()) - _WIDEN * shrink * _grouped_error(judged)
-        return min(lower, upper), upper
+        return lower, upper
 
     def _held_out(self, quarters: Sequence[Sequence[Objective]], span: Tensor) -> NDArray[np.float64]:
         """(2, groups): curvature in each group of either quarter along the direction that the other quarter chose from the span."""

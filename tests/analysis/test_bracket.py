@@ -113,3 +113,12 @@ def test_arguments_are_checked(wrong: dict[str, Any]) -> None:
     objective, _ = least_squares([1.0, 0.5], 300)
     with pytest.raises(ValueError, match="expected start >= 16"):
         sk.sharpness_bracket(objective, **wrong)
+
+
+def test_crossed_bounds_are_said_and_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, truth = least_squares(DECAYING, 100)
+    monkeypatch.setattr(_Work, "bounds", lambda *_: (3.01, 3.0))
+    with pytest.warns(sk.ConvergenceWarning, match=r"from 64 samples the bounds crossed \(3.01 below, 3 above\)"):
+        found = sk.sharpness_bracket(objective, start=64)
+    assert found.history[0] == (64, 3.0, 3.01)
+    assert found.num_samples == 100 and found.lower <= truth <= found.upper

@@ -127,7 +127,14 @@ def draw(curves: list[Row], comparisons: list[Row], path: Path) -> None:
         low, high = np.array(found["measured_range"]).T
         real = np.array(found["measured"])
         ax.errorbar(
-            found["batch_sizes"], real, yerr=[real - low, high - real], fmt="o", color="black", ms=4, capsize=2, label="by training"
+            found["batch_sizes"],
+            real,
+            yerr=np.maximum([real - low, high - real], 0),
+            fmt="o",
+            color="black",
+            ms=4,
+            capsize=2,
+            label="by training",
         )
         ax.set(xscale="log", yscale="log", title=f"{curve['title']}: {curve['optimizer']}")
         ax.title.set_fontsize(9)

@@ -23,6 +23,7 @@ from sharpkit.operators._jacobian import output_gradient
 
 logger = logging.getLogger(__name__)
 
+_DENSE = 300  # rows
 _MEMORY_SHARE = 0.25  # of what is free
 
 
@@ -225,8 +226,10 @@ def _square_root(matrix: Tensor) -> Tensor:
 
 
 def _top(block: Tensor) -> float:
-    """Largest eigenvalue of a dense positive semi-definite matrix."""
-    from scipy.linalg import eigh
+    """Largest eigenvalue of a positive semi-definite matrix: dense where small, by ARPACK to rounding where that is faster."""
+    if len(block) <= _DENSE or not bool(block.any()):
+        return float(torch.linalg.eigvalsh(block)[-1])
+    from scipy.sparse.linalg import eigsh
 
-    last = len(block) - 1
-    return float(eigh(block.numpy(), eigvals_only=True, subset_by_index=(last, last))[0])
+    start = np.random.default_rng(0).standard_normal(len(block))
+    return float(eigsh(block.numpy(), k=1, which="LA", v0=start, return_eigenvectors=False)[0])

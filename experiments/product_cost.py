@@ -80,6 +80,7 @@ def time_rows(case: Case, *, rounds: int) -> list[Row]:
             "in_bare": cpu[name] / cpu["bare"],
             "wall_in_gradients": wall[name] / wall["gradient"],
             "wall_in_bare": wall[name] / wall["bare"],
+            "fastest_in_bare": min(times[name].cpu) / min(times["bare"].cpu),
         }
         for name in ROADS
     ]
@@ -151,9 +152,9 @@ def draw(rows: list[Row], figure: Any) -> None:
             axes.bar_label(bars, fmt="%.2f", fontsize=7)
         axes.set_xticks(range(len(names)), names)
         axes.set(ylabel=label)
-        axes.margins(y=0.2)
+        axes.margins(y=0.3)
     right.axhline(3, color="0.5", lw=0.8, ls="--")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="upper left")
 
 
 if __name__ == "__main__":

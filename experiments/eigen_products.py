@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,29 +262,54 @@ def measure(quick: bool) -> list[Row]:
         return [row for case in cases for row in measure_case(case, tolerances=tolerances, **settings)]
 
 
-def draw(rows: list[Row], figure: object) -> None:
+def draw(rows: list[Row], figure: Any) -> None:
+    from matplotlib.ticker import ScalarFormatter
+
+    figure.set_size_inches(11, 4.2)
     left, right = figure.subplots(1, 2)
-    summaries = [row for row in rows if row["kind"] == "summary"]
-    for color, summary in zip(("C0", "C1", "C3"), summaries, strict=False):
-        case = summary["case"]
-        ours = [row for row in rows if row["kind"] == "sharpkit" and row["case"] == case]
-        peer = [row for row in rows if row["kind"] == "pyhessian" and row["case"] == case]
-        left.plot([r["products"] for r in ours], [r["true_error"] for r in ours], "o", ms=4, color=color, label=f"sharpkit, {case}")
-        left.plot([r["products"] for r in peer], [r["true_error"] for r in peer], "x", color=color, label=f"PyHessian, {case}")
+    cases = [row["case"] for row in rows if row["kind"] == "summary"]
+    for color, case in zip(("C0", "C1", "C3"), cases, strict=False):
+        for kind, marker, name in (("sharpkit", "o", "sharpkit"), ("pyhessian", "x", "PyHessian")):
+            found = [row for row in rows if row["kind"] == kind and row["case"] == case]
+            products, errors = [row["products"] for row in found], [row["true_error"] for row in found]
+            left.plot(
+                products,
+                errors,
+                marker,
+                ms=4,
+                color=color,
+                label=f"{name}, {case.replace(' 784-512-512-10', '').replace(', 2 layers, width 64', '')}",
+            )
     left.axhline(TRUE_ERROR, color="0.5", lw=0.8, ls="--")
-    left.set(xscale="log", yscale="log", xlabel="products with the Hessian", ylabel="largest relative error of the ten values")
-    left.legend(fontsize=7)
-    wall = [row for row in rows if row["kind"] == "wall"]
-    labels = [row["road"].replace("curvlinops + ", "curvlinops +\n") + "\n" + row["case"] for row in wall]
-    right.barh(
-        range(len(wall)),
-        [row["wall_seconds"] for row in wall],
-        color=["C2" if row["road"].startswith("sharpkit") else "0.7" for row in wall],
+    left.set(
+        xscale="log", yscale="log", xlabel="products with the Hessian", ylabel="largest relative error of the ten values", ylim=(3e-8, 3)
     )
-    for position, row in enumerate(wall):
-        right.text(row["wall_seconds"], position, f" {row['times_sharpkit']:.2f}x", va="center", fontsize=7)
-    right.set_yticks(range(len(wall)), labels, fontsize=7)
+    left.set_xticks([30, 50, 100, 200, 500])
+    left.xaxis.set_major_formatter(ScalarFormatter())
+    left.xaxis.set_minor_formatter("")
+    left.legend(fontsize=7, ncols=2, loc="upper center")
+    wall = [row for row in rows if row["kind"] == "wall"]
+    places = [place + cases.index(row["case"]) for place, row in enumerate(wall)]
+    right.barh(places, [row["wall_seconds"] for row in wall], color=["C2" if row["road"].startswith("sharpkit") else "0.7" for row in wall])
+    for place, row in zip(places, wall, strict=True):
+        right.text(row["wall_seconds"], place, f" {row['times_sharpkit']:.2f}x", va="center", fontsize=7)
+    for case in cases:
+        right.text(
+            0.98,
+            max(p for p, row in zip(places, wall, strict=True) if row["case"] == case) + 0.75,
+            case,
+            ha="right",
+            va="center",
+            fontsize=8,
+            transform=right.get_yaxis_transform(),
+        )
+    right.set_yticks(
+        places,
+        [row["road"].replace("sharpkit", "sharpkit, equal error") if row["road"] == "sharpkit" else row["road"] for row in wall],
+        fontsize=7,
+    )
     right.margins(x=0.15)
+    right.set_ylim(-0.7, max(places) + 1.3)
     right.set(xlabel="wall time to ten eigenvalues (s), median")
 
 

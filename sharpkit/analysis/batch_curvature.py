@@ -119,8 +119,9 @@ class BatchCurvature:
         return self._capped(self.lambda_max + c / self.effective(batch_size), batch_size)
 
     def _capped(self, value: float, batch_size: float) -> float:
-        """The mean falls with B (a larger batch's Hessian is a mean of smaller ones'), so smaller measured batches bound it."""
-        return min([value, *(point.mean()[0] for point in self.direct if point.batch_size <= batch_size)])
+        """The mean falls with B (a larger batch's Hessian is a mean of smaller ones'), so smaller measured batches bound it, above lambda_max."""
+        bound = min((point.mean()[0] for point in self.direct if point.batch_size <= batch_size), default=math.inf)
+        return min(value, max(bound, self.lambda_max))
 
     def interpolated(self, batch_size: float, which: str = "largest") -> Bounded:
         """Through the measured points: straight lines in log excess over log b; beyond them the outer slopes, kept between b^0 and b^-1."""

@@ -38,7 +38,11 @@ class Budget:
     """
 
     def __init__(
-        self, operator: SymmetricOperator, *, max_matvecs: int | None = None, max_seconds: float | None = None,
+        self,
+        operator: SymmetricOperator,
+        *,
+        max_matvecs: int | None = None,
+        max_seconds: float | None = None,
         callback: ProgressCallback | None = None,
     ) -> None:
         if max_matvecs is not None and max_matvecs < 1:

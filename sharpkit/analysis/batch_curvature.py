@@ -119,7 +119,7 @@ class BatchCurvature:
         return self._capped(self.lambda_max + c / self.effective(batch_size), batch_size)
 
     def _capped(self, value: float, batch_size: float) -> float:
-        """The mean falls with B (a larger batch's Hessian is a mean of smaller ones'), so smaller ones measured bound it, above lambda_max."""
+        """The mean falls with B (larger batches' Hessians are means of smaller ones'), so measured smaller ones bound it from above."""
         bound = min((point.mean()[0] for point in self.direct if point.batch_size <= batch_size), default=math.inf)
         return min(value, max(bound, self.lambda_max))
 

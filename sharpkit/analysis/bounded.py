@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 
 class Bounded(float):
@@ -16,7 +16,7 @@ class Bounded(float):
     lower: float
     upper: float
 
-    def __new__(cls, value: float, lower: float, upper: float) -> Bounded:
+    def __new__(cls, value: float, lower: float, upper: float) -> Self:
         self = super().__new__(cls, value)
         self.lower, self.upper = lower, upper
         return self
@@ -36,10 +36,6 @@ class Bounded(float):
 
     def __repr__(self) -> str:
         return f"Bounded({self})"
-
-    def scaled(self, factor: float, *, widen: float = 1.0) -> Bounded:
-        """factor times this, the interval widened by a factor on both sides."""
-        return Bounded(float(self) * factor, self.lower * factor / widen, self.upper * factor * widen)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

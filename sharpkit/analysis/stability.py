@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from sharpkit._errors import UnsupportedError
+from sharpkit.analysis.bounded import Bounded
 
 
-class StableLearningRate(float):
+class StableLearningRate(Bounded):
     """A learning rate (usable as a plain number) with its interval and the rule it comes from.
 
     Attributes:
@@ -20,23 +21,13 @@ class StableLearningRate(float):
         lambda_max: the curvature it was computed from.
     """
 
-    lower: float
-    upper: float
     rule: str
     lambda_max: float
 
     def __new__(cls, value: float, *, lower: float, upper: float, rule: str, lambda_max: float) -> StableLearningRate:
-        self = super().__new__(cls, value)
-        self.lower, self.upper, self.rule, self.lambda_max = lower, upper, rule, lambda_max
+        self = super().__new__(cls, value, lower, upper)
+        self.rule, self.lambda_max = rule, lambda_max
         return self
-
-    @property
-    def value(self) -> float:
-        """The plain number."""
-        return float(self)
-
-    def __reduce__(self) -> tuple[type[float], tuple[float]]:
-        return (float, (float(self),))  # a checkpoint that holds it must load anywhere
 
     def __str__(self) -> str:
         if math.isinf(self):

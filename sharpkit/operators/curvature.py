@@ -88,6 +88,7 @@ class CurvatureOperator(SymmetricOperator):
         self._kept: dict[tuple[int, int], PieceProduct] = {}
         self._all_kept = False
         self._kept_for: tuple[int | None, list[Tensor]] = (None, [])
+        self._kept_versions: list[int] = []
 
     # -- to be implemented ------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -145,6 +146,7 @@ class CurvatureOperator(SymmetricOperator):
         if self._retain is False or (self._retain == "auto" and self._bytes_kept() + product.bytes_held > self._limit()):
             return False
         self._kept_for = (self.objective.micro_batch_size, found)
+        self._kept_versions = self._versions()
         self._kept[key] = product
         return True
 
@@ -161,9 +163,16 @@ class CurvatureOperator(SymmetricOperator):
         model = self.objective.model
         return [*model.parameters(), *model.buffers()]
 
+    def _versions(self) -> list[int]:
+        """How often each parameter was written to in place: autograd refuses a graph older than the last write, equal values or not."""
+        return [p._version for p in self.objective.model.parameters() if not p.is_inference()]
+
     def _drop_if_stale(self) -> None:
         """Forget graphs of other values, also of values changed behind autograd's back through ``.data``, and of other pieces."""
-        if self._kept and (self._kept_for[0] != self.objective.micro_batch_size or not all_equal(self._watched(), self._kept_for[1])):
+        if not self._kept:
+            return
+        written = self._kept_versions != self._versions()
+        if written or self._kept_for[0] != self.objective.micro_batch_size or not all_equal(self._watched(), self._kept_for[1]):
             self.forget_graphs()
 
     def forget_graphs(self) -> None:

@@ -35,6 +35,17 @@ def test_graphs_are_built_once_and_reused() -> None:
     assert len(calls) == len(problem.batches)
 
 
+def test_a_write_that_changes_no_value_rebuilds_the_graph() -> None:
+    """An optimizer step at rate 0, as in a warm-up: autograd refuses the older graph although the values are equal."""
+    problem = mlp()
+    H = hessian(problem)
+    before = H.to_dense()
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.add_(0.0)
+    assert torch.equal(H.to_dense(), before)
+
+
 def test_a_small_memory_limit_keeps_no_graph_and_changes_no_answer() -> None:
     problem = mlp()
     calls = forwards(problem.model)

@@ -175,9 +175,12 @@ class SpectralDensity:
         """tr f(A) / n: the mean of ``function`` over the spectrum, with its standard error over the probes.
 
         Args:
-            function: vectorised on float64 NumPy arrays.
+            function: vectorised on float64 NumPy arrays; one on tensors (``torch.exp``) is taken as well.
         """
-        values = np.asarray(function(self.nodes.numpy()), dtype=np.float64)
+        try:
+            values = np.asarray(function(self.nodes.numpy()), dtype=np.float64)
+        except TypeError:
+            values = np.asarray(function(self.nodes), dtype=np.float64)  # type: ignore[arg-type]
         per_probe = (values * self.weights.numpy()).sum(axis=1) * self.num_probes
         return self._over_probes(per_probe)
 

@@ -46,6 +46,11 @@ def test_moments_are_right_within_their_errors() -> None:
         assert sum(inside) >= 8, name  # 3 standard errors: 99 % expected
 
 
+def test_functions_of_arrays_and_of_tensors_give_the_same_expectation() -> None:
+    density = sk.spectral_density(operator_with(NETWORK), num_probes=2, num_steps=20)
+    assert density.expectation(torch.exp).value == pytest.approx(density.expectation(np.exp).value)  # type: ignore[arg-type]
+
+
 def test_a_complete_run_reproduces_the_spectrum() -> None:
     spectrum = np.linspace(1, 5, 12)
     density = sk.spectral_density(operator_with(spectrum), num_probes=3, num_steps=12)

@@ -30,8 +30,11 @@ def _worker(rank: int, folder: str, task: str) -> None:
     try:
         result: Any = {name: _outcome(part, rank) for name, part in TASKS[task]().items()}
         torch.save(result, f"{folder}/{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    # gloo's threads may still be running when the interpreter tears down, and then abort a process that has done its work
+    os._exit(0)
 
 
 def _outcome(part: Callable[[int], Any], rank: int) -> Any:

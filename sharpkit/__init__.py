@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sharpkit.analysis.sharpness import measure as measure
     from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
     from sharpkit.analysis.stability import stable_learning_rate as stable_learning_rate
+    from sharpkit.integrations import sinks as sinks
     from sharpkit.linalg.diagonal import DiagonalEstimate as DiagonalEstimate
     from sharpkit.linalg.diagonal import diagonal as diagonal
     from sharpkit.linalg.diagonal import frobenius_norm as frobenius_norm
@@ -100,6 +101,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.analysis.scaling": ("ScaledLearningRate", "safe_damping", "scale_learning_rate"),
     "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
     "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
+    "sharpkit.integrations": ("sinks",),
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),
     "sharpkit.linalg.lanczos": ("eigenpairs",),
     "sharpkit.linalg.power": ("power_iteration",),

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+from sharpkit._json import json_ready as json_ready
+from sharpkit._json import to_json as to_json
 from sharpkit._report_sections import Document, Section, section_for
 from sharpkit.linalg.progress import Progress
 
 RUN_VERSION = 1
-
-
-def json_ready(value: Any) -> Any:
-    """Strict JSON: NaN becomes null, infinities the strings "inf" and "-inf", tuples lists.
-
-    Example:
-        >>> json_ready({"a": (1.0, float("nan"), float("-inf"))})
-        {'a': [1.0, None, '-inf']}
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(k): json_ready(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(v) for v in value]
-    if hasattr(value, "tolist"):  # NumPy scalars and arrays, tensors
-        return json_ready(value.tolist())
-    return value
-
-
-def to_json(document: Document) -> str:
-    """One line of valid JSON."""
-    return json.dumps(json_ready(document), allow_nan=False)
 
 
 def all_converged(document: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sharpkit._json import number as number
 from sharpkit.analysis.history import CurvatureHistory
 from sharpkit.analysis.layers import LayerSharpness
 from sharpkit.linalg.results import Estimate, SpectralDensity, format_with_error
@@ -35,11 +36,6 @@ class Section:
     findings: list[str] = field(default_factory=list)
     cost: str = ""
     wide: bool = False  # takes the page's whole width
-
-
-def number(value: Any) -> float:
-    """A float from a JSON value: null is NaN, and infinities are strings."""
-    return math.nan if value is None else float(value)
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,9 +45,14 @@ def test_measuring_loads_no_plots_templates_or_trainers() -> None:
 @pytest.mark.parametrize("name", sk.__all__)
 def test_every_public_name_exists_and_is_documented(name: str) -> None:
     value = getattr(sk, name)
-    assert value.__name__ == name
+    assert value.__name__.rpartition(".")[2] == name
     assert value.__doc__
-    assert value.__module__.startswith("sharpkit.")
+    assert (value.__name__ if isinstance(value, ModuleType) else value.__module__).startswith("sharpkit.")
+
+
+def test_the_sinks_are_there_without_torch_or_loggers() -> None:
+    loaded = modules_after("import sharpkit as sk; sk.sinks.jsonl; sk.sinks.read_run")
+    assert not loaded & {"torch", "numpy", "matplotlib", "tensorboard", "wandb"}
 
 
 def test_an_unknown_name_is_an_attribute_error_and_dir_lists_the_public_ones() -> None:

@@ -73,6 +73,10 @@ if TYPE_CHECKING:
     from sharpkit.operators.preconditioned import AdaptiveOperator as AdaptiveOperator
     from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
     from sharpkit.reporting import report as report
+    from sharpkit.training.monitor import Monitor as Monitor
+    from sharpkit.training.records import Measurement as Measurement
+    from sharpkit.training.records import MonitorHistory as MonitorHistory
+    from sharpkit.training.records import Record as Record
 
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
 _MODULES: dict[str, tuple[str, ...]] = {
@@ -117,6 +121,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.operators.hessian": ("HessianOperator",),
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
     "sharpkit.reporting": ("report",),
+    "sharpkit.training.monitor": ("Monitor",),
+    "sharpkit.training.records": ("Measurement", "MonitorHistory", "Record"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sharpkit import _counting
 from sharpkit._batches import Batch, BatchSource
-from sharpkit._distributed import find_ranks
+from sharpkit._distributed import Ranks, find_ranks
 from sharpkit._errors import ObjectiveError
 from sharpkit._guard import loader_generators, seed_everything, undisturbed, unwrap
 from sharpkit._loss import call_model, check_arguments, check_loss, own_loss
@@ -185,6 +186,27 @@ class Objective:
                 f"params= picks {', '.join(picked.names[:4])}, none of the objective's own parameters: {', '.join(self.layout.names[:8])}"
             )
         other.layout = select_params(self.model, lambda name, _: name in both)
+        return other
+
+    def with_data(self, batches: list[Batch], *, ranks: Ranks | None = None) -> Objective:
+        """The same function of the parameters over other batches, weighed by the rule found at the start; nothing is evaluated.
+
+        Args:
+            batches: of the same kind; may be empty on some processes.
+            ranks: the processes whose batches make up the objective, by default this objective's.
+
+        Raises:
+            ObjectiveError: no batch holds anything that counts.
+        """
+        other = copy.copy(self)
+        other.ranks = self.ranks if ranks is None else ranks
+        counts = tuple(self.count_of(batch) for batch in batches)
+        lengths = tuple(_counting.samples_in(batch, self.loss is not None) for batch in batches)
+        total, samples = other.ranks.sum_numbers([sum(counts), float(sum(lengths))], device=self.device)
+        if total <= 0:
+            raise ObjectiveError("a batch holds no counted target: all are masked, or it is empty; pass larger ones")
+        other._survey = replace(self._survey, counts=counts, lengths=lengths, total=total, num_samples=round(samples))
+        other._source = BatchSource(batches, pair=False)
         return other
 
     # -- evaluation ---------------------------------------------------------------------------------------------------

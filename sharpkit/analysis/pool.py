@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sharpkit._batches import Batch, BatchSource, map_tensors, tensors_of, to_device
+from sharpkit._batches import Batch, map_tensors, tensors_of, to_device
 from sharpkit._distributed import Ranks
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective import Objective
@@ -71,15 +69,8 @@ class SamplePool:
         return self._over(parts)
 
     def _over(self, batches: list[Batch]) -> Objective:
-        """A copy of the parent over other data; nothing is evaluated, the weights follow the parent's rule."""
-        parent, other = self.parent, copy.copy(self.parent)
-        counts = tuple(parent.count_of(batch) for batch in batches)
-        lengths = tuple(_length(batch) for batch in batches)
-        if sum(counts) <= 0:
-            raise ObjectiveError("a drawn mini-batch holds no counted target; draw larger ones")
-        other._survey = replace(parent._survey, counts=counts, lengths=lengths, total=float(sum(counts)), num_samples=sum(lengths))
-        other._source, other.ranks = BatchSource(batches, pair=False), Ranks()
-        return other
+        """The parent's function over other samples; nothing is evaluated."""
+        return self.parent.with_data(batches, ranks=Ranks())
 
     def draws(self, batch_size: int, *, generator: torch.Generator) -> Iterator[Objective]:
         """Endless mini-batches without replacement within each, fresh for each.
@@ -113,10 +104,6 @@ class SamplePool:
     def _check_size(self, batch_size: int) -> None:
         if not 1 <= batch_size <= self.size:
             raise ValueError(f"batch_size must lie between 1 and the {self.size} samples of the objective, got {batch_size}")
-
-
-def _length(batch: Batch) -> int:
-    return int(next(t.shape[0] for t in tensors_of(batch) if t.ndim > 0))
 
 
 def _take(batch: Batch, indices: Tensor, length: int) -> Batch:

@@ -223,7 +223,8 @@ def measure(
     top, preconditioned = _end(overview.largest), None
     if optimizer is not None and rule is not None and rule.adaptive:
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
-        preconditioned = _preconditioned_top(hessian, optimizer, tol=tol, seed=seed, max_seconds=left, callback=callback)
+        matrix = preconditioned_hessian(hessian, optimizer)
+        preconditioned = _end(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, callback=callback))
     return Sharpness(
         lambda_max=top,
         lambda_min=_end(overview.smallest),
@@ -258,20 +259,12 @@ def _end(pairs: Eigenpairs) -> Estimate:
     )
 
 
-def _preconditioned_top(
-    hessian: HessianOperator,
-    optimizer: torch.optim.Optimizer,
-    *,
-    tol: float,
-    seed: int,
-    max_seconds: float | None,
-    callback: ProgressCallback | None,
-) -> Estimate:
+def preconditioned_hessian(hessian: SymmetricOperator, optimizer: torch.optim.Optimizer) -> PreconditionedOperator:
+    """D^-1/2 H D^-1/2 from an optimizer's live state, with coupled weight decay, which is part of the gradient it divides, in H."""
     settings = optimizer.param_groups[0]
     decay = float(settings.get("weight_decay", 0.0))
-    coupled = decay and not (isinstance(optimizer, torch.optim.AdamW) or settings.get("decoupled_weight_decay"))
-    matrix: SymmetricOperator = hessian + decay if coupled else hessian  # coupled decay is part of the gradient that is preconditioned
-    return _end(eigenpairs(PreconditionedOperator(matrix, optimizer), k=1, tol=tol, seed=seed, max_seconds=max_seconds, callback=callback))
+    decoupled = isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD)) or settings.get("decoupled_weight_decay")  # SGD: in its rule
+    return PreconditionedOperator(hessian if decoupled or not decay else hessian + decay, optimizer)
 
 
 def _effective_rank(overview: SpectralOverview) -> Estimate:

@@ -1,0 +1,131 @@
+"""When to measure, what, and on how much: every so many steps, or as often as a share of the training time allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sharpkit._distributed import Ranks, find_ranks
+from sharpkit.training.budget import Account, Stopwatch
+
+_PRIMARY_SHARE = 0.6  # of the budget goes to the first metric
+_FIRST_LOOK = 8  # steps timed before the first plan
+_SETUP_GRADIENTS = 3  # of making the first objective
+_FIRST_CAUTION, _CAUTION = (
+    1.5,
+    2.5,
+)  # main metric, others; factors on the cost of what was never measured: small models pay for calls more than for arithmetic
+_PRODUCT = 1.6  # Hessian product over training step, about
+_LEAST_MATVECS = 3
+
+
+class Planner:
+    """Decides at each measurement when the next one is, so that between them a step costs nothing and all processes agree.
+
+    Args:
+        gradients: by metric, the main one first, about what one measurement costs in gradients of the batch.
+        every: steps between measurements, or ``"auto"``.
+        budget: share of training time.
+        max_interval: steps between measurements from which on a smaller part of the batch is measured.
+        process_group: as in Objective.
+
+    Attributes:
+        watch: times training and measuring.
+        part: share of each batch that is measured.
+    """
+
+    def __init__(
+        self, gradients: Mapping[str, float], *, every: int | str, budget: float, max_interval: int, process_group: Any = None
+    ) -> None:
+        self.every, self.part = every, 1.0
+        self.watch = Stopwatch()
+        self._gradients, self._max_interval, self._group = dict(gradients), max_interval, process_group
+        self._main = next(iter(self._gradients))
+        others = len(self._gradients) - 1
+        first = _PRIMARY_SHARE if others else 1.0
+        self._accounts = {name: Account(budget * (first if name == self._main else (1 - first) / others)) for name in self._gradients}
+        self._planned = every != "auto"
+        self._next = 0 if self._planned else _FIRST_LOOK
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is to be done at this step."""
+        return step >= self._next
+
+    @property
+    def measures(self) -> bool:
+        """Whether it is a measurement that is due, rather than the first plan."""
+        return self._planned
+
+    def affords(self, name: str) -> bool:
+        """Whether a metric is measured along with the main one."""
+        if self.every != "auto" or name == self._main:
+            return True
+        account = self._accounts[name]
+        if math.isnan(account.forecast):
+            account.forecast = _CAUTION * self._gradients[name] * self.watch.step_seconds
+        return bool(self._agree(account.allows(self.watch.training)))
+
+    def matvecs(self, name: str) -> int | None:
+        """Products that a metric's account has room for; None without a bound."""
+        if self.every != "auto":
+            return None
+        account, each = self._accounts[name], _PRODUCT * self.watch.step_seconds
+        room = account.share * self.watch.training - account.spent
+        return round(self._agree(max(_LEAST_MATVECS, int(room / each) - 1) if each > 0 else _LEAST_MATVECS))
+
+    def pay(self, name: str, seconds: float, *, cold: bool) -> None:
+        """Charge a metric with what it took; a cold start is no forecast of the next."""
+        self._accounts[name].pay(seconds, typical=not cold)
+
+    def plan(self, step: int, *, may_halve: bool) -> None:
+        """Fix the next measurement.
+
+        Args:
+            step: the present one.
+            may_halve: whether the part of the batch that is measured may still be halved.
+        """
+        if self.every != "auto":
+            self._next = step + int(self.every)
+            return
+        account, typical = self._accounts[self._main], self.watch.step_seconds
+        charged = sum(a.spent for a in self._accounts.values())
+        account.spent += max(self.watch.measuring - charged, 0.0)  # what no metric was charged with: calls, planning, sinks
+        if math.isnan(account.forecast):
+            account.forecast = _FIRST_CAUTION * (self._gradients[self._main] + (0 if self._planned else _SETUP_GRADIENTS)) * typical
+        self._planned = True
+        wait = round(self._agree(account.steps_until(self.watch.training, typical)))
+        steady = round(self._agree(account.forecast / account.share / typical if typical > 0 else 0.0))
+        if min(wait, steady) > self._max_interval and may_halve:
+            self.part /= 2
+            account.forecast /= 2
+        self._next = step + max(1, wait)
+
+    def _agree(self, value: float) -> float:
+        """The first process's number, on every process."""
+        ranks: Ranks = find_ranks(self._group)
+        return ranks.agree(float(value), device=torch.device("cuda") if ranks.size > 1 and _on_gpu(ranks) else torch.device("cpu"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {
+            "next": self._next,
+            "planned": self._planned,
+            "part": self.part,
+            "watch": self.watch.state_dict(),
+            "accounts": {name: account.state_dict() for name, account in self._accounts.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved plan; accounts of metrics that are no longer measured are dropped."""
+        self._next, self._planned, self.part = int(state["next"]), bool(state["planned"]), float(state["part"])
+        self.watch.load_state_dict(state["watch"])
+        for name, saved in state["accounts"].items():
+            if name in self._accounts:
+                self._accounts[name].load_state_dict(saved)
+
+
+def _on_gpu(ranks: Ranks) -> bool:
+    return bool(torch.distributed.get_backend(ranks.group) == "nccl")

@@ -68,13 +68,13 @@ class Reading(NamedTuple):
         """One standard error of the ratio."""
         return self.stderr / self.limit if self.limit > 0 else math.nan
 
-    def is_above(self, factor: float = 1.0) -> bool:
-        """Whether the value lies above ``factor`` times its limit by more than twice its error; never without a limit."""
-        return self.value - 2 * self.stderr > factor * self.limit
+    def is_above(self, factor: float = 1.0, *, num_errors: float = 2.0) -> bool:
+        """Whether the value lies above ``factor`` times its limit by more than ``num_errors`` of its error; never without a limit."""
+        return self.value - num_errors * self.stderr > factor * self.limit
 
-    def is_below(self, factor: float = 1.0) -> bool:
-        """Whether the value lies below ``factor`` times its limit by more than twice its error; never without a limit."""
-        return self.value + 2 * self.stderr < factor * self.limit
+    def is_below(self, factor: float = 1.0, *, num_errors: float = 2.0) -> bool:
+        """Whether the value lies below ``factor`` times its limit by more than ``num_errors`` of its error; never without a limit."""
+        return self.value + num_errors * self.stderr < factor * self.limit
 
 
 def reading(record: Document, metric: str) -> Reading | None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from sharpkit._run_schema import Reading, in_words
 from sharpkit.linalg.results import format_with_error
-from sharpkit.training._windows import MAX_READINGS, Readings
+from sharpkit.training._windows import Readings
 
 
 def blows_up(losses: Sequence[float]) -> bool:
@@ -108,7 +108,7 @@ class EdgeOfStability:
         self.active = True
         return (
             f"Edge of stability: over {len(last)} measurements, steps {last[0].step} to {last[-1].step}, {in_words(name)} has stayed at "
-            f"{format_with_error(mean, error)} of the limit, now {last[-1].limit:.4g}."
+            f"{mean:.2f} +- {max(error, 0.01):.1g} of the limit, now {last[-1].limit:.4g}."
         )
 
 
@@ -118,60 +118,60 @@ class SelfStabilisation:
 
     kind: ClassVar[str] = "self_stabilisation"
     count: ClassVar[int] = 4
+    memory: ClassVar[int] = 128  # readings within which they must come
     margin: ClassVar[float] = 0.01
+    num_errors: ClassVar[float] = 3.0  # four times in turn by chance: below one in a million records
 
     side: int = 0
-    crossings: list[int] = field(default_factory=list)  # steps, the last few
-    ages: list[int] = field(default_factory=list)  # readings since each
+    crossings: list[list[float]] = field(default_factory=list)  # (readings since, step, loss, lowest and highest limit on the way)
+    limits: list[float] = field(default_factory=list)  # lowest and highest since the last one
     active: bool = False
 
     def on_reading(self, name: str, readings: Readings) -> str | None:
         last = readings.last(1)[0]
-        side = 1 if last.is_above(1 + self.margin) else -1 if last.is_below(1 - self.margin) else self.side
-        self.ages = [age + 1 for age in self.ages]
+        above = last.is_above(1 + self.margin, num_errors=self.num_errors)
+        below = last.is_below(1 - self.margin, num_errors=self.num_errors)
+        side = 1 if above else -1 if below else self.side
+        self.limits = [min([last.limit, *self.limits]), max([last.limit, *self.limits])]
+        self.crossings = [[age + 1, *rest] for age, *rest in self.crossings if age + 1 < self.memory]
         if side * self.side < 0:
-            self.crossings.append(last.step)
-            self.ages.append(0)
+            self.crossings = [*self.crossings[1 - self.count :], [0, last.step, last.loss, *self.limits]]
+            self.limits = []
         self.side = side
-        recent = sum(age < MAX_READINGS for age in self.ages)
-        self.crossings, self.ages = self.crossings[-recent:] if recent else [], self.ages[-recent:] if recent else []
-        if self.active or recent < self.count:
-            self.active = self.active and recent > 0
+        if self.active or len(self.crossings) < self.count:
+            self.active = self.active and bool(self.crossings)
             return None
-        while_crossing = [r for r in readings.items if r.step >= self.crossings[0] and r.limit > 0]
-        limits = [r.limit for r in while_crossing]
-        if max(limits) > 1.2 * min(limits) or blows_up([r.loss for r in while_crossing]):
+        _, steps, losses, lowest, highest = zip(*self.crossings, strict=True)
+        if max(highest) > 1.2 * min(lowest) or blows_up([*losses, last.loss]):
             return None  # a schedule moved the limit, or training is leaving
         self.active = True
-        ratios = [r.ratio for r in while_crossing]
+        loss = f", while the loss went from {losses[0]:.4g} to {last.loss:.4g}" if math.isfinite(losses[0] + last.loss) else ""
         return (
-            f"Self-stabilisation: {in_words(name)} crossed the limit {last.limit:.4g} {recent} times, up and down in turn, between steps "
-            f"{self.crossings[0]} and {last.step}, and stayed at {min(ratios):.2f} to {max(ratios):.2f} of it{_loss_words(while_crossing)}."
+            f"Self-stabilisation: {in_words(name)} crossed the limit, {last.limit:.4g}, {len(steps)} times, up and down in turn, between "
+            f"steps {steps[0]} and {steps[-1]}{loss}; it is {format_with_error(last.value, last.stderr)} now."
         )
-
-
-def _loss_words(readings: list[Reading]) -> str:
-    losses = [r.loss for r in readings if math.isfinite(r.loss)]
-    return f", while the loss went from {losses[0]:.4g} to {losses[-1]:.4g}" if len(losses) > 1 else ""
 
 
 @dataclass
 class LimitCrossed:
-    """The curvature is above the limit by more than twice its error, for several readings on end."""
+    """The curvature is above the limit by more than twice its error and its scatter, for several readings on end."""
 
     kind: ClassVar[str] = "limit_crossed"
     count: ClassVar[int] = 3
     released: ClassVar[float] = 0.95
 
     above: int = 0
+    below: int = 0
     since: int = -1
     active: bool = False
 
     def on_reading(self, name: str, readings: Readings) -> str | None:
         last = readings.last(1)[0]
-        if not last.is_above():
+        error = max(last.stderr, readings.scatter()) if last.value > last.limit else last.stderr
+        self.below = self.below + 1 if last.value < self.released * last.limit else 0
+        self.active = self.active and self.below < self.count
+        if not last._replace(stderr=error).is_above():
             self.above = 0
-            self.active = self.active and not last.value < self.released * last.limit
             return None
         self.above += 1
         self.since = last.step if self.above == 1 else self.since

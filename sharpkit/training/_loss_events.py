@@ -23,6 +23,7 @@ class LossSpike:
     kind: ClassVar[str] = "loss_spike"
     least: ClassVar[int] = 12  # losses before anything can be called unusual
     num_spreads: ClassVar[float] = 8.0
+    num_log_spreads: ClassVar[float] = 6.0
     share: ClassVar[float] = 0.3  # of the level
     patience: ClassVar[int] = 16  # losses after which a high level is the new level
 
@@ -46,8 +47,8 @@ class LossSpike:
         level = median(values[-9:])
         if loss - level < self.share * abs(level):
             return None
-        spread = max(spread_of_differences(values), 1e-3 * abs(level), 1e-300)
-        if loss - level < self.num_spreads * spread:
+        spread = max(spread_of_differences(values, about_trend=False), 1e-3 * abs(level), 1e-300)
+        if loss - level < self.num_spreads * spread or not self._unusual_factor(loss, values):
             return None
         self.active, self.length = True, 0
         self.ceiling = level + max(3 * spread, 0.1 * abs(level))
@@ -55,6 +56,13 @@ class LossSpike:
             f"Loss spike: the loss jumped from about {level:.4g} to {loss:.4g} at step {step}, {_times((loss - level) / spread)} its usual "
             f"scatter. {self._explain(step, name, readings)}"
         )
+
+    def _unusual_factor(self, loss: float, values: list[float]) -> bool:
+        """Whether the jump is unusual as a factor as well: losses of small batches scatter in proportion to their size."""
+        if min(values) <= 0:
+            return True
+        logs = [math.log(value) for value in values]
+        return math.log(loss) - median(logs[-9:]) > self.num_log_spreads * spread_of_differences(logs)
 
     def _explain(self, step: int, name: str, readings: Readings) -> str:
         recent = [r for r in readings.before(step, 3) if math.isfinite(r.ratio)]
@@ -117,7 +125,8 @@ class Catapult:
         low, low_step = min(self.lows) if self.lows else (math.inf, -1)
         rise = smooth - low
         if self.lows and rise > self.share * abs(low) and rise > 6 * spread_of_differences(losses.values()):
-            sharpest = max((r for r in readings.items if r.step <= step), key=lambda r: r.value, default=None)
+            candidates = readings.before(int(low_step), 1) + [r for r in readings.items if low_step < r.step <= step]
+            sharpest = max(candidates, key=lambda r: r.value, default=None)
             if sharpest is None:
                 return
             self.phase, self.waited = "up", 0

@@ -16,13 +16,12 @@ MAX_READINGS, MAX_LOSSES = 32, 48
 _TO_SIGMA = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
 
 
-def spread_of_differences(values: Sequence[float]) -> float:
+def spread_of_differences(values: Sequence[float], *, about_trend: bool = True) -> float:
     """Standard deviation of independent scatter about a smooth course, from successive differences; 0 for fewer than five values.
-
-    A steady trend does not count: differences are taken about their median.
 
     Args:
         values: in the order of time.
+        about_trend: take differences about their median, so that a steady trend does not count.
 
     Example:
         >>> spread_of_differences([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -31,7 +30,7 @@ def spread_of_differences(values: Sequence[float]) -> float:
     if len(values) < 5:
         return 0.0
     differences = [later - earlier for earlier, later in pairwise(values)]
-    middle = statistics.median(differences)
+    middle = statistics.median(differences) if about_trend else 0.0
     return _TO_SIGMA * statistics.median(abs(d - middle) for d in differences) / math.sqrt(2)
 
 
@@ -53,8 +52,11 @@ class Readings:
         if len(self.items) < 3:
             return None
         last = self.last(3)
-        scatter = spread_of_differences([r.value for r in self.items])
-        return statistics.median(r.value for r in last), max(scatter, *(r.stderr for r in last))
+        return statistics.median(r.value for r in last), max(self.scatter(), *(r.stderr for r in last))
+
+    def scatter(self) -> float:
+        """Standard deviation of the values about their course; 0 for fewer than five."""
+        return spread_of_differences([r.value for r in self.items])
 
     def before(self, step: int, count: int) -> list[Reading]:
         """The last ``count`` readings at or before a step."""

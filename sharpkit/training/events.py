@@ -95,8 +95,8 @@ class EventDetector:
             self._forget()
         self._last_step = step
         events = self._update_curvature(record)
-        loss = record.get("loss")
-        return events if loss is None else events + self.update_loss(step, number(loss))
+        loss = number(record.get("loss"))
+        return events if math.isnan(loss) else events + self.update_loss(step, loss)  # NaN in a record says that the loss is unknown
 
     def update_loss(self, step: int, loss: float) -> list[Event]:
         """Take the loss of a step that may have no record, so that what happens between measurements is seen; costs microseconds.

@@ -20,6 +20,8 @@ _MEMORY = 3  # values kept to extrapolate from
 _SKIP_SHARE = 0.5  # of the tolerance may be spent by an extrapolation that has held so far
 _MAX_SKIP = 4
 _LEAST_SECOND = 0.5  # short runs see the second eigenvalue too low: it is taken to be at least this share of the first
+_LONG = 6  # products of a run that shows the second eigenvalue
+_SEARCH = 10  # products of an update that looks for another top eigenvalue
 _MOVED = 5.0  # tolerances by which the value must have moved since the last update for the matrix to count as another one
 
 
@@ -58,7 +60,7 @@ class EigenvalueTracker:
     check_every: int = 32
     seed: int = 0
     vector: Tensor | None = None
-    second: float = _LEAST_SECOND  # second eigenvalue as a share of the first
+    second: float = math.inf  # second eigenvalue as a share of the first, once a run was long enough to show it
     updates: int = 0
     points: list[tuple[int, float]] = field(default_factory=list)  # (step, value), the last few
     skips: int = 0  # steps that the last extrapolation may bridge
@@ -82,17 +84,18 @@ class EigenvalueTracker:
         space = KrylovSpace(operator)
         cold = self.vector is None or self.vector.shape[0] != operator.size
         if cold:
-            self.second = _LEAST_SECOND
+            self.second = math.inf
             space.add_random(generator)
         else:
             assert self.vector is not None
             space.add_start(self.vector.to(device=operator.device))
             if self.check_every and self.updates % self.check_every == self.check_every - 1:
                 space.add_random(generator)
-        allowed = self.cold_matvecs if cold else self.max_matvecs + (self.cold_matvecs // 2 if len(space.pending) > 1 else 0)
+        searches = len(space.pending) > 1
+        allowed = self.cold_matvecs if cold or searches else self.max_matvecs
         if max_matvecs is not None:
             allowed = min(allowed, max(1, max_matvecs))
-        value, error = self._run(space, allowed, least=2 if cold else 1)
+        value, error = self._run(space, allowed, least=_SEARCH if searches else 2 if cold else 1)
         self.updates += 1
         converged = error <= self.tol * abs(value)
         if step is not None:
@@ -103,8 +106,8 @@ class EigenvalueTracker:
     def _run(self, space: KrylovSpace, allowed: int, *, least: int) -> tuple[float, float]:
         passes, last = 0, self.points[-1][1] if self.points else None
         while True:
-            before = len(space.pending)
-            space.expand(space.pending[0] if before > 1 and len(space.expanded) % 2 == 0 else space.pending[-1])
+            several = len(space.pending) > 1  # the followed vector first, then the random one and what grows from it
+            space.expand(space.pending[-1] if space.expanded else space.pending[0])
             values, coordinates = np.linalg.eigh(space.projected())
             top, ritz = coordinates[:, -1], float(values[-1])
             residual = float(np.linalg.norm(space.couplings() @ top)) if space.pending else 0.0
@@ -112,12 +115,15 @@ class EigenvalueTracker:
             error = self._error(values, residual)
             done = len(space.expanded)
             passes = passes + 1 if error <= self.tol * abs(ritz) else 0
-            unlike = least > 1 or before > 1 or (last is not None and abs(ritz - last) > _MOVED * self.tol * abs(ritz))
+            unlike = least > 1 or several or (last is not None and abs(ritz - last) > _MOVED * self.tol * abs(ritz))
             if not space.pending or done >= allowed or (done >= least and passes >= (2 if unlike else 1)):
                 break
         if len(values) > 1 and ritz > 0:
             share = max(float(values[-2]) / ritz, _LEAST_SECOND)
-            self.second = share if done >= 4 else max(share, self.second)  # a longer run replaces what earlier ones saw
+            if done >= _LONG:
+                self.second = share
+            elif math.isfinite(self.second):
+                self.second = max(share, self.second)
         self.vector = self._advanced(space, top, ritz, residual)
         return ritz, error
 

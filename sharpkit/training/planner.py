@@ -14,10 +14,8 @@ from sharpkit.training.budget import Account, Stopwatch
 _PRIMARY_SHARE = 0.6  # of the budget goes to the first metric
 _FIRST_LOOK = 8  # steps timed before the first plan
 _SETUP_GRADIENTS = 3  # of making the first objective
-_FIRST_CAUTION, _CAUTION = (
-    1.5,
-    2.5,
-)  # main metric, others; factors on the cost of what was never measured: small models pay for calls more than for arithmetic
+# Factors on the cost of what was never measured, the main metric and others: small models pay for calls more than for arithmetic.
+_FIRST_CAUTION, _CAUTION = 1.5, 2.5
 _PRODUCT = 1.6  # Hessian product over training step, about
 _LEAST_MATVECS = 3
 

@@ -1,13 +1,15 @@
-"""Pictures of curvature on matplotlib axes: spectrum, curvature over training, layers. No global style, never shown."""
+"""Pictures of curvature on matplotlib axes: spectrum, curvature over training, layers, monitored runs. No global style, never shown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sharpkit._axes import BLUE, GREEN, GREY, ORANGE, finish, new_axes
+from sharpkit._monitor_plot import plot_monitor as plot_monitor
 from sharpkit.linalg.slq import default_bandwidth
 
 if TYPE_CHECKING:
@@ -17,24 +19,7 @@ if TYPE_CHECKING:
     from sharpkit.analysis.layers import LayerSharpness
     from sharpkit.linalg.results import SpectralDensity
 
-# Mid-tones that read on a light and on a dark page.
-BLUE, ORANGE, GREEN, GREY = "#3f88c5", "#e4713a", "#3f9c6b", "#8b919b"
 _MOST_LABELS = 6
-
-
-def _new_axes() -> Axes:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(layout="constrained")[1]
-
-
-def _finish(ax: Axes, *, legend: Literal["best", "upper center"] = "best") -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-    ax.set_axisbelow(True)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize="small", loc=legend)
-    return ax
 
 
 def plot_density(
@@ -66,7 +51,7 @@ def plot_density(
     for name, value in (("lr", lr), ("limit", limit)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    ax = ax if ax is not None else _new_axes()
+    ax = ax if ax is not None else new_axes()
     grid, heights, bandwidth = _bulk(density)
     floor = 0.1 / (density.size * bandwidth * math.sqrt(2 * math.pi))  # a tenth of one single eigenvalue's peak
     shown = np.maximum(heights, floor)
@@ -83,7 +68,7 @@ def plot_density(
     ax.set_ylabel("density (share / unit eigenvalue)")
     if title:
         ax.set_title(title)
-    return _finish(ax, legend="upper center")
+    return finish(ax, legend="upper center")
 
 
 def _bulk(density: SpectralDensity) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
@@ -143,7 +128,7 @@ def plot_curvature(history: CurvatureHistory, *, ax: Axes | None = None, title: 
         >>> plot_curvature(run).get_xlabel()
         'optimizer steps'
     """
-    ax = ax if ax is not None else _new_axes()
+    ax = ax if ax is not None else new_axes()
     ax.errorbar(
         history.steps,
         history.lambda_max,
@@ -165,7 +150,7 @@ def plot_curvature(history: CurvatureHistory, *, ax: Axes | None = None, title: 
         ax.set_ylim(bottom=min(0.0, *values) if values else 0.0)
     if title:
         ax.set_title(title)
-    return _finish(ax)
+    return finish(ax)
 
 
 def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -187,7 +172,7 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
         >>> [label.get_text() for label in plot_layers(layers).get_yticklabels()]
         ['conv', 'head']
     """
-    ax = ax if ax is not None else _new_axes()
+    ax = ax if ax is not None else new_axes()
     rows = np.arange(len(layers.names))
     for offset, estimates, color, label in ((-0.2, layers.lambda_max, BLUE, "lambda_max"), (0.2, layers.trace, GREEN, "trace")):
         ax.barh(
@@ -211,7 +196,7 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
     ax.set_xlabel("curvature of the layer's block (loss / parameter²)")
     if title:
         ax.set_title(title)
-    return _finish(ax)
+    return finish(ax)
 
 
 def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -234,7 +219,7 @@ def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = N
         >>> plot_learning_rate_curve(document).get_xscale()
         'log'
     """
-    ax = ax if ax is not None else _new_axes()
+    ax = ax if ax is not None else new_axes()
     rows = document["rows"]
     sizes = np.array([row["batch_size"] for row in rows], dtype=float)
     rates, lower, upper, theory = (
@@ -261,4 +246,4 @@ def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = N
     ax.set_ylabel("largest stable learning rate")
     if title:
         ax.set_title(title)
-    return _finish(ax)
+    return finish(ax)

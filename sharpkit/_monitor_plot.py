@@ -1,0 +1,253 @@
+"""The picture of a monitored run: curvature with its errors against the limit in use, other metrics and the loss below, events numbered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sharpkit._axes import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, TEAL, finish, new_axes
+from sharpkit._json import number
+from sharpkit._run_schema import Reading, in_words, main_curvature, reading
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Document = Mapping[str, Any]
+Array = np.ndarray[Any, Any]
+
+_MOST_PANELS = 6
+_MOST_POINTS = 600  # of a line; beyond it the lowest and highest of each stretch are drawn
+_MOST_BARS = 80  # error bars; beyond it a band
+_ON_STEPS = ("critical_sharpness", "directional_sharpness", "batch_sharpness")  # along the optimizer's own steps: in the units of its limit
+_PLAIN = ("lambda_max", "probe_lambda_max", "gradient_noise_interaction", "lambda_min")
+
+
+def metrics_of(records: Sequence[Document]) -> list[str]:
+    """Every metric of the records, in the order they first came.
+
+    Example:
+        >>> metrics_of([{"values": {"trace": {}}}, {"values": {"lambda_max": {}, "trace": {}}}])
+        ['trace', 'lambda_max']
+    """
+    return list(dict.fromkeys(name for record in records for name in record["values"]))
+
+
+def panels_of(document: Document) -> list[tuple[str, list[str]]]:
+    """Which metrics share axes: (label of the axis, metrics) from top to bottom, without the loss.
+
+    The first holds the curvature that the limit is one on, with everything in its units.
+
+    Args:
+        document: of a monitored run.
+    """
+    records = document["records"]
+    names, main = metrics_of(records), main_curvature(records)
+    beside = [n for n in names if n in (*_ON_STEPS, *_PLAIN) or _is_ranked(n)]
+    preconditioned = main == "preconditioned_lambda_max"
+    first = [n for n in names if n == main or (n in beside and (not preconditioned or n in _ON_STEPS))]
+    second = [n for n in beside if n not in first]
+    layers = [n for n in names if "/" in n]
+    unit = "" if preconditioned else " (loss / parameter²)"
+    panels = [(f"curvature{unit}", sorted(first, key=lambda n: n != main)), ("Hessian (loss / parameter²)", second)]
+    panels.append(("by layer (loss / parameter²)", layers))
+    units = {"trace": "trace (loss / parameter²)", "noise_scale": "noise scale (samples)"}
+    panels += [(units.get(n, n), [n]) for n in names if n not in (*first, *second, *layers)]
+    return [(label, members) for label, members in panels if members][:_MOST_PANELS]
+
+
+def figure_size(document: Document) -> tuple[float, float]:
+    """Inches that the panels of a run ask for."""
+    return 10.5, 4.2 + 1.5 * len(panels_of(document))
+
+
+def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Curvature over steps with error bars and the dashed limit of the learning rate in use; other metrics and the loss on axes below.
+
+    Events are numbered in the order of the report's list; a metric that failed is marked at the lower edge.
+
+    Args:
+        document: ``history.to_dict()`` of a monitor, or of a file read by ``sk.sinks.read_run``.
+        ax: whose place to take; it becomes the uppermost axes, the others go under it. By default a new figure.
+        title: of the axes.
+
+    Returns:
+        The axes of the curvature.
+
+    Raises:
+        ValueError: no records.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> entry = {"value": 19.0, "stderr": 0.5, "limit": 20.0}
+        >>> records = [{"step": step, "loss": 1.0, "values": {"lambda_max": entry}} for step in (0, 10)]
+        >>> plot_monitor({"kind": "monitor_history", "records": records}).get_ylabel()
+        'curvature (loss / parameter²)'
+    """
+    records = document["records"]
+    if not records:
+        raise ValueError("the run has no records yet: nothing to draw")
+    panels = panels_of(document)
+    ax = ax if ax is not None else new_axes(figure_size(document))
+    losses = [(int(r["step"]), number(r.get("loss"))) for r in records]
+    losses = [(step, loss) for step, loss in losses if math.isfinite(loss)]
+    axes = _stack(ax, [3.0, *[1.2] * (len(panels) - 1 if panels else 0), *[1.2] * bool(losses)])
+    for below, (label, names) in zip(axes, panels, strict=False):
+        _draw_panel(below, records, names, label)
+    if losses:
+        _draw_loss(axes[-1], losses)
+    _mark_failures(ax, records)
+    _mark_events(axes, [event for record in records for event in record.get("events", ())])
+    axes[-1].set_xlabel("optimizer steps")
+    for upper in axes[:-1]:
+        upper.tick_params(labelbottom=False)
+    if title:
+        ax.set_title(title, pad=18)
+    return ax
+
+
+# -- panels ---------------------------------------------------------------------------------------------------------------------
+
+
+def _stack(ax: Axes, heights: list[float]) -> list[Axes]:
+    """Axes under ``ax`` that share its steps; together they take its place."""
+    figure: Any = ax.figure
+    if len(heights) == 1:
+        return [ax]
+    spec = ax.get_subplotspec()
+    if spec is not None:
+        inner = spec.subgridspec(len(heights), 1, height_ratios=heights)
+        ax.set_subplotspec(inner[0])
+        return [ax, *(figure.add_subplot(inner[i], sharex=ax) for i in range(1, len(heights)))]
+    place, gap = ax.get_position(), 0.03
+    each = (place.height - gap * (len(heights) - 1)) / sum(heights)
+    axes, top = [], place.y1
+    for i, height in enumerate(heights):
+        box = (place.x0, top - each * height, place.width, each * height)
+        top -= each * height + gap
+        if i == 0:
+            ax.set_position(box)
+        axes.append(ax if i == 0 else figure.add_axes(box, sharex=ax))
+    return axes
+
+
+def _is_ranked(name: str) -> bool:
+    """lambda_1, lambda_2, ... of the top k."""
+    return name.startswith("lambda_") and name[7:].isdigit()
+
+
+def _draw_panel(ax: Axes, records: Sequence[Document], names: list[str], label: str) -> None:
+    colours = cycle((BLUE, GREEN, PURPLE, PINK, TEAL, OCHRE))
+    main_limits: Array | None = None
+    drawn: list[float] = []
+    for name in names:
+        ranked, layer = _is_ranked(name), "/" in name
+        colour = GREY if ranked else next(colours)
+        readings = [r for r in (reading(record, name) for record in records) if r is not None]
+        if not readings:
+            continue
+        text = in_words(name) if not ranked else ("largest eigenvalues" if name == min(filter(_is_ranked, names)) else "_")
+        drawn += _draw_series(ax, readings, colour, text, thin=ranked or layer)
+        steps, limits = np.array([r.step for r in readings]), np.array([r.limit for r in readings])
+        if layer or ranked or not np.isfinite(limits).any():
+            continue
+        drawn += [float(x) for x in limits[np.isfinite(limits)]]
+        if main_limits is None:
+            main_limits = limits
+            what = "its limit" if len(names) == 1 else f"limit of {in_words(name)}"
+            ax.plot(*_held(steps, limits), color=ORANGE, linestyle="--", linewidth=1.5, label=what)
+        elif not np.isclose(np.nanmedian(limits), np.nanmedian(main_limits), rtol=1e-3):
+            ax.plot(*_held(steps, limits), color=colour, linestyle="--", linewidth=1.0, label=f"limit of {in_words(name)}")
+    _scale(ax, drawn)
+    ax.set_ylabel(label)
+    finish(ax)
+    if len(ax.get_legend_handles_labels()[0]) > 5 and (legend := ax.get_legend()) is not None:
+        handles, labels = ax.get_legend_handles_labels()
+        legend.remove()
+        ax.legend(handles, labels, frameon=False, fontsize="x-small", ncols=2)
+
+
+def _draw_series(ax: Axes, readings: list[Reading], colour: str, label: str, *, thin: bool) -> list[float]:
+    """One metric; returns the values that the axis must hold."""
+    steps, values = np.array([r.step for r in readings]), np.array([r.value for r in readings])
+    errors = np.array([r.stderr if math.isfinite(r.stderr) else 0.0 for r in readings])
+    if thin:
+        ax.plot(*_thinned(steps, values), color=colour, linewidth=0.9, alpha=0.8, label=label)
+    elif len(steps) <= _MOST_BARS:
+        ax.errorbar(steps, values, yerr=errors, color=colour, marker="o", markersize=3, linewidth=1.4, capsize=2, label=label)
+    else:
+        x, y = _thinned(steps, values)
+        ax.plot(x, y, color=colour, linewidth=1.3, label=label)
+        if errors.max() > 0:
+            _, low = _thinned(steps, values - errors)
+            at, high = _thinned(steps, values + errors)
+            ax.fill_between(at, np.interp(at, _, low), high, color=colour, alpha=0.22, linewidth=0)
+    return [float(v) for v in values]
+
+
+def _draw_loss(ax: Axes, losses: list[tuple[int, float]]) -> None:
+    steps, values = (np.array(column) for column in zip(*losses, strict=True))
+    ax.plot(*_thinned(steps, values), color=GREY, linewidth=1.3, marker="o" if len(steps) <= _MOST_BARS else "", markersize=2.5)
+    if values.min() > 0 and values.max() > 20 * values.min():
+        ax.set_yscale("log")
+    ax.set_ylabel("loss")
+    finish(ax)
+
+
+def _scale(ax: Axes, values: list[float]) -> None:
+    if not values:
+        return
+    if min(values) > 0 and max(values) > 100 * min(values):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=min(0.0, 1.1 * min(values)))
+
+
+def _held(steps: Array, limits: Array) -> tuple[Array, Array]:
+    """A limit as steps: it holds until the next measurement says otherwise. Only its corners, so that long runs stay small."""
+    keep = np.ones(len(steps), dtype=bool)
+    keep[1:-1] = (limits[1:-1] != limits[:-2]) | (limits[1:-1] != limits[2:])
+    return _thinned(steps[keep], limits[keep])
+
+
+def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
+    """The lowest and highest of each stretch of a long series, so that no spike is lost."""
+    if len(steps) <= _MOST_POINTS:
+        return steps, values
+    kept: set[int] = {0, len(steps) - 1}
+    for part in np.array_split(np.arange(len(steps)), _MOST_POINTS // 2):
+        kept |= {int(part[np.argmin(values[part])]), int(part[np.argmax(values[part])])}
+    index = sorted(kept)
+    return steps[index], values[index]
+
+
+# -- marks ----------------------------------------------------------------------------------------------------------------------
+
+
+def _mark_failures(ax: Axes, records: Sequence[Document]) -> None:
+    steps = [record["step"] for record in records if record.get("failed")]
+    if steps:
+        ax.plot(steps, [0.02] * len(steps), "x", color=ORANGE, markersize=5, transform=ax.get_xaxis_transform(), label="a metric failed")
+        ax.legend(frameon=False, fontsize="small", loc="best")
+
+
+def _mark_events(axes: list[Axes], events: Sequence[Document]) -> None:
+    """A dotted line through all axes at each event and its number above; numbers that would collide share one label."""
+    if not events:
+        return
+    low, high = axes[0].get_xlim()
+    groups: list[tuple[float, list[int]]] = []
+    for index, event in enumerate(events, start=1):
+        step = float(event["step"])
+        if not groups or step - groups[-1][0] > 0.022 * (high - low):
+            groups.append((step, []))
+        groups[-1][1].append(index)
+    for step, members in groups:
+        for ax in axes:
+            ax.axvline(step, color=GREY, linestyle=":", linewidth=0.9, zorder=0.5)
+        text = str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}"
+        place: dict[str, Any] = {"xycoords": axes[0].get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8}
+        axes[0].annotate(text, (step, 1.02), **place, bbox={"boxstyle": "round,pad=0.2", "fc": "none", "ec": GREY, "lw": 0.8})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -191,7 +192,36 @@ def wrappers() -> dict[str, Callable[[int], Any]]:
     }
 
 
-TASKS = {"same_numbers": same_numbers, "refusals": refusals, "wrappers": wrappers}
+# -- the monitor --------------------------------------------------------------------------------------------------------------
+def monitored() -> dict[str, Callable[[int], Any]]:
+    def run(rank: int, watched: bool, every: Any, metrics: list[str]) -> Any:
+        model = built(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sk.SharpkitWarning)
+            monitor = sk.Monitor(wrapped, optimizer, loss=F.cross_entropy, every=every, budget=0.5, metrics=metrics, tol=1e-6)
+            x, y = gaussian(12, 4), labels(12)
+            mine = slice(0, 5) if rank == 0 else slice(5, 12)
+            for _ in range(6 if every != "auto" else 150):
+                F.cross_entropy(wrapped(x[mine]), y[mine]).backward()
+                if watched:
+                    monitor.step((x[mine], y[mine]))
+                optimizer.step()
+                optimizer.zero_grad()
+        values = [{name: m.value for name, m in record.values.items()} for record in monitor.history]
+        steps = [record.step for record in monitor.history]
+        return steps, values, [sorted(r.failed) for r in monitor.history], [p.detach().clone() for p in model.parameters()]
+
+    metrics = ["lambda_max", "critical_sharpness", "batch_sharpness", "noise_scale"]
+    return {
+        "watched": lambda rank: run(rank, True, 2, metrics),
+        "alone": lambda rank: run(rank, False, 2, metrics),
+        "auto": lambda rank: run(rank, True, "auto", ["lambda_max", "batch_sharpness"]),
+    }
+
+
+TASKS = {"same_numbers": same_numbers, "refusals": refusals, "wrappers": wrappers, "monitored": monitored}
 
 
 def test_every_number_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
@@ -249,3 +279,20 @@ def test_data_parallel_wrappers_are_measured_and_sharded_models_refused(tmp_path
         assert trains
         for name in ("tensor parallel", "one sharded part"):
             assert found[name][0].startswith("UnsupportedError: parameter '0.weight' is sharded over processes"), found[name]
+
+
+def test_a_monitor_measures_the_batch_of_all_processes_and_they_agree_when(tmp_path: Path) -> None:
+    zero, one = on_two_ranks(tmp_path, "monitored")
+    model = built(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+    whole = sk.Objective(model, (gaussian(12, 4), labels(12)), loss=F.cross_entropy)
+    assert isinstance(zero["watched"][0], list), zero["watched"]
+    assert zero["watched"][0] == one["watched"][0] == [0, 2, 4]
+    assert zero["watched"][1] == one["watched"][1], "every process has the same numbers"
+    first = zero["watched"][1][0]
+    assert first["lambda_max"] == pytest.approx(float(sk.eigenpairs(sk.HessianOperator(whole), tol=1e-8).values[0]), rel=1e-6)
+    g = whole.gradient()[1]
+    assert first["batch_sharpness"] == pytest.approx(float(g @ (sk.HessianOperator(whole) @ g) / (g @ g)), rel=1e-6)
+    assert zero["watched"][2] == [["noise_scale"]] * 3, "drawing samples works on one process: recorded, not hung"
+    for found in (zero, one):
+        assert all(torch.equal(a, b) for a, b in zip(found["watched"][3], found["alone"][3], strict=True))
+    assert zero["auto"][0] == one["auto"][0] and len(zero["auto"][0]) >= 1

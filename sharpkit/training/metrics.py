@@ -233,32 +233,30 @@ class Metric:
     Attributes:
         compute: measures it.
         gradients: about what one measurement costs, in gradients of the batch.
-        adaptive: needs the state of an adaptive optimizer, so that it is left out before the first step.
+        live: reads the optimizer's state, so that for an adaptive one it is left out before the first step.
         needs_probe: only with ``probe=``.
-        per_process: works on one process only.
     """
 
     compute: Callable[[Situation], Values]
     gradients: float
-    adaptive: bool = False
+    live: bool = False
     needs_probe: bool = False
-    per_process: bool = False
 
 
 METRICS: dict[str, Metric] = {
     "lambda_max": Metric(_lambda_max, 6),
-    "preconditioned_lambda_max": Metric(_preconditioned, 6, adaptive=True),
+    "preconditioned_lambda_max": Metric(_preconditioned, 6, live=True),
     "probe_lambda_max": Metric(_probe_lambda_max, 6, needs_probe=True),
-    "groups": Metric(_groups, 12),
+    "groups": Metric(_groups, 12, live=True),
     "batch_sharpness": Metric(_batch_sharpness, 4),
     "critical_sharpness": Metric(_critical_sharpness, 4),
     "directional_sharpness": Metric(_directional_sharpness, 4),
-    "noise_scale": Metric(_noise_scale, 2, per_process=True),
+    "noise_scale": Metric(_noise_scale, 2),
     "trace": Metric(_trace, 24),
     "lambda_min": Metric(_lambda_min, 20),
     "top_k": Metric(_top_k, 40),
     "per_layer": Metric(_per_layer, 60),
-    "gradient_noise_interaction": Metric(_gradient_noise_interaction, 60, needs_probe=True, per_process=True),
+    "gradient_noise_interaction": Metric(_gradient_noise_interaction, 60, needs_probe=True),
 }
 
 

@@ -202,16 +202,16 @@ class Monitor:
     def _ask_all(self, situation: Situation, values: dict[str, Measurement], failed: dict[str, str]) -> None:
         begun = self._planner.watch.entered  # the first metric pays for making the objective
         for name, metric in self.metrics.items():
-            if name in self._disabled or (metric.adaptive and not self.optimizer.state) or not self._planner.affords(name):
+            if name in self._disabled or (metric.live and situation.awaits_state) or not self._planner.affords(name):
                 continue
             situation.max_matvecs = self._planner.matvecs(name)
-            cold = name not in self._memory.trackers and name not in self._memory.windows
+            known = name in self._memory.trackers
             try:
                 values.update(metric.compute(situation))
             except Exception as error:
                 self._fail(name, error, failed)
             now = self._planner.watch.mark()
-            self._planner.pay(name, now - begun, cold=cold)
+            self._planner.pay(name, now - begun, cold=not known and name in self._memory.trackers)
             begun = now
 
     def _situation(self, batch: Batch) -> Situation:

@@ -99,6 +99,7 @@ class Planner:
         if min(wait, steady) > self._max_interval and may_halve:
             self.part /= 2
             account.forecast /= 2
+            wait = round(self._agree(account.steps_until(self.watch.training, typical)))
         self._next = step + max(1, wait)
 
     def _agree(self, value: float) -> float:

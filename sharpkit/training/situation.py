@@ -97,6 +97,11 @@ class Situation:
         except UnsupportedError:
             return None
 
+    @property
+    def awaits_state(self) -> bool:
+        """Whether an adaptive optimizer has not stepped yet."""
+        return self.rule is not None and self.rule.adaptive and not self.optimizer.state
+
     @cached_property
     def hessian(self) -> HessianOperator:
         """Of the training batch; its graph is shared by the metrics."""

@@ -1,0 +1,462 @@
+"""The monitor: right numbers beside the right limits, nothing changed in the training, nothing raised into it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import dense_hessian, mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sharpkit as sk
+
+X, Y = torch.randn(24, 6, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3
+
+
+def network(*, dropout: float = 0.0, norm: bool = False, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(6, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Tanh(), *([nn.Dropout(dropout)] if dropout else []), nn.Linear(8, 3)
+        )
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    monitor: sk.Monitor | None,
+    *,
+    steps: int = 12,
+    start: int = 0,
+    after_backward: Callable[[], None] = lambda: None,
+) -> list[float]:
+    losses = []
+    for step in range(start, start + steps):
+        chosen = torch.randperm(24, generator=torch.Generator().manual_seed(step))[:12]
+        loss = F.cross_entropy(model(X[chosen]), Y[chosen])
+        loss.backward()
+        after_backward()
+        if monitor is not None:
+            monitor.step((X[chosen], Y[chosen]), loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def state_of(*things: Any) -> list[Any]:
+    """Every tensor of models and optimizers, and the random states."""
+    found: list[Any] = [torch.get_rng_state()]
+    for thing in things:
+        state = thing.state_dict()
+        found += [state[key].clone() if isinstance(state[key], Tensor) else copy.deepcopy(state[key]) for key in sorted(state)]
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+# -- the numbers -----------------------------------------------------------------------------------------------------------
+def test_every_metric_of_one_batch_equals_its_dense_reference() -> None:
+    problem = mlp()
+    x, y = problem.batches[0]
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1, momentum=0.5)
+    monitor = sk.Monitor(
+        problem.model, optimizer, loss=problem.loss, every=1, tol=1e-6, top_k=3,
+        metrics=["lambda_max", "lambda_min", "top_k", "trace", "directional_sharpness", "batch_sharpness", "critical_sharpness", "per_layer"],
+    )  # fmt: skip
+    record = monitor.step((x, y))
+    H = dense_hessian(lambda: problem.unit(problem.model(x), y) / problem.count(y), problem.params)
+    eigenvalues = torch.linalg.eigvalsh(H).flip(0)
+    loss = problem.unit(problem.model(x), y) / problem.count(y)
+    g = torch.cat([t.reshape(-1) for t in torch.autograd.grad(loss, problem.params)])
+    along = float(g @ H @ g / (g @ g))
+    assert record is not None and not record.failed
+    assert record.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert record["lambda_max"].value == pytest.approx(float(eigenvalues[0]), rel=1e-6)
+    assert record["lambda_min"].value == pytest.approx(float(eigenvalues[-1]), rel=1e-6)
+    assert [record[f"lambda_{j}"].value for j in (1, 2, 3)] == pytest.approx(eigenvalues[:3].tolist(), rel=1e-6)
+    assert abs(record["trace"].value - float(H.trace())) <= 4 * record["trace"].stderr + 1e-9
+    assert record["directional_sharpness"].value == pytest.approx(along, rel=1e-6), "without a buffer yet, the step is the gradient"
+    assert record["batch_sharpness"].value == pytest.approx(along, rel=1e-6)
+    assert record["critical_sharpness"].value > 0
+    first = len(problem.params[0].reshape(-1)) + len(problem.params[1].reshape(-1))
+    assert record["lambda_max/0"].value == pytest.approx(float(torch.linalg.eigvalsh(H[:first, :first])[-1]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "limit"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "lambda_max", 20.0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "lambda_max", 38.0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), "lambda_max", 38.0 / 2.8),
+        (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3), "lambda_max", 19.7),
+        (lambda p: torch.optim.Adam(p, lr=0.1), "preconditioned_lambda_max", 380.0),
+    ],
+    ids=["SGD", "momentum", "Nesterov", "weight decay", "Adam"],
+)
+def test_the_limit_is_that_of_the_optimizer_in_use(make: Any, name: str, limit: float) -> None:
+    model = network()
+    optimizer = make(model.parameters())
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=[name])
+    train(model, optimizer, monitor, steps=3)
+    assert monitor.history[-1][name].limit == pytest.approx(limit)
+
+
+def test_an_adaptive_optimizers_curvature_is_that_of_its_live_state_and_comes_after_its_first_step() -> None:
+    model = network().double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    x, y = X.double(), Y
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, tol=1e-6)
+    for step in range(4):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if step == 3:
+            params = list(model.parameters())
+            H = dense_hessian(lambda: F.cross_entropy(model(x), y), params)
+            states = [optimizer.state[p] for p in params]
+            t = float(states[0]["step"])
+            D = torch.cat([((s["exp_avg_sq"] / (1 - 0.999**t)).sqrt() + 1e-8).reshape(-1) * (1 - 0.9**t) for s in states])
+            truth = float(torch.linalg.eigvalsh(H / (D[:, None] * D).sqrt())[-1])
+        monitor.step((x, y), loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert "preconditioned_lambda_max" not in monitor.history[0]
+    assert monitor.history[-1]["preconditioned_lambda_max"].value == pytest.approx(truth, rel=1e-6)
+
+
+def test_a_scheduler_moves_the_limit_and_groups_have_their_own() -> None:
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.5, "momentum": 0.9}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    monitor = sk.Monitor(
+        model, optimizer, loss=F.cross_entropy, every=1, metrics=["groups", "preconditioned_lambda_max", "lambda_max"], tol=1e-4
+    )
+    for _ in range(2):
+        train(model, optimizer, monitor, steps=1)
+        scheduler.step()
+    first, second = monitor.history
+    assert (first["lambda_max/group0"].limit, second["lambda_max/group0"].limit) == (pytest.approx(20.0), pytest.approx(40.0))
+    assert first["lambda_max/group1"].limit == pytest.approx(3.8 / 0.5)
+    assert first["lambda_max"].limit is None, "one lambda_max has no one limit where groups have other rates"
+    chosen = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:12]
+    fresh = network()
+    H = dense_hessian(lambda: F.cross_entropy(fresh(X[chosen]), Y[chosen]), list(fresh.parameters()))
+    n = 6 * 8 + 8
+    rates = torch.cat([torch.full((n,), 0.1), torch.full((len(H) - n,), 0.5)])
+    scaled = (H * rates.sqrt()).T * rates.sqrt()
+    assert first["lambda_max/group1"].value == pytest.approx(float(torch.linalg.eigvalsh(H[n:, n:])[-1]), rel=1e-3)
+    assert first["preconditioned_lambda_max"].value == pytest.approx(float(torch.linalg.eigvalsh(scaled)[-1]) / 0.1, rel=1e-3)
+
+
+def test_a_probe_set_serves_the_slow_metrics() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    metrics = ["probe_lambda_max", "batch_sharpness", "gradient_noise_interaction", "trace", "noise_scale"]
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=metrics, probe=(X, Y), tol=1e-4)
+    record = monitor.step((X[:12], Y[:12]))
+    H = dense_hessian(lambda: F.cross_entropy(model(X), Y), list(model.parameters()))
+    assert record is not None and not record.failed, record
+    assert record["probe_lambda_max"].value == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-3)
+    expected = sk.batch_sharpness(sk.Objective(model, (X, Y), loss=F.cross_entropy), batch_size=12, max_batches=200, rtol=1e-3)
+    found = record["batch_sharpness"]
+    assert abs(found.value - expected.value) <= 3 * math.hypot(found.stderr, expected.stderr)
+    assert "probe set" in found.method
+
+
+def test_micro_batches_of_one_step_are_one_batch() -> None:
+    def measured(batch: Any) -> float:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        record = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max"], tol=1e-6).step(batch)
+        assert record is not None and record.num_samples == 24
+        return record["lambda_max"].value
+
+    assert measured([(X[:7], Y[:7]), (X[7:], Y[7:])]) == pytest.approx(measured((X, Y)), rel=1e-5)
+
+
+def test_own_functions_are_metrics() -> None:
+    def gradient_norm(objective: sk.Objective, optimizer: torch.optim.Optimizer) -> float:
+        return float(objective.gradient()[1].norm())
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    record = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max", gradient_norm]).step((X, Y))
+    loss = F.cross_entropy(model(X), Y)
+    norm = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]).norm()
+    assert record is not None and record["gradient_norm"].value == pytest.approx(float(norm), rel=1e-5)
+
+
+# -- leaves no trace -----------------------------------------------------------------------------------------------------------
+def sgd(p: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(p, lr=0.1, momentum=0.9)
+
+
+def adamw(p: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(p, lr=1e-2)
+
+
+ALL = ["lambda_max", "batch_sharpness", "critical_sharpness", "directional_sharpness", "noise_scale", "trace", "lambda_min", "groups"]
+CASES: dict[str, Any] = {
+    "SGD": lambda: (network(), sgd),
+    "AdamW": lambda: (network(), adamw),
+    "dropout": lambda: (network(dropout=0.3), sgd),
+    "BatchNorm": lambda: (network(norm=True), sgd),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_training_is_bit_identical_with_and_without_the_monitor(case: str, mode: str) -> None:
+    states = []
+    for watched in (False, True):
+        torch.manual_seed(5)
+        model, make = CASES[case]()
+        optimizer = make(model.parameters())
+        monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=2, metrics=ALL, mode=mode) if watched else None
+        losses = train(model, optimizer, monitor)
+        states.append([losses, *state_of(model, optimizer), model.training])
+        if monitor is not None:
+            assert len(monitor.history) == 6
+            assert not {name for r in monitor.history for name in r.failed}, monitor.history[-1].failed
+    assert same(*states)
+
+
+def run_special(kind: str, watched: bool) -> list[Any]:
+    torch.manual_seed(5)
+    model = network(dropout=0.2)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    trained: Any = torch.compile(model, backend="aot_eager") if kind == "compiled" else model
+    optimizer = adamw(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=kind == "autocast and GradScaler")
+    monitor = sk.Monitor(trained, optimizer, loss=F.cross_entropy, every=2, metrics=["lambda_max", "critical_sharpness", "noise_scale"])
+    for step in range(8):
+        micro = []
+        for part in range(2 if kind == "accumulation" else 1):
+            chosen = torch.randperm(24, generator=torch.Generator().manual_seed(10 * step + part))[:12]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast and GradScaler"):
+                loss = F.cross_entropy(trained(X[chosen]), Y[chosen])
+            scaler.scale(loss).backward()
+            micro.append((X[chosen], Y[chosen]))
+        if kind == "clipping":
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if watched:
+            monitor.step(micro if kind == "accumulation" else micro[0], loss=loss)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=False)
+        average.update_parameters(model)
+    if watched:
+        assert len(monitor.history) == 4
+        assert not monitor.history[-1].failed, monitor.history[-1].failed
+    grads = [p.grad.clone() for p in model.parameters()]
+    return [*state_of(model, optimizer, average, scaler), grads]
+
+
+@pytest.mark.parametrize("kind", ["autocast and GradScaler", "accumulation", "clipping", "compiled"])
+def test_training_is_bit_identical_also_with(kind: str) -> None:
+    assert same(run_special(kind, False), run_special(kind, True))
+
+
+def test_the_order_of_a_shuffling_loader_is_not_changed() -> None:
+    seen = []
+    for watched in (False, True):
+        torch.manual_seed(7)
+        model = network()
+        optimizer = sgd(model.parameters())
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=6, shuffle=True)
+        monitor, order = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max", "noise_scale"]), []
+        for _ in range(2):
+            for x, y in loader:
+                F.cross_entropy(model(x), y).backward()
+                order.append(x.clone())
+                if watched:
+                    monitor.step((x, y))
+                optimizer.step()
+                optimizer.zero_grad()
+        seen.append(order)
+    assert same(*seen)
+
+
+# -- resuming ------------------------------------------------------------------------------------------------------------------
+def comparable(history: sk.MonitorHistory) -> list[Any]:
+    """All that does not depend on the clock."""
+    return [(r.step, r.loss, r.lr, {n: (m.value, m.stderr, m.limit, m.num_matvecs) for n, m in r.values.items()}) for r in history]
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_a_resumed_run_continues_the_series_exactly(make: Any, tmp_path: Any) -> None:
+    metrics = ["lambda_max", "batch_sharpness", "critical_sharpness", "noise_scale"]
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, sk.Monitor]:
+        model = network(dropout=0.1)
+        optimizer = make(model.parameters())
+        return model, optimizer, sk.Monitor(model, optimizer, loss=F.cross_entropy, every=2, metrics=metrics)
+
+    torch.manual_seed(0)
+    model, optimizer, monitor = fresh()
+    train(model, optimizer, monitor, steps=7)
+    torch.save([model.state_dict(), optimizer.state_dict(), monitor.state_dict(), torch.get_rng_state()], tmp_path / "saved.pt")
+    train(model, optimizer, monitor, steps=7, start=7)
+    expected = comparable(monitor.history)
+
+    model, optimizer, monitor = fresh()
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    for thing, state in zip((model, optimizer, monitor), saved[:3], strict=True):
+        thing.load_state_dict(state)
+    torch.set_rng_state(saved[3])
+    train(model, optimizer, monitor, steps=7, start=7)
+    assert comparable(monitor.history) == expected
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    model = network()
+    monitor = sk.Monitor(model, sgd(model.parameters()), loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="version"):
+        monitor.load_state_dict({"version": 99})
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------------------
+def test_a_failing_measurement_is_recorded_warned_of_once_and_never_stops_training() -> None:
+    def broken(objective: sk.Objective, optimizer: torch.optim.Optimizer) -> float:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    plain, watched = network(), network()
+    expected = train(plain, sgd(plain.parameters()), None)
+    optimizer = sgd(watched.parameters())
+    monitor = sk.Monitor(watched, optimizer, loss=F.cross_entropy, every=2, metrics=["lambda_max", broken])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert train(watched, optimizer, monitor) == expected
+    assert [str(w.message).startswith("the monitor could not measure broken at step 0") for w in caught] == [True]
+    assert all("out of memory" in record.failed["broken"] for record in monitor.history)
+    assert all("lambda_max" in record for record in monitor.history)
+
+
+def test_a_nan_loss_is_recorded_and_later_batches_are_measured() -> None:
+    model = network()
+    monitor = sk.Monitor(model, sgd(model.parameters()), loss=F.cross_entropy, every=1, metrics=["lambda_max"])
+    monitor.step((X, Y))
+    with pytest.warns(sk.SharpkitWarning, match="NonFiniteError"):
+        record = monitor.step((X * math.nan, Y))
+    assert record is not None and "NonFiniteError" in record.failed["lambda_max"]
+    again = monitor.step((X, Y))
+    assert again is not None and "lambda_max" in again
+
+
+def test_a_batch_of_the_wrong_kind_is_a_warning_not_a_crash() -> None:
+    model = network()
+    monitor = sk.Monitor(model, sgd(model.parameters()), loss=F.cross_entropy, every=1)
+    with pytest.warns(sk.SharpkitWarning, match="could not measure objective at step 0: TypeError: .*input, target"):
+        monitor.step({"x": X})
+
+
+def test_a_metric_that_can_never_work_is_left_out_after_one_warning() -> None:
+    model = nn.Sequential(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max", "noise_scale"])
+    with pytest.warns(sk.SharpkitWarning, match="left out from now on"):
+        monitor.step((X[:2], Y[:2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.step((X[:2], Y[:2]))
+    assert "4" in monitor.history[-1].failed["noise_scale"], "the reason stays on record"
+
+
+def test_parameters_unfrozen_in_mid_run_are_taken_in() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = sgd(model.parameters())
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max"], tol=1e-5)
+    before = monitor.step((X, Y))
+    model[0].requires_grad_(True)
+    after = monitor.step((X, Y))
+    assert before is not None and after is not None and not after.failed
+    assert after["lambda_max"].value > before["lambda_max"].value
+    H = dense_hessian(lambda: F.cross_entropy(model(X), Y), list(model.parameters()))
+    assert after["lambda_max"].value == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 0}, "every must be"),
+        ({"every": "often"}, "every must be"),
+        ({"budget": 5}, "share of training time"),
+        ({"metrics": ["sharpness"]}, "there is no metric 'sharpness'; there are lambda_max"),
+        ({"metrics": []}, "at least one"),
+        ({"metrics": ["probe_lambda_max"]}, "pass probe="),
+        ({"tol": 2.0}, "tol is a relative error"),
+        ({"max_samples": 0}, "max_samples"),
+    ],
+)
+def test_settings_without_sense_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=message):
+        sk.Monitor(model, sgd(model.parameters()), loss=F.cross_entropy, **settings)
+
+
+def test_an_optimizer_that_is_none_is_refused_and_an_unknown_one_has_no_limit() -> None:
+    model = network()
+    with pytest.raises(TypeError, match="torch.optim.Optimizer"):
+        sk.Monitor(model, object(), loss=F.cross_entropy)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adamax(model.parameters())
+    record = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max"]).step((X, Y))
+    assert record is not None and record["lambda_max"].limit is None
+
+
+# -- sinks, records, reading ------------------------------------------------------------------------------------------------------
+def test_sinks_get_a_header_and_every_record_and_a_broken_one_is_dropped() -> None:
+    class Sink:
+        def __init__(self) -> None:
+            self.lines: list[Any] = []
+
+        def open_run(self, header: dict[str, Any]) -> None:
+            self.lines.append(header)
+
+        def write(self, document: dict[str, Any]) -> None:
+            self.lines.append(document)
+
+    def full(document: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, sink = network(), Sink()
+    optimizer = sgd(model.parameters())
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=4, sinks=[sink, full], metrics=["lambda_max"])
+    with pytest.warns(sk.SharpkitWarning, match="No space left"):
+        train(model, optimizer, monitor)
+    assert [line["kind"] for line in sink.lines] == ["monitor_run", *["monitor_record"] * 3]
+    assert sink.lines[0]["condition"].startswith("SGD: lambda_max(H) <= 2 (1 + beta) / lr")
+    assert [line["step"] for line in sink.lines[1:]] == [0, 4, 8]
+
+
+def test_history_reads_as_series_and_survives_its_document() -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=3)
+    train(model, optimizer, monitor)
+    series = monitor.history.series("lambda_max")
+    assert series.steps.tolist() == [0, 3, 6, 9]
+    assert series.limits.tolist() == pytest.approx([38.0] * 4)
+    back = sk.MonitorHistory.from_dict(monitor.history.to_dict())
+    assert comparable(back) == comparable(monitor.history)
+    assert "of the limit 38" in repr(back[-1])
+    with pytest.raises(KeyError, match="never measured; measured were lambda_max"):
+        back.series("trace")
+    with pytest.raises(KeyError, match="was not measured at step 9"):
+        back[-1]["trace"]

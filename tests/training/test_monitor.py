@@ -74,10 +74,8 @@ def test_every_metric_of_one_batch_equals_its_dense_reference() -> None:
     problem = mlp()
     x, y = problem.batches[0]
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1, momentum=0.5)
-    monitor = sk.Monitor(
-        problem.model, optimizer, loss=problem.loss, every=1, tol=1e-6, top_k=3,
-        metrics=["lambda_max", "lambda_min", "top_k", "trace", "directional_sharpness", "batch_sharpness", "critical_sharpness", "per_layer"],
-    )  # fmt: skip
+    metrics = ["lambda_max", "lambda_min", "top_k", "trace", "directional_sharpness", "batch_sharpness", "critical_sharpness", "per_layer"]
+    monitor = sk.Monitor(problem.model, optimizer, loss=problem.loss, every=1, tol=1e-6, top_k=3, metrics=metrics)
     record = monitor.step((x, y))
     H = dense_hessian(lambda: problem.unit(problem.model(x), y) / problem.count(y), problem.params)
     eigenvalues = torch.linalg.eigvalsh(H).flip(0)
@@ -413,7 +411,7 @@ def test_settings_without_sense_are_refused_at_once(settings: dict[str, Any], me
 
 def test_an_optimizer_that_is_none_is_refused_and_an_unknown_one_has_no_limit() -> None:
     model = network()
-    with pytest.raises(TypeError, match="torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         sk.Monitor(model, object(), loss=F.cross_entropy)  # type: ignore[arg-type]
     optimizer = torch.optim.Adamax(model.parameters())
     record = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max"]).step((X, Y))

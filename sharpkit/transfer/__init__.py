@@ -1,1 +1,1 @@
-"""Do hyperparameters transfer from narrow to wide (and shallow to deep) networks? ``sk.transfer`` measures, and says which rule is broken."""
+"""Do hyperparameters transfer from narrow to wide, or shallow to deep, networks? ``sk.transfer`` measures and names the broken rule."""

@@ -143,7 +143,12 @@ class LogSink:
 
     def write(self, document: dict[str, Any]) -> None:
         if document.get("kind") != RUN:
-            self._log({f"sharpkit/{name}": v for name, v in _scalars(document).items() if name not in _KNOWN_TO_TRAINERS})
+            self._log(logged(document))
+
+
+def logged(document: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record that a trainer does not log itself, as ``sharpkit/<name>``."""
+    return {f"sharpkit/{name}": value for name, value in _scalars(document).items() if name not in _KNOWN_TO_TRAINERS}
 
 
 def own_containers(owner: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharpkit._batches import Batch
 from sharpkit._errors import UnsupportedError
 from sharpkit._params import ParamSelector
-from sharpkit.integrations._attachment import Attachment
+from sharpkit.integrations._attachment import Attachment, logged
 from sharpkit.integrations._stand_in import training_step_loss
 from sharpkit.objective import Closure
 from sharpkit.training._arguments import MetricLike, plain_optimizer
@@ -154,7 +154,9 @@ class SharpnessCallback(_Callback):  # type: ignore[misc]
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.monitor is None or plain_optimizer(optimizer) is not self.monitor.optimizer:
             return
-        self._run.step(scale=float(trainer.accumulate_grad_batches), mean=True)  # each loss came divided by that number
+        record = self._run.step(scale=float(trainer.accumulate_grad_batches), mean=True)  # each loss came divided by that number
+        if record is not None:  # on every process, for callbacks that decide by it
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in logged(record.to_dict()).items()})
         self._batch = None  # an optimizer that calls back once more for the same batch is not measured again
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -202,4 +204,3 @@ def _log(trainer: Any, values: dict[str, float]) -> None:
     step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})

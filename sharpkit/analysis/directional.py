@@ -90,7 +90,7 @@ def batch_sharpness(
         >>> round(sk.batch_sharpness(objective, batch_size=2).value, 4)
         2.0
     """
-    direction = _momentum_step(objective, optimizer)
+    direction = momentum_step(objective, optimizer)
 
     def ratio(batch: Objective) -> float:
         gradient, step, product = gradient_and_product(batch, direction)
@@ -192,7 +192,7 @@ def _mean_over_batches(
     return estimate
 
 
-def _momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None) -> Direction | None:
+def momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None) -> Direction | None:
     """g -> g + beta v, each parameter with its own group's beta."""
     if optimizer is None:
         return None

@@ -14,7 +14,13 @@ import torch
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
 from sharpkit.analysis.critical import critical_learning_rate
-from sharpkit.analysis.directional import batch_sharpness, directional_sharpness, gradient_and_product, gradient_noise_interaction
+from sharpkit.analysis.directional import (
+    batch_sharpness,
+    directional_sharpness,
+    gradient_and_product,
+    gradient_noise_interaction,
+    momentum_step,
+)
 from sharpkit.analysis.layers import layer_of
 from sharpkit.analysis.noise import gradient_noise_scale
 from sharpkit.analysis.sharpness import preconditioned_hessian
@@ -136,9 +142,7 @@ def _batch_sharpness(s: Situation) -> Values:
                 seed=s.memory.seed + s.step,
             )
         return {name: Measurement.of(estimate, limit=s.step_limit(), method=f"{estimate.method} from the probe set")}
-    from sharpkit.analysis.directional import _momentum_step
-
-    gradient, along, product = gradient_and_product(s.objective, _momentum_step(s.objective, s.optimizer if sgd else None))
+    gradient, along, product = gradient_and_product(s.objective, momentum_step(s.objective, s.optimizer if sgd else None))
     dot = s.hessian.dot
     below, above = float(dot(along, gradient)), float(dot(along, product))
     if not below > 0 or not math.isfinite(above):

@@ -245,13 +245,22 @@ def _check_folder(path: str) -> None:
 
 
 def _read_run(source: Path) -> Document:
-    """A file saved by ``--json``, or a bare result document, as a run."""
+    """A file saved by ``--json``, a bare result document, or a monitor's JSON lines, as a run."""
     from sharpkit._cli_target import UsageError
+    from sharpkit.integrations.runs import is_run_file, read_run
 
+    if is_run_file(source):
+        try:
+            monitored = read_run(source).to_dict()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {source} as the JSON lines of a monitored run: {error}") from error
+        return {"results": [monitored], "seed": monitored["header"].get("seed")}
     try:
         document = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"the file {source} does not exist; report takes files saved by --json, or one file.py:function") from error
+        raise UsageError(
+            f"the file {source} does not exist; report takes files saved by --json, a monitor's run.jsonl, or one file.py:function"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"cannot read {source} as a JSON document saved by --json: {error}") from error
     kind = document.get("kind") if isinstance(document, dict) else None

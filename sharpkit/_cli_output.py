@@ -45,6 +45,9 @@ def _section_text(section: Section) -> str:
         last = textwrap.wrap(row[-1], narrow) or [""]
         lines.append((f"{head}  " if widths else "") + f"\n{indent}".join(last))
     lines += [textwrap.fill(f"* {finding}", 100, subsequent_indent="  ") for finding in section.findings]
+    for heading, sentences in section.lists:
+        lines.append(f"{heading}:")
+        lines += [textwrap.fill(f"{i:3d}. {sentence}", 100, subsequent_indent="     ") for i, sentence in enumerate(sentences, start=1)]
     if section.cost:
         lines.append(f"cost: {section.cost}")
     return "\n".join(line.rstrip() for line in lines)

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 _MOST_PANELS = 6
 _MOST_POINTS = 600  # of a line; beyond it the lowest and highest of each stretch are drawn
 _MOST_BARS = 80  # error bars; beyond it a band
-_ON_STEPS = ("critical_sharpness", "directional_sharpness", "batch_sharpness")  # along the optimizer's own steps: in the units of its limit
+_ON_STEPS = ("critical_sharpness", "directional_sharpness", "batch_sharpness")  # along the optimizer's own steps
 _PLAIN = ("lambda_max", "probe_lambda_max", "gradient_noise_interaction", "lambda_min")
 
 
@@ -46,22 +46,23 @@ def panels_of(document: Document) -> list[tuple[str, list[str]]]:
     """
     records = document["records"]
     names, main = metrics_of(records), main_curvature(records)
-    beside = [n for n in names if n in (*_ON_STEPS, *_PLAIN) or _is_ranked(n)]
     preconditioned = main == "preconditioned_lambda_max"
-    first = [n for n in names if n == main or (n in beside and (not preconditioned or n in _ON_STEPS))]
-    second = [n for n in beside if n not in first]
+    plain = [n for n in names if n in _PLAIN or _is_ranked(n)]
+    along = [n for n in names if n in _ON_STEPS]
+    first = [main] if preconditioned else [*along, *plain]
+    first = sorted(first, key=lambda n: n != main) if main in first else first
     layers = [n for n in names if "/" in n]
-    unit = "" if preconditioned else " (loss / parameter²)"
-    panels = [(f"curvature{unit}", sorted(first, key=lambda n: n != main)), ("Hessian (loss / parameter²)", second)]
-    panels.append(("by layer (loss / parameter²)", layers))
-    units = {"trace": "trace (loss / parameter²)", "noise_scale": "noise scale (samples)"}
-    panels += [(units.get(n, n), [n]) for n in names if n not in (*first, *second, *layers)]
+    panels = [("curvature of D^-1 H", first)] if preconditioned else [("curvature (loss / parameter²)", first)]
+    panels += [("along the steps", along), ("Hessian\n(loss / parameter²)", plain)] if preconditioned else []
+    panels.append(("by layer\n(loss / parameter²)", layers))
+    units = {"trace": "trace\n(loss / parameter²)", "noise_scale": "noise scale\n(samples)"}
+    panels += [(units.get(n, n), [n]) for n in names if n not in (*first, *along, *plain, *layers)]
     return [(label, members) for label, members in panels if members][:_MOST_PANELS]
 
 
 def figure_size(document: Document) -> tuple[float, float]:
     """Inches that the panels of a run ask for."""
-    return 10.5, 4.2 + 1.5 * len(panels_of(document))
+    return 10.5, 3.6 + 1.7 * len(panels_of(document))
 
 
 def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -94,7 +95,7 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
     ax = ax if ax is not None else new_axes(figure_size(document))
     losses = [(int(r["step"]), number(r.get("loss"))) for r in records]
     losses = [(step, loss) for step, loss in losses if math.isfinite(loss)]
-    axes = _stack(ax, [3.0, *[1.2] * (len(panels) - 1 if panels else 0), *[1.2] * bool(losses)])
+    axes = _stack(ax, [3.0, *[1.3] * (len(panels) - 1), *[1.3] * bool(losses)] if panels else [1.0])
     for below, (label, names) in zip(axes, panels, strict=False):
         _draw_panel(below, records, names, label)
     if losses:
@@ -102,6 +103,8 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
     _mark_failures(ax, records)
     _mark_events(axes, [event for record in records for event in record.get("events", ())])
     axes[-1].set_xlabel("optimizer steps")
+    figure: Any = ax.figure
+    figure.align_ylabels(axes)
     for upper in axes[:-1]:
         upper.tick_params(labelbottom=False)
     if title:
@@ -141,33 +144,42 @@ def _is_ranked(name: str) -> bool:
 
 def _draw_panel(ax: Axes, records: Sequence[Document], names: list[str], label: str) -> None:
     colours = cycle((BLUE, GREEN, PURPLE, PINK, TEAL, OCHRE))
-    main_limits: Array | None = None
+    limits: list[tuple[str, str, dict[int, float]]] = []  # metric, colour, limit by step
     drawn: list[float] = []
     for name in names:
-        ranked, layer = _is_ranked(name), "/" in name
-        colour = GREY if ranked else next(colours)
         readings = [r for r in (reading(record, name) for record in records) if r is not None]
         if not readings:
             continue
+        ranked, layer = _is_ranked(name), "/" in name
+        colour = GREY if ranked else next(colours)
         text = in_words(name) if not ranked else ("largest eigenvalues" if name == min(filter(_is_ranked, names)) else "_")
         drawn += _draw_series(ax, readings, colour, text, thin=ranked or layer)
-        steps, limits = np.array([r.step for r in readings]), np.array([r.limit for r in readings])
-        if layer or ranked or not np.isfinite(limits).any():
-            continue
-        drawn += [float(x) for x in limits[np.isfinite(limits)]]
-        if main_limits is None:
-            main_limits = limits
-            what = "its limit" if len(names) == 1 else f"limit of {in_words(name)}"
-            ax.plot(*_held(steps, limits), color=ORANGE, linestyle="--", linewidth=1.5, label=what)
-        elif not np.isclose(np.nanmedian(limits), np.nanmedian(main_limits), rtol=1e-3):
-            ax.plot(*_held(steps, limits), color=colour, linestyle="--", linewidth=1.0, label=f"limit of {in_words(name)}")
-    _scale(ax, drawn)
+        own = {r.step: r.limit for r in readings}
+        if np.isfinite([*own.values()]).any() and not (ranked or layer):
+            limits.append((name, colour, own))
+    _draw_limits(ax, limits)
+    _scale(ax, [*drawn, *(x for *_, own in limits for x in own.values() if math.isfinite(x))])
     ax.set_ylabel(label)
     finish(ax)
-    if len(ax.get_legend_handles_labels()[0]) > 5 and (legend := ax.get_legend()) is not None:
-        handles, labels = ax.get_legend_handles_labels()
-        legend.remove()
+    handles, labels = ax.get_legend_handles_labels()
+    if len(handles) > 5:
         ax.legend(handles, labels, frameon=False, fontsize="x-small", ncols=2)
+
+
+def _draw_limits(ax: Axes, limits: list[tuple[str, str, dict[int, float]]]) -> None:
+    """The limit of the first metric in the limits' colour; those that differ from it in the colours of their metrics."""
+    others = [entry for entry in limits[1:] if not _agree(entry[2], limits[0][2])]
+    for i, (name, colour, own) in enumerate([*limits[:1], *others]):
+        look = {"color": colour, "linewidth": 1.0} if i else {"color": ORANGE, "linewidth": 1.5}
+        text = f"limit of {in_words(name)}" if others else "stability limit"
+        ax.plot(*_held(np.array([*own]), np.array([*own.values()])), linestyle="--", label=text, **look)  # type: ignore[arg-type]
+
+
+def _agree(one: dict[int, float], other: dict[int, float]) -> bool:
+    common = [step for step in one.keys() & other.keys() if math.isfinite(one[step] + other[step])]
+    if not common:
+        return math.isclose(float(np.nanmedian([*one.values()])), float(np.nanmedian([*other.values()])), rel_tol=1e-3)
+    return all(math.isclose(one[step], other[step], rel_tol=1e-3) for step in common)
 
 
 def _draw_series(ax: Axes, readings: list[Reading], colour: str, label: str, *, thin: bool) -> list[float]:
@@ -200,7 +212,7 @@ def _draw_loss(ax: Axes, losses: list[tuple[int, float]]) -> None:
 def _scale(ax: Axes, values: list[float]) -> None:
     if not values:
         return
-    if min(values) > 0 and max(values) > 100 * min(values):
+    if min(values) > 0 and max(values) > 30 * min(values):
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=min(0.0, 1.1 * min(values)))
@@ -219,7 +231,8 @@ def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
         return steps, values
     kept: set[int] = {0, len(steps) - 1}
     for part in np.array_split(np.arange(len(steps)), _MOST_POINTS // 2):
-        kept |= {int(part[np.argmin(values[part])]), int(part[np.argmax(values[part])])}
+        known = part[np.isfinite(values[part])] if np.isfinite(values[part]).any() else part[:1]
+        kept |= {int(known[np.argmin(values[known])]), int(known[np.argmax(values[known])])}
     index = sorted(kept)
     return steps[index], values[index]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sharpkit._json import number as number
+from sharpkit._run_schema import HISTORY
 from sharpkit.analysis.history import CurvatureHistory
 from sharpkit.analysis.layers import LayerSharpness
 from sharpkit.linalg.results import Estimate, SpectralDensity, format_with_error
@@ -34,6 +35,7 @@ class Section:
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+    lists: list[tuple[str, list[str]]] = field(default_factory=list)  # heading, numbered sentences
     cost: str = ""
     wide: bool = False  # takes the page's whole width
 
@@ -273,6 +275,14 @@ def _curve_section(document: Document, title: str) -> Section:
     return section
 
 
+def _monitor_section(document: Document, title: str) -> Section:
+    from sharpkit._monitor_section import fill_section
+
+    section = Section(title or f"Monitored run{': ' + document['name'] if document.get('name') else ''}")
+    fill_section(section, document)
+    return section
+
+
 def _generic_section(document: Document, title: str) -> Section:
     scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
     return Section(
@@ -292,6 +302,7 @@ _SECTIONS: dict[str, Callable[[Document, str], Section]] = {
     "layer_sharpness": _layers_section,
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
+    HISTORY: _monitor_section,
 }
 
 

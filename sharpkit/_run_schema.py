@@ -35,10 +35,11 @@ def in_words(metric: str) -> str:
 
     Example:
         >>> in_words("lambda_max"), in_words("lambda_max/head"), in_words("batch_sharpness")
-        ('lambda_max', 'lambda_max, head', 'batch sharpness')
+        ('lambda_max', 'lambda_max of layer head', 'batch sharpness')
     """
     name, _, group = metric.partition("/")
-    return WORDS.get(name, name) + (f", {group}" if group else "")
+    whose = group if group.startswith("group") else f"layer {group}"
+    return WORDS.get(name, name) + (f" of {whose}" if group else "")
 
 
 class Reading(NamedTuple):

@@ -1,4 +1,4 @@
-"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report``.
+"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report | watch``.
 
 Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
 reach its tolerance; 130 interrupted.
@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import sharpkit
 from sharpkit import _cli_commands as commands
 from sharpkit._cli_commands import FAILED, INTERRUPTED, USAGE, Answer, Document
+from sharpkit._cli_watch import run_watch_command
 
 _CODES = "exit codes: 0 done; 1 failed or not to be trusted; 2 wrong usage; 3 done but not converged; 130 interrupted"
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     arguments = parser.parse_args(given)
-    arguments.argv = ["sharpkit", *given]
+    arguments.argv, arguments.stdout = ["sharpkit", *given], sys.stdout
     try:
         # Whatever user code prints goes to stderr: stdout carries the answer alone.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
@@ -165,11 +166,14 @@ def _parser() -> argparse.ArgumentParser:
         subparsers,
         "report",
         commands.run_report_command,
-        "one HTML page from results saved by --json, or from everything measurable about a TARGET",
+        "one HTML page from results saved by --json, from a monitor's run.jsonl, or from everything measurable about a TARGET",
     )
-    report.add_argument("sources", nargs="+", metavar="FILE.json|TARGET", help="files saved by --json, or one file.py:function")
+    report.add_argument(
+        "sources", nargs="+", metavar="FILE|TARGET", help="files saved by --json or by a monitor (run.jsonl), or one file.py:function"
+    )
     report.add_argument("--title", default="Curvature report", help="of the page (default: %(default)s)")
     _add_common(report)
+    _add_watch(_command(subparsers, "watch", run_watch_command, "follow a monitored run in the terminal; Ctrl-C ends it"))
     return parser
 
 
@@ -194,6 +198,13 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", default="digits", choices=("digits", "fashion-mnist"), help="(default: %(default)s)")
     command.add_argument("--data-folder", type=Path, metavar="FOLDER", help="of Fashion-MNIST's four *-ubyte.gz files")
     command.add_argument("--out", default="demo.html", metavar="PATH", help="where the page goes (default: %(default)s)")
+
+
+def _add_watch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_file", metavar="run.jsonl", type=Path, help="written by sk.sinks.jsonl; may not exist yet")
+    command.add_argument("--once", action="store_true", help="show how the run stands now, and end")
+    command.add_argument("--interval", type=_amount, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)")
+    command.add_argument("--last", type=_count, default=10, metavar="N", help="records shown at the start (default: %(default)s)")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _settled(name: str, readings: list[Reading]) -> list[str]:
     ratios = [r.ratio for r in tail]
     return [
         f"Over the last third of the run, steps {tail[0].step} to {tail[-1].step}, {in_words(name)} lay at {fmean(ratios):.2f} +- "
-        f"{stdev(ratios):.2f} of its limit (mean and standard deviation)."
+        f"{stdev(ratios):.2g} of its limit (mean and standard deviation)."
     ]
 
 

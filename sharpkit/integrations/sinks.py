@@ -173,6 +173,12 @@ def tensorboard(target: Any) -> Sink:
     Raises:
         ImportError: a folder was named and the tensorboard package is missing.
         TypeError: neither a folder nor a writer.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> writer = SimpleNamespace(add_scalar=lambda tag, value, step: print(tag, value, step))
+        >>> tensorboard(writer).write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        sharpkit/trace 7.5 3
     """
     if isinstance(target, (str, os.PathLike)):
         try:
@@ -197,23 +203,33 @@ def wandb(run: Any) -> Sink:
 
     Raises:
         TypeError: it has no ``log``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> run = SimpleNamespace(log=lambda scalars, step: print(scalars, step))
+        >>> wandb(run).write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        {'sharpkit/trace': 7.5} 3
     """
     if not callable(getattr(run, "log", None)):
         raise TypeError(f"expected a Weights & Biases run, or anything with log(dict, step=...); got {type(run).__name__}")
     own_axis = callable(getattr(run, "define_metric", None))
+    held_at: list[Any] = [None]  # the run's own step at which our last record waits for company
     if own_axis:
         run.define_metric("sharpkit/step", hidden=True)
         run.define_metric("sharpkit/*", step_metric="sharpkit/step")
 
     def write(document: Document) -> None:
-        if "step" not in document or document.get("kind") == RUN:
+        if document.get("kind") == RUN:
             return
         step = int(document["step"])
         scalars = {f"sharpkit/{name}": value for name, value in _scalars(document).items()}
-        if own_axis:
-            run.log({"sharpkit/step": step, **scalars}, commit=False)  # a step of its own would make the run refuse its owner's next one
-        else:
+        if not own_axis:
             run.log(scalars, step=step)
+            return
+        if held_at[0] is not None and held_at[0] == getattr(run, "step", None):
+            run.log({}, commit=True)  # nobody logged in between: the next record would take the place of the last
+        run.log({"sharpkit/step": step, **scalars}, commit=False)  # to commit each would make the run refuse steps that its owner names
+        held_at[0] = getattr(run, "step", None)
 
     return Sink(f"wandb({type(run).__name__})", write)
 

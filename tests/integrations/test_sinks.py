@@ -383,13 +383,35 @@ class Run:
         self.logged.append((values, how))
 
 
-class WandbRun(Run):
+class WandbRun:
+    """Keeps rows as a Weights & Biases run does: one for each step of its own, merged until committed; steps never go back."""
+
     def __init__(self) -> None:
-        super().__init__()
         self.axes: dict[str, Any] = {}
+        self.step = 0
+        self.open: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
 
     def define_metric(self, name: str, step_metric: str | None = None, hidden: bool = False) -> None:
         self.axes[name] = step_metric
+
+    def log(self, values: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        if step is not None and step < self.step:
+            return  # with a warning, in the real one
+        if step is not None and step > self.step:
+            self.finish()
+            self.step = step
+        self.open.update(values)
+        if commit or (commit is None and step is None):
+            self.finish()
+            self.step += 1
+
+    def finish(self) -> None:
+        self.rows += [self.open] if self.open else []
+        self.open = {}
+
+    def column(self, name: str) -> list[Any]:
+        return [row[name] for row in self.rows if name in row]
 
 
 def test_anything_with_log_gets_scalars_at_their_step() -> None:
@@ -402,13 +424,19 @@ def test_anything_with_log_gets_scalars_at_their_step() -> None:
     assert how == {"step": 4}
 
 
-def test_a_wandb_run_keeps_its_own_step_count() -> None:
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("named", [True, False], ids=["owner names steps", "owner counts"])
+def test_a_wandb_run_loses_neither_its_owners_values_nor_ours(named: bool, every: int) -> None:
     run = WandbRun()
-    sk.sinks.wandb(run).write(record(4))
-    ((values, how),) = run.logged
+    with sk.sinks.wandb(run) as sink:
+        for step in range(9):
+            sink.write(record(step))
+            if step % every == 0:
+                run.log({"loss": step}, **({"step": step} if named else {}))
+    run.finish()
     assert run.axes["sharpkit/*"] == "sharpkit/step"
-    assert values["sharpkit/step"] == 4
-    assert how == {"commit": False}
+    assert run.column("sharpkit/step") == list(range(9))
+    assert run.column("loss") == list(range(0, 9, every))
 
 
 @pytest.mark.parametrize("make", [sk.sinks.tensorboard, sk.sinks.wandb])

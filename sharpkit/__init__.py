@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sharpkit import transfer as transfer
     from sharpkit._errors import ConvergenceWarning as ConvergenceWarning
     from sharpkit._errors import NonDeterministicError as NonDeterministicError
     from sharpkit._errors import NonFiniteError as NonFiniteError
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
 _MODULES: dict[str, tuple[str, ...]] = {
+    "sharpkit": ("transfer",),
     "sharpkit._errors": (
         "ConvergenceWarning",
         "NonDeterministicError",
@@ -133,7 +135,7 @@ def __getattr__(name: str) -> Any:
     module = _HOME.get(name)
     if module is None:
         raise AttributeError(f"module 'sharpkit' has no attribute {name!r}")
-    value = getattr(import_module(module), name)
+    value = import_module(f"{module}.{name}") if module == __name__ else getattr(import_module(module), name)
     globals()[name] = value
     return value
 

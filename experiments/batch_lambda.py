@@ -22,6 +22,7 @@ from sharpkit.analysis.pool import SamplePool
 from sharpkit.linalg.results import standard_error
 
 DRAWS = 12
+GRAM_DRAWS = 60  # so that the measured mean is known better than the interval it is to lie in
 ESTIMATORS: dict[str, Callable[[BatchCurvature, int], float]] = {
     "automatic": lambda c, b: float(c.lambda_max_of(b)),
     "directional": lambda c, b: c.directional_estimate(b),
@@ -105,7 +106,7 @@ def measure(quick: bool) -> list[Row]:
                 row["relative"] = {name: value / mean - 1 for name, value in row["estimates"].items()}
                 if gram is not None and size <= gram.num_samples:
                     bound = gram.lambda_max(size)
-                    ggn, ggn_error = fresh(pool, sk.GaussNewtonOperator, size, 4 if quick else DRAWS)
+                    ggn, ggn_error = fresh(pool, sk.GaussNewtonOperator, size, 4 if quick else GRAM_DRAWS)
                     row["gram"] = {"mean": float(bound), "lower": bound.lower, "upper": bound.upper, "samples": gram.num_samples}
                     row["gram"] |= {"measured": ggn, "stderr": ggn_error, "inside": bool(bound.lower <= ggn <= bound.upper)}
                     half = max(bound.upper - float(bound), 1e-12)

@@ -1,8 +1,9 @@
 """Ground truth: the largest learning rate at which training from scratch works, by bisection, for each batch size; no part of sharpkit.
 
 A run is plain torch: 300 steps, every sample once an epoch. A rate is stable if its run makes at least half of the best improvement of the
-full-data loss that any run of the same network, optimizer, batch size and seed made; divergence and dead networks fail that. Rates lie on a
-grid of factor 2^(1/4).
+full-data loss that any run of the same network, optimizer, batch size and seed made. The improvement counts from what needs no training:
+the initial loss, or that of the best constant output (the entropy of the label frequencies) where that is lower. Divergence and dead
+networks fail that. Rates lie on a grid of factor 2^(1/4).
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ def full_loss(problem: Problem, model: torch.nn.Module) -> float:
         return float(F.cross_entropy(model(problem.x), problem.y))
 
 
+def label_entropy(problem: Problem) -> float:
+    """Loss of the best output that does not look at the input: nats of the label frequencies."""
+    shares = torch.bincount(problem.y.flatten()).double() / problem.y.numel()
+    return float(-torch.xlogy(shares, shares).sum())
+
+
 def train(problem: Problem, optimizer: str, *, rate: float, batch_size: int, seed: int, steps: int) -> tuple[float, int]:
     """(full-data loss after the run, single-sample gradients spent); inf where it blew up, which ends the run."""
     model = problem.make(seed)
@@ -67,7 +74,8 @@ class Search:
 
     def __init__(self, problem: Problem, optimizer: str, *, batch_size: int, seed: int, steps: int) -> None:
         self.problem, self.optimizer, self.batch_size, self.seed, self.steps = problem, optimizer, batch_size, seed, steps
-        self.start = full_loss(problem, problem.make(seed))
+        self.initial, self.constant = full_loss(problem, problem.make(seed)), label_entropy(problem)
+        self.start = min(self.initial, self.constant)
         self.losses: dict[int, float] = {}
         self.spent = 0
 
@@ -131,7 +139,8 @@ def sweep(problem: Problem, sizes: list[int], seeds: int, steps: int, path: Path
                         "batch_size": size,
                         "seed": seed,
                         "rate": None if found is None else 2 ** (found / 4),
-                        "start": search.start,
+                        "initial": search.initial,
+                        "constant": search.constant,
                         "runs": len(search.losses),
                         "gradients": search.spent / problem.size,
                         "tried": [[2 ** (j / 4), loss if math.isfinite(loss) else None] for j, loss in sorted(search.losses.items())],

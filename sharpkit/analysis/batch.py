@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,14 +20,14 @@ from sharpkit.objective import Objective
 logger = logging.getLogger(__name__)
 
 _MAX_POOL = 4096
-_PILOT_BATCH = 128
-_RUNS = 6  # a search takes about so many
+_PILOT_BATCH, _PILOT_SHARE = (16, 128), 8  # an eighth of the data, within these bounds
+_RUNS, _MORE_RUNS = 7, 2.5  # a search takes about so many, each repeat so many more
 _MEASURING = 80  # full-data gradients for curvature and its noise, about
 _ANCHOR_STRIDE = 8  # calibrate at every eighth batch size ...
 _ANCHOR_SHARE = 28  # ... up to this part of the data: runs at large batches cost most
-_WHOLE_SHARE, _WHOLE_SIZES = 8, (64, 256)  # the noise-free end: on an eighth of the data, within these sizes ...
-_WHOLE_STEPS = 0.75  # ... in so many of the pilot's steps: without noise, it shows early
-_REPEATS = 3  # searches at the smallest batch sizes, with other orders of the data
+_LAST_SHARE = 16  # ... and once more at this part of it
+_MAX_LENGTH = 3.0  # times the pilot's steps, at the smallest batch sizes
+_REPEATS = (4, 3)  # searches at each batch size, with other orders of the data, and at the last
 
 
 def learning_rate_curve(
@@ -46,9 +46,8 @@ def learning_rate_curve(
     A pilot run on a private copy reaches settled curvature; there the spectrum, its mini-batch noise and lambda_max of drawn batches are
     measured, which gives the mean-square limit of the optimizer's kind at every batch size. Sharpness grows until it meets the limit of
     whatever rate is used, so curvature after a pilot says how the limit depends on the batch size, but not the rate at which training from
-    the present point breaks: that level is fixed by short runs at a few small batch sizes, and, for the end without batch noise, on a part
-    of the data used whole: where the full batch breaks, it breaks by the data's common curvature, which a few hundred samples share, at a
-    small part of the cost. One search at a small batch size scatters by a factor of 2 and is repeated with other orders of the data.
+    the present point breaks: both constants of the limit are fitted to short runs at a few batch sizes up to a sixteenth of the data, where
+    runs are cheap. One search scatters by a factor of 1.5 to 2 and is repeated with other orders of the data.
 
     Args:
         objective: at the point to train from, usually freshly initialised. Only read.
@@ -56,7 +55,7 @@ def learning_rate_curve(
         not matter.
         batch_sizes: where to evaluate; by default powers of two from 4 to all samples.
         pilot: steps of the pilot and of each calibrating run.
-        calibrate: whether to make calibrating runs, or the batch sizes to make them at (N: on a part of the data used whole).
+        calibrate: whether to make calibrating runs, or the batch sizes to make them at (the cost grows with them).
         max_samples: use at most so many samples, drawn at random.
         seed: of draws and probes.
         callback: told what is being done, with its forecast cost.
@@ -75,20 +74,22 @@ def learning_rate_curve(
     sizes = _checked_sizes(batch_sizes, pool.size)
     if pilot < 10:
         raise ValueError(f"pilot must be at least 10 steps, got {pilot}")
-    plans = [_Plan.at(anchor, pilot, pool.size) for anchor in _anchor_sizes(calibrate, sizes, pool.size)]
-    trainer, size = Trainer(pool, optimizer, seed), min(_PILOT_BATCH, pool.size)
-    forecast = _MEASURING + (pilot * size + _RUNS * sum(plan.samples for plan in plans)) / pool.size
+    at = _anchor_sizes(calibrate, sizes, pool.size)
+    plans = [_Plan.at(size, pilot, last=size == at[-1]) for size in at]
+    trainer = Trainer(pool, optimizer, seed)
+    size = min(max(pool.size // _PILOT_SHARE, _PILOT_BATCH[0]), _PILOT_BATCH[1], pool.size)
+    forecast = _MEASURING + (pilot * size + sum(plan.runs * plan.samples for plan in plans)) / pool.size
     say(
         f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some "
-        f"{_RUNS * sum(plan.repeats for plan in plans) + 1} short runs"
+        f"{sum(plan.runs for plan in plans) + 1:.0f} short runs"
     )
     settled, rate, start_lambda = trainer.settle(steps=pilot, batch_size=size, rule=rule)
     say(f"pilot done (loss {settled.losses[0]:.3g} -> {settled.losses[-1]:.3g}); measuring curvature and its noise")
     curvature, limits = limits_for(SamplePool(settled.objective), optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
     anchors: list[Anchor] = []
     for plan in plans:
-        say(f"calibrating at B = {plan.batch_size}" if plan.drawn else f"calibrating on {plan.size} samples used whole")
-        begin = 2 * anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
+        say(f"calibrating at B = {plan.batch_size}")
+        begin = anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
         anchors.append(plan.search(trainer, begin))
     return LearningRateCurve(
         sizes,
@@ -129,7 +130,8 @@ def _anchor_sizes(calibrate: bool | Sequence[int], sizes: tuple[int, ...], avail
     while size <= cap and size < available:
         wanted.append(size)
         size *= _ANCHOR_STRIDE
-    return [*wanted, available]
+    last = wanted[-1] if wanted else sizes[0]
+    return [*wanted, min(max(available // _LAST_SHARE, 2 * last), available)]
 
 
 @dataclass(frozen=True)
@@ -137,37 +139,30 @@ class _Plan:
     """A search for the rate that breaks training at one batch size.
 
     Attributes:
-        batch_size: B; N for a part of the data used whole.
-        size: samples a step.
+        batch_size: B.
         steps: of each run. Small batches need more of them to show what breaks, and cost less.
         repeats: searches.
-        drawn: whether batches are drawn; else the part is used whole.
     """
 
     batch_size: int
-    size: int
     steps: int
     repeats: int
-    drawn: bool
 
     @classmethod
-    def at(cls, batch_size: int, pilot: int, available: int) -> _Plan:
-        if batch_size == available:
-            whole = min(max(available // _WHOLE_SHARE, _WHOLE_SIZES[0]), _WHOLE_SIZES[1], available)
-            return cls(batch_size, whole, round(_WHOLE_STEPS * pilot), 1, drawn=False)
-        steps = round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), 4.0))
-        return cls(batch_size, batch_size, steps, min(max(round(math.sqrt(128 / batch_size)), 1), _REPEATS), drawn=True)
+    def at(cls, batch_size: int, pilot: int, *, last: bool) -> _Plan:
+        steps = pilot if last else round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), _MAX_LENGTH))
+        return cls(batch_size, steps, _REPEATS[last])
+
+    @property
+    def runs(self) -> float:
+        """About so many."""
+        return _RUNS + _MORE_RUNS * (self.repeats - 1)
 
     @property
     def samples(self) -> int:
-        """Sample gradients of one run of each search."""
-        return self.size * self.steps * self.repeats
+        """Sample gradients of one run."""
+        return self.batch_size * self.steps
 
     def search(self, trainer: Trainer, begin: float) -> Anchor:
-        if not self.drawn:
-            trainer = replace(trainer, pool=trainer.pool.limited(self.size, seed=trainer.seed))
-        found = [
-            trainer.largest_stable_rate(begin, batch_size=self.size, steps=self.steps, seed_offset=10_000 * r) for r in range(self.repeats)
-        ]
-        trained, broke = (math.exp(sum(math.log(pair[j]) for pair in found) / len(found)) for j in (0, 1))
-        return Anchor(self.batch_size, trained, broke, self.repeats, None if self.drawn else self.size)
+        trained, broke = trainer.largest_stable_rate(begin, batch_size=self.batch_size, steps=self.steps, repeats=self.repeats)
+        return Anchor(self.batch_size, trained, broke, self.repeats)

@@ -27,8 +27,9 @@ Floats = NDArray[np.float64]
 Wrap = Callable[[SymmetricOperator], SymmetricOperator]
 
 _GROUPS = 64
-_PART = 256  # samples for the trace, the spectrum and the other eigenvectors, none of which the rates rest on
+_PART, _PART_SHARE = (64, 256), 6  # for trace, spectrum and further eigenvectors, no ground of the rates: a sixth of the samples
 _DIRECT_TOL = 1e-2
+_ENDS_TOL = 3e-2  # of both ends' residuals; the top one has converged far beyond by then
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class BatchCurvature:
     """Curvature of the full data and its mini-batch noise.
 
     Attributes:
-        lambda_max, lambda_min, trace: of the full-data Hessian.
-        nodes, counts: the spectrum on up to 256 samples as a quadrature, where the trace comes from too: eigenvalues, how many each.
+        lambda_max, lambda_min, trace: of the full-data Hessian; lambda_min to some 3 % of lambda_max, from above.
+        nodes, counts: the spectrum on a sixth of the data (64 to 256 samples) as a quadrature: eigenvalues, how many each. So the trace.
         directional: s^2 = E ||(h_i - H) v||^2 of a single sample along the top eigenvector, with its standard error.
         isotropic: r^2 = E ||(h_i - H) z||^2 of a single sample along a random unit vector.
         block: (k, k) the full matrix within the span of the top eigenvectors; where they are close, noise mixes them.
@@ -161,11 +162,9 @@ class BatchCurvature:
 
     def lambda_min_of(self, batch_size: float) -> Bounded:
         """E lambda_min(H_B), from the measured points; the full value where there are none."""
-        return (
-            self.interpolated(batch_size, "smallest")
-            if len(self.direct) >= 2
-            else Bounded(self.lambda_min, self.lambda_min, self.lambda_min)
-        )
+        if len(self.direct) >= 2:
+            return self.interpolated(batch_size, "smallest")
+        return Bounded(self.lambda_min, self.lambda_min, self.lambda_min)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -217,20 +216,17 @@ def measure_batch_curvature(
     """
     turned = wrap or (lambda operator: operator)
     full = HessianOperator(pool.parent)
-    largest, smallest = both_ends(turned(full), tol=5e-3, seed=seed)
+    largest, smallest = both_ends(turned(full), tol=_ENDS_TOL, seed=seed, num_steps=8)
     ledger.spend(2 * full.num_matvecs * pool.size)
-    part = pool.limited(_PART, seed=seed)
+    part = pool.limited(min(max(pool.size // _PART_SHARE, _PART[0]), _PART[1]), seed=seed)
     sketch = HessianOperator(part.parent)
     density = (overview := spectral_overview(turned(sketch), num_probes=3, num_steps=12, seed=seed, callback=callback)).density
     pairs = eigenpairs(turned(sketch), k=min(k, full.size), tol=2e-2, seed=seed, initial=largest.vectors[:, 0])
     ledger.spend(2 * sketch.num_matvecs * part.size)
     span = torch.linalg.qr(torch.cat([largest.vectors[:, :1], pairs.vectors], dim=1))[0]
     noise = _group_noise(pool, turned, span, seed=seed, ledger=ledger)
-    direct = tuple(
-        _direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats)
-        for size in sorted(set(sizes))
-        if size <= pool.size // 2
-    )
+    drawn = [size for size in sorted(set(sizes)) if size <= pool.size // 2]
+    direct = tuple(_direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats) for size in drawn)
     return BatchCurvature(
         lambda_max=float(largest.values[0]),
         lambda_min=float(smallest.values[0]),

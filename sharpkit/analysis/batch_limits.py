@@ -19,7 +19,8 @@ from sharpkit.operators.preconditioned import PreconditionedOperator
 
 _GRID = 24
 _GROUPS = 64
-_PART = 512  # samples for it, but at the smallest batch size
+_PART, _PART_SHARE = (128, 512), 4  # samples for it, but at the smallest batch size: a quarter of the data, within these bounds
+_DIRECT_SHARE = 16  # lambda_max of drawn batches is measured up to this part of the data: beyond, the excess is small and goes as 1 / b
 _FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew
 
 
@@ -32,7 +33,7 @@ def limits_for(
     var / B per coordinate; its matrix is measured at a few batch sizes and the limit interpolated between them.
     """
     grid = np.geomspace(sizes[0], sizes[-1], _GRID)
-    direct = _spread([size for size in sizes if size <= pool.size // 8] or sizes[:1], 4)  # beyond, the excess is small and goes as 1 / b
+    direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], 4)
     if not rule.adaptive:
         curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger)
         return curvature, tuple(
@@ -43,7 +44,7 @@ def limits_for(
     curvature = measure_batch_curvature(
         pool, sizes=direct, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, smallest, optimizer), repeats=3
     )
-    part = pool.limited(_PART, seed=seed)
+    part = pool.limited(min(max(pool.size // _PART_SHARE, _PART[0]), _PART[1]), seed=seed)
     points = [(float(smallest), _rate(curvature.lambda_max, curvature.noise, curvature.effective(smallest), rule))]
     for size in others:
         top, noise = top_and_noise(part, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, size, optimizer))

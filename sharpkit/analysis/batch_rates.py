@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sharpkit.analysis.batch_curvature import BatchCurvature
 from sharpkit.analysis.bounded import Bounded
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _HALF_STEP = 2**0.25  # half of the factor between the largest rate that trained and the next, in log
-_MODEL_SPREAD = 1.5  # what a rate read off curvature alone, or carried over a decade of batch sizes, may be off by
+_MODEL_SPREAD = 1.5  # what a rate read off curvature alone may be off by
+_SCATTER = 0.25  # standard deviation of an anchor's log rate about the law, by chance and because the law is no more than that
+_FIRST_BEND = 0.1  # the law may bend anywhere from this batch size to N, every octave alike
 
 
 @dataclass(frozen=True)
@@ -25,18 +29,16 @@ class Anchor:
     """Where training really broke at one batch size, by short runs; geometric means where the search was repeated.
 
     Attributes:
-        batch_size: B; N for runs on a part of the data used whole, without batch noise.
+        batch_size: B.
         trained: largest rate that trained.
         broke: smallest rate above it that did not.
         repeats: searches with other orders of the data.
-        num_samples: size of the part used whole; None where batches of all the data were drawn.
     """
 
     batch_size: int
     trained: float
     broke: float
     repeats: int = 1
-    num_samples: int | None = None
 
     @property
     def rate(self) -> float:
@@ -92,28 +94,31 @@ class LearningRateCurve:
         """The largest stable learning rate at a batch size, with an interval.
 
         The mean-square condition makes 1 / rate linear in 1 / b (adaptive optimizers, whose small-batch rates go as sqrt(B): 1 / rate^2).
-        Between calibrated batch sizes that line is drawn through the rates at which runs broke. Beyond the largest the rate is held, and
-        the interval takes the further course of the limit by curvature in.
+        That law's two constants, a level and the batch size c where it bends, are fitted to the rates at which short runs broke: the rate
+        is the geometric mean over all c up to N, weighted by how well they fit. Real curves bend more sharply: beyond the largest batch
+        size calibrated, the rate may stay as it is there or follow the law, which weigh alike. The interval takes in the spread of all.
         """
         theory = self.by_curvature(batch_size)
         if not self.anchors:
             return Bounded(theory, theory / _MODEL_SPREAD, theory * _MODEL_SPREAD)
-        distance = min(abs(math.log(a.batch_size / batch_size)) for a in self.anchors) / math.log(10)
-        spread = 1.1 * _HALF_STEP * _MODEL_SPREAD ** min(distance, 2.0)
-        last = self.anchors[-1]
-        further = theory / self.by_curvature(last.batch_size) if batch_size > last.batch_size else 1.0
-        value = self._between_anchors(batch_size)
-        return Bounded(value, value / spread * min(further, 1.0) ** 0.5, value * spread * max(further, 1.0) ** 0.5)
+        bends, levels, weights = self._laws
+        logs = levels - self.exponent * np.log1p(bends / self.curvature.effective(batch_size))
+        held = levels - self.exponent * np.log1p(bends / self.curvature.effective(min(batch_size, self.anchors[-1].batch_size)))
+        mean = float(weights @ (logs + held) / 2)
+        own = _SCATTER**2 / len(self.anchors)  # of the level, whatever c
+        spread = 1.96 * math.sqrt(float(weights @ ((logs - mean) ** 2 + (held - mean) ** 2) / 2) + own) + math.log(_HALF_STEP)
+        return Bounded(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread))
 
-    def _between_anchors(self, batch_size: float) -> float:
-        power = 1 / self.exponent
-        x = np.array([1 / self.curvature.effective(a.batch_size) for a in self.anchors][::-1])  # ascending in 1 / b
-        y = np.array([a.rate**-power for a in self.anchors][::-1])
-        at = 1 / self.curvature.effective(batch_size)
-        if at > x[-1] and len(x) > 1:
-            slope = max(float((y[-1] - y[-2]) / (x[-1] - x[-2])), 0.0)
-            return float((y[-1] + slope * (at - x[-1])) ** (-1 / power))
-        return float(np.interp(at, x, y) ** (-1 / power))
+    @cached_property
+    def _laws(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """(c, log r, weight) of the laws rate = r (1 + c / b)^-exponent: for each c the best r, weighted by the anchors' likelihood."""
+        x = np.array([1 / self.curvature.effective(a.batch_size) for a in self.anchors])
+        rates = np.log([a.rate for a in self.anchors])
+        bends = np.geomspace(_FIRST_BEND, self.num_samples, 400)
+        levels = rates + self.exponent * np.log1p(bends[:, None] * x)  # as each anchor has it
+        misfit = levels.var(axis=1) * len(rates)
+        weights = np.exp(-(misfit - misfit.min()) / (2 * _SCATTER**2))
+        return bends, levels.mean(axis=1), weights / weights.sum()
 
     @property
     def exponent(self) -> float:
@@ -195,10 +200,8 @@ class LearningRateCurve:
             f"{self.curvature.choose()[1]}."
         )
         if self.anchors:
-            sizes = ", ".join(str(a.batch_size) for a in self.anchors if a.num_samples is None)
-            whole = "".join(f" and, without batch noise, on {a.num_samples} samples used whole" for a in self.anchors if a.num_samples)
-            held = "" if whole else "; beyond the largest it is held"
-            found.append(f"The level is calibrated by short training runs at B = {sizes}{whole}{held}.")
+            sizes = ", ".join(str(a.batch_size) for a in self.anchors)
+            found.append(f"The level is calibrated by short training runs at B = {sizes}.")
         else:
             found.append(
                 "No calibrating runs were made: rates are those at which training from the measured point is stable, not training "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 from torch import Tensor
 
 from sharpkit._errors import ObjectiveError
@@ -77,7 +78,8 @@ class GramResampling:
 
         The interval takes in the chance of the draws and of the pool: subsets of a pool of M share samples, so that the mean over all of
         them still scatters from pool to pool as that of about M / B independent batches does, whose scatter is that of the draws enlarged
-        by 1 / sqrt(1 - B / M). A curvature that rests on samples rarer than one in M is not in it.
+        by 1 / sqrt(1 - B / M). The scatter itself is known from num_draws draws only (Student's t). A curvature that rests on samples
+        rarer than one in M is not in it.
         """
         values = self.draws(batch_size)
         mean = float(values.mean())
@@ -85,7 +87,7 @@ class GramResampling:
             return Bounded(mean, mean, mean)
         spread = float(values.std(ddof=1))
         share = batch_size / self.num_samples
-        half = 1.96 * math.hypot(standard_error(values), spread * math.sqrt(share / (1 - share)))
+        half = float(stdtrit(len(values) - 1, 0.975)) * math.hypot(standard_error(values), spread * math.sqrt(share / (1 - share)))
         return Bounded(mean, mean - half, mean + half)
 
     def quantiles(self, batch_size: int, q: float | list[float]) -> NDArray[np.float64]:

@@ -6,11 +6,13 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
+from sharpkit.analysis.baseline import constant_loss
 from sharpkit.analysis.pool import SamplePool
 from sharpkit.analysis.stability import UpdateRule
 from sharpkit.analysis.twin import matching, twin_objective, twin_optimizer
@@ -21,10 +23,11 @@ from sharpkit.operators.hessian import HessianOperator
 _BLOWN_UP = 1e3  # times the first loss: beyond help
 _STRIDE = math.sqrt(2.0)
 _MAX_RUNS = 24
+_FAR_BELOW = 6  # steps down from a best run that a constant output outdoes, in search of better: a factor of 8
 _PILOT_SHARE = 0.5  # of the full-batch limit: what the pilot's rate keeps to
 _PILOT_START = 0.02  # of that share, at the first step: sharpness at initialisation is no guide to what follows
 _PILOT_GROWTH = 1.6  # the most its rate grows from one look to the next
-_LOOK_SAMPLES = 256  # to look lambda_max up on
+_LOOK_SAMPLES, _LOOK_SHARE = (64, 256), 8  # to look lambda_max up on: this part of the data, within these bounds
 _JUDGES = 512  # samples that say whether a run trained
 _ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have a scale of their own
 
@@ -84,11 +87,12 @@ class _EdgeRate:
         return self.rate
 
     def _look(self, twin: Objective) -> None:
-        pool = SamplePool(twin).limited(_LOOK_SAMPLES, seed=self.seed)
+        pool = SamplePool(twin)
+        pool = pool.limited(min(max(pool.size // _LOOK_SHARE, _LOOK_SAMPLES[0]), _LOOK_SAMPLES[1]), seed=self.seed)
         hessian = HessianOperator(pool.parent)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            pairs = eigenpairs(hessian, k=1, tol=0.03, seed=self.seed, initial=self.vector, max_matvecs=6 if self.rate else 12)
+            pairs = eigenpairs(hessian, k=1, tol=0.03, seed=self.seed, initial=self.vector, max_matvecs=4 if self.rate else 12)
         self.ledger.spend(2 * hessian.num_matvecs * pool.size)
         top, self.vector = float(pairs.values[0]), pairs.vectors[:, 0]
         wanted = _PILOT_SHARE * self.limit(max(top, 1e-12))
@@ -185,40 +189,106 @@ class Trainer:
         except NonFiniteError:
             return math.inf
 
-    def largest_stable_rate(self, guess: float, *, batch_size: int, steps: int, seed_offset: int = 0) -> tuple[float, float]:
+    @cached_property
+    def yardsticks(self) -> tuple[float, float]:
+        """Loss over up to 512 samples (before training, of the best constant output); the latter NaN where it cannot be told."""
+        judge = self.pool.limited(_JUDGES, seed=self.seed).parent
+        self.ledger.spend(2 * judge.num_samples / 3)
+        return judge.value(), constant_loss(judge)
+
+    def largest_stable_rate(self, guess: float, *, batch_size: int, steps: int, repeats: int = 1) -> tuple[float, float]:
         """Where training breaks: (largest rate that trained, smallest above it that did not), a factor sqrt(2) apart.
 
-        A rate trains if its run makes at least half of the best improvement that any run made. By factors of 2, the search walks down from
-        the guess until the best run is no longer the lowest rate tried, then up from the best to the first failure; then it halves the gap.
+        A rate trains if its run makes at least half of the best improvement that any run made. The improvement counts from the best
+        constant output where a run got below that, else from the loss before training: on text, any run that gets the frequencies right
+        has made most of the way from the first loss, whatever else it has ruined. By factors of 2, the search walks down from the guess
+        until the best run is no longer the lowest rate tried, then up from the best to the first failure; then it halves the gap. Repeats,
+        with other orders of the data, know the best loss already and step up or down from the rate found; their geometric mean is given.
 
         Raises:
             ObjectiveError: no such rate among the runs allowed.
         """
-        start = self.pool.limited(_JUDGES, seed=self.seed).parent.value()
-        losses: dict[int, float] = {}
-
-        def at(power: int) -> float:
-            if power not in losses:
-                losses[power] = self.final_loss(guess * _STRIDE**power, batch_size=batch_size, steps=steps, seed_offset=seed_offset)
-            return losses[power]
-
-        def trained(power: int) -> bool:
-            best = min(losses.values())
-            return best < start and start - at(power) >= 0.5 * (start - best)
-
-        def best() -> int:
-            return min(losses, key=lambda power: (losses[power], power))
-
-        at(0)
-        while len(losses) < _MAX_RUNS and (best() == min(losses) or losses[best()] >= start):
-            at(min(losses) - 2)
-        low = best()
-        while trained(low + 2):
-            low += 2
-            if len(losses) >= _MAX_RUNS:
+        found: list[float] = []
+        best, where = math.inf, f"runs of {steps} steps at batch size {batch_size}"
+        for repeat in range(repeats):
+            start = found[0] if found else guess
+            search = _Search(self._runs(start, batch_size=batch_size, steps=steps, seed_offset=10_000 * repeat), *self.yardsticks, best)
+            low = search.near() if found else search.from_below()
+            if low is None:
+                tried = f"{len(search.losses)} {where}, lr = {start * _STRIDE ** min(search.losses):.3g} to "
+                tried += f"{start * _STRIDE ** max(search.losses):.3g}"
+                if search.best_loss >= self.yardsticks[0]:
+                    raise ObjectiveError(f"none of {tried} lowered the loss: they are too short (pilot=), or start from no place to train")
                 raise ObjectiveError(
-                    f"no largest stable rate after {len(losses)} runs of {steps} steps at batch size {batch_size}, up to lr = "
-                    f"{guess * _STRIDE**low:.3g}: the loss may not depend on the rate, or the runs are too short (pilot=)"
+                    f"no largest stable rate after {tried}: the loss may not depend on the rate, or the runs are too short (pilot=)"
                 )
-        low += trained(low + 1)
-        return guess * _STRIDE**low, guess * _STRIDE ** (low + 1)
+            best = min(best, search.best_loss)
+            found.append(start * _STRIDE**low)
+        trained = math.exp(sum(map(math.log, found)) / len(found))
+        return trained, trained * _STRIDE
+
+    def _runs(self, start: float, *, batch_size: int, steps: int, seed_offset: int) -> Callable[[int], float]:
+        return lambda power: self.final_loss(start * _STRIDE**power, batch_size=batch_size, steps=steps, seed_offset=seed_offset)
+
+
+@dataclass
+class _Search:
+    """Rates by powers of sqrt(2), each run made once and remembered.
+
+    Attributes:
+        run: power -> loss at the end.
+        initial: loss before training.
+        constant: of the best constant output, or NaN.
+        known: the best loss of runs elsewhere.
+        losses: found so far.
+    """
+
+    run: Callable[[int], float]
+    initial: float
+    constant: float
+    known: float = math.inf
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def at(self, power: int) -> float:
+        if power not in self.losses:
+            self.losses[power] = self.run(power)
+        return self.losses[power]
+
+    @property
+    def best(self) -> int:
+        return min(self.losses, key=lambda power: (self.losses[power], power))
+
+    @property
+    def best_loss(self) -> float:
+        return min(self.known, self.losses[self.best])
+
+    def trained(self, power: int) -> bool:
+        loss, best = self.at(power), self.best_loss
+        start = min(self.initial, self.constant) if best < self.constant else self.initial
+        return best < start and start - loss >= 0.5 * (start - best)
+
+    def from_below(self) -> int | None:
+        """The largest power that trained, next to one that did not; None where the runs allowed did not find it."""
+        self.at(0)
+        while len(self.losses) < _MAX_RUNS and self._must_go_down():
+            self.at(min(self.losses) - 2)
+        low = self.best
+        while self.best_loss < self.initial and self.trained(low + 2):
+            low += 2
+            if len(self.losses) >= _MAX_RUNS:
+                return None
+        return low + self.trained(low + 1) if self.best_loss < self.initial else None
+
+    def _must_go_down(self) -> bool:
+        """The best is the lowest tried, or no better than a constant output."""
+        below = self.best - min(self.losses)
+        return self.best_loss >= self.initial or below == 0 or (self.best_loss >= self.constant and below < _FAR_BELOW)
+
+    def near(self) -> int | None:
+        """The same by single steps up or down from 0."""
+        low, step = 0, 1 if self.trained(0) else -1
+        while len(self.losses) < _MAX_RUNS:
+            if self.trained(low + step) != (step > 0):
+                return low if step > 0 else low - 1
+            low += step
+        return None

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sharpkit as sk
+from sharpkit.analysis import batch as batch_module
 from sharpkit.analysis.batch_curvature import BatchCurvature, DirectPoint, measure_batch_curvature
 from sharpkit.analysis.batch_rates import Anchor, LearningRateCurve
 from sharpkit.analysis.mean_square import short_form
@@ -141,12 +142,42 @@ def test_the_crossover_is_where_the_rule_meets_the_plateau() -> None:
     assert "linear scaling reaches the plateau" in str(curve)
 
 
-def test_calibration_moves_the_level_and_holds_it_beyond_the_last_anchor() -> None:
-    anchors = (Anchor(8, 0.5, 0.5 * math.sqrt(2)), Anchor(64, 1.0, math.sqrt(2)))
-    curve = _rates(anchors)
-    assert float(curve.max_lr(8)) == pytest.approx(0.5 * 2**0.25) and float(curve.max_lr(64)) == pytest.approx(2**0.25)
-    assert float(curve.max_lr(1024)) == pytest.approx(2**0.25)
-    assert curve.max_lr(1024).upper / curve.max_lr(1024).lower > curve.max_lr(64).upper / curve.max_lr(64).lower
+def _anchors(sizes: tuple[int, ...], bend: float, factors: tuple[float, ...] = (1.0, 1.0, 1.0)) -> tuple[Anchor, ...]:
+    """On the law rate = 1 / (1 + bend / b), but for the factors."""
+    effective = _curvature().effective
+    rates = [f / (1 + bend / effective(b)) for b, f in zip(sizes, factors, strict=True)]
+    return tuple(Anchor(b, rate * 2**-0.25, rate * 2**0.25) for b, rate in zip(sizes, rates, strict=True))
+
+
+@pytest.mark.parametrize("bend", [4.0, 40.0])
+def test_calibration_finds_the_law_of_its_anchors(bend: float) -> None:
+    """Other bends fit nearly as well within the scatter allowed for: 15 %, not rounding."""
+    curve = _rates(_anchors((4, 32, 256), bend))
+    for b in (4, 16, 32, 100, 256):
+        assert float(curve.max_lr(b)) == pytest.approx(1 / (1 + bend / curve.curvature.effective(b)), rel=0.15)
+    assert curve.max_lr(32).lower < 1 / (1 + bend / 33) < curve.max_lr(32).upper
+
+
+def test_one_stray_anchor_moves_the_curve_less_than_itself() -> None:
+    straight, stray = (_rates(_anchors((4, 32, 256), 40.0, (1.0, f, 1.0))) for f in (1.0, 2.0))
+    assert 1.1 < float(stray.max_lr(32)) / float(straight.max_lr(32)) < 1.7
+
+
+def test_beyond_the_last_anchor_the_rate_lies_between_holding_and_the_law() -> None:
+    curve = _rates(_anchors((4, 32, 64), 1e4))  # linear throughout: where it bends is not known
+    held, law = float(curve.max_lr(64)), float(curve.max_lr(64)) * 512 / 64
+    assert 1.2 * held < float(curve.max_lr(512)) < law / 1.5
+    far, near = curve.max_lr(512), curve.max_lr(64)
+    assert far.lower < 1.3 * held and far.upper / far.lower > near.upper / near.lower
+    flat = _rates(_anchors((4, 32, 64), 0.0))
+    assert float(flat.max_lr(1024)) == pytest.approx(1.0, rel=0.15)
+
+
+def test_the_default_batch_sizes_to_calibrate_at() -> None:
+    assert batch_module._anchor_sizes(True, (4, 8, 2000), 2000) == [4, 32, 125]
+    assert batch_module._anchor_sizes(True, (4, 768), 768) == [4, 48]
+    assert batch_module._anchor_sizes(True, (64, 80), 80) == [64, 80]
+    assert batch_module._anchor_sizes([32, 8], (4, 768), 768) == [8, 32] and batch_module._anchor_sizes(False, (4, 8), 99) == []
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -42,7 +42,7 @@ class Attachment:
         self.settings = settings
         self.monitor: Monitor | None = None
         self._saved: Mapping[str, Any] | None = None
-        self._batches: list[Any] = []
+        self.batches: list[Any] = []  # since the last optimizer step
         self._losses: list[Tensor] = []
 
     @property
@@ -54,11 +54,6 @@ class Attachment:
     def history(self) -> MonitorHistory:
         """The records so far; empty before training."""
         return self.monitor.history if self.monitor is not None else MonitorHistory()
-
-    @property
-    def num_waiting(self) -> int:
-        """Micro-batches since the last optimizer step."""
-        return len(self._batches)
 
     def start(self, model: nn.Module, optimizer: Any, *, closure: Callable[..., Tensor] | None, log: Log | None, main: bool = True) -> None:
         """Make the monitor; it goes on where a loaded state, or its own last training of the same model, stopped.
@@ -97,14 +92,14 @@ class Attachment:
 
     def note(self, batch: Any, loss: Tensor | None = None) -> None:
         """One micro-batch whose gradient was added, and its loss."""
-        if not any(batch is known for known in self._batches):
-            self._batches.append(batch)
+        if not any(batch is known for known in self.batches):
+            self.batches.append(batch)
         if loss is not None:
             self._losses.append(loss.detach())
 
     def forget(self) -> None:
         """Drop the micro-batches since the last optimizer step."""
-        self._batches, self._losses = [], []
+        self.batches, self._losses = [], []
 
     def step(self, *, scale: float = 1.0, mean: bool = False) -> Record | None:
         """An optimizer step is about to be made on the micro-batches noted.
@@ -113,7 +108,7 @@ class Attachment:
             scale: that takes the sum (or mean) of the noted losses to the loss of the whole batch.
             mean: whether their mean is meant.
         """
-        batches, losses = self._batches, self._losses
+        batches, losses = self.batches, self._losses
         self.forget()
         if self.monitor is None or not batches:
             return None

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sharpkit._batches import Batch
 from sharpkit._errors import SharpkitWarning
+from sharpkit._loss import own_loss
 from sharpkit._params import ParamSelector
 from sharpkit.integrations._attachment import Attachment, own_containers
-from sharpkit.integrations._watching import ForwardWatch, StepWatch
+from sharpkit.integrations._watching import ForwardWatch, StepWatch, without_scale
 from sharpkit.objective import Closure
 from sharpkit.training._arguments import MetricLike
 from sharpkit.training.monitor import Monitor
@@ -161,14 +162,17 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             else:
                 _log_through(trainer, values)
 
-        closure = None if trainer is None else (lambda model, batch: _trained_loss(trainer, model, batch))
+        def closure(model: nn.Module, batch: Batch) -> Tensor:
+            inputs, scale = without_scale(batch)
+            return (own_loss(model, inputs) if trainer is None else _trained_loss(trainer, model, inputs)) * scale
+
         self._run.start(model, optimizer, closure=closure, log=log, main=state.is_world_process_zero)
         pair = self._run.settings["loss"] is not None
-        most = 8 * max(args.gradient_accumulation_steps, 1)
+        most, alone = 8 * max(args.gradient_accumulation_steps, 1), args.world_size == 1 and args.n_gpu <= 1
         if trainer is None:
-            self._watch = ForwardWatch(model, self._run, pair=pair, most=most, own_loss=self._run.derives_loss)
+            self._watch = ForwardWatch(model, self._run, pair=pair, most=most, alone=alone)
         else:
-            self._watch = StepWatch(trainer, self._run, pair=pair, most=most)
+            self._watch = StepWatch(trainer, self._run, pair=pair, most=most, alone=alone)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._run.forget()

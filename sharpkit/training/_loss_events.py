@@ -68,7 +68,7 @@ class LossSpike:
         recent = [r for r in readings.before(step, 3) if math.isfinite(r.ratio)]
         if not recent or step - recent[-1].step > 3 * _spacing(readings):
             return "No curvature with a limit was measured just before, so it stays unexplained."
-        worst = max(recent, key=lambda r: r.ratio)
+        worst = max(reversed(recent), key=lambda r: r.ratio)
         fact = f"{in_words(name)} was {_shown(worst)} at step {worst.step}"
         if worst.is_above():
             return f"Explained by a crossing: {fact}, above the limit {worst.limit:.4g}, so steps along the sharpest direction overshot."

@@ -73,6 +73,7 @@ class EventDetector:
 
     def __init__(self) -> None:
         self._metric = ""
+        self._pending: list[Event] = []  # begun in the losses since the last record
         self._last_step = self._last_loss_step = -1
         self._readings, self._losses = Readings(), Losses()
         self._begin()
@@ -88,7 +89,7 @@ class EventDetector:
             record: a ``monitor_record`` with at least ``step`` and ``values``; its loss counts unless :meth:`update_loss` had that step.
 
         Returns:
-            The events that begin here.
+            The events that began here, or in the losses since the last record.
         """
         step = int(record["step"])
         if step < self._last_step:  # the run went back to an earlier state
@@ -96,29 +97,31 @@ class EventDetector:
         self._last_step = step
         events = self._update_curvature(record)
         loss = number(record.get("loss"))
-        return events if math.isnan(loss) else events + self.update_loss(step, loss)  # NaN in a record says that the loss is unknown
+        if not math.isnan(loss):  # NaN in a record says that the loss is unknown
+            self.update_loss(step, loss)
+        found, self._pending = [*self._pending, *events], []
+        return sorted(found, key=lambda event: event.step)
 
-    def update_loss(self, step: int, loss: float) -> list[Event]:
+    def update_loss(self, step: int, loss: float) -> None:
         """Take the loss of a step that may have no record, so that what happens between measurements is seen; costs microseconds.
+
+        What begins here comes with the next :meth:`update`.
 
         Args:
             step: optimizer steps done.
             loss: of that step; NaN and infinity count as a spike.
-
-        Returns:
-            The events that begin here.
         """
         if step < self._last_step:
             self._forget()
             self._last_step = step
         if step <= self._last_loss_step:
-            return []
+            return
         self._last_loss_step = step
         name = self._metric or "the curvature"
         found = [(d.kind, d.on_loss(step, loss, name, self._readings, self._losses)) for d in (self._catapult, self._spike)]
         if math.isfinite(loss) and not self._spike.active:
             self._losses.add(step, loss)
-        return [Event(kind, step, text) for kind, text in found if text]
+        self._pending += [Event(kind, step, text) for kind, text in found if text]
 
     def _update_curvature(self, record: Mapping[str, Any]) -> list[Event]:
         metric = next((name for name in CURVATURES if name in record["values"]), "")
@@ -148,6 +151,7 @@ class EventDetector:
             "metric": self._metric,
             "last_step": self._last_step,
             "last_loss_step": self._last_loss_step,
+            "pending": [event.to_dict() for event in self._pending],
             "readings": self._readings.state(),
             "losses": self._losses.state(),
             "detectors": {d.kind: json_ready(asdict(d)) for d in (*self._on_curvature, self._catapult, self._spike)},
@@ -164,6 +168,7 @@ class EventDetector:
         self._forget()
         self._metric = str(state["metric"])
         self._last_step, self._last_loss_step = int(state["last_step"]), int(state["last_loss_step"])
+        self._pending = [Event(**event) for event in state["pending"]]
         self._readings.load(state["readings"])
         self._losses.load(state["losses"])
         for detector in (*self._on_curvature, self._catapult, self._spike):

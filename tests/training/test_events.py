@@ -41,6 +41,14 @@ def events_of(rows: Iterable[dict[str, Any]], detector: EventDetector | None = N
     return [event for row in rows for event in detector.update(row)]
 
 
+def events_of_losses(losses: Iterable[tuple[int, float]]) -> list[Event]:
+    """Losses alone, then a record without values that collects what they began."""
+    detector, step = EventDetector(), 0
+    for step, loss in losses:
+        detector.update_loss(step, loss)
+    return detector.update({"step": step, "loss": None, "values": {}})
+
+
 def kinds(rows: Iterable[dict[str, Any]]) -> list[str]:
     return [event.kind for event in events_of(rows)]
 
@@ -267,7 +275,7 @@ def test_a_catapult_between_measurements_is_found_from_the_losses_alone() -> Non
         if row["step"] % 12 == 0:
             found += detector.update(row)
         else:
-            found += detector.update_loss(row["step"], row["loss"])
+            detector.update_loss(row["step"], row["loss"])
     assert [event.kind for event in found].count("catapult") == 1
 
 
@@ -292,8 +300,7 @@ def test_a_spike_with_the_curvature_below_the_limit_is_said_to_be_unexplained() 
 
 
 def test_a_spike_without_curvature_is_said_to_be_unexplained() -> None:
-    detector = EventDetector()
-    found = [event for row in spiky(10.0) for event in detector.update_loss(row["step"], row["loss"])]
+    found = events_of_losses((row["step"], row["loss"]) for row in spiky(10.0))
     assert [event.kind for event in found] == ["loss_spike"]
     assert "No curvature with a limit was measured" in found[0].text
 
@@ -306,8 +313,7 @@ def test_a_diverging_quadratic_ends_in_an_explained_spike() -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_a_spike_said_once(loss: float) -> None:
-    detector = EventDetector()
-    found = [event for step in range(9) for event in detector.update_loss(step, 1.0 if step < 4 else loss)]
+    found = events_of_losses((step, 1.0 if step < 4 else loss) for step in range(9))
     assert [(event.kind, event.step) for event in found] == [("loss_spike", 4)]
 
 
@@ -348,11 +354,21 @@ def test_a_state_of_another_version_is_refused() -> None:
 
 
 def test_a_loss_given_twice_for_a_step_counts_once() -> None:
-    detector = EventDetector()
+    detector, found = EventDetector(), []
     for row in spiky(10.0):
         detector.update_loss(row["step"], row["loss"])
-        assert detector.update(row) == []
-    assert len(detector.state_dict()["losses"]) < 49
+        found += detector.update(row)
+    assert [(event.kind, event.step) for event in found] == [("loss_spike", 40)]
+
+
+def test_what_the_losses_begin_waits_for_the_next_record_also_across_a_restart() -> None:
+    first, second = EventDetector(), EventDetector()
+    for row in spiky(10.0):
+        first.update_loss(row["step"], row["loss"])
+    second.load_state_dict(json.loads(to_json(first.state_dict())))
+    (event,) = second.update(record(60, 10.0))
+    assert (event.kind, event.step) == ("loss_spike", 40)
+    assert second.update(record(61, 10.0)) == []
 
 
 def test_a_less_telling_curvature_does_not_mix_into_the_course() -> None:

@@ -46,6 +46,7 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(dropout), nn.Linear(12, 3))
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.total = torchmetrics.SumMetric()
         self.losses: list[float] = []
         self.sums = {"train": [0.0]}
         self.calls = 0
@@ -62,6 +63,7 @@ class Classifier(pl.LightningModule):
         self.losses.append(loss.item())
         self.sums["train"].append(loss.item())
         self.accuracy(output, batch[1])
+        self.total.update(loss.detach())
         self.log("train_loss", loss, on_step=True, on_epoch=True)
         self.log("accuracy", self.accuracy, on_epoch=True)
         return loss
@@ -94,7 +96,7 @@ def everything(run: Any) -> dict[str, Any]:
     return {
         "model": model.state_dict(),
         "optimizer": run.optimizers[0].state_dict(),
-        "losses": [model.losses, model.sums, model.calls],
+        "losses": [model.losses, model.sums, model.calls, model.total.sum_value],
         "logged": {name: value for name, value in run.callback_metrics.items() if not name.startswith("sharpkit/")},
         "mode": [m.training for m in model.modules()],
         "random": [torch.get_rng_state(), random.getstate(), list(np.random.get_state())],  # noqa: NPY002
@@ -262,6 +264,7 @@ def test_manual_optimization_and_several_optimizers_are_refused_with_the_remedy_
     fitted(callback, model=Adversaries)
     assert len(callback.history) == STEPS
     assert callback.history.series("off_the_training_gradient").values.max() < 1e-5  # float32
+    assert {record.num_samples for record in callback.history} == {8}  # both backwards were on the same batch
 
 
 def test_settings_that_make_no_sense_are_refused_at_once() -> None:
@@ -294,6 +297,7 @@ def test_users_of_the_old_name_are_served() -> None:
         sums: dict[str, list[float]] = {"train": []}  # noqa: RUF012
         calls = 0
         accuracy = staticmethod(lambda output, target: None)
+        total = torchmetrics.SumMetric()
 
         def log(self, *_: Any, **__: Any) -> None: ...
 

@@ -251,6 +251,16 @@ def test_values_are_logged_once_and_the_trainers_own_turn_is_not_used_up(attach:
     assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [2, 4]
 
 
+def test_a_turn_to_log_that_another_callback_asked_for_is_kept(tmp_path: Path) -> None:
+    class Asks(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_log = True
+
+    make: Make = lambda: SharpnessCallback(every=1, metrics=["lambda_max"])  # noqa: E731
+    trainer, _ = trained(make, tmp_path, attach=True, callbacks=[Asks()], logging_steps=1000)
+    assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [1, 2, 3, 4]
+
+
 def test_a_failure_is_recorded_and_training_is_as_without(tmp_path: Path) -> None:
     def broken(objective: Any, optimizer: Any) -> float:
         raise RuntimeError("injected")

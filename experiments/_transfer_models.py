@@ -36,6 +36,7 @@ FAULTS = (
     "vector_lr",
     "depth_multiplier",
 )
+READOUT = 0.25  # initial logits this small at the base width: there they are the part that depends on width
 DEFAULT_LR = {"sgd": 0.05, "adam": 4e-3, "adamw": 4e-3}
 
 
@@ -80,8 +81,8 @@ class Rules:
     def readout(self, width: int) -> tuple[float, float]:
         """(init std, multiplier)."""
         if self.broken("readout_multiplier"):
-            return width**-0.5, 1.0
-        return self.base_width**-0.5, self.base_width / width
+            return READOUT * width**-0.5, 1.0
+        return READOUT * self.base_width**-0.5, self.base_width / width
 
     def attention_scale(self, d: int, base_d: int) -> float:
         return d**-0.5 if not self.mup or self.broken("attention_scale") else base_d**0.5 / d

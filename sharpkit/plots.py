@@ -10,6 +10,7 @@ import numpy as np
 
 from sharpkit._axes import BLUE, GREEN, GREY, ORANGE, finish, new_axes
 from sharpkit._monitor_plot import plot_monitor as plot_monitor
+from sharpkit._transfer_plot import plot_coordinates as plot_coordinates
 from sharpkit.linalg.slq import default_bandwidth
 
 if TYPE_CHECKING:

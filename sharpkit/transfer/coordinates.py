@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sharpkit._json import json_ready
+from sharpkit._json import json_ready, number
 from sharpkit.objective import Closure
 from sharpkit.transfer.observations import Numbers, Observations, Track, at, over_steps
 from sharpkit.transfer.observing import Callback, check_counts, observe
@@ -80,6 +80,15 @@ class Coordinate:
         values = {"rms": self.rms, "updates": self.updates}
         found: dict[str, Any] = json_ready({"name": self.name, "kind": self.kind, "verdict": self.verdict, **slopes, **values})
         return found
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Coordinate:
+        """Back from :meth:`to_dict`, also after JSON."""
+        slopes = {key: Slope.from_dict(document[key]) for key in ("initial", "level", "mean_abs", "update")}
+        rms, updates = (
+            {int(size): [[number(v) for v in run] for run in runs] for size, runs in document[key].items()} for key in ("rms", "updates")
+        )
+        return cls(document["name"], document["kind"], verdict=document["verdict"], rms=rms, updates=updates, **slopes)
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,14 @@ class CoordinateCheck:
             "diverged": [list(pair) for pair in self.diverged],
             "coordinates": [c.to_dict() for c in self.coordinates],
         }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> CoordinateCheck:
+        """Back from :meth:`to_dict`, also after JSON."""
+        coordinates = tuple(Coordinate.from_dict(c) for c in document["coordinates"])
+        plain = {key: document[key] for key in ("dimension", "num_seeds", "num_steps", "tolerance")}
+        diverged = tuple((int(size), int(seed)) for size, seed in document["diverged"])
+        return cls(sizes=tuple(document["sizes"]), coordinates=coordinates, diverged=diverged, **plain)
 
     def plot(self, *, ax: Axes | None = None, title: str | None = None) -> Axes:
         """Size of each coordinate's update against width; see :func:`sharpkit.plots.plot_coordinates`."""

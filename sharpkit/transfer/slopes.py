@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sharpkit._json import number
+
 
 @dataclass(frozen=True)
 class Slope:
@@ -41,6 +43,12 @@ class Slope:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready but for NaN."""
         return {"value": self.value, "stderr": self.stderr, "half_width": self.half_width, "num_points": self.num_points}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Slope:
+        """Back from :meth:`to_dict`, also after JSON."""
+        value, stderr, half_width = (number(document[key]) for key in ("value", "stderr", "half_width"))
+        return cls(value, stderr, half_width, int(document["num_points"]))
 
 
 def log_slope(sizes: Mapping[int, Sequence[float]]) -> Slope:

@@ -19,6 +19,7 @@ _COLD_MATVECS = 24
 _MEMORY = 3  # values kept to extrapolate from
 _SKIP_SHARE = 0.5  # of the tolerance may be spent by an extrapolation that has held so far
 _MAX_SKIP = 4
+_PROOF = 3  # extrapolations in a row that must hold before the first is relied on: where values jump about, single ones hold by chance
 _LEAST_SECOND = 0.5  # short runs see the second eigenvalue too low: it is taken to be at least this share of the first
 _LONG = 6  # products of a run that shows the second eigenvalue
 _SEARCH = 10  # products of an update that looks for another top eigenvalue
@@ -63,7 +64,7 @@ class EigenvalueTracker:
     second: float = math.inf  # second eigenvalue as a share of the first, once a run was long enough to show it
     updates: int = 0
     points: list[tuple[int, float]] = field(default_factory=list)  # (step, value), the last few
-    skips: int = 0  # steps that the last extrapolation may bridge
+    hits: int = 0  # extrapolations that have held lately
 
     def update(self, operator: SymmetricOperator, *, step: int | None = None, max_matvecs: int | None = None) -> Estimate:
         """Measure anew.
@@ -148,11 +149,11 @@ class EigenvalueTracker:
         predicted = self._line(step)
         self.points = [*self.points, (step, value)][-_MEMORY:]
         if predicted is None or not converged:
-            self.skips = 0
+            self.hits = 0
         elif abs(predicted - value) <= _SKIP_SHARE * self.tol * abs(value):
-            self.skips = min(self.skips + 1, _MAX_SKIP)
+            self.hits = min(self.hits + 1, _PROOF - 1 + _MAX_SKIP)
         else:
-            self.skips = self.skips // 2 if abs(predicted - value) <= self.tol * abs(value) else 0
+            self.hits = self.hits // 2 if abs(predicted - value) <= self.tol * abs(value) else 0
 
     def _line(self, step: int) -> float | None:
         if len(self.points) < 2:
@@ -166,16 +167,16 @@ class EigenvalueTracker:
         Its error is the tolerance: what the last extrapolations stayed within by half.
         """
         value = self._line(step)
-        if value is None or not 0 < step - self.points[-1][0] <= self.skips:
+        if value is None or not 0 < step - self.points[-1][0] <= self.hits - _PROOF + 1:
             return None
         return Estimate(value, self.tol * abs(value), 0, 0.0, "extrapolated from the last two", True)
 
     # -- saving -----------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on."""
-        return {"vector": self.vector, "second": self.second, "updates": self.updates, "points": list(self.points), "skips": self.skips}
+        return {"vector": self.vector, "second": self.second, "updates": self.updates, "points": list(self.points), "hits": self.hits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.vector, self.second, self.updates = state["vector"], float(state["second"]), int(state["updates"])
-        self.points, self.skips = [(int(s), float(v)) for s, v in state["points"]], int(state["skips"])
+        self.points, self.hits = [(int(s), float(v)) for s, v in state["points"]], int(state["hits"])

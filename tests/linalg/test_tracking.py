@@ -105,6 +105,16 @@ def test_extrapolation_comes_only_after_it_has_held_and_stays_within_the_toleran
     assert tracker.extrapolate(62) is None, "after a jump nothing is extrapolated"
 
 
+def test_values_that_jump_about_are_not_extrapolated_because_one_guess_was_right() -> None:
+    scales = 1 + 0.04 * torch.randn(300, generator=torch.Generator().manual_seed(0)).double()
+    spectrum = torch.cat([torch.linspace(0.0, 5.0, 30), torch.tensor([10.0])]).double()
+    tracker, worst = EigenvalueTracker(tol=0.01), 0.0
+    for step, scale in enumerate(scales.tolist()):
+        found = tracker.extrapolate(step) or tracker.update(sk.as_operator(torch.diag(scale * spectrum)), step=step)
+        worst = max(worst, abs(found.value / (10 * scale) - 1))
+    assert worst < 0.01
+
+
 def test_a_saved_tracker_goes_on_exactly() -> None:
     whole, first = EigenvalueTracker(seed=3), EigenvalueTracker(seed=3)
     expected = [whole.update(moving(step)[0], step=step).value for step in range(8)]

@@ -1,6 +1,7 @@
 """learning_rate_curve against the sweep by real training: rates at every batch size, crossovers, exponents, cost.
 
-The curve starts from an initialisation that the sweep did not use. Needs the results of experiments.batch_sweep.
+The curve starts from an initialisation that the sweep did not use; with --repeat, from another one yet, compared but not drawn. Needs the
+results of experiments.batch_sweep.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from experiments._common import HERE, Row, circumstances, read_rows, rounded
 from sharpkit.analysis.batch import learning_rate_curve
 
 NAME = "batch_curve"
-SEED = 3  # the sweep trained from 0, 1, 2
+SEED, REPEAT_SEED = 3, 4  # the sweep trained from 0, 1, 2
 _PAPER_GRID = 3  # batch sizes a decade at which 2 (1 + beta) / E lambda_max(H_B) is drawn
 
 
@@ -35,13 +36,13 @@ def measured(model: str, optimizer: str) -> dict[int, list[Row]]:
     return dict(sorted(found.items()))
 
 
-def predict(model: str, optimizer: str) -> Row:
+def predict(model: str, optimizer: str, seed: int = SEED) -> Row:
     """One curve."""
     problem = PROBLEMS[model]()
-    network = problem.make(SEED)
+    network = problem.make(seed)
     objective = sk.Objective(network, (problem.x, problem.y), loss=F.cross_entropy)
     sizes = [*SIZES, problem.size]
-    curve = learning_rate_curve(objective, OPTIMIZERS[optimizer](network.parameters(), 1e-3), batch_sizes=sizes, seed=SEED)
+    curve = learning_rate_curve(objective, OPTIMIZERS[optimizer](network.parameters(), 1e-3), batch_sizes=sizes, seed=seed)
     labels = {"kind": "curve", "model": model, "optimizer": optimizer, "title": problem.title, "beta": curve.rule.momentum}
     return {**curve.to_dict(), **labels}
 
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one pair, into a temporary folder")
     parser.add_argument("--models", nargs="+", default=list(PROBLEMS), help="curves of the others are kept as they are")
     parser.add_argument("--figure-only", action="store_true", help="compare and draw anew, with the curves there are")
+    parser.add_argument("--repeat", action="store_true", help="curves from another initialisation beside those there are")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results, figure = HERE / "results" / f"{NAME}.jsonl", HERE.parent / "figures" / f"{NAME}.png"
@@ -159,23 +161,23 @@ def main() -> None:
         folder = Path(tempfile.gettempdir()) / "sharpkit-experiments"
         folder.mkdir(parents=True, exist_ok=True)
         results, figure = folder / results.name, folder / figure.name
-    known = [row for row in read_rows(results) if row["kind"] == "curve"] if results.exists() else []
-    curves = {(row["model"], row["optimizer"]): row for row in known}
+    head = circumstances(NAME, quick=options.quick, seconds=0.0)
+    known = read_rows(results) if results.exists() else []
+    curves = {(row["model"], row["optimizer"]): row for row in known if row["kind"] == "curve"}
+    repeats = {(row["model"], row["optimizer"]): row for row in known if row["kind"] == "repeat"}
     pairs = [("mlp", "SGD")] if options.quick else [(m, o) for m in options.models for o in OPTIMIZERS]
-    for model, optimizer in [] if options.figure_only else pairs:
-        curves[model, optimizer] = predict(model, optimizer)
-        seconds = sum(row["seconds"] for row in curves.values())
-        ordered = [curves[m, o] for m in PROBLEMS for o in OPTIMIZERS if (m, o) in curves and measured(m, o)]
-        comparisons = [compare(row) for row in ordered]
-        head = circumstances(NAME, quick=options.quick, seconds=seconds)
-        results.write_text("".join(json.dumps(rounded(row)) + "\n" for row in [head, *ordered, *comparisons]))
-        print(json.dumps(rounded(compare(curves[model, optimizer]))), flush=True)
+    for pair in [] if options.figure_only else pairs:
+        if options.repeat:
+            repeats[pair] = {**compare(predict(*pair, seed=REPEAT_SEED)), "kind": "repeat"}
+        else:
+            curves[pair] = predict(*pair)
+        print(json.dumps(rounded(repeats[pair] if options.repeat else compare(curves[pair]))), flush=True)
+    ordered = [curves[m, o] for m in PROBLEMS for o in OPTIMIZERS if (m, o) in curves]
+    comparisons = [compare(row) for row in ordered]
     if options.figure_only:
-        ordered = list(curves.values())
-        comparisons = [compare(row) for row in ordered]
-        lines = results.read_text().splitlines()[:1] + [json.dumps(rounded(row)) for row in [*ordered, *comparisons]]
-        results.write_text("\n".join(lines) + "\n")
-        print(*(json.dumps(rounded(row)) for row in comparisons), sep="\n")
+        head = json.loads(results.read_text().splitlines()[0])
+    head["seconds"] = sum(row["seconds"] for row in ordered)
+    results.write_text("".join(json.dumps(rounded(row)) + "\n" for row in [head, *ordered, *comparisons, *repeats.values()]))
     draw(ordered, comparisons, figure)
 
 

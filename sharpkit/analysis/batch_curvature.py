@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharpkit.analysis.batch_direct import DirectPoint, direct_point
 from sharpkit.analysis.bounded import Bounded
 from sharpkit.analysis.pilot import Ledger
 from sharpkit.analysis.pool import SamplePool
@@ -28,27 +29,7 @@ Wrap = Callable[[SymmetricOperator], SymmetricOperator]
 
 _GROUPS = 64
 _PART, _PART_SHARE = (64, 256), 6  # for trace, spectrum and further eigenvectors, no ground of the rates: a sixth of the samples
-_DIRECT_TOL = 1e-2
 _ENDS_TOL = 3e-2  # of both ends' residuals; the top one has converged far beyond by then
-
-
-@dataclass(frozen=True)
-class DirectPoint:
-    """The extreme eigenvalues of batch Hessians, measured on drawn batches.
-
-    Attributes:
-        batch_size: B.
-        largest, smallest: (k,) per drawn batch.
-    """
-
-    batch_size: int
-    largest: tuple[float, ...]
-    smallest: tuple[float, ...]
-
-    def mean(self, which: str = "largest") -> tuple[float, float]:
-        """(mean, standard error) over the batches."""
-        values = np.array(getattr(self, which))
-        return float(values.mean()), standard_error(values)
 
 
 @dataclass(frozen=True)
@@ -226,7 +207,9 @@ def measure_batch_curvature(
     span = torch.linalg.qr(torch.cat([largest.vectors[:, :1], pairs.vectors], dim=1))[0]
     noise = _group_noise(pool, turned, span, seed=seed, ledger=ledger)
     drawn = [size for size in sorted(set(sizes)) if size <= pool.size // 2]
-    direct = tuple(_direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats) for size in drawn)
+    direct = tuple(
+        direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats, full=float(largest.values[0])) for size in drawn
+    )
     return BatchCurvature(
         lambda_max=float(largest.values[0]),
         lambda_min=float(smallest.values[0]),
@@ -280,21 +263,3 @@ def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, 
     mixing = ((inside + inside.transpose(1, 2)) / 2).cpu().numpy()
     block = (vectors.double().T @ stacked.mean(dim=0)[:, :k]).cpu().numpy()
     return _GroupNoise(squared[:, 0].cpu().numpy(), (block + block.T) / 2, mixing, max(leakage, 0.0), float(squared[:, k].mean()))
-
-
-def _direct_point(pool: SamplePool, turned: Wrap, size: int, *, seed: int, ledger: Ledger, repeats: int) -> DirectPoint:
-    draws = pool.draws(size, generator=torch.Generator().manual_seed(seed + size))
-    largest, smallest = [], []
-    for number, batch in zip(range(repeats), draws, strict=False):
-        operator = HessianOperator(batch)
-        ends = extreme_values(turned(operator), seed=seed + number)
-        largest.append(ends[0])
-        smallest.append(ends[1])
-        ledger.spend(2 * operator.num_matvecs * size)
-    return DirectPoint(size, tuple(largest), tuple(smallest))
-
-
-def extreme_values(operator: SymmetricOperator, *, seed: int, tol: float = _DIRECT_TOL) -> tuple[float, float]:
-    """(largest, smallest) eigenvalue from one Krylov space."""
-    largest, smallest = both_ends(operator, tol=tol, seed=seed, num_steps=8)
-    return float(largest.values[0]), float(smallest.values[0])

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import sharpkit as sk
 from sharpkit.analysis import batch as batch_module
-from sharpkit.analysis.batch_curvature import BatchCurvature, DirectPoint, measure_batch_curvature
+from sharpkit.analysis.batch_curvature import BatchCurvature, measure_batch_curvature
+from sharpkit.analysis.batch_direct import DirectPoint, extreme_values
 from sharpkit.analysis.batch_rates import Anchor, LearningRateCurve
 from sharpkit.analysis.mean_square import short_form
 from sharpkit.analysis.pilot import Ledger, Trainer
@@ -66,6 +67,18 @@ def test_measured_batch_curvature_lies_between_its_neighbours() -> None:
         assert float(curvature.lambda_max_of(size)) == pytest.approx(np.mean(tops), rel=0.2)
     assert float(curvature.lambda_max_of(320)) == pytest.approx(curvature.lambda_max)
     assert float(curvature.lambda_min_of(8)) <= float(curvature.lambda_min_of(128)) <= curvature.lambda_min + 1e-9
+
+
+def test_a_batch_whose_hessian_is_rounding_alone_counts_as_flat() -> None:
+    """Products of fitted samples contradict each other in float32; where the matrix matters, that stays an error."""
+    crooked = torch.diag(torch.ones(29, dtype=torch.float64), 1)
+
+    def operator(size: float) -> sk.SymmetricOperator:
+        return sk.as_operator(lambda v: size * crooked @ v, size=30, check=False)
+
+    assert extreme_values(operator(1e-6), seed=0, ignorable=1e-3) == (0.0, 0.0)
+    with pytest.raises(sk.NotSymmetricError):
+        extreme_values(operator(1.0), seed=0, ignorable=1e-3)
 
 
 def _curvature(**changes: object) -> BatchCurvature:

@@ -37,7 +37,8 @@ def draw(rows: list[Row], figure: Any) -> None:
     axes = figure.subplots(2, 2, sharey="row")
     for ax, row in zip(axes.flat, rows, strict=True):
         check = CoordinateCheck.from_dict(row)
-        word = "passed" if check.passed else f"{len(check.failed)} of {sum(c.verdict != 'not judged' for c in check.coordinates)} fail"
+        judged = [c for c in check.coordinates if c.verdict != "not judged" and not c.repeats_output]
+        word = "passed" if check.passed else f"{sum(c in check.failed for c in judged)} of {len(judged)} fail"
         plot_coordinates(check, ax=ax, title=f"{row['network']}, {PARAMETRISATIONS[row['parametrisation']]}, Adam: {word}")
         ax.legend(fontsize=7, loc="upper left")
     for ax in axes[:, 1]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments._common import Row, run_as_script, threads
 from experiments._transfer_models import depth_family, mlp_family, transformer_family
+from sharpkit.transfer.coordinates import check_of
 from sharpkit.transfer.culprits import culprits_of
 from sharpkit.transfer.observing import observe
 from sharpkit.transfer.rules import MINIMAL_ERRORS, MINIMAL_EXPONENT, gather
@@ -59,6 +60,7 @@ def trial(network: str, fault: str | None, trial_seed: int, *, sizes: tuple[int,
         "alone": expected == named,
         "evidence": [{"rule": c.rule, "slope": c.slope.value, "stderr": c.slope.stderr, "confidence": c.confidence} for c in found],
         "tested": [{"rule": e.rule, "excess": e.excess, "stderr": e.slope.stderr, "broken": e.broken} for e in gather(seen)],
+        "check": [c.name for c in check_of(seen).failed],
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
     }
@@ -74,7 +76,16 @@ def measure(quick: bool) -> list[Row]:
                 for number in range(1 if quick else CORRECT_TRIALS if fault is None else TRIALS):
                     rows.append(trial(network, fault, number, sizes=sizes))
                     last = rows[-1]
-                    print(network, fault, number, last["named"], "right" if last["right"] else "WRONG", round(last["seconds"]), flush=True)
+                    print(
+                        network,
+                        fault,
+                        number,
+                        last["named"],
+                        last["check"],
+                        "right" if last["right"] else "WRONG",
+                        round(last["seconds"]),
+                        flush=True,
+                    )
     return rows
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sharpkit._axes import BLUE, GREY, ORANGE, PURPLE, finish, new_axes
+from sharpkit._axes import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, finish, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {"stable": BLUE, "grows": ORANGE, "vanishes": PURPLE, "unclear": GREY}
-_MOST_LABELS = 4
+_NAMED = (PINK, OCHRE, GREEN)  # the worst ones, so that each can be found
 
 
 def plot_coordinates(
@@ -21,7 +21,8 @@ def plot_coordinates(
 ) -> Axes:
     """RMS of each judged coordinate's update against width, a line each, mean over seeds; what is asked for are level lines.
 
-    Lines that grow are orange, those that vanish purple, the worst of them named with their exponent; unjudged coordinates are left out.
+    Lines that grow are orange, those that vanish purple; the worst have a colour and a name with the exponent of the points shown, which is
+    that of one step, where the check's is over all steps. Unjudged coordinates are left out.
 
     Args:
         check: a :class:`sharpkit.transfer.CoordinateCheck`.
@@ -49,22 +50,25 @@ def plot_coordinates(
     step = (check.num_steps if step is None else step) if what == "update" else 0
     if not 0 <= step <= check.num_steps or (what == "update" and step == 0):
         raise ValueError(f"step must be one of 1 to {check.num_steps}, the steps that were made, got {step}")
-    lines = [(c, _means(c.updates if what == "update" else c.rms, step)) for c in check.coordinates if c.verdict != "not judged"]
+    shown = [c for c in check.coordinates if c.verdict != "not judged" and not c.repeats_output]
+    lines = [(c, _means(c.updates if what == "update" else c.rms, step)) for c in shown]
     lines = [(c, points) for c, points in lines if len(points) > 1]
     if not lines:
         raise ValueError("no coordinate was judged, or none changed: nothing to draw")
     ax = ax if ax is not None else new_axes((6.4, 4.2))
     slopes = {id(c): (c.update_at(step) if what == "update" else c.initial) for c, _ in lines}
     bad = sorted((c for c, _ in lines if c.verdict in ("grows", "vanishes")), key=lambda c: -abs(slopes[id(c)].value))
-    named = {id(c) for c in bad[:_MOST_LABELS]}
+    named = {c.name: colour for c, colour in zip(bad, _NAMED, strict=False)}
     seen: set[str] = set()
-    for c, points in sorted(lines, key=lambda line: line[0].verdict != "stable"):
-        label = f"{c.name}: {check.dimension}^{slopes[id(c)]}" if id(c) in named else "_" if c.verdict in seen | {"_"} else _group(c, lines)
-        seen |= set() if id(c) in named else {c.verdict}
-        loud = c.verdict in ("grows", "vanishes")
-        look: dict[str, Any] = {"linewidth": 1.6 if loud else 1.0, "alpha": 1.0 if loud else 0.65, "markersize": 3.5}
+    for c, points in sorted(lines, key=lambda line: (line[0].name in named, line[0].verdict != "stable")):
+        if c.name in named:
+            label = f"{c.name}: {check.dimension}^{slopes[id(c)]}"
+        else:
+            label = "_" if c.verdict in seen else _group(c.verdict, [other for other, _ in lines if other.name not in named])
+            seen.add(c.verdict)
+        look: dict[str, Any] = {"linewidth": 1.8 if c.name in named else 1.0, "alpha": 1.0 if c.name in named else 0.65, "markersize": 3.5}
         style = "--" if c.kind == "attention logits" else "-"
-        ax.plot([*points], [*points.values()], style, marker="o", color=_COLOURS[c.verdict], label=label, **look)
+        ax.plot([*points], [*points.values()], style, marker="o", color=named.get(c.name, _COLOURS[c.verdict]), label=label, **look)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(check.sizes, labels=[str(s) for s in check.sizes])
@@ -75,10 +79,9 @@ def plot_coordinates(
     return finish(ax)
 
 
-def _group(coordinate: Any, lines: list[tuple[Any, dict[int, float]]]) -> str:
-    """For the legend: how many coordinates share the verdict."""
-    count = sum(c.verdict == coordinate.verdict for c, _ in lines)
-    return f"{coordinate.verdict} ({count})"
+def _group(verdict: str, coordinates: list[Any]) -> str:
+    """For the legend: how many of the unnamed coordinates share the verdict."""
+    return f"{verdict} ({sum(c.verdict == verdict for c in coordinates)})"
 
 
 def _means(values: dict[int, list[list[float]]], step: int) -> dict[int, float]:

@@ -118,8 +118,7 @@ def find_culprits(
 
 def culprits_of(seen: Observations) -> tuple[Culprit, ...]:
     """The broken rules in observations made with effects."""
-    evidence = gather(seen)
-    broken = _unexplained([e for e in evidence if e.broken], evidence)
+    broken = _unexplained([e for e in gather(seen) if e.broken])
     found = [
         Culprit(e.rule, e.where, e.slope, e.expected, _in_words(e, seen), e.confidence)
         for e in sorted(broken, key=lambda e: -abs(e.excess))
@@ -127,22 +126,18 @@ def culprits_of(seen: Observations) -> tuple[Culprit, ...]:
     return tuple(found)
 
 
-def _unexplained(broken: list[Evidence], evidence: list[Evidence]) -> list[Evidence]:
+def _unexplained(broken: list[Evidence]) -> list[Evidence]:
     """One name for what has one cause."""
     rules = {e.rule: e for e in broken}
     start, rate = rules.get("readout initialisation"), rules.get("readout learning rate")
     if start and rate and rate.excess > 0:  # too large from the beginning and in its updates: not the rate
         broken = [e for e in broken if e not in (start, rate)]
         broken.append(Evidence("readout multiplier", rate.where, rate.slope, rate.expected))
-    causes = [rules[r].excess for r in ("hidden learning rate", "hidden initialisation") if r in rules]
-    first = rules.get("attention scale at initialisation")
-    update = rules.get("attention scale")
-    attention = [e for e in (first, update) if e]
-    broken = [e for e in broken if e not in attention]
-    if update and not any(excess * update.excess > 0 for excess in causes):  # larger or smaller queries and keys explain it
-        broken.append(update)
-    elif first and "hidden initialisation" not in rules:  # rates that are too large move the logits too, but not at initialisation
-        broken.append(Evidence("attention scale", first.where, first.slope, first.expected))
+    attention = rules.get("attention scale")
+    if attention:  # queries and keys of another size explain logits of another size, their rates those without a start
+        causes = ["hidden initialisation"] if attention.expected else ["hidden initialisation", "hidden learning rate"]
+        if any(c in rules and rules[c].excess * attention.excess > 0 for c in causes):
+            broken = [e for e in broken if e.rule != "attention scale"]
     if "depth multiplier" in rules:  # larger branches change the output more at any rate
         broken = [e for e in broken if e.rule != "depth learning rate"]
     return broken

@@ -185,16 +185,21 @@ def _mean(values: Iterable[Values]) -> Values:
 
 
 def _attention(seen: Observations) -> list[Evidence]:
-    """Logits over a dimension that grows: their updates must not, and their size at initialisation falls as d^-1/2."""
+    """Logits over a dimension d that grows: at initialisation they fall as d^-1/2, and their updates keep their size.
+
+    A wrong scale shifts both exponents alike. The one at initialisation is known better, as queries and keys are independent there; the one
+    of the updates, of either sign in small heads, must only not contradict it. Queries that start at zero leave the updates alone to tell.
+    """
     tracks = [t for t in seen.coordinates.values() if t.kind == "attention logits" and _grows(list(t.inner.values()))]
     if not tracks:
         return []
-    updates = {t.name: over_steps(t.update) for t in tracks}
+    updates = _pooled("attention scale", {t.name: over_steps(t.update) for t in tracks}, 0.0)
     levels = {t.name: at(t.rms, 0) for t in tracks if _positive(at(t.rms, 0))}
-    found = _pooled("attention scale", updates, 0.0)
-    if levels:
-        found += [Evidence("attention scale at initialisation", tuple(levels), log_slope(_mean(levels.values())), -0.5, above_only=True)]
-    return found
+    if not levels:
+        return updates
+    start = _pooled("attention scale", levels, -0.5)
+    contradicted = all(e.excess * math.copysign(1.0, start[0].excess) < 0.1 for e in updates)
+    return [] if contradicted and any(e.broken for e in start) else start
 
 
 def _positive(values: Values) -> bool:

@@ -16,6 +16,9 @@ from sharpkit.training.metrics import METRICS, Metric, custom
 MetricLike = str | Callable[[Objective, torch.optim.Optimizer], float | Estimate]
 
 
+_WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer")  # subclasses of the torch class that hold the real one
+
+
 def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside a trainer's wrapper (accelerate, Lightning).
 
@@ -23,7 +26,7 @@ def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         TypeError: there is none.
     """
     found = optimizer
-    while not isinstance(found, torch.optim.Optimizer) or type(found).__name__ == "AcceleratedOptimizer":
+    while not isinstance(found, torch.optim.Optimizer) or type(found).__name__ in _WRAPPERS:
         inner = getattr(found, "optimizer", None)
         if inner is None or inner is found:
             raise TypeError(f"the optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -65,12 +65,12 @@ class Stopwatch:
 
     @property
     def overhead(self) -> float:
-        """Time measuring over time training."""
+        """Time measuring over time training; NaN before the first step was timed."""
         return self.overhead_with(0.0)
 
     def overhead_with(self, seconds: float) -> float:
         """The same once so many seconds of measuring more have been counted."""
-        return (self.measuring + seconds) / self.training if self.training > 0 else 0.0
+        return (self.measuring + seconds) / self.training if self._gaps else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Totals; the time between two processes is not training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from sharpkit._guard import unwrap
 from sharpkit._params import ParamSelector
 from sharpkit._run_schema import RUN, VERSION
 from sharpkit.analysis.stability import update_rule
+from sharpkit.integrations.sinks import as_sink
 from sharpkit.objective import Closure
 from sharpkit.training._arguments import MetricLike, check_settings, chosen_metrics, plain_optimizer
 from sharpkit.training._objectives import ObjectiveMaker
@@ -65,7 +67,7 @@ class Monitor:
         max_interval: where the budget would ask for more steps than this between records, batches are cut in halves first, down to 32
             samples. Smaller batches are sharper: the record says on how many samples it was measured.
         top_k: eigenvalues that the metric ``"top_k"`` gives.
-        sinks: where records go, see :mod:`sharpkit.integrations.sinks`, or functions of a record's dict.
+        sinks: where records go: ``sk.sinks`` places, paths ending in .jsonl or .csv, or functions of a record's dict.
         process_group: as in Objective; every process must call :meth:`step` with its own batch.
         seed: of probes and masks.
 
@@ -126,7 +128,8 @@ class Monitor:
         }
         self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=probe, max_samples=max_samples, settings=settings)
         self._top_k = top_k
-        self._sinks: list[Any] = [sinks] if callable(sinks) or hasattr(sinks, "write") else list(sinks)
+        places = [sinks] if callable(sinks) or hasattr(sinks, "write") or isinstance(sinks, (str, os.PathLike)) else list(sinks)
+        self._sinks = [as_sink(place) for place in places]
         self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector()
         gradients = {name: metric.gradients for name, metric in self.metrics.items()}
         self._planner = Planner(gradients, every=every, budget=budget, max_interval=max_interval, process_group=process_group)
@@ -247,20 +250,12 @@ class Monitor:
             warnings.warn(f"the monitor could not measure {name} at step {self._step}: {reason}. {tail}", SharpkitWarning, stacklevel=4)
 
     def _write(self, document: dict[str, Any]) -> None:
+        """To every sink; sinks keep their own failures to themselves, with a warning."""
         first, self._opened = not self._opened, True
-        for sink in list(self._sinks):
-            try:
-                if first and hasattr(sink, "open_run"):
-                    sink.open_run(self._header())
-                (sink.write if hasattr(sink, "write") else sink)(document)
-            except Exception as error:
-                self._sinks.remove(sink)
-                warnings.warn(
-                    f"{type(sink).__name__} failed and gets no further records: {type(error).__name__}: {error}. Training and the history "
-                    "in memory go on",
-                    SharpkitWarning,
-                    stacklevel=4,
-                )
+        for sink in self._sinks:
+            if first:
+                sink.open_run(self._header())
+            sink.write(document)
 
     # -- small parts -----------------------------------------------------------------------------------------------------------
     def _lr(self) -> float:
@@ -321,14 +316,13 @@ class Monitor:
         self._detector.load_state_dict(state["events"])
         self._losses = deque(((int(s), float(v)) for s, v in state["losses"]), maxlen=_MAX_LOSSES)
         self._disabled = dict(state["disabled"])
-        self.history = MonitorHistory(self._header(), [Record.from_dict(r) for r in state["records"]])
         self._resumed_at = self._step
+        self.history = MonitorHistory(self._header(), [Record.from_dict(r) for r in state["records"]])
 
     def close(self) -> None:
         """Close the sinks."""
         for sink in self._sinks:
-            if hasattr(sink, "close"):
-                sink.close()
+            sink.close()
 
     def __enter__(self) -> Monitor:
         return self
@@ -340,5 +334,5 @@ class Monitor:
         when = f"every {self.every} steps" if self.every != "auto" else f"within {self.budget:.0%} of training time"
         return (
             f"Monitor({type(self.model).__name__}, {type(self.optimizer).__name__}, {', '.join(self.metrics)}; {when}; step {self._step}, "
-            f"{len(self.history)} records, overhead {self.overhead:.1%})"
+            f"{len(self.history)} records{'' if math.isnan(self.overhead) else f', overhead {self.overhead:.1%}'})"
         )

@@ -206,8 +206,8 @@ class MonitorHistory:
         return tuple(event for record in self._records for event in record.events)
 
     def findings(self) -> list[str]:
-        """What the run showed, in sentences."""
-        return [*run_findings(self.header, [r.to_dict() for r in self._records]), *(event.text for event in self.events)]
+        """What the run showed, in sentences; its events say more."""
+        return run_findings(self.header, [r.to_dict() for r in self._records])
 
     def __repr__(self) -> str:
         if not self._records:

@@ -419,7 +419,7 @@ def test_an_optimizer_that_is_none_is_refused_and_an_unknown_one_has_no_limit() 
 
 
 # -- sinks, records, reading ------------------------------------------------------------------------------------------------------
-def test_sinks_get_a_header_and_every_record_and_a_broken_one_is_dropped() -> None:
+def test_sinks_get_a_header_and_every_record_and_a_broken_one_stops_nothing() -> None:
     class Sink:
         def __init__(self) -> None:
             self.lines: list[Any] = []
@@ -430,6 +430,9 @@ def test_sinks_get_a_header_and_every_record_and_a_broken_one_is_dropped() -> No
         def write(self, document: dict[str, Any]) -> None:
             self.lines.append(document)
 
+        def close(self) -> None:
+            self.lines.append({"kind": "closed"})
+
     def full(document: dict[str, Any]) -> None:
         raise OSError(28, "No space left on device")
 
@@ -438,9 +441,10 @@ def test_sinks_get_a_header_and_every_record_and_a_broken_one_is_dropped() -> No
     monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=4, sinks=[sink, full], metrics=["lambda_max"])
     with pytest.warns(sk.SharpkitWarning, match="No space left"):
         train(model, optimizer, monitor)
-    assert [line["kind"] for line in sink.lines] == ["monitor_run", *["monitor_record"] * 3]
+    monitor.close()
+    assert [line["kind"] for line in sink.lines] == ["monitor_run", *["monitor_record"] * 3, "closed"]
     assert sink.lines[0]["condition"].startswith("SGD: lambda_max(H) <= 2 (1 + beta) / lr")
-    assert [line["step"] for line in sink.lines[1:]] == [0, 4, 8]
+    assert [line["step"] for line in sink.lines[1:-1]] == [0, 4, 8]
 
 
 def test_history_reads_as_series_and_survives_its_document() -> None:

@@ -117,7 +117,7 @@ GD_RUNS = (
     *(("tanh MLP", 0.03, 10000), ("tanh MLP", 0.06, 5000), ("tanh MLP", 0.12, 5000)),
     *(("tanh conv net", 0.1, 5000), ("tanh conv net", 0.2, 5000), ("tanh conv net", 0.3, 5000)),
 )
-SGD_RUNS = ((8, 0.1, 40000), (32, 0.1, 20000), (128, 0.1, 10000))  # batch size, rate, steps
+SGD_RUNS = ((8, 0.2, 40000), (32, 0.2, 20000), (128, 0.1, 12000))  # batch size, rate, steps
 
 
 def measure(part: str, quick: bool) -> list[Row]:
@@ -172,8 +172,8 @@ def draw_rates(rows: list[Row], canvas: Any, name: str, words: str, factor: str)
             ax.plot(series["steps"], series["values"], color=colour, lw=1.2, label=rf"$\eta$ = {row['lr']:g}")
             ax.axhline(series["limit"], color=colour, ls="--", lw=0.9)
         ax.plot([], [], color="black", ls="--", lw=0.9, label=f"{factor}/$\\eta$")
-        ax.set(xlabel="step", ylabel=words, yscale="log")
-        ax.legend(fontsize=7, loc="lower right")
+        ax.set(xlabel="step", ylabel=words, **({"yscale": "log"} if name != "lambda_max" else {"ylim": (0, None)}))
+        ax.legend(fontsize=7, loc="lower right", ncols=2)
 
 
 def draw_sgd(rows: list[Row], canvas: Any) -> None:

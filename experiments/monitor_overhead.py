@@ -31,7 +31,8 @@ NAME = "monitor_overhead"
 PARTS = ("overhead", "tracking")
 SEED = 0
 BLOCK = 500  # steps at a turn: the monitor takes the gap between two turns for a pause, worth 5 steps at most
-BUDGETS = {0.05: 2000, 0.01: 4000}  # with steps
+CHECK = 3  # steps between comparisons of the tracked eigenvalue with the exact one
+BUDGETS = (0.05, 0.01)
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Workload:
     data: Callable[[], tuple[Tensor, Tensor, str]]
     optimizer: Callable[[Any], torch.optim.Optimizer]
     batch: int
+    steps: int = 3000
 
 
 def digits() -> tuple[Tensor, Tensor, str]:
@@ -57,7 +59,7 @@ WORKLOADS = (
     Workload("conv net + BatchNorm", lambda: conv_net(8, side=14), lambda: images(2000, side=14), lambda p: torch.optim.SGD(p, 0.05), 64),
     Workload("GPT", lambda: GPT(time=32), lambda: text(2000, 32), lambda p: torch.optim.AdamW(p, 1e-3), 8),
     Workload("MLP 784-512-10", lambda: mlp((784, 512, 10)), lambda: images(2000), lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), 64),
-    Workload("small MLP 64-32-10", lambda: mlp((64, 32, 10)), digits, lambda p: torch.optim.SGD(p, 0.05), 64),
+    Workload("small MLP 64-32-10", lambda: mlp((64, 32, 10)), digits, lambda p: torch.optim.SGD(p, 0.05), 64, 6000),
 )
 
 
@@ -162,6 +164,8 @@ def overhead(workload: Workload, budget: float, steps: int) -> Row:
         "record_steps": [r.step for r in records],
         "num_samples": [r.num_samples for r in records],
         "values": [r[main].value for r in records],
+        "stated_errors": [r[main].stderr for r in records],
+        "products": [r[main].num_matvecs for r in records],
         "exact": [truth[r.step] for r in records],
         "median_error": float(np.median(errors)) if errors else None,
         "worst_error": max(errors, default=None),
@@ -195,11 +199,13 @@ def tracking(title: str, *, lr: float, skip: int, steps: int, batch: int | None,
         loss.backward()
         if step >= skip:
             monitor.step((xb, yb), loss=loss)
+        if step >= skip and (step - skip) % CHECK == 0:
             operator = sk.HessianOperator(sk.Objective(model, (xb, yb), loss=half_square))
             truth.append(float(sk.eigenpairs(operator, 1, tol=1e-3, max_matvecs=400, seed=1).values[0]))
         optimizer.step()
     found = [record["lambda_max"] for record in monitor.history]
-    errors = np.abs(np.array([m.value for m in found]) / np.array(truth) - 1)
+    values = [m.value for m in found][::CHECK]
+    errors = np.abs(np.array(values) / np.array(truth) - 1)
     matvecs = np.array([m.num_matvecs for m in found])
     moved = np.abs(np.diff(truth)) / np.array(truth[1:])
     return {
@@ -211,7 +217,7 @@ def tracking(title: str, *, lr: float, skip: int, steps: int, batch: int | None,
         "first_step": skip,
         "train_steps": steps,
         "target": target,
-        "moved_per_step": float(np.median(moved)),
+        f"moved_in_{CHECK}_steps": float(np.median(moved)),
         "lambda_over_limit": [truth[0] * lr / 2, truth[-1] * lr / 2],
         "products_per_step": float(matvecs.mean()),
         "gradients_per_step": float(2 * matvecs.mean()),
@@ -220,27 +226,40 @@ def tracking(title: str, *, lr: float, skip: int, steps: int, batch: int | None,
         "median_error": float(np.median(errors)),
         "worst_error": float(errors.max()),
         "said_converged": float(np.mean([m.converged for m in found])),
-        "exact": truth[:: max(1, steps // 150)],
-        "values": [m.value for m in found][:: max(1, steps // 150)],
-        "errors": errors[:: max(1, steps // 150)].tolist(),
+        "checked_every": CHECK,
+        "exact": truth,
+        "values": values,
+        "errors": errors.tolist(),
         "seconds": time.perf_counter() - began,
     }
 
 
-def measure(part: str, quick: bool) -> Iterator[Row]:
-    """All rows of one part."""
+def measure(part: str, quick: bool, names: list[str]) -> Iterator[Row]:
+    """All rows of one part; of the overhead, for the workloads named."""
     short = 10 if quick else 1
     if part == "overhead":
-        for workload in WORKLOADS:
-            for budget, steps in BUDGETS.items():
-                yield overhead(workload, budget, steps // short)
+        for budget in BUDGETS:
+            for workload in WORKLOADS:
+                if workload.title in names:
+                    yield overhead(workload, budget, workload.steps // short)
     else:
         for title, skip, batch, target in (
             ("progressive sharpening", 50, None, 2.0),
             ("edge of stability", 2500, None, 5.0),
             ("SGD, B = 64: another matrix every step", 500, 64, None),
         ):
-            yield tracking(title, lr=0.06, skip=skip // short, steps=400 // short, batch=batch, target=target)
+            yield tracking(title, lr=0.06, skip=skip // short, steps=300 // short, batch=batch, target=target)
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """Of a row, in the order of the results file."""
+    titles = [workload.title for workload in WORKLOADS]
+    return (
+        PARTS.index(row["part"]),
+        titles.index(row["workload"]) if "workload" in row else 0,
+        row.get("budget", 0),
+        row.get("first_step", 0),
+    )
 
 
 # -- figures --------------------------------------------------------------------------------------------------------------
@@ -296,8 +315,7 @@ def draw_overhead(rows: list[Row], canvas: Any) -> None:
 def draw_tracking(rows: list[Row], canvas: Any) -> None:
     axes = canvas.subplots(2, len(rows), squeeze=False, height_ratios=[2, 1], sharex="col")
     for column, row in enumerate(rows):
-        stride = max(1, row["train_steps"] // 150)
-        steps = row["first_step"] + stride * np.arange(len(row["exact"]))
+        steps = row["first_step"] + row["checked_every"] * np.arange(len(row["exact"]))
         axes[0, column].plot(steps, row["exact"], color="black", lw=1.6, alpha=0.4, label="exact")
         axes[0, column].plot(steps, row["values"], color="C3", lw=0.8, label="tracked")
         axes[0, column].set_title(f"{row['phase'].split(':')[0]}\n{row['gradients_per_step']:.2f} gradients a step", fontsize=9)
@@ -313,6 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps, into a temporary folder")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="rows of the other are kept as they are")
+    parser.add_argument("--workloads", nargs="+", default=[w.title for w in WORKLOADS], help="of the overhead; others are kept as they are")
     parser.add_argument("--figure-only", action="store_true", help="draw anew from the results there are")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -324,9 +343,8 @@ def main() -> None:
         results = figures / results.name
     rows = read_rows(results) if results.exists() else []
     for part in [] if options.figure_only else options.parts:
-        rows = [row for row in rows if row["part"] != part]
-        for row in measure(part, options.quick):
-            rows = sorted([*rows, row], key=lambda r: PARTS.index(r["part"]))
+        for row in measure(part, options.quick, options.workloads):
+            rows = sorted([*(r for r in rows if identity(r) != identity(row)), row], key=identity)
             head = circumstances(NAME, quick=options.quick, seconds=sum(r["seconds"] for r in rows))
             results.write_text("".join(json.dumps(rounded(r)) + "\n" for r in [head, *rows]))
             print({key: value for key, value in rounded(row).items() if not isinstance(value, list) or len(value) < 3}, flush=True)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _MAX_POOL = 4096
 _PILOT_BATCH, _PILOT_SHARE = (16, 128), 8  # an eighth of the data, within these bounds
 _RUNS, _MORE_RUNS = 7, 2.5  # a search takes about so many, each repeat so many more
-_MEASURING = 80  # full-data gradients for curvature and its noise, about
+_MEASURING = 70  # full-data gradients for curvature and its noise, about
 _ANCHOR_STRIDE = 8  # calibrate at every eighth batch size ...
 _ANCHOR_SHARE = 28  # ... up to this part of the data: runs at large batches cost most
 _LAST_SHARE = 16  # ... and once more at this part of it
@@ -47,7 +47,8 @@ def learning_rate_curve(
     measured, which gives the mean-square limit of the optimizer's kind at every batch size. Sharpness grows until it meets the limit of
     whatever rate is used, so curvature after a pilot says how the limit depends on the batch size, but not the rate at which training from
     the present point breaks: both constants of the limit are fitted to short runs at a few batch sizes up to a sixteenth of the data, where
-    runs are cheap. One search scatters by a factor of 1.5 to 2 and is repeated with other orders of the data.
+    runs are cheap. One search scatters by a factor of 1.5 to 2 and is repeated with other orders of the data. A run counts as trained if it
+    makes at least half of the best improvement over what needs no training, the initial loss or the best constant output's.
 
     Args:
         objective: at the point to train from, usually freshly initialised. Only read.

@@ -283,6 +283,14 @@ def _monitor_section(document: Document, title: str) -> Section:
     return section
 
 
+def _transfer_section(document: Document, title: str) -> Section:
+    from sharpkit._transfer_section import FILLERS
+
+    section = Section(title)
+    FILLERS[document["kind"]](section, document)
+    return section
+
+
 def _generic_section(document: Document, title: str) -> Section:
     scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
     return Section(
@@ -303,6 +311,7 @@ _SECTIONS: dict[str, Callable[[Document, str], Section]] = {
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
     HISTORY: _monitor_section,
+    **dict.fromkeys(("transfer_verdict", "coordinate_check", "learning_rate_transfer", "sharpness_transfer"), _transfer_section),
 }
 
 

@@ -1,7 +1,7 @@
-"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report | watch``.
+"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report | watch | transfer``.
 
 Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
-reach its tolerance; 130 interrupted.
+reach its tolerance, or hyperparameters do not transfer; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from typing import Any, TextIO
 import sharpkit
 from sharpkit import _cli_commands as commands
 from sharpkit._cli_commands import FAILED, INTERRUPTED, USAGE, Answer, Document
+from sharpkit._cli_transfer import run_transfer_command
 from sharpkit._cli_watch import run_watch_command
 
-_CODES = "exit codes: 0 done; 1 failed or not to be trusted; 2 wrong usage; 3 done but not converged; 130 interrupted"
+_CODES = (
+    "exit codes: 0 done; 1 failed or not to be trusted; 2 wrong usage; 3 done but not converged (transfer: does not, or undecided); "
+    "130 interrupted"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,6 +135,10 @@ def _positive(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
 _count, _amount = _positive(int, "whole number"), _positive(float, "number")
 
 
+def _sizes(text: str) -> list[int]:
+    return [int(_count(part.strip())) for part in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sharpkit", description="Curvature of any PyTorch loss: sharpness, spectrum, stable learning rates.", epilog=_CODES
@@ -174,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--title", default="Curvature report", help="of the page (default: %(default)s)")
     _add_common(report)
     _add_watch(_command(subparsers, "watch", run_watch_command, "follow a monitored run in the terminal; Ctrl-C ends it"))
+    summary = "do hyperparameters transfer from narrow to wide networks? exit code 0: they do, 3: they do not, or it is undecided"
+    _add_transfer(_command(subparsers, "transfer", run_transfer_command, summary))
     return parser
 
 
@@ -205,6 +215,20 @@ def _add_watch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--once", action="store_true", help="show how the run stands now, and end")
     command.add_argument("--interval", type=_amount, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)")
     command.add_argument("--last", type=_count, default=10, metavar="N", help="records shown at the start (default: %(default)s)")
+
+
+def _add_transfer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", metavar="TARGET", help="file.py:function that returns (build, optimizer, data, loss), or a Family")
+    command.add_argument("--widths", type=_sizes, required=True, metavar="64,128,...", help="at least three, ascending or not")
+    command.add_argument(
+        "--depths", type=_sizes, metavar="2,4,...", help="also over depths: build(width, depth=...), at the smallest width"
+    )
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true", help="end as soon as the verdict is certain (default)")
+    how.add_argument("--full", action="store_true", help="measure everything, longer")
+    command.add_argument("--seeds", type=_count, default=3, help="runs of each size (default: %(default)s)")
+    command.add_argument("--store", metavar="RUNS", help="file for finished training runs (JSON lines): a killed sweep goes on from it")
+    command.add_argument("--html", metavar="OUT", help="also write a self-contained page")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ import numpy as np
 from sharpkit._axes import BLUE, GREEN, GREY, ORANGE, finish, new_axes
 from sharpkit._monitor_plot import plot_monitor as plot_monitor
 from sharpkit._transfer_plot import plot_coordinates as plot_coordinates
+from sharpkit._transfer_rates_plot import plot_learning_rate_transfer as plot_learning_rate_transfer
+from sharpkit._transfer_rates_plot import plot_sharpness_transfer as plot_sharpness_transfer
+from sharpkit._transfer_rates_plot import plot_transfer_verdict as plot_transfer_verdict
 from sharpkit.linalg.slq import default_bandwidth
 
 if TYPE_CHECKING:

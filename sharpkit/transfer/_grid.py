@@ -163,9 +163,9 @@ def optimum(curve: Curve, *, seeds: int, seed: int = 0) -> Optimum:
         widened = math.sqrt(seeds / (seeds - 1))  # resampling n values scatters by (n - 1) / n too little
         ends = np.quantile(drawn, [0.025, 0.975])
         interval = (low - widened * max(low - ends[0], 0.0), low + widened * max(ends[1] - low, 0.0))
-    return Optimum(
-        curve.size, low, *map(float, interval), each, math.exp(bottom) if log else bottom, bend if log else 0.0, bool(curve.interior)
-    )
+    lower, upper = (float(end) for end in interval)
+    lowest, curvature = (math.exp(bottom), bend) if log else (bottom, 0.0)
+    return Optimum(curve.size, low, lower, upper, each, lowest, curvature, bool(curve.interior))
 
 
 def _scaled(values: Array) -> tuple[Array, bool]:

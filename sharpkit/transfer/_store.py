@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from sharpkit._batches import Batch
+from sharpkit._batches import fingerprint as batch_fingerprint
 from sharpkit._errors import SharpkitError
 from sharpkit._json import json_ready
 from sharpkit.transfer.setup import Run
@@ -122,25 +121,6 @@ def fingerprint(run: Run, *, data: str, first_loss: float, **settings: Any) -> s
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def data_fingerprint(batches: Any) -> str:
-    """A short key of all tensors in nested lists, tuples and mappings."""
-    digest = hashlib.sha256()
-    _feed(digest, batches)
-    return digest.hexdigest()[:16]
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        whole = value.detach().cpu().contiguous()
-        digest.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
-        digest.update(whole.flatten().view(torch.uint8).numpy().tobytes() if whole.numel() else b"")
-    elif isinstance(value, Mapping):
-        for key in value:
-            digest.update(str(key).encode())
-            _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}".encode())
-        for entry in value:
-            _feed(digest, entry)
-    else:
-        digest.update(repr(value).encode() if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__.encode())
+def data_fingerprint(batches: Iterable[Batch]) -> str:
+    """A short key of all batches together."""
+    return hashlib.sha256("".join(map(batch_fingerprint, batches)).encode()).hexdigest()[:16]

@@ -84,13 +84,7 @@ class Sweep:
 
     def forecast(self, sizes: Sequence[int], *, seeds: int, points: int | None) -> str:
         """Time a step at each size and say what the sweep will take."""
-        each = []
-        for size in sizes:
-            run = self.family.start(size)
-            run.step()
-            began = time.perf_counter()
-            run.step()
-            each.append(time.perf_counter() - began)
+        each = step_seconds(self.family, sizes)
         if points is not None:
             runs = [points * seeds] * len(sizes)
         else:
@@ -99,7 +93,7 @@ class Sweep:
         seconds = sum(n * t * self.steps for n, t in zip(runs, each, strict=True))
         steps = ", ".join(f"{1e3 * t:.3g} ms at {self.family.dimension} {s}" for s, t in zip(sizes, each, strict=True))
         held = f"; the store holds {self.store.found} runs" if self.store.found else ""
-        return f"about {sum(runs)} runs of {self.steps} steps, {_duration(seconds)} in all (one step: {steps}){held}"
+        return f"about {sum(runs)} runs of {self.steps} steps, {duration(seconds)} in all (one step: {steps}){held}"
 
 
 def first_loss(run: Run) -> float:
@@ -115,5 +109,24 @@ def first_loss(run: Run) -> float:
     return loss
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.2g} min"
+def step_seconds(family: Family, sizes: Sequence[int]) -> list[float]:
+    """Seconds of one step at each size; the better of two after a first that warms up."""
+    each = []
+    for size in sizes:
+        run, times = family.start(size), []
+        for _ in range(3):
+            began = time.perf_counter()
+            run.step()
+            times.append(time.perf_counter() - began)
+        each.append(min(times[1:]))
+    return each
+
+
+def duration(seconds: float) -> str:
+    """In seconds or minutes.
+
+    Example:
+        >>> duration(3.14), duration(600)
+        ('3.1 s', '10 min')
+    """
+    return f"{seconds:.2g} s" if seconds < 99 else f"{seconds / 60:.2g} min"

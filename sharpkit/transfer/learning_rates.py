@@ -79,11 +79,9 @@ class LearningRateTransfer:
                 f"Training {self.dimension} {last} with the best rate of {self.dimension} {first} costs {value:.1%} of loss "
                 f"({low:.1%} to {high:.1%}) against its own best."
             )
-        edge = [str(o.size) for o in self.optima if not o.interior]
+        edge = ", ".join(str(o.size) for o in self.optima if not o.interior)
         if edge:
-            found.append(
-                f"At {self.dimension} {', '.join(edge)} the lowest loss lies at the edge of what was run: that optimum is a bound only."
-            )
+            found.append(f"At {self.dimension} {edge} the lowest loss lies at the edge of what was run: that optimum is a bound only.")
         if not self.complete:
             found.append("max_runs ended the search before it was done; with a store, a further call goes on from here.")
         if known and self.passed is None:

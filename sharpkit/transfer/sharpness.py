@@ -1,0 +1,293 @@
+"""Is a wide network as sharp as a narrow one at the same time of training? lambda_max along training at each width against its limit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from sharpkit._errors import UnsupportedError
+from sharpkit.analysis.stability import UpdateRule, update_rule
+from sharpkit.transfer._probe import Probe, Track
+from sharpkit.transfer.setup import Build, Family, MakeOptimizer, Run, check_sizes
+from sharpkit.transfer.slopes import Slope, log_slope
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SAME, DIFFERENT = 0.15, 0.5  # spread after warm-up: up to the first the sizes agree, from the second on they do not
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class SharpnessTransfer:
+    """What :func:`sharpness_transfer` found. Sharpness is compared as a share of its stability limit, which has no unit.
+
+    Attributes:
+        dimension, sizes: what was trained.
+        steps: at which everything was measured.
+        warmup: step from which :meth:`typical` and what comes of it counts.
+        num_seeds: runs of each size.
+        matrix: the matrix whose largest eigenvalue it is, in words.
+        condition: the stability limit in words; empty where the optimizer's is not known.
+        lambda_max: size -> (seeds, steps), NaN after divergence.
+        error: the same for its error bounds.
+        limit: size -> the largest stable lambda_max; NaN where not known (sharpness itself is compared then).
+        loss: size -> (seeds, steps), training loss.
+        extra: further series by name (``"trace"``, ``"ntk"``, ``"lambda_2"`` ...), as lambda_max.
+        spread: at each step, standard deviation over mean of the sizes' shares (means over seeds).
+        extent: at each step, (largest - smallest) / mean of them: grows with the number of sizes.
+        exponents: at each step, a in share ~ size^a.
+        num_matvecs, seconds: the cost.
+    """
+
+    dimension: str
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+    warmup: int
+    num_seeds: int
+    matrix: str
+    condition: str
+    lambda_max: Mapping[int, Array]
+    error: Mapping[int, Array]
+    limit: Mapping[int, float]
+    loss: Mapping[int, Array]
+    extra: Mapping[str, Mapping[int, Array]]
+    spread: tuple[float, ...]
+    extent: tuple[float, ...]
+    exponents: tuple[Slope, ...]
+    num_matvecs: int
+    seconds: float
+
+    def shares(self, size: int) -> Array:
+        """(seeds, steps): lambda_max over its limit; lambda_max itself where no limit is known."""
+        limit = self.limit[size]
+        return self.lambda_max[size] / limit if math.isfinite(limit) else self.lambda_max[size]
+
+    def typical(self, size: int) -> Array:
+        """(seeds,) median share over the time after the warm-up: single spikes of an adaptive optimizer's matrix do not count."""
+        late = [i for i, t in enumerate(self.steps) if t >= self.warmup]
+        found: Array = np.median(self.shares(size)[:, late], axis=1)
+        return found
+
+    @property
+    def spread_after(self) -> float:
+        """Standard deviation over mean of the sizes' :meth:`typical` shares."""
+        means = np.array([self.typical(size).mean() for size in self.sizes])
+        return float(means.std() / means.mean())
+
+    @property
+    def exponent_after(self) -> Slope:
+        """a in share ~ size^a, from :meth:`typical`."""
+        return log_slope({size: self.typical(size).tolist() for size in self.sizes})
+
+    @property
+    def passed(self) -> bool | None:
+        """True where the sizes agree (spread <= 15 %), False where they do not (>= 50 %, or a run diverged), None in between."""
+        if any(np.isnan(v).any() for v in self.lambda_max.values()):
+            return False
+        spread = self.spread_after
+        return True if spread <= SAME else False if spread >= DIFFERENT else None
+
+    def findings(self) -> list[str]:
+        """What the numbers say, in sentences."""
+        what = "share of the stability limit" if self.condition else "size"
+        found = []
+        lost = [size for size in self.sizes if np.isnan(self.lambda_max[size]).any()]
+        if lost:
+            found.append(f"Training diverged at {self.dimension} {', '.join(map(str, lost))}: sharpness there ends before the last step.")
+        if math.isfinite(self.spread_after):
+            verdict = {True: "agree", False: "do not agree", None: "agree only roughly"}[self.passed]
+            found.append(
+                f"From step {self.warmup} on, sharpness ({self.matrix}, as a {what}) has a relative spread of {self.spread_after:.1%} over "
+                f"{self.dimension}s {self.sizes[0]} to {self.sizes[-1]}: the curves {verdict}."
+            )
+            found.append(f"There it grows as {self.dimension}^({self.exponent_after}).")
+        top = max((float(v) for s in self.sizes for v in self.typical(s) if math.isfinite(v)), default=math.nan)
+        if self.condition and math.isfinite(top):
+            found.append(f"The sharpest of the runs stands there at {top:.0%} of the limit ({self.condition}).")
+        return found
+
+    def __str__(self) -> str:
+        return " ".join(self.findings())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready but for NaN."""
+
+        def plain(series: Mapping[int, Array]) -> dict[str, Any]:
+            return {str(size): values.tolist() for size, values in series.items()}
+
+        same = ("dimension", "warmup", "num_seeds", "matrix", "condition", "spread_after", "passed", "num_matvecs", "seconds")
+        return {
+            "kind": "sharpness_transfer",
+            "version": 1,
+            **{name: getattr(self, name) for name in same},
+            "sizes": list(self.sizes),
+            "steps": list(self.steps),
+            "lambda_max": plain(self.lambda_max),
+            "error": plain(self.error),
+            "limit": {str(size): value for size, value in self.limit.items()},
+            "loss": plain(self.loss),
+            "extra": {name: plain(series) for name, series in self.extra.items()},
+            "spread": list(self.spread),
+            "extent": list(self.extent),
+            "exponents": [slope.to_dict() for slope in self.exponents],
+            "exponent_after": self.exponent_after.to_dict(),
+            "findings": self.findings(),
+        }
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Share of the limit over steps, one curve for each size; the limit dashed, the loss below."""
+        from sharpkit.plots import plot_sharpness_transfer
+
+        return plot_sharpness_transfer(self.to_dict(), ax=ax)
+
+
+def sharpness_transfer(
+    build: Build,
+    widths: Sequence[int],
+    *,
+    optimizer: MakeOptimizer,
+    data: Any,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    closure: Callable[..., torch.Tensor] | None = None,
+    steps: int = 200,
+    every: int = 10,
+    seeds: int = 1,
+    probe: Any = None,
+    warmup: int | None = None,
+    lr_factor: float = 1.0,
+    top_k: int = 1,
+    preconditioned: bool | Literal["auto"] = "auto",
+    with_trace: bool = False,
+    with_ntk: bool = False,
+    dimension: str = "width",
+    tol: float = 0.01,
+    callback: Callable[[str], None] | None = None,
+) -> SharpnessTransfer:
+    """Follow the largest eigenvalue of the (preconditioned) Hessian on a fixed batch while networks of several widths train.
+
+    Where optimizers scale their groups' rates, the matrix is D^-1 H with the rates' ratios in D, and the limit that of the first group's
+    rate; the share of the limit is the same whichever group comes first, and is what widths are compared by.
+
+    Args:
+        build, widths, optimizer, data, loss, closure, dimension: as of :func:`sharpkit.transfer.learning_rate_transfer`.
+        steps: of training.
+        every: steps between measurements.
+        seeds: runs of each width.
+        probe: the batch (or batches) measured on; by default the first batch of the data.
+        warmup: step from which the spread counts; by default half of the steps.
+        lr_factor: on all learning rates.
+        top_k: eigenvalues to follow; beyond one, by a cold Lanczos run each time.
+        preconditioned: by default where the optimizer is adaptive or its groups have different rates.
+        with_trace: also the trace of the same matrix (twelve products).
+        with_ntk: also the top eigenvalue of J J^T / n on up to 32 samples of the probe; needs ``loss=``.
+        tol: of the eigenvalues, relative.
+        callback: called with a line for each run.
+
+    Raises:
+        ValueError: arguments out of range, or ``with_ntk`` with a closure.
+        UnsupportedError: a preconditioner that is not known.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> found = sharpness_transfer(
+        ...     lambda width: nn.Linear(4, 1, bias=False), [8, 16], data=[(torch.eye(4), torch.ones(4, 1))], loss=nn.functional.mse_loss,
+        ...     optimizer=lambda model, width: torch.optim.SGD(model.parameters(), lr=1.0), steps=4, every=2)
+        >>> found.passed, round(float(found.shares(8)[0, 0]), 3)  # mean of four squares: H = I / 2, the limit 2 / lr
+        (True, 0.25)
+
+    References:
+        Noci et al., "Super consistency of neural network landscapes and learning rate transfer" (2024), arXiv 2402.17457.
+    """
+    sizes = check_sizes(widths, dimension=dimension)
+    if steps < 1 or every < 1 or seeds < 1 or top_k < 1:
+        raise ValueError(f"steps, every, seeds and top_k must be positive, got {steps}, {every}, {seeds}, {top_k}")
+    if with_ntk and loss is None:
+        raise ValueError("the NTK needs the model's output: pass (input, target) batches and loss=, not closure=")
+    started = time.perf_counter()
+    family = Family(build, optimizer, data, loss, closure, dimension)
+    rule = _rule(family.start(sizes[0]).optimizer)
+    scaled = _scales(family, sizes, rule) if preconditioned == "auto" else preconditioned
+    what = Probe(family, probe, scaled, rule is not None and rule.adaptive, top_k, with_trace, with_ntk, tol)
+    times = tuple(t for t in range(steps + 1) if t % every == 0 or (t == 1 and what.adaptive))
+    times = times[1:] if what.adaptive else times
+    tracks: dict[int, list[Track]] = {size: [] for size in sizes}
+    limits = {}
+    for size in sizes:
+        for seed in range(seeds):
+            run = family.start(size, seed=seed, lr_factor=lr_factor)
+            limits[size] = rule.max_curvature(float(run.optimizer.param_groups[0]["lr"])) if rule is not None else math.nan
+            tracks[size].append(_follow(run, what, times))
+            last = tracks[size][-1].series["lambda_max"][-1]
+            if callback is not None:
+                callback(f"{dimension} {size}, seed {seed}: lambda_max {last:.4g} after {steps} steps, limit {limits[size]:.4g}")
+    return _collected(family, tracks, limits, times, steps // 2 if warmup is None else warmup, what, rule, time.perf_counter() - started)
+
+
+def _rule(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+    try:
+        return update_rule(optimizer)
+    except UnsupportedError:
+        return None
+
+
+def _scales(family: Family, sizes: Sequence[int], rule: UpdateRule | None) -> bool:
+    """Whether the optimizer divides its gradients by something, or gives its groups different rates."""
+    if rule is None:
+        return False
+    groups = [family.start(size).optimizer.param_groups for size in sizes]
+    return rule.adaptive or any(len({float(g["lr"]) for g in found}) > 1 for found in groups)
+
+
+def _follow(run: Run, what: Probe, times: Sequence[int]) -> Track:
+    track = Track(what)
+    for t in range(times[-1] + 1):
+        if t in times:
+            track.measure(run)
+        run.step()
+    return track
+
+
+def _collected(
+    family: Family,
+    tracks: Mapping[int, Sequence[Track]],
+    limits: Mapping[int, float],
+    times: tuple[int, ...],
+    warmup: int,
+    what: Probe,
+    rule: UpdateRule | None,
+    seconds: float,
+) -> SharpnessTransfer:
+    sizes = tuple(tracks)
+    names = list(dict.fromkeys(name for found in tracks.values() for track in found for name in track.series))
+    series = {name: {size: np.array([track.series[name] for track in tracks[size]]) for size in sizes} for name in names}
+    share = {s: series["lambda_max"][s] / (limits[s] if math.isfinite(limits[s]) else 1.0) for s in sizes}
+    means = np.array([share[s].mean(0) for s in sizes])  # (sizes, steps)
+    middle = means.mean(0)
+    exponents = [log_slope({s: share[s][:, i].tolist() for s in sizes}) for i in range(len(times))]
+    return SharpnessTransfer(
+        dimension=family.dimension,
+        sizes=sizes,
+        steps=times,
+        warmup=warmup,
+        num_seeds=len(tracks[sizes[0]]),
+        matrix="lambda_max of D^-1 H" if what.preconditioned else "lambda_max of H",
+        condition=rule.condition if rule is not None else "",
+        lambda_max=series["lambda_max"],
+        error=series["error"],
+        limit=dict(limits),
+        loss=series["loss"],
+        extra={name: found for name, found in series.items() if name not in ("lambda_max", "error", "loss")},
+        spread=tuple((means.std(0) / middle).tolist()),
+        extent=tuple(((means.max(0) - means.min(0)) / middle).tolist()),
+        exponents=tuple(exponents),
+        num_matvecs=sum(track.num_matvecs for found in tracks.values() for track in found),
+        seconds=seconds,
+    )

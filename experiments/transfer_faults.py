@@ -116,7 +116,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     ax.set_title(
         f"one rule of muP broken at a time; counted as broken above the line and beyond {MINIMAL_ERRORS:g} standard errors", fontsize=9
     )
-    ax.legend(fontsize=7, ncols=2, loc="upper left")
+    ax.legend(fontsize=7, ncols=2, loc="upper right")
     ax.set_ylim(bottom=0)
 
 

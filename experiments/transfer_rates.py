@@ -1,6 +1,6 @@
 """Where the best learning rate lies at each width: muP and the standard parametrisation, an MLP on digits and a transformer on characters.
 
-Loss: mean training loss of the last quarter of each run, three seeds; every number comes from ``sk.transfer.learning_rate_transfer``.
+Loss: mean training loss of the last quarter of each run; every number comes from ``sk.transfer.learning_rate_transfer``.
 Finished runs are kept in a temporary folder, so that an interrupted experiment goes on where it stopped.
 """
 
@@ -20,26 +20,27 @@ from sharpkit.transfer.learning_rates import learning_rate_transfer
 from sharpkit.transfer.setup import Family
 
 NAME = "transfer_rates"
+STEPS = 100
 
 
 def cases(quick: bool) -> list[tuple[str, Callable[[], Family], list[int], int]]:
-    """(name, family, widths, steps)."""
+    """(name, family, widths, seeds)."""
     wide, narrow = ([64, 128], [64, 128]) if quick else ([64, 128, 256, 512, 1024], [64, 128, 256])
-    steps = 40 if quick else 100
+    few, many = (2, 2) if quick else (3, 6)  # the transformer has fewer widths
     words = text_batches(windows=16, count=64)
     return [
-        ("MLP, muP, Adam", lambda: mlp_family(optimizer="adam"), wide, steps),
-        ("MLP, muP, SGD", lambda: mlp_family(optimizer="sgd"), wide, steps),
-        ("MLP, standard, Adam", lambda: mlp_family(parametrisation="sp", optimizer="adam"), wide, steps),
-        ("transformer, muP, Adam", lambda: transformer_family(optimizer="adam", batches=words), narrow, steps),
-        ("transformer, standard, Adam", lambda: transformer_family(parametrisation="sp", optimizer="adam", batches=words), narrow, steps),
+        ("MLP, muP, Adam", lambda: mlp_family(optimizer="adam"), wide, few),
+        ("MLP, muP, SGD", lambda: mlp_family(optimizer="sgd"), wide, few),
+        ("MLP, standard, Adam", lambda: mlp_family(parametrisation="sp", optimizer="adam"), wide, few),
+        ("transformer, muP, Adam", lambda: transformer_family(optimizer="adam", batches=words), narrow, many),
+        ("transformer, standard, Adam", lambda: transformer_family(parametrisation="sp", optimizer="adam", batches=words), narrow, few),
     ]
 
 
 def measure(quick: bool) -> list[Row]:
     store = Path(tempfile.gettempdir()) / "sharpkit-experiments" / "transfer_rates_runs.jsonl"
     rows = []
-    for name, make, widths, steps in cases(quick):
+    for name, make, widths, seeds in cases(quick):
         family = make()
         found = learning_rate_transfer(
             family.build,
@@ -47,8 +48,8 @@ def measure(quick: bool) -> list[Row]:
             optimizer=family.optimizer,
             data=family.batches,
             loss=family.loss,
-            steps=steps,
-            seeds=3,
+            steps=40 if quick else STEPS,
+            seeds=seeds,
             store=store,
             callback=lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True),
         )

@@ -55,8 +55,13 @@ class Curve:
         return float(np.mean(list(self.losses[x].values())))
 
     def best(self, seeds: Sequence[int]) -> float:
-        """The grid point of lowest mean loss; of equal ones (all diverged) the lowest rate."""
-        return min(self.points(seeds), key=lambda x: (float(np.mean([self.losses[x][s] for s in seeds])), x))
+        """The grid point of lowest mean loss; one where every run diverged only if there is no other, and then that of the lowest rate."""
+
+        def key(x: float) -> tuple[bool, float, float]:
+            lost = all((x, s) in self.diverged for s in seeds)
+            return lost, 0.0 if lost else float(np.mean([self.losses[x][s] for s in seeds])), x
+
+        return min(self.points(seeds), key=key)
 
     @property
     def start_loss(self) -> float:
@@ -93,7 +98,10 @@ def search(curve: Curve, evaluate: Evaluate, *, start: float, seeds: int) -> Non
         complete = curve.points(everyone)
         at = curve.best(everyone) if complete else curve.best([0])
         wanted = [at + i * FINE for i in range(-3, 4)]
-        if all(x in complete for x in wanted) or abs(at - start) > _REACH:
+        if abs(at - start) > _REACH:
+            ask(at, everyone)
+            break
+        if all(x in complete for x in wanted):
             break
         for x in sorted(wanted, key=lambda x: abs(x - at)):
             ask(x, everyone)
@@ -210,4 +218,6 @@ def sensitivity(curve: Curve, center: float, *, octaves: float = 2.0) -> float:
         Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities" (2023), arXiv 2309.14322, section 3.
     """
     grid = np.linspace(center - octaves, center + octaves, 401)
-    return float(np.trapezoid([loss_at(curve, x) for x in grid], grid) / (2 * octaves)) - min(curve.mean(x) for x in curve.losses)
+    points = sorted(curve.losses)
+    losses = np.minimum(np.interp(grid, points, [curve.mean(x) for x in points]), curve.start_loss)
+    return float(np.trapezoid(losses, grid) / (2 * octaves)) - min(curve.mean(x) for x in curve.losses)

@@ -15,6 +15,7 @@ from sharpkit.transfer.setup import Family, Run
 
 CRITERION = "mean training loss of the last quarter"
 _FIRST_POINTS, _NEXT_POINTS, _LAST_POINTS = 10, 8, 7  # rates tried with one seed at the first and at the next sizes; with all seeds
+_WORSE = 0.1  # a loss this share above the initial one counts as diverged; less is what batches differ by
 
 
 class BudgetEnded(SharpkitError):
@@ -67,9 +68,8 @@ class Sweep:
             self.reused += 1
         curve.initial[seed] = initial
         reached = float(known["loss"]) if known["loss"] is not None else math.inf
-        if not reached <= initial:
-            if not math.isfinite(reached):
-                curve.diverged.add((x, seed))
+        if not reached <= initial + _WORSE * abs(initial):
+            curve.diverged.add((x, seed))
             return initial
         return reached
 

@@ -158,9 +158,9 @@ def learning_rate_transfer(
     """Measure loss against learning rate at each width, spending runs where the optimum is.
 
     The rate is varied as one factor on the rates of all parameter groups, so any parametrisation works. The loss of a run is the mean
-    training loss of its last quarter: an average over many iterates, on batches that are the same for every rate and width of a seed. A run
-    that diverges counts as the loss it started from. At each width one seed steps by 4, 2 and sqrt 2 towards the lowest loss, then all
-    seeds run seven rates around it, and a parabola in log rate gives the optimum.
+    training loss of its last quarter: an average over many iterates, on batches that are the same for every rate and width of a seed. A
+    run that diverges, or ends a tenth above the loss it started from, counts as that loss. At each width one seed steps by 4, 2 and sqrt 2
+    towards the lowest loss, then all seeds run seven rates around it, and a parabola in log rate gives the optimum.
 
     Args:
         build: width -> freshly initialised model.

@@ -129,7 +129,7 @@ def plot_sharpness_transfer(document: Document, *, ax: Axes | None = None, title
     shown = shown[np.isfinite(shown)]
     if known:
         upper.axhline(1.0, color=ORANGE, linestyle="--", linewidth=1.4, label="stability limit")
-        upper.set_ylim(0, min(_MOST_SHARE, max(1.1, 1.05 * float(shown.max()))) if len(shown) else 1.1)
+        _set_share_limits(upper, shown)
     else:
         upper.set_ylim(bottom=0)
     upper.axvspan(steps[0], min(max(document["warmup"], steps[0]), steps[-1]), color=GREY, alpha=0.08, linewidth=0)
@@ -142,6 +142,15 @@ def plot_sharpness_transfer(document: Document, *, ax: Axes | None = None, title
         upper.set_title(title)
     finish(lower)
     return finish(upper)
+
+
+def _set_share_limits(ax: Axes, shown: Any) -> None:
+    """From zero; logarithmic where spikes of an adaptive optimizer's matrix go far beyond the limit, and cut there."""
+    if not len(shown) or shown.max() <= _MOST_SHARE or shown.min() <= 0:
+        ax.set_ylim(min(0.0, *shown.tolist()), min(_MOST_SHARE, max(1.1, 1.05 * float(shown.max()))) if len(shown) else 1.1)
+        return
+    ax.set_yscale("log")
+    ax.set_ylim(0.6 * float(shown.min()), min(1.3 * float(shown.max()), 10.0))
 
 
 def plot_transfer_verdict(document: Document, *, ax: Axes | None = None, title: str | None = None) -> Axes:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SAME, DIFFERENT = 0.15, 0.5  # spread after warm-up: up to the first the sizes agree, from the second on they do not
+STEEP = 0.2  # nor do they where the exponent is surely beyond this
 Array = np.ndarray[Any, Any]
 
 
@@ -88,11 +89,14 @@ class SharpnessTransfer:
 
     @property
     def passed(self) -> bool | None:
-        """True where the sizes agree (spread <= 15 %), False where they do not (>= 50 %, or a run diverged), None in between."""
+        """True where the sizes agree (spread <= 15 %); False where they do not: spread >= 50 %, a run diverged, or the 95 % interval of the
+        exponent lies beyond 0.2; None in between.
+        """
         if any(np.isnan(v).any() for v in self.lambda_max.values()):
             return False
-        spread = self.spread_after
-        return True if spread <= SAME else False if spread >= DIFFERENT else None
+        spread, slope = self.spread_after, self.exponent_after
+        steep = abs(slope.value) - slope.half_width > STEEP
+        return False if spread >= DIFFERENT or steep else True if spread <= SAME else None
 
     def findings(self) -> list[str]:
         """What the numbers say, in sentences."""

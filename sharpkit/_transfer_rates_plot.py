@@ -64,6 +64,8 @@ def plot_learning_rate_transfer(document: Document, *, ax: Axes | None = None, t
     if min(number(v) for c in curves for p in c["points"] for v in p["losses"]) > 0:
         ax.set_yscale("log")
     _draw_optima(ax, optima, colours)
+    if ax.get_yscale() == "log":
+        _plain_ticks(ax)
     ax.set_xlabel("factor on all learning rates")
     ax.set_ylabel(f"training loss, last quarter of {document['steps']} steps")
     drift, half = number(document["drift"]["value"]), number(document["drift"]["half_width"])
@@ -74,6 +76,17 @@ def plot_learning_rate_transfer(document: Document, *, ax: Axes | None = None, t
     if title:
         ax.set_title(title, pad=18)
     return finish(ax)
+
+
+def _plain_ticks(ax: Axes) -> None:
+    """Losses as plain numbers, between decades too where the axis spans little more than one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    between = np.arange(1.2, 10.0, 0.2).tolist() if high < 1.6 * low else [2.0, 3.0, 5.0]
+    ax.yaxis.set_minor_locator(LogLocator(subs=between, numticks=50))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:.3g}") if high < 30 * low else NullFormatter())
 
 
 def _draw_optima(ax: Axes, optima: Sequence[Document], colours: Sequence[Any]) -> None:

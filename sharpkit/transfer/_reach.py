@@ -10,6 +10,7 @@ from sharpkit.transfer.learning_rates import LearningRateTransfer
 
 MOST = 8  # times the largest size measured: nothing is claimed beyond
 OCTAVES = 0.5
+WIDEST = 1.0  # octaves: the parabola is not trusted further
 PENALTY = 0.02
 
 
@@ -46,7 +47,9 @@ class Reach:
         head = f"The best rate of {dimension} {self.proxy} is predicted to stay within {self.octaves:.2g} octaves of the best one"
         below = " - less than was measured" if self.lower < self.measured else ""
         interval = f"95 % interval {shown(self.lower)} to {shown(self.upper)}{below}"
-        return f"{head} up to {dimension} {shown(self.value)} ({interval}); beyond {self.cap:.0f} nothing is claimed."
+        if self.lower >= self.cap:
+            interval = "the whole 95 % interval lies beyond"
+        return f"{head} up to {dimension} {shown(self.value)} ({interval}); past {self.cap:.0f} nothing is claimed."
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -59,7 +62,8 @@ def reach(rates: LearningRateTransfer, *, octaves: float = OCTAVES, penalty: flo
 
     Args:
         rates: measured at two sizes or more.
-        octaves, penalty: a shift up to the larger of ``octaves`` and what costs ``penalty`` of the loss at the largest size is allowed.
+        octaves, penalty: a shift up to the larger of ``octaves`` and what costs ``penalty`` of the loss at the largest size, at most one
+            octave, is allowed.
 
     Returns:
         the range; None where the drift or its interval is not known.
@@ -68,7 +72,8 @@ def reach(rates: LearningRateTransfer, *, octaves: float = OCTAVES, penalty: flo
     if not math.isfinite(drift.value) or not math.isfinite(drift.half_width):
         return None
     curvature = rates.optima[-1].curvature
-    allowed = max(octaves, math.sqrt(math.log1p(penalty) / curvature) if curvature > 0 else 0.0)
+    flat = math.sqrt(math.log1p(penalty) / curvature) if curvature > 0 else 0.0
+    allowed = max(octaves, min(flat, WIDEST))
     first, last = rates.sizes[0], rates.sizes[-1]
     cap = float(MOST * last)
     low, high = drift.interval

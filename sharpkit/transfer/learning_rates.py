@@ -73,8 +73,8 @@ class LearningRateTransfer:
         known = math.isfinite(self.drift.value)
         found = [f"The best learning rate drifts by {span}."] if known else ["The drift of the best learning rate is not known."]
         first, last = self.sizes[0], self.sizes[-1]
-        if len(self.optima) > 1:
-            value, low, high = self.penalty
+        value, low, high = self.penalty
+        if math.isfinite(value):
             found.append(
                 f"Training {self.dimension} {last} with the best rate of {self.dimension} {first} costs {value:.1%} of loss "
                 f"({low:.1%} to {high:.1%}) against its own best."

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sharpkit._batches import Batch, batch_length, slice_batch
-from sharpkit._errors import NonFiniteError
+from sharpkit._errors import NonFiniteError, UnsupportedError
 from sharpkit.analysis.sharpness import preconditioned_hessian
+from sharpkit.analysis.stability import UpdateRule, update_rule
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
@@ -106,3 +108,19 @@ class Track:
         if probe.with_ntk:
             now["ntk"] = probe.ntk(run)
         return now
+
+
+def known_rule(optimizer: Optimizer) -> UpdateRule | None:
+    """The optimizer's update rule, None where its stability limit is not known."""
+    try:
+        return update_rule(optimizer)
+    except UnsupportedError:
+        return None
+
+
+def scales(family: Family, sizes: Sequence[int], rule: UpdateRule | None) -> bool:
+    """Whether the optimizer divides its gradients by something, or gives its groups different rates."""
+    if rule is None:
+        return False
+    groups = [family.start(size).optimizer.param_groups for size in sizes]
+    return rule.adaptive or any(len({float(g["lr"]) for g in found}) > 1 for found in groups)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from sharpkit._errors import UnsupportedError
-from sharpkit.analysis.stability import UpdateRule, update_rule
-from sharpkit.transfer._probe import Probe, Track
+from sharpkit.analysis.stability import UpdateRule
+from sharpkit.transfer._probe import Probe, Track, known_rule, scales
 from sharpkit.transfer.setup import Build, Family, MakeOptimizer, Run, check_sizes
 from sharpkit.transfer.slopes import Slope, log_slope
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 SAME, DIFFERENT = 0.15, 0.5  # spread after warm-up: up to the first the sizes agree, from the second on they do not
 STEEP = 0.2  # nor do they where the exponent is surely beyond this
+BLURRED = 2.0  # times the limit
 Array = np.ndarray[Any, Any]
 
 
@@ -88,33 +88,47 @@ class SharpnessTransfer:
         return log_slope({size: self.typical(size).tolist() for size in self.sizes})
 
     @property
+    def blurred(self) -> bool:
+        """Whether a size stands beyond twice its limit while it trains: an adaptive optimizer's D is then all but zero somewhere, where
+        recent batches gave no gradient, and the top eigenvalue speaks of those parameters alone.
+        """
+        return bool(self.condition) and max(float(self.typical(s).max()) for s in self.sizes) > BLURRED
+
+    @property
     def passed(self) -> bool | None:
         """True where the sizes agree (spread <= 15 %); False where they do not: spread >= 50 %, a run diverged, or the 95 % interval of the
-        exponent lies beyond 0.2; None in between.
+        exponent lies beyond 0.2; None in between, and where the sharpness is :attr:`blurred`.
         """
         if any(np.isnan(v).any() for v in self.lambda_max.values()):
             return False
         spread, slope = self.spread_after, self.exponent_after
         steep = abs(slope.value) - slope.half_width > STEEP
+        if self.blurred:
+            return None
         return False if spread >= DIFFERENT or steep else True if spread <= SAME else None
 
     def findings(self) -> list[str]:
         """What the numbers say, in sentences."""
-        what = "share of the stability limit" if self.condition else "size"
-        found = []
         lost = [size for size in self.sizes if np.isnan(self.lambda_max[size]).any()]
+        found = []
         if lost:
             found.append(f"Training diverged at {self.dimension} {', '.join(map(str, lost))}: sharpness there ends before the last step.")
         if math.isfinite(self.spread_after):
             verdict = {True: "agree", False: "do not agree", None: "agree only roughly"}[self.passed]
+            what = "share of the stability limit" if self.condition else "size"
             found.append(
                 f"From step {self.warmup} on, sharpness ({self.matrix}, as a {what}) has a relative spread of {self.spread_after:.1%} over "
-                f"{self.dimension}s {self.sizes[0]} to {self.sizes[-1]}: the curves {verdict}."
+                f"{self.dimension}s {self.sizes[0]} to {self.sizes[-1]}"
+                + ("." if self.blurred else f" and goes as {self.dimension}^({self.exponent_after}): the curves {verdict}.")
             )
-            found.append(f"There it grows as {self.dimension}^({self.exponent_after}).")
         top = max((float(v) for s in self.sizes for v in self.typical(s) if math.isfinite(v)), default=math.nan)
         if self.condition and math.isfinite(top):
             found.append(f"The sharpest of the runs stands there at {top:.0%} of the limit ({self.condition}).")
+        if self.blurred:
+            found.append(
+                "That is far beyond the limit, and yet training goes on: somewhere the optimizer divides by all but zero, where recent "
+                "batches gave no gradient. Larger batches or a larger eps would make sharpness comparable; here it says nothing."
+            )
         return found
 
     def __str__(self) -> str:
@@ -217,8 +231,8 @@ def sharpness_transfer(
         raise ValueError("the NTK needs the model's output: pass (input, target) batches and loss=, not closure=")
     started = time.perf_counter()
     family = Family(build, optimizer, data, loss, closure, dimension)
-    rule = _rule(family.start(sizes[0]).optimizer)
-    scaled = _scales(family, sizes, rule) if preconditioned == "auto" else preconditioned
+    rule = known_rule(family.start(sizes[0]).optimizer)
+    scaled = scales(family, sizes, rule) if preconditioned == "auto" else preconditioned
     what = Probe(family, probe, scaled, rule is not None and rule.adaptive, top_k, with_trace, with_ntk, tol)
     times = tuple(t for t in range(steps + 1) if t % every == 0 or (t == 1 and what.adaptive))
     times = times[1:] if what.adaptive else times
@@ -233,21 +247,6 @@ def sharpness_transfer(
             if callback is not None:
                 callback(f"{dimension} {size}, seed {seed}: lambda_max {last:.4g} after {steps} steps, limit {limits[size]:.4g}")
     return _collected(family, tracks, limits, times, steps // 2 if warmup is None else warmup, what, rule, time.perf_counter() - started)
-
-
-def _rule(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
-    try:
-        return update_rule(optimizer)
-    except UnsupportedError:
-        return None
-
-
-def _scales(family: Family, sizes: Sequence[int], rule: UpdateRule | None) -> bool:
-    """Whether the optimizer divides its gradients by something, or gives its groups different rates."""
-    if rule is None:
-        return False
-    groups = [family.start(size).optimizer.param_groups for size in sizes]
-    return rule.adaptive or any(len({float(g["lr"]) for g in found}) > 1 for found in groups)
 
 
 def _follow(run: Run, what: Probe, times: Sequence[int]) -> Track:

@@ -142,6 +142,29 @@ def test_the_ntk_is_the_gram_matrix_of_jacobians() -> None:
     assert found.extra["ntk"][4][0, 0] == pytest.approx(float(torch.linalg.eigvalsh(jacobian @ jacobian.T)[-1]) / len(X), rel=0.02)
 
 
+def test_values_far_beyond_the_limit_while_training_goes_on_are_not_compared() -> None:
+    class Rare(nn.Module):  # two inputs, of which the second is nonzero in the first batch alone: its second moment fades
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 1, bias=False).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    often, rare = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[1.0, 1.0]]).double()
+    data = [(rare, torch.ones(1, 1).double()), *[(often, torch.ones(1, 1).double())] * 60]
+    found = sharpness_transfer(
+        lambda width: Rare(),
+        [8, 16],
+        optimizer=lambda model, width: torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.9, 0.5), eps=1e-12),
+        data=data,
+        loss=nn.functional.mse_loss,
+        steps=60,
+    )
+    assert found.blurred and found.passed is None
+    assert "divides by all but zero" in found.findings()[-1]
+
+
 def test_an_optimizer_without_a_known_limit_is_compared_by_sharpness_itself() -> None:
     family = linear(0.0) | {"optimizer": lambda model, width: torch.optim.Rprop(model.parameters(), lr=1e-3)}
     found = follow(family, [8, 16])

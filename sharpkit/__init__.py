@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from sharpkit.operators.preconditioned import AdaptiveOperator as AdaptiveOperator
     from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
     from sharpkit.reporting import report as report
+    from sharpkit.training.learner import CurvatureLearner as CurvatureLearner
     from sharpkit.training.monitor import Monitor as Monitor
     from sharpkit.training.records import Measurement as Measurement
     from sharpkit.training.records import MonitorHistory as MonitorHistory
@@ -123,6 +124,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.operators.hessian": ("HessianOperator",),
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
     "sharpkit.reporting": ("report",),
+    "sharpkit.training.learner": ("CurvatureLearner",),
     "sharpkit.training.monitor": ("Monitor",),
     "sharpkit.training.records": ("Measurement", "MonitorHistory", "Record"),
 }

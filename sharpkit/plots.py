@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit._axes import BLUE, GREEN, GREY, ORANGE, finish, new_axes
+from sharpkit._learner_plot import plot_learner as plot_learner
 from sharpkit._monitor_plot import plot_monitor as plot_monitor
 from sharpkit._transfer_plot import plot_coordinates as plot_coordinates
 from sharpkit._transfer_rates_plot import plot_learning_rate_transfer as plot_learning_rate_transfer

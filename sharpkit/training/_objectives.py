@@ -77,18 +77,36 @@ class ObjectiveMaker:
         samples = objective.ranks.sum_numbers([float(self._samples(batches))], device=objective.device)[0]
         return objective, round(samples)
 
+    def samples_of(self, batch: Batch) -> int:
+        """Samples of a batch on this process; 0 where they cannot be counted."""
+        try:
+            return self._samples(self._listed(batch))
+        except Exception:  # said when it is measured
+            return 0
+
+    def agree(self, value: float) -> float:
+        """The largest of all processes' numbers, on every process."""
+        if self._template is None or self._template.ranks.size == 1:
+            return value
+        return float(max(self._template.ranks.gather(value)))
+
     def may_halve(self, batch: Batch, part: float) -> bool:
         """Whether half of what is measured now would still be enough samples."""
-        try:
-            return self._samples(self._listed(batch)) * part >= 2 * _LEAST_SAMPLES
-        except Exception:  # a batch that cannot be counted is reported when it is measured
-            return False
+        return self.samples_of(batch) * part >= 2 * _LEAST_SAMPLES
 
     def _listed(self, batch: Batch) -> list[Batch]:
-        if not isinstance(batch, list):
-            return [batch]
-        is_pair = self.settings["loss"] is not None and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
-        return [tuple(batch)] if is_pair else batch
+        pairs = self.settings["loss"] is not None
+        if isinstance(batch, list):
+            found = [tuple(batch)] if pairs and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch) else batch
+        else:
+            found = [batch]
+        for one in found if pairs else ():
+            if not (isinstance(one, (tuple, list)) and len(one) == 2):
+                raise TypeError(
+                    f"with loss=, batches are (input, target), but this one is a {type(one).__name__}: pass closure=lambda model, batch: "
+                    "... instead"
+                )
+        return found
 
     def _length(self, batch: Batch) -> int:
         return samples_in(batch, self.settings["loss"] is not None)

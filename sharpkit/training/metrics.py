@@ -248,9 +248,9 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "lambda_max": Metric(_lambda_max, 6),
-    "preconditioned_lambda_max": Metric(_preconditioned, 6, live=True),
-    "probe_lambda_max": Metric(_probe_lambda_max, 6, needs_probe=True),
+    "lambda_max": Metric(_lambda_max, 11),
+    "preconditioned_lambda_max": Metric(_preconditioned, 11, live=True),
+    "probe_lambda_max": Metric(_probe_lambda_max, 11, needs_probe=True),
     "groups": Metric(_groups, 12, live=True),
     "batch_sharpness": Metric(_batch_sharpness, 4),
     "critical_sharpness": Metric(_critical_sharpness, 4),

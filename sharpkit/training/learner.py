@@ -1,0 +1,390 @@
+"""Learn the learning rate, and on request the momentum, from curvature while training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkit._batches import Batch
+from sharpkit._errors import SharpkitWarning
+from sharpkit._guard import unwrap
+from sharpkit._params import ParamSelector
+from sharpkit.analysis.sharpness import preconditioned_hessian
+from sharpkit.analysis.stability import update_rule
+from sharpkit.linalg.results import Estimate
+from sharpkit.linalg.slq import spectral_density
+from sharpkit.linalg.tracking import EigenvalueTracker
+from sharpkit.objective import Closure, Objective
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.hessian import HessianOperator
+from sharpkit.training._arguments import plain_optimizer
+from sharpkit.training._objectives import ObjectiveMaker
+from sharpkit.training.decisions import Decision, LearnerHistory
+from sharpkit.training.pace import DECAYS, Pace, Schedule, multiplier_of
+from sharpkit.training.polyak import polyak_pair
+from sharpkit.training.rollback import LossWatch, Snapshot
+
+logger = logging.getLogger(__name__)
+
+_START = 0.02  # of the target, at first: sharpness at initialisation is low and rises
+_CHECK_EVERY = 8  # steps between looks at the losses
+_BACK_OFF = 0.5  # of the rate, after going back
+_MAX_ROLLBACKS = 8
+_WARM_MATVECS, _COLD_MATVECS, _TOL = 3, 6, 0.2  # one batch's curvature says no more
+_MEDIAN_STEPS = 10  # Lanczos steps that show the median curvature
+_STEEPEST_CUT = 0.5  # of the rate, in one decision once the rate has settled
+
+
+class CurvatureLearner:
+    """Sets the learning rate of SGD or Adam(W) from the curvature of the batches it trains on; the rate given does not matter.
+
+    The first step is made with rate 0, to see a batch. From 2 % of ``safety`` times the stability limit, the rate grows by a constant
+    factor a step; at a few points on the way lambda_max of the batch's Hessian (of D^-1 H for Adam) is measured, by a handful of
+    products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it is held there
+    and decays to 0 at the end. Later measurements only lower it, unless the batch size changes: then it is measured at once and grows
+    anew. If half of the progress is lost or the loss is not finite, parameters and optimizer state go back to the last good point, with
+    half the rate.
+
+    Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
+
+    Args:
+        optimizer: torch.optim SGD, Adam, AdamW, RMSprop or Adagrad. Groups keep the ratio of their rates to the first group's.
+        model: what it trains.
+        loss, closure, count, params, mode, autocast, process_group: as in :class:`sharpkit.Monitor`.
+        total_steps: T, optimizer steps of the whole run.
+        interval: steps between measurements once the rate has settled; ``"auto"`` by ``budget``.
+        budget: share of the training cost that measurements may take, in gradients.
+        safety: share of the stability limit to settle at.
+        warmup: share of T in which the rate grows 50-fold.
+        decay: ``"linear"``, ``"cosine"``, ``"constant"``, or a function of the share z of steps done.
+        schedule: optimizer -> a torch learning-rate scheduler, whose rate relative to its start multiplies the learned one.
+        momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the median curvature (SGD only).
+        per_group: measure each group's own block and give it its own rate.
+        max_lr: never above.
+        seed: of probes and masks.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: arguments that make no sense. Later on nothing is raised.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e3)
+        >>> learner = sk.CurvatureLearner(optimizer, model=model, loss=torch.nn.functional.mse_loss, total_steps=100)
+        >>> batch = (torch.eye(2), torch.ones(2, 1))
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+        ...     optimizer.step()
+        ...     decision = learner.step(batch)
+        >>> round(learner.lr, 2), bool((model.weight - 1).abs().max() < 0.01)
+        (0.6, True)
+
+    References:
+        Granziol, Zohren and Roberts (2022), arXiv 2006.09092, for learning rates from batch Hessians; the rule here is sharpkit's own.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        model: nn.Module,
+        total_steps: int,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        closure: Closure | None = None,
+        count: Callable[[Batch], float] | None = None,
+        params: ParamSelector = None,
+        interval: int | str = "auto",
+        budget: float = 0.05,
+        safety: float = 0.3,
+        warmup: float = 0.1,
+        decay: str | Schedule = "linear",
+        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        momentum: str = "keep",
+        per_group: bool = False,
+        max_lr: float = math.inf,
+        mode: str = "train",
+        autocast: torch.dtype | None = None,
+        process_group: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.optimizer, self.model = plain_optimizer(optimizer), unwrap(model)
+        self._rule = update_rule(self.optimizer)
+        _check(total_steps, interval, budget, safety, warmup, decay, momentum, adaptive=self._rule.adaptive)
+        self.total_steps, self.safety, self.seed = total_steps, safety, seed
+        self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
+        self._multiplier = multiplier_of(schedule)
+        self._polyak, self._per_group, self._max_lr = momentum == "polyak", per_group, max_lr
+        settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
+        settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
+        self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=None, max_samples=None, settings=settings)
+        first = float(self.optimizer.param_groups[0]["lr"])
+        self._ratios = [float(group["lr"]) / first if first > 0 else 1.0 for group in self.optimizer.param_groups]
+        self._pace = Pace(total_steps, start=_START, warmup=warmup, budget=budget, interval=interval, adaptive=self._rule.adaptive)
+        self._trackers: dict[str, EigenvalueTracker] = {}
+        self._losses = LossWatch()
+        self._snapshot: Snapshot | None = None
+        self._recent: list[Tensor | float] = []
+        self._step, self._batch_size, self._rollbacks = 0, 0, 0
+        self._limits: list[float] = []
+        self._lr, self._settled = 0.0, False
+        self._warned: set[str] = set()
+        self.history = LearnerHistory()
+        self._apply()
+
+    # -- the one call in the loop -------------------------------------------------------------------------------------------------
+    def step(self, batch: Batch, *, loss: Tensor | float | None = None) -> Decision | None:
+        """Note one optimizer step, and set the rate of the next.
+
+        Args:
+            batch: that the step was made on; a list of micro-batches where gradients were accumulated.
+            loss: of the batch if at hand; without it, a lost run is only noticed at measurements.
+
+        Returns:
+            the decision if one was made.
+        """
+        self._step += 1
+        self._multiplier.advance()
+        if loss is not None:
+            self._recent.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+        decision = None
+        if self._step % _CHECK_EVERY == 0 and self._is_lost():
+            decision = self._go_back()
+        elif self._pace.is_due(self._step) or self._batch_size not in (0, self._maker.samples_of(batch)):
+            decision = self._measure(batch)
+        elif self._lr > 0 and not self._settled:
+            self._lr = min(self._lr * self._pace.growth, self._max_lr)
+        self._apply()
+        return decision
+
+    @property
+    def lr(self) -> float:
+        """The learned peak rate of the first group, before decay."""
+        return self._lr
+
+    # -- measuring and deciding ---------------------------------------------------------------------------------------------------
+    def _measure(self, batch: Batch) -> Decision:
+        samples = self._maker.samples_of(batch)
+        changed = self._batch_size not in (0, samples)
+        self._batch_size = samples
+        if changed:
+            self._limits.clear()
+        try:
+            objective, _ = self._maker.over(batch, part=1.0, seed=self.seed + self._step)
+            if not self._recent and not self._losses.is_lost:
+                self._recent.append(objective.value())
+            found = self._curvature(objective)
+        except Exception as error:
+            reason = f"not measured ({type(error).__name__}: {error}); the rate stays"
+            self._warn(reason)
+            self._pace.plan(self._step, settled=self._settled, growing=False)
+            return self._record(None, math.nan, reason)
+        limit = self._rule.max_learning_rate(max(found.value, 1e-30))
+        reason = self._decide(limit, changed=changed)
+        self._remember_if_good()
+        self._pace.plan(self._step, settled=self._settled, growing=not self._settled)
+        return self._record(found, limit, reason)
+
+    def _curvature(self, objective: Objective) -> Estimate:
+        hessian = HessianOperator(objective)
+        matrix: SymmetricOperator = preconditioned_hessian(hessian, self.optimizer) if self._rule.adaptive else hessian
+        if self._per_group:
+            self._set_group_ratios(matrix, objective)
+        found = self._tracker("all").update(matrix, step=self._step)
+        if self._polyak and self._settled:
+            self._set_momentum(hessian, found.value)
+        return found
+
+    def _set_momentum(self, hessian: HessianOperator, largest: float) -> None:
+        """Polyak's momentum, its lower end the median of the positive Ritz values of one random probe."""
+        density = spectral_density(hessian, num_probes=1, num_steps=min(_MEDIAN_STEPS, hessian.size), seed=self.seed + self._step)
+        pairs = zip(density.nodes.flatten().tolist(), density.weights.flatten().tolist(), strict=True)
+        positive = sorted(node for node, weight in pairs if node > 0 and weight > 1e-12)  # nodes of no weight fill up short runs
+        if positive and largest > 0:
+            for group in self.optimizer.param_groups:
+                group["momentum"] = polyak_pair(largest, min(positive[(len(positive) - 1) // 2], largest))[1]
+
+    def _tracker(self, name: str) -> EigenvalueTracker:
+        new = EigenvalueTracker(tol=_TOL, max_matvecs=_WARM_MATVECS, cold_matvecs=_COLD_MATVECS, check_every=8, seed=self.seed)
+        return self._trackers.setdefault(name, new)
+
+    def _set_group_ratios(self, matrix: SymmetricOperator, objective: Objective) -> None:
+        """Each group's rate inversely to its own block's curvature, relative to the first group's."""
+        tops: list[float] = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            own = {id(p) for p in group["params"]}
+            if not any(id(p) in own for p in objective.layout.params):
+                tops.append(math.nan)
+                continue
+            block: SymmetricOperator = matrix.block(_among(own))  # type: ignore[attr-defined]
+            tops.append(max(self._tracker(f"group{index}").update(block).value, 1e-30))
+        if math.isfinite(tops[0]):
+            self._ratios = [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, self._ratios, strict=True)]
+
+    def _decide(self, limit: float, *, changed: bool) -> str:
+        """Set the rate from the limit just measured; the reason in words."""
+        self._limits = [*self._limits, limit][-2:]
+        # one batch says little, but a fall of the limit counts at once
+        typical = min(limit, math.exp(sum(map(math.log, self._limits)) / len(self._limits)))
+        target = min(self.safety * typical, self._max_lr)
+        if self._lr == 0:
+            self._lr = _START * target
+            return f"starts at {_START:.0%} of the target {target:.3g}"
+        if changed:
+            before, self._settled = self._lr, False
+            self._lr = min(self._lr, target)
+            return f"the batch size changed to {self._batch_size}: {'lowered' if self._lr < before else 'grows anew'} towards {target:.3g}"
+        if not self._settled:
+            if self._lr < target:
+                return f"grows towards {target:.3g}"
+            self._settled, self._lr = True, target
+            self._losses.forget()  # those of a rate that was too high for a moment
+            return f"reached {self.safety:.0%} of the limit {typical:.3g}: settles there"
+        if self._lr * self._decay(self._step / self.total_steps) > typical:
+            before = self._lr
+            self._lr = max(_STEEPEST_CUT * self._lr, self._lr * target / (self._lr * self._decay(self._step / self.total_steps)))
+            return f"the rate in use was above the limit {typical:.3g}: {before:.3g} -> {self._lr:.3g}"
+        return f"stays; the limit is {typical:.3g}"
+
+    # -- going back ------------------------------------------------------------------------------------------------------------------
+    def _is_lost(self) -> bool:
+        for loss in self._recent:
+            self._losses.add(float(loss))
+        self._recent.clear()
+        return self._rollbacks < _MAX_ROLLBACKS and bool(self._maker.agree(float(self._losses.is_lost)))
+
+    def _go_back(self) -> Decision:
+        reason = f"the loss rose to {self._losses.mean:.3g} (best {self._losses.best:.3g})"
+        self._rollbacks += 1
+        self._lr *= _BACK_OFF
+        self._settled = self._settled or self._rollbacks > 1
+        if self._snapshot is not None:
+            self._snapshot.restore(self.model, self.optimizer)
+            reason += ": back to the last good point with half the rate"
+        else:
+            reason += ": no good point yet, half the rate"
+        self._losses.forget()
+        self._limits.clear()
+        self._warn(reason)
+        return self._record(None, math.nan, reason)
+
+    def _remember_if_good(self) -> None:
+        for loss in self._recent:
+            self._losses.add(float(loss))
+        self._recent.clear()
+        if self._losses.is_good:
+            self._snapshot = Snapshot(self.model, self.optimizer)
+
+    # -- small parts -----------------------------------------------------------------------------------------------------------------
+    def _apply(self) -> None:
+        factor = self._decay(min(self._step / self.total_steps, 1.0)) * self._multiplier.value
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
+            rate = self._lr * ratio * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _record(self, found: Estimate | None, limit: float, reason: str) -> Decision:
+        group = self.optimizer.param_groups[0]
+        self._apply()
+        momentum = group["betas"][0] if "betas" in group else group.get("momentum", math.nan)
+        decision = Decision(
+            self._step,
+            self._lr,
+            float(group["lr"]),
+            float(momentum),
+            math.nan if found is None else found.value,
+            math.nan if found is None else found.stderr,
+            limit,
+            self._batch_size,
+            0 if found is None else found.num_matvecs,
+            self._losses.mean,
+            reason,
+        )
+        self.history.append(decision)
+        logger.info("%s", decision)
+        return decision
+
+    def _warn(self, reason: str) -> None:
+        kind = reason.split(":", maxsplit=1)[0][:20]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"the learner at step {self._step}: {reason}", SharpkitWarning, stacklevel=4)
+
+    # -- saving ----------------------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next decision depends on, with the point to go back to: plain containers and tensors."""
+        return {
+            "version": 1,
+            "step": self._step,
+            "lr": self._lr,
+            "settled": self._settled,
+            "ratios": list(self._ratios),
+            "limits": list(self._limits),
+            "batch_size": self._batch_size,
+            "rollbacks": self._rollbacks,
+            "recent": [float(loss) for loss in self._recent],
+            "losses": self._losses.state_dict(),
+            "pace": self._pace.state_dict(),
+            "multiplier": self._multiplier.state_dict(),
+            "trackers": {name: tracker.state_dict() for name, tracker in self._trackers.items()},
+            "snapshot": None if self._snapshot is None else self._snapshot.state_dict(),
+            "history": self.history.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a saved learner stopped; the model and the optimizer are loaded by the user.
+
+        Raises:
+            ValueError: a state of another version.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"a learner state of version {state.get('version')!r} cannot be loaded by version 1")
+        self._step, self._lr, self._settled = int(state["step"]), float(state["lr"]), bool(state["settled"])
+        self._ratios, self._limits = [float(r) for r in state["ratios"]], [float(v) for v in state["limits"]]
+        self._batch_size, self._rollbacks = int(state["batch_size"]), int(state["rollbacks"])
+        self._recent = [float(v) for v in state["recent"]]
+        self._losses.load_state_dict(state["losses"])
+        self._pace.load_state_dict(state["pace"])
+        self._multiplier.load_state_dict(state["multiplier"])
+        self._trackers.clear()
+        for name, saved in state["trackers"].items():
+            self._tracker(name).load_state_dict(saved)
+        self._snapshot = None if state["snapshot"] is None else Snapshot.from_state(state["snapshot"])
+        self.history = LearnerHistory([Decision.from_dict(d) for d in state["history"]["decisions"]])
+        self._apply()
+
+    def __repr__(self) -> str:
+        return (
+            f"CurvatureLearner({type(self.optimizer).__name__}, step {self._step} of {self.total_steps}, lr {self._lr:.3g}, "
+            f"{'settled' if self._settled else 'growing'}, {len(self.history)} decisions)"
+        )
+
+
+def _among(own: set[int]) -> Callable[[str, Tensor], bool]:
+    return lambda _, parameter: id(parameter) in own
+
+
+def _check(
+    total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any, momentum: str, *, adaptive: bool
+) -> None:
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 20:
+        raise ValueError(f"total_steps must be the number of optimizer steps of the whole run, at least 20, got {total_steps!r}")
+    if interval != "auto" and (isinstance(interval, (str, bool)) or interval < 1):
+        raise ValueError(f"interval must be a number of steps from 1 on, or 'auto', got {interval!r}")
+    for name, value in (("budget", budget), ("safety", safety), ("warmup", warmup)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    if not callable(decay) and decay not in DECAYS:
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or a function of the share of steps done, got {decay!r}")
+    if momentum not in ("keep", "polyak"):
+        raise ValueError(f"momentum must be 'keep' or 'polyak', got {momentum!r}")
+    if momentum == "polyak" and adaptive:
+        raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")

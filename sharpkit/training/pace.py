@@ -1,0 +1,103 @@
+"""When the learner measures, how fast its rate grows, and what the rate is multiplied by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Schedule = Callable[[float], float]
+
+DECAYS: dict[str, Schedule] = {"linear": lambda z: 1 - z, "cosine": lambda z: 0.5 * (1 + math.cos(math.pi * z)), "constant": lambda z: 1.0}
+
+_COST = 5.0  # gradients of a warm measurement, about: the graph and one to three products
+_COLD_COST = 11.0
+_GROWING_SHARE = 0.6  # of the measurements fall into the growth
+_MOST = 200
+_SETTLE = 20  # steps of an adaptive optimizer before its second moments say anything
+
+
+class Pace:
+    """Steps at which to measure, within a share of the gradients of the run.
+
+    Args:
+        total_steps: of the run.
+        start: share of the target to grow from.
+        warmup: share of the run in which the rate grows from there to the target.
+        budget: share of the run's gradients.
+        interval: steps between measurements once settled, or ``"auto"``.
+        adaptive: whether the optimizer's state must settle first.
+
+    Attributes:
+        growth: factor of the rate, a step.
+    """
+
+    def __init__(self, total_steps: int, *, start: float, warmup: float, budget: float, interval: int | str, adaptive: bool) -> None:
+        affordable = max((budget * total_steps - _COLD_COST) / _COST, 4.0)
+        count = min(round(affordable), _MOST)
+        growing = max(3, round(_GROWING_SHARE * count))
+        self.growth = math.exp(math.log(1 / start) / max(warmup * total_steps, 1.0))
+        self._while_growing = max(1, round(warmup * total_steps / growing))
+        self._settled = int(interval) if interval != "auto" else max(1, total_steps // max(2, count - growing))
+        self._next = min(_SETTLE, max(1, total_steps // 20)) if adaptive else 1
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after this step."""
+        return step >= self._next
+
+    def plan(self, step: int, *, settled: bool, growing: bool) -> None:
+        """Fix the next measurement."""
+        self._next = step + (self._while_growing if growing or not settled else self._settled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next step."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from it."""
+        self._next = int(state["next"])
+
+
+class Multiplier:
+    """A torch scheduler run on a stand-in of rate 1: what it makes of it multiplies the learned rate."""
+
+    def __init__(self, make: Callable[[torch.optim.Optimizer], Any] | None) -> None:
+        self._optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        self._scheduler = None if make is None else make(self._optimizer)
+
+    @property
+    def value(self) -> float:
+        """The present factor."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def advance(self) -> None:
+        """One step."""
+        if self._scheduler is not None:
+            self._optimizer.step()  # type: ignore[call-overload]  # schedulers warn where it was left out
+            self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the scheduler."""
+        return {"value": self.value, "scheduler": None if self._scheduler is None else self._scheduler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved scheduler."""
+        if self._scheduler is not None and state["scheduler"] is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        self._optimizer.param_groups[0]["lr"] = float(state["value"])
+
+
+def multiplier_of(schedule: Callable[[torch.optim.Optimizer], Any] | None) -> Multiplier:
+    """The multiplier of a scheduler factory, 1 without one.
+
+    Raises:
+        TypeError: a scheduler instead of a function that makes one.
+    """
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"schedule must be a function optimizer -> scheduler, such as lambda o: torch.optim.lr_scheduler.StepLR(o, 30), got a "
+            f"{type(schedule).__name__}: an existing scheduler would overwrite the learned rate"
+        )
+    return Multiplier(schedule)

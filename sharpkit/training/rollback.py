@@ -1,0 +1,103 @@
+"""Noticing that a run is lost, and going back to where it was not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WINDOW = 16
+_LOST_SHARE = 0.5  # of the improvement so far
+
+
+class LossWatch:
+    """The mean of the last losses against the first and the best.
+
+    A run is lost when its loss is not finite, or when the recent mean has given back half of the best improvement, or rose by half of the
+    first loss where nothing has improved yet.
+
+    Attributes:
+        first: mean of the first window; NaN before it is full.
+        best: lowest recent mean so far.
+    """
+
+    def __init__(self) -> None:
+        self.first, self.best = math.nan, math.inf
+        self._recent: deque[float] = deque(maxlen=_WINDOW)
+
+    def add(self, loss: float) -> None:
+        """One step's loss."""
+        self._recent.append(loss)
+        if len(self._recent) == _WINDOW:
+            if math.isnan(self.first):
+                self.first = self.mean
+            self.best = min(self.best, self.mean)
+
+    @property
+    def mean(self) -> float:
+        """Of the recent losses; NaN without any."""
+        return sum(self._recent) / len(self._recent) if self._recent else math.nan
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the run should go back."""
+        if self._recent and not math.isfinite(self._recent[-1]):
+            return True
+        if len(self._recent) < _WINDOW or math.isnan(self.first):
+            return False
+        slack = max(_LOST_SHARE * (self.first - self.best), 0.0 if self.best < 0.9 * self.first else 0.5 * abs(self.first))
+        return self.mean > self.best + slack
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the recent mean is near the best: a place worth coming back to."""
+        return bool(self._recent) and math.isfinite(self.mean) and (math.isinf(self.best) or self.mean <= self.best + 0.1 * abs(self.best))
+
+    def forget(self) -> None:
+        """After going back: the recent losses no longer count."""
+        self._recent.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"first": self.first, "best": self.best, "recent": list(self._recent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved numbers."""
+        self.first, self.best = float(state["first"]), float(state["best"])
+        self._recent = deque((float(v) for v in state["recent"]), maxlen=_WINDOW)
+
+
+class Snapshot:
+    """Copies of parameters, buffers and optimizer state, to go back to."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.tensors = {name: t.detach().clone() for name, t in _tensors(model).items()}
+        self.state = copy.deepcopy(optimizer.state_dict()["state"])
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the copies back in place; learning rates and other settings of the optimizer stay as they are."""
+        with torch.no_grad():
+            for name, t in _tensors(model).items():
+                t.copy_(self.tensors[name])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": copy.deepcopy(self.state), "param_groups": groups})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The copies themselves."""
+        return {"tensors": self.tensors, "state": self.state}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
+        """Back from saved copies."""
+        found = cls.__new__(cls)
+        found.tensors, found.state = dict(state["tensors"]), state["state"]
+        return found
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **{f"buffer {name}": b for name, b in model.named_buffers()}}

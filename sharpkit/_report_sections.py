@@ -283,6 +283,14 @@ def _monitor_section(document: Document, title: str) -> Section:
     return section
 
 
+def _learner_section(document: Document, title: str) -> Section:
+    from sharpkit._learner_section import fill_learner
+
+    section = Section(title)
+    fill_learner(section, document)
+    return section
+
+
 def _transfer_section(document: Document, title: str) -> Section:
     from sharpkit._transfer_section import FILLERS
 
@@ -311,6 +319,7 @@ _SECTIONS: dict[str, Callable[[Document, str], Section]] = {
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
     HISTORY: _monitor_section,
+    "learner_history": _learner_section,
     **dict.fromkeys(("transfer_verdict", "coordinate_check", "learning_rate_transfer", "sharpness_transfer"), _transfer_section),
 }
 

@@ -83,6 +83,14 @@ class LearnerHistory:
     def __str__(self) -> str:
         return "\n".join(map(str, self._decisions)) or "no decision yet"
 
+    def findings(self) -> list[str]:
+        """What was decided, in sentences."""
+        if not self._decisions:
+            return ["No decision was made yet."]
+        last, back = self._decisions[-1], sum("the loss rose" in d.reason for d in self._decisions)
+        went = f"went back {back} time{'' if back == 1 else 's'}" if back else "never had to go back"
+        return [f"The learned rate is {last.lr:.3g} after {last.step} steps and {len(self)} decisions; the run {went}."]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready but for NaN and infinities."""
         return {"kind": KIND, "version": 1, "decisions": [asdict(d) for d in self._decisions]}

@@ -221,7 +221,32 @@ def monitored() -> dict[str, Callable[[int], Any]]:
     }
 
 
-TASKS = {"same_numbers": same_numbers, "refusals": refusals, "wrappers": wrappers, "monitored": monitored}
+def learning() -> dict[str, Callable[[int], Any]]:
+    def run(rank: int) -> Any:
+        model = built(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=100.0, momentum=0.9)
+        learner = sk.CurvatureLearner(optimizer, model=wrapped, loss=F.cross_entropy, total_steps=60)
+        x, y = gaussian(12, 4), labels(12)
+        mine = slice(0, 6) if rank == 0 else slice(6, 12)
+        for step in range(60):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(wrapped(x[mine]), y[mine])
+            loss.backward()
+            optimizer.step()
+            # one process alone sees a loss that is lost: both must go back
+            learner.step((x[mine], y[mine]), loss=float("nan") if rank == 1 and 40 <= step < 48 else loss)
+        return [(d.step, d.lr, d.lambda_max) for d in learner.history], [p.detach().clone() for p in model.parameters()]
+
+    def quietly(rank: int) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sk.SharpkitWarning)
+            return run(rank)
+
+    return {"learning": quietly}
+
+
+TASKS = {"learning": learning, "same_numbers": same_numbers, "refusals": refusals, "wrappers": wrappers, "monitored": monitored}
 
 
 def test_every_number_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
@@ -296,3 +321,12 @@ def test_a_monitor_measures_the_batch_of_all_processes_and_they_agree_when(tmp_p
     for found in (zero, one):
         assert all(torch.equal(a, b) for a, b in zip(found["watched"][3], found["alone"][3], strict=True))
     assert zero["auto"][0] == one["auto"][0] and len(zero["auto"][0]) >= 1
+
+
+def test_a_learner_decides_the_same_on_every_process(tmp_path: Path) -> None:
+    zero, one = on_two_ranks(tmp_path, "learning")
+    assert isinstance(zero["learning"][0], list), zero["learning"]
+    # repr, because decisions that measured nothing hold NaN
+    assert repr(zero["learning"][0]) == repr(one["learning"][0])
+    assert any(step == 48 for step, *_ in zero["learning"][0]), "the loss of one process sent both back"
+    assert all(torch.equal(a, b) for a, b in zip(zero["learning"][1], one["learning"][1], strict=True))

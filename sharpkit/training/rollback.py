@@ -28,10 +28,14 @@ class LossWatch:
 
     def __init__(self) -> None:
         self.first, self.best = math.nan, math.inf
+        self._broken = False
         self._recent: deque[float] = deque(maxlen=_WINDOW)
 
     def add(self, loss: float) -> None:
-        """One step's loss."""
+        """One step's loss; one that is not finite counts only while it is the last (a gradient scaler may skip such a step)."""
+        self._broken = not math.isfinite(loss)
+        if self._broken:
+            return
         self._recent.append(loss)
         if len(self._recent) == _WINDOW:
             if math.isnan(self.first):
@@ -46,7 +50,7 @@ class LossWatch:
     @property
     def is_lost(self) -> bool:
         """Whether the run should go back."""
-        if self._recent and not math.isfinite(self._recent[-1]):
+        if self._broken:
             return True
         if len(self._recent) < _WINDOW or math.isnan(self.first):
             return False
@@ -56,19 +60,20 @@ class LossWatch:
     @property
     def is_good(self) -> bool:
         """Whether the recent mean is near the best: a place worth coming back to."""
-        return bool(self._recent) and math.isfinite(self.mean) and (math.isinf(self.best) or self.mean <= self.best + 0.1 * abs(self.best))
+        return bool(self._recent) and not self._broken and (math.isinf(self.best) or self.mean <= self.best + 0.1 * abs(self.best))
 
     def forget(self) -> None:
         """After going back: the recent losses no longer count."""
         self._recent.clear()
+        self._broken = False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"first": self.first, "best": self.best, "recent": list(self._recent)}
+        return {"first": self.first, "best": self.best, "recent": list(self._recent), "broken": self._broken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from saved numbers."""
-        self.first, self.best = float(state["first"]), float(state["best"])
+        self.first, self.best, self._broken = float(state["first"]), float(state["best"]), bool(state["broken"])
         self._recent = deque((float(v) for v in state["recent"]), maxlen=_WINDOW)
 
 

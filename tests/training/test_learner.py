@@ -238,6 +238,7 @@ def test_losses_that_fall_or_scatter_are_not_lost_and_those_that_rise_are() -> N
     assert watch(lambda t: 2.0 * math.exp(-t / 50) if t < 150 else 2.0).is_lost
     assert watch(lambda t: 2.0 if t < 150 else 20.0).is_lost
     assert watch(lambda t: math.nan if t == 199 else 1.0).is_lost
+    assert not watch(lambda t: math.nan if t == 190 else 1.0).is_lost, "a step that a gradient scaler skipped"
 
 
 # -- resuming, settings ------------------------------------------------------------------------------------------------------------------

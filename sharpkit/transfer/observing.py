@@ -119,6 +119,8 @@ class _Observer:
             if names:
                 back = self._record({raw: start[id(p)]})
                 shown = next((a for a in now.values() if _counts(a) and _change(a, back.get(a.name)) > 0), None)
+                if shown is not None and shown.kind == "before output":  # a multiplier outside of the module is part of the readout
+                    shown = next((a for a in now.values() if a.kind == "output" and _change(a, back.get(a.name)) > 0), shown)
                 for name in names:
                     self._note_effect(name, raw, p, shown, back)
                     track = self.found.tensors[name]

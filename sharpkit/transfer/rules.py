@@ -106,7 +106,7 @@ def _initialisations(seen: Observations) -> list[Evidence]:
     for role, exponent in expected.items():
         tracks = [t for t in _owners(seen, role) if _positive(t.spread)]
         if tracks:
-            gains = {t.name: _gain(t) for t in tracks}
+            gains = {t.name: _gain(t, _features(seen, t.name) if role == "readout" else None) for t in tracks}
             found += _pooled(f"{role} initialisation", gains, exponent, above_only=role == "readout")
     return found
 
@@ -116,7 +116,10 @@ def _owners(seen: Observations, role: str) -> list[Track]:
     names = dict.fromkeys(
         t.shown_in
         for t in seen.tensors.values()
-        if role_of(t) == role and t.shown_in in seen.coordinates and len(next(iter(t.shapes.values()))) > 1 and _own(t)
+        if role_of(t) == role
+        and t.shown_in in seen.coordinates
+        and len(next(iter(t.shapes.values()))) > 1
+        and (role == "readout" or _own(t))
     )
     return [seen.coordinates[name] for name in names]
 
@@ -126,12 +129,27 @@ def _own(tensor: TensorTrack) -> bool:
     return tensor.shown_in == owner or tensor.shown_in.startswith((f"{owner}[", f"{owner} (", f"{owner}."))
 
 
-def _gain(track: Track) -> Values:
-    """Output over input at step 0; the output itself where the input is no floating tensor.
+def _features(seen: Observations, name: str) -> Track | None:
+    """What a readout reads, before any multiplier: the last growing output of a module with parameters that is computed before it.
+
+    The input of the readout's own module would hide a multiplier applied to it, as in ``head(x / width)``.
+    """
+    owned = {t.shown_in for t in seen.tensors.values() if _own(t)}
+    found = None
+    for track in seen.coordinates.values():
+        if track.name == name:
+            return found
+        if track.name in owned and len(set(track.entries.values())) > 1:
+            found = track
+    return None
+
+
+def _gain(track: Track, features: Track | None = None) -> Values:
+    """Output over input (or over the features given) at step 0; the output itself where there is no floating input.
 
     The output's deviations from its mean over samples, that is: a bias of constant size would hide that logits fall.
     """
-    out, into = track.spread, at(track.input_rms, 0)
+    out, into = track.spread, at(track.input_rms if features is None else features.rms, 0)
     return {s: [o / i if math.isfinite(i) and i > 0 else o for o, i in zip(out[s], into[s], strict=True)] for s in out}
 
 
@@ -141,13 +159,17 @@ def _gain(track: Track) -> Values:
 def _learning_rates(seen: Observations) -> list[Evidence]:
     found = []
     for role, tensors in by_role(seen).items():
-        effects = {t.name: relative_effect(t, adaptive=seen.adaptive) for t in tensors}
+        effects = {}
+        for t in tensors:
+            features = _features(seen, t.shown_in) if role == "readout" else None
+            inputs = t.input_rms if features is None else at(features.rms, seen.num_steps)
+            effects[t.name] = relative_effect(t, inputs, adaptive=seen.adaptive)
         found += _pooled(f"{role} learning rate", effects, 0.0)
     return found
 
 
-def relative_effect(tensor: TensorTrack, *, adaptive: bool) -> Values:
-    """How much a tensor's update changes its module's output, for an input of size one.
+def relative_effect(tensor: TensorTrack, inputs: Values, *, adaptive: bool) -> Values:
+    """How much a tensor's update changes its module's output, for inputs of size one.
 
     For SGD, whose step grows with the gradient, the effect is that of a gradient as in a correct network, falling as 1/width in each entry
     of a growing output: a fault downstream that inflates the gradient is not charged to this tensor's rate.
@@ -156,7 +178,7 @@ def relative_effect(tensor: TensorTrack, *, adaptive: bool) -> Values:
     power = (1 if adaptive else 2) if matrix else 0
     found: Values = {}
     for size, effects in tensor.effect.items():
-        values = [e / x**power if x > 0 else math.nan for e, x in zip(effects, tensor.input_rms[size], strict=True)]
+        values = [e / x**power if x > 0 else math.nan for e, x in zip(effects, inputs[size], strict=True)]
         if not adaptive:
             values = [v / (g * tensor.entries[size]) if g > 0 else math.nan for v, g in zip(values, tensor.signal[size], strict=True)]
         found[size] = values

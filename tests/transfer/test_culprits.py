@@ -1,0 +1,271 @@
+"""Culprits: each broken rule is named, a correct parametrisation has none, and the effect of a tensor is what the definition says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sharpkit._json import to_json
+from sharpkit.transfer.culprits import culprits_of, find_culprits
+from sharpkit.transfer.observations import Observations, TensorTrack
+from sharpkit.transfer.observing import _Observer, observe
+from sharpkit.transfer.roles import role_of
+from sharpkit.transfer.rules import RULES, Evidence
+from sharpkit.transfer.setup import Family
+from sharpkit.transfer.slopes import Slope
+from sharpkit.transfer.stacks import Stacks
+
+BASE, WIDTHS = 32, (32, 64, 128, 256)
+X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] * X[:, 1] > 0).long() + 2 * (X[:, 2] > 0).long()
+DATA = [(X[:32], Y[:32]), (X[32:], Y[32:])]
+
+
+class Net(nn.Module):
+    """Three layers with a muP readout; ``fault`` breaks one rule, under Adam or SGD."""
+
+    def __init__(self, width: int, fault: str | None) -> None:
+        super().__init__()
+        self.input, self.hidden, self.head = nn.Linear(12, width), nn.Linear(width, width), nn.Linear(width, 4, bias=False)
+        m = width / BASE
+        self.multiplier = 1.0 if fault == "readout multiplier" else 1 / m
+        nn.init.normal_(self.hidden.weight, std=(2 / width) ** 0.5 * (m**-0.5 if fault == "hidden initialisation" else 1.0))
+        nn.init.normal_(self.head.weight, std=0.2 * (width if fault == "readout multiplier" else BASE) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.multiplier * F.relu(self.hidden(F.relu(self.input(x)))))
+
+
+def make_optimizer(kind: str, fault: str | None) -> Any:
+    def make(model: Net, width: int) -> torch.optim.Optimizer:
+        m = width / BASE
+        groups = {
+            "input": [model.input.weight],
+            "hidden": [model.hidden.weight],
+            "readout": [model.head.weight],
+            "vector": [model.input.bias, model.hidden.bias],
+        }
+        right = {"input": 1.0, "hidden": 1 / m, "readout": 1.0, "vector": 1.0}
+        wrong = {"input": 1 / m, "hidden": 1.0, "readout": 1 / m, "vector": 1 / m}
+        if kind == "sgd":
+            right, wrong = {k: v * m for k, v in right.items()}, {k: v * (1 / m if k == "hidden" else m) for k, v in wrong.items()}
+        rates = {k: wrong[k] if fault == f"{k} learning rate" else right[k] for k in right}
+        if kind == "sgd":
+            return torch.optim.SGD([{"params": p, "lr": 0.05 * rates[k]} for k, p in groups.items()])
+        decay = {k: 0.1 * (1.0 if fault == "weight decay" else 1 / rates[k]) for k in rates}
+        chosen = [{"params": p, "lr": 0.004 * rates[k], "weight_decay": decay[k]} for k, p in groups.items()]
+        return torch.optim.AdamW(chosen, eps=1e-12)
+
+    return make
+
+
+def named(kind: str, fault: str | None, **changes: Any) -> tuple[str, ...]:
+    arguments: dict[str, Any] = {"optimizer": make_optimizer(kind, fault), "data": DATA, "loss": F.cross_entropy, "steps": 3} | changes
+    return tuple(c.rule for c in find_culprits(lambda width: Net(width, fault), WIDTHS, **arguments))
+
+
+RATES = [f"{role} learning rate" for role in ("input", "hidden", "readout", "vector")]
+
+
+@pytest.mark.parametrize("fault", [*RATES, "hidden initialisation", "readout multiplier", "weight decay"])
+def test_the_broken_rule_is_named_and_no_other_under_adam(fault: str) -> None:
+    assert named("adam", fault) == (fault,)
+
+
+@pytest.mark.parametrize("fault", [*RATES, "hidden initialisation"])
+def test_the_broken_rule_is_named_and_no_other_under_sgd(fault: str) -> None:
+    assert named("sgd", fault) == (fault,)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_correct_parametrisation_has_no_culprit(kind: str) -> None:
+    assert named(kind, None) == ()
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_microsofts_package_has_no_culprit(kind: str) -> None:
+    mup = pytest.importorskip("mup")
+
+    def plain(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), mup.MuReadout(width, 4))
+
+    def build(width: int) -> nn.Module:
+        model = plain(width)
+        mup.set_base_shapes(model, plain(BASE), delta=plain(2 * BASE))
+        return model
+
+    def optimizer(model: nn.Module, width: int) -> torch.optim.Optimizer:
+        return mup.MuAdam(model.parameters(), lr=0.004) if kind == "adam" else mup.MuSGD(model.parameters(), lr=0.05)
+
+    assert find_culprits(build, WIDTHS, optimizer=optimizer, data=DATA, loss=F.cross_entropy, steps=3) == ()
+
+
+class Attentive(nn.Module):
+    """Attention alone, over a head dimension that is the width; keys have a bias, whose gradient is rounding noise."""
+
+    def __init__(self, width: int, power: float) -> None:
+        super().__init__()
+        self.embed, self.q, self.k = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.head, self.width, self.power = nn.Linear(width, 2, bias=False), width, power
+        nn.init.normal_(self.head.weight, std=0.2 * BASE**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        scale = BASE**-0.5 * (self.width / BASE) ** -self.power
+        mixed = F.scaled_dot_product_attention(self.q(h), self.k(h), h, scale=scale)
+        return self.head(mixed.mean(1) * BASE / self.width)
+
+
+@pytest.mark.parametrize(("power", "expected"), [(1.0, ()), (0.5, ("attention scale",))])
+def test_attention_divided_by_the_root_of_d_is_named(power: float, expected: tuple[str, ...]) -> None:
+    x = torch.randn(32, 6, 4, generator=torch.Generator().manual_seed(1))
+
+    def adam(model: Attentive, width: int) -> torch.optim.Optimizer:
+        hidden = [model.q.weight, model.k.weight]
+        others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+        return torch.optim.Adam([{"params": hidden, "lr": 0.004 * BASE / width}, {"params": others, "lr": 0.004}], eps=1e-12)
+
+    data = (x, (x[:, 0, 0] > 0).long())
+    found = find_culprits(lambda width: Attentive(width, power), WIDTHS, optimizer=adam, data=data, loss=F.cross_entropy, steps=3)
+    assert tuple(c.rule for c in found) == expected
+    if found:
+        assert "q.k/d, not q.k/sqrt(d)" in found[0].evidence and found[0].slope.value - found[0].expected == pytest.approx(0.5, abs=0.15)
+
+
+class Residual(nn.Module):
+    def __init__(self, depth: int, multiplied: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, 32), nn.Linear(32, 4)
+        self.blocks = nn.ModuleList(Branch(depth**-0.5 if multiplied else 1.0) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(F.layer_norm(x, x.shape[-1:]))
+
+
+class Branch(nn.Module):
+    def __init__(self, multiplier: float) -> None:
+        super().__init__()
+        self.norm, self.inner, self.multiplier = nn.LayerNorm(32), nn.Linear(32, 32), multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.multiplier * torch.tanh(self.inner(self.norm(x)))
+
+
+@pytest.mark.parametrize(("multiplied", "expected"), [(True, ()), (False, ("depth multiplier",))])
+def test_residual_branches_without_their_multiplier_are_named(multiplied: bool, expected: tuple[str, ...]) -> None:
+    def adam(model: Residual, depth: int) -> torch.optim.Optimizer:
+        outside = [*model.embed.parameters(), *model.head.parameters()]
+        return torch.optim.Adam([{"params": model.blocks.parameters(), "lr": 0.004 * depth**-0.5}, {"params": outside, "lr": 0.004}])
+
+    found = find_culprits(
+        lambda depth: Residual(depth, multiplied),
+        (2, 4, 8, 16),
+        optimizer=adam,
+        data=DATA,
+        loss=F.cross_entropy,
+        steps=3,
+        seeds=2,
+        dimension="depth",
+    )
+    assert tuple(c.rule for c in found) == expected
+
+
+# -- the measurements behind them -------------------------------------------------------------------------------------------
+def test_a_tensors_effect_is_the_change_that_putting_it_back_makes() -> None:
+    family = Family(lambda width: Net(width, None), make_optimizer("adam", None), DATA, loss=F.cross_entropy)
+    seen = observe(family, (32, 64), steps=2, seeds=1, effects=True)
+    run = family.start(64, seed=0)
+    start = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    run.step(), run.step()
+    now = {n: p.detach() for n, p in run.model.named_parameters()}
+    h = F.relu(X[:32] @ now["input.weight"].T + now["input.bias"])  # the fixed batch is the first one
+    expected = (h @ (now["hidden.weight"] - start["hidden.weight"]).T).square().mean().sqrt()
+    track = seen.tensors["hidden.weight"]
+    assert track.effect[64][0] == pytest.approx(float(expected), rel=1e-4)
+    assert track.input_rms[64][0] == pytest.approx(float(h.square().mean().sqrt()), rel=1e-4)
+    assert track.shown_in == "hidden" and track.shapes == {32: (32, 32), 64: (64, 64)}
+    assert track.lr[64] == pytest.approx(0.002) and track.weight_decay[64] == pytest.approx(0.2)
+
+
+def test_observing_leaves_the_trained_parameters_in_place() -> None:
+    family = Family(lambda width: Net(width, None), make_optimizer("sgd", None), DATA, loss=F.cross_entropy)
+    run, plain = family.start(16), family.start(16)
+    parameters = list(run.model.parameters())
+    _Observer(Observations((16,), 1, 2, "width"), run, Stacks()).observe(effects=True)
+    plain.step(), plain.step()
+    assert all(a is b for a, b in zip(run.model.parameters(), parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_a_tied_tensor_is_put_back_in_one_place_at_a_time() -> None:
+    class Tied(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.token, self.head = nn.Embedding(10, width), nn.Linear(width, 10, bias=False)
+            self.head.weight = self.token.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.token(tokens))
+
+    tokens = torch.arange(10)
+    optimizer = lambda model, width: torch.optim.SGD(model.parameters(), lr=0.1)  # noqa: E731
+    seen = observe(Family(Tied, optimizer, (tokens, tokens), loss=F.cross_entropy), (8, 16), steps=1, seeds=1, effects=True)
+    assert {name: (role_of(t), t.shown_in) for name, t in seen.tensors.items()} == {
+        "token.weight": ("input", "token"),
+        "head.weight": ("readout", "head"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("shapes", "entries", "table", "role"),
+    [
+        ({8: (8, 5), 16: (16, 5)}, {8: 80, 16: 160}, False, "input"),
+        ({8: (8, 8), 16: (16, 16)}, {8: 80, 16: 160}, False, "hidden"),
+        ({8: (8, 8, 3, 3), 16: (16, 16, 3, 3)}, {8: 80, 16: 160}, False, "hidden"),
+        ({8: (5, 8), 16: (5, 16)}, {8: 50, 16: 50}, False, "readout"),
+        ({8: (5, 8), 16: (5, 16)}, {8: 80, 16: 160}, True, "input"),
+        ({8: (1, 5, 8), 16: (1, 5, 16)}, {8: 80, 16: 160}, False, "input"),  # positions, added to the stream
+        ({8: (8,), 16: (16,)}, {8: 80, 16: 160}, False, "vector"),
+        ({8: (5,), 16: (5,)}, {8: 50, 16: 50}, False, "fixed"),
+    ],
+)
+def test_roles_come_from_the_dimensions_that_grow(shapes: dict, entries: dict, table: bool, role: str) -> None:
+    assert role_of(TensorTrack("x", shapes=shapes, entries=entries, table=table)) == role
+
+
+def test_broken_means_off_by_an_exponent_that_counts_and_by_many_errors() -> None:
+    def evidence(value: float, stderr: float, **changes: Any) -> Evidence:
+        return Evidence("hidden learning rate", ("w",), Slope(value, stderr, 2 * stderr, 12), **changes)
+
+    assert evidence(0.3, 0.05).broken and evidence(-0.3, 0.05).broken
+    assert not evidence(0.2, 0.001).broken  # too little
+    assert not evidence(0.5, 0.2).broken  # too uncertain
+    assert not evidence(-1.0, 0.01, above_only=True).broken
+    assert not evidence(float("nan"), float("inf")).broken
+    assert evidence(1.0, 0.01).confidence > 0.99 > 0.6 > evidence(0.1, 0.1).confidence
+
+
+def test_a_culprit_says_what_where_and_how_to_mend_it() -> None:
+    family = Family(
+        lambda width: Net(width, "hidden learning rate"), make_optimizer("adam", "hidden learning rate"), DATA, loss=F.cross_entropy
+    )
+    (culprit,) = culprits_of(observe(family, WIDTHS, steps=3, seeds=3, effects=True))
+    assert culprit.where == ("hidden.weight",)
+    assert culprit.strength == abs(culprit.slope.value) > 0.5
+    assert str(culprit).startswith("hidden learning rate: the changes that updates of hidden weights (hidden.weight) make")
+    assert "too large for large ones" in culprit.evidence and RULES["hidden learning rate"] in culprit.evidence
+    document = json.loads(to_json(culprit.to_dict()))
+    assert document["kind"] == "culprit" and document["rule"] == "hidden learning rate"
+
+
+def test_two_widths_are_too_few_to_name_anything() -> None:
+    with pytest.raises(ValueError, match="at least 3 different positive numbers"):
+        find_culprits(lambda width: Net(width, None), (32, 64), optimizer=make_optimizer("sgd", None), data=DATA, loss=F.cross_entropy)

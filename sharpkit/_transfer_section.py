@@ -21,6 +21,7 @@ def fill_verdict(section: Any, document: Document) -> None:
     section.title = section.title or f"Do hyperparameters transfer? {_WORDS[document['passed']].capitalize()}"
     section.intro = f"The rule ({document['mode']} mode): {document['rule']}."
     section.findings, section.wide = list(document["findings"]), True
+    section.findings += [sentence for part in document.get("parts", ()) for sentence in part["findings"]]
     section.tiles = [("verdict", _WORDS[document["passed"]], f"widths {document['widths'][0]} to {document['widths'][-1]}")]
     if found := document["reach"]:
         cap = number(found["cap"])
@@ -53,7 +54,7 @@ def fill_coordinates(section: Any, document: Document) -> None:
     )
     section.findings = [f"{s[0].upper()}{s[1:]}{'' if s.endswith('.') else '.'}" for s in document["findings"]]
     section.draw = lambda ax: check.plot(ax=ax)
-    section.figure_label, section.wide = f"Updates of coordinates against {size}", True
+    section.figure_label, section.wide, section.figure_size = f"Updates of coordinates against {size}", True, (9.0, 3.8)
     section.columns = ["coordinate", "at initialisation", "while training", "its updates", "verdict"]
     shown = sorted(check.coordinates, key=lambda c: c.verdict not in ("grows", "vanishes", "unclear"))
     section.rows = [[c.name, str(c.initial), str(c.level), str(c.update), c.verdict] for c in shown[:_MOST_ROWS]]

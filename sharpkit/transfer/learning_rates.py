@@ -63,7 +63,7 @@ class LearningRateTransfer:
 
     @property
     def passed(self) -> bool | None:
-        """True where the drift is small and known to be small, False where it surely is not zero, None where the runs cannot tell."""
+        """True where the drift is small and known to be, False where it surely is not small, None where the runs cannot tell."""
         return decide(self.drift, self.optima)
 
     def findings(self) -> list[str]:
@@ -85,9 +85,9 @@ class LearningRateTransfer:
         if not self.complete:
             found.append("max_runs ended the search before it was done; with a store, a further call goes on from here.")
         if known and self.passed is None:
-            found.append(
-                "That is not enough to say whether it transfers: more seeds, more steps or a further size would narrow the interval."
-            )
+            real = self.drift.value and not self.drift.contains(0.0)
+            small = "That drift is real but small: it hardly matters over one doubling and adds up over many."
+            found.append(small if real else "More seeds, more steps or a further size would narrow the interval enough to judge the drift.")
         return found
 
     def __str__(self) -> str:
@@ -125,14 +125,14 @@ class LearningRateTransfer:
 
 
 def decide(drift: Slope, optima: Sequence[Optimum]) -> bool | None:
-    """True: |drift| <= 0.15 octaves per doubling and its 95 % interval within +-0.3. False: beyond 0.15 and the interval without 0.
+    """True: |drift| <= 0.15 octaves per doubling and its 95 % interval within +-0.3. False: the whole interval beyond +-0.15.
 
     Anything else, or an optimum at the edge of what was run, is None; an edge does not save a drift that is beyond doubt.
     """
     low, high = drift.interval
     if not math.isfinite(drift.value) or not math.isfinite(drift.half_width):
         return None
-    if abs(drift.value) > TOLERANCE and not low <= 0 <= high:
+    if low > TOLERANCE or high < -TOLERANCE:
         return False
     sure = abs(drift.value) <= TOLERANCE and low >= -PRECISION and high <= PRECISION
     return True if sure and all(o.interior for o in optima) else None
@@ -149,7 +149,7 @@ def learning_rate_transfer(
     steps: int = 100,
     seeds: int = 3,
     factors: Sequence[float] | None = None,
-    store: str | os.PathLike[str] | None = None,
+    store: str | os.PathLike[str] | RunStore | None = None,
     dimension: str = "width",
     until_certain: bool = False,
     max_runs: int | None = None,
@@ -201,7 +201,7 @@ def learning_rate_transfer(
         raise ValueError(f"factors must be at least three different positive numbers, got {list(factors)}")
     started = time.perf_counter()
     family = Family(build, optimizer, data, loss, closure, dimension)
-    sweep = Sweep(family, RunStore(store), steps=steps, max_runs=max_runs)
+    sweep = Sweep(family, store if isinstance(store, RunStore) else RunStore(store), steps=steps, max_runs=max_runs)
     say: Say = callback if callback is not None else lambda line: None
     say(sweep.forecast(sizes, seeds=seeds, points=len(factors) if factors is not None else None))
     work = _Work(sweep, seeds, factors, say)

@@ -13,6 +13,7 @@ import torch
 from sharpkit._json import json_ready
 from sharpkit.transfer._amounts import AMOUNTS, PROXY_STEPS, Amounts, by_depth, forecast
 from sharpkit.transfer._reach import Reach, reach
+from sharpkit.transfer._store import RunStore
 from sharpkit.transfer.coordinates import CoordinateCheck, check_of
 from sharpkit.transfer.culprits import Culprit, culprits_of
 from sharpkit.transfer.learning_rates import LearningRateTransfer, learning_rate_transfer
@@ -81,15 +82,9 @@ class Verdict:
         return f"Hyperparameters DO NOT TRANSFER {over}: {why}."
 
     @property
-    def findings(self) -> list[str]:
-        """The verdict, the culprits, what each measurement says, and how far it reaches."""
+    def conclusions(self) -> list[str]:
+        """The verdict, the culprits and how far it reaches: what no single measurement says."""
         found = [self.headline, *(f"Culprit: {culprit}." for culprit in self.culprits)]
-        for check in self.checks:
-            found += [f"Coordinates over {check.dimension}s: {_sentence(s)}" for s in check.findings()]
-        if self.sharpness is not None:
-            found += self.sharpness.findings()
-        for rates in self.rates:
-            found += rates.findings()
         if self.passed is None and any(rates.passed for rates in self.rates):
             found.append(
                 "The best learning rate holds so far, yet the coordinate check does not pass: what grows will show at larger sizes."
@@ -100,6 +95,16 @@ class Verdict:
             found.append("No range of widths is claimed: the drift of the best learning rate was not measured.")
         return [*found, self.ended] if self.ended else found
 
+    @property
+    def findings(self) -> list[str]:
+        """The conclusions, then what each measurement says."""
+        found = self.conclusions
+        for check in self.checks:
+            found += [f"Coordinates over {check.dimension}s: {_sentence(s)}" for s in check.findings()]
+        if self.sharpness is not None:
+            found += self.sharpness.findings()
+        return found + [sentence for rates in self.rates for sentence in rates.findings()]
+
     def __str__(self) -> str:
         return "\n".join([self.headline, *(f"* {sentence}" for sentence in self.findings[1:])])
 
@@ -109,7 +114,7 @@ class Verdict:
         return [json_ready(result.to_dict()) for result in results]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the documents of all measurements under ``"parts"``."""
+        """JSON-ready, with the documents of all measurements, each with its own findings, under ``"parts"``."""
         document = {
             "kind": "transfer_verdict",
             "version": 1,
@@ -121,7 +126,7 @@ class Verdict:
             "depths": list(self.depths),
             "culprits": [culprit.to_dict() for culprit in self.culprits],
             "reach": self.reach.to_dict() if self.reach is not None else None,
-            "findings": self.findings,
+            "findings": self.conclusions,
             "ended": self.ended,
             "seconds": self.seconds,
             "parts": self.parts(),
@@ -158,7 +163,8 @@ def diagnose(
 
     First the cheap coordinate check and the search for broken rules, a few steps at each size. Quick mode ends there if a rule is broken.
     Then sharpness along training; then learning rates: quick mode measures the smallest and the largest width and the others only until
-    the drift is certain; full mode measures all, longer, whatever was found before.
+    the drift is certain; full mode measures all, longer, whatever was found before. A drift that is not known well enough is measured once
+    more with twice the seeds.
 
     Args:
         build: width -> freshly initialised model; with ``depths``, also ``build(width, depth=...)``.
@@ -204,7 +210,7 @@ def diagnose(
         ended = "Quick mode ended here, as a broken rule is certain: sharpness and learning rates were not measured."
     else:
         sharpness = _sharpness(*families[0], amounts, say)
-        rates = _rates(families if mode == "full" else families[:1], amounts, seeds, store, say)
+        rates = _rates(families if mode == "full" else families[:1], amounts, seeds, RunStore(store), say)
         if len(rates[0].sizes) < len(across):
             ended = f"Learning rates were measured at widths {', '.join(map(str, rates[0].sizes))} only: the drift was certain by then."
     range_ = reach(rates[0]) if rates else None
@@ -245,21 +251,28 @@ def _sharpness(family: Family, sizes: Sequence[int], amounts: Amounts, say: Say)
     )
 
 
-def _rates(families: Families, amounts: Amounts, seeds: int, store: Any, say: Say) -> list[LearningRateTransfer]:
-    return [
-        learning_rate_transfer(
-            family.build,
-            sizes,
-            optimizer=family.optimizer,
-            data=family.batches,
-            loss=family.loss,
-            closure=family.closure,
-            steps=amounts.rate_steps,
-            seeds=seeds,
-            store=store,
-            dimension=family.dimension,
-            until_certain=amounts.until_certain,
-            callback=say,
-        )
-        for family, sizes in families
-    ]
+def _rates(families: Families, amounts: Amounts, seeds: int, store: RunStore, say: Say) -> list[LearningRateTransfer]:
+    """Of each family; where the drift is not known well enough, again with twice the seeds, half of which are there already."""
+    found = []
+    for family, sizes in families:
+        for count in (seeds, 2 * seeds):
+            if count > seeds:
+                say(f"the drift over {family.dimension}s is not known well enough: {count} seeds")
+            rates = learning_rate_transfer(
+                family.build,
+                sizes,
+                optimizer=family.optimizer,
+                data=family.batches,
+                loss=family.loss,
+                closure=family.closure,
+                steps=amounts.rate_steps,
+                seeds=count,
+                store=store,
+                dimension=family.dimension,
+                until_certain=amounts.until_certain,
+                callback=say,
+            )
+            if rates.passed is not None:
+                break
+        found.append(rates)
+    return found

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitWarning
 from sharpkit._run_schema import RUN
+from sharpkit.integrations._gathering import Gathering, Log
 from sharpkit.integrations.sinks import _scalars, as_sink
 from sharpkit.training._arguments import check_settings
 from sharpkit.training.monitor import Monitor
 from sharpkit.training.records import MonitorHistory, Record
-
-Log = Callable[[dict[str, float]], None]
 
 _KNOWN_TO_TRAINERS = ("loss", "lr")
 _CONTAINERS = (list, dict, set, deque)
 _SMALL = 1000  # entries of a dict that is copied in depth: running metrics, no vocabularies
 
 
-class Attachment:
-    """What the callbacks of all trainers share.
+class Attachment(Gathering):
+    """What the sharpness callbacks of all trainers share.
 
     Args:
         settings: the arguments of :class:`sharpkit.Monitor`; sinks may also be paths.
@@ -37,18 +36,8 @@ class Attachment:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         check_settings(*(settings[name] for name in ("every", "budget", "tol", "max_samples", "max_interval")))
-        if settings["loss"] is not None and settings["closure"] is not None:
-            raise ValueError("pass loss= or closure=, not both")
-        self.settings = settings
+        super().__init__(settings, callback="SharpnessCallback")
         self.monitor: Monitor | None = None
-        self._saved: Mapping[str, Any] | None = None
-        self.batches: list[Any] = []  # since the last optimizer step
-        self._losses: list[Tensor] = []
-
-    @property
-    def derives_loss(self) -> bool:
-        """Whether neither loss nor closure was given."""
-        return self.settings["loss"] is None and self.settings["closure"] is None
 
     @property
     def history(self) -> MonitorHistory:
@@ -90,17 +79,6 @@ class Attachment:
                 f"the saved series cannot be continued ({type(error).__name__}: {error}); a new one begins", SharpkitWarning, stacklevel=4
             )
 
-    def note(self, batch: Any, loss: Tensor | None = None) -> None:
-        """One micro-batch whose gradient was added, and its loss."""
-        if not any(batch is known for known in self.batches):
-            self.batches.append(batch)
-        if loss is not None:
-            self._losses.append(loss.detach())
-
-    def forget(self) -> None:
-        """Drop the micro-batches since the last optimizer step."""
-        self.batches, self._losses = [], []
-
     def step(self, *, scale: float = 1.0, mean: bool = False) -> Record | None:
         """An optimizer step is about to be made on the micro-batches noted.
 
@@ -108,20 +86,13 @@ class Attachment:
             scale: that takes the sum (or mean) of the noted losses to the loss of the whole batch.
             mean: whether their mean is meant.
         """
-        batches, losses = self.batches, self._losses
-        self.forget()
+        batches, loss = self.take(scale=scale, mean=mean)
         if self.monitor is None or not batches:
             return None
-        loss = sum(losses) * (scale / (len(losses) if mean else 1)) if losses else None
         return self.monitor.step(batches, loss=loss)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of the monitor; what was loaded if training has not begun; empty before."""
-        return self.monitor.state_dict() if self.monitor is not None and self._saved is None else dict(self._saved or {})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep a saved state for the start of training."""
-        self._saved = state or None
+    def _own_state(self) -> dict[str, Any]:
+        return self.monitor.state_dict() if self.monitor is not None else {}
 
     def close(self) -> None:
         """Close the sinks; the history remains."""
@@ -136,9 +107,15 @@ class LogSink:
     def __init__(self, log: Log) -> None:
         self._log = log
 
+    def open_run(self, header: dict[str, Any]) -> None:
+        """Nothing in a header is a number to log."""
+
     def write(self, document: dict[str, Any]) -> None:
         if document.get("kind") != RUN:
             self._log(logged(document))
+
+    def close(self) -> None:
+        """The trainer's loggers are its own."""
 
 
 def logged(document: dict[str, Any]) -> dict[str, float]:

@@ -33,7 +33,7 @@ def training_step_loss(model: nn.Module, batch: Any, batch_idx: int) -> Tensor:
     output = step(batch, batch_idx) if several else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
-        raise ObjectiveError(f"training_step returned {type(output).__name__}, no loss: pass SharpnessCallback(closure=...) or loss=")
+        raise ObjectiveError(f"training_step returned {type(output).__name__}, no loss: pass closure= or loss= to the callback")
     return loss
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpkit.integrations._attachment import Attachment
+from sharpkit.integrations._gathering import Gathering
 
 _SCALING = "num_items_in_batch"  # tells the model to divide its loss by the tokens of the whole accumulated batch
 _SCALE = "sharpkit_scale"  # beside a batch's tensors: the trained loss over the mean over counted tokens
@@ -25,7 +25,7 @@ class ForwardWatch:
         alone: one process trains on one device.
     """
 
-    def __init__(self, model: nn.Module, run: Attachment, *, pair: bool, most: int, alone: bool) -> None:
+    def __init__(self, model: nn.Module, run: Gathering, *, pair: bool, most: int, alone: bool) -> None:
         self._alone, self._num_items = alone, None
         self._model, self._run, self._pair, self._most = model, run, pair, most
         self._hook: torch.utils.hooks.RemovableHandle | None = None
@@ -53,7 +53,7 @@ class ForwardWatch:
         self._unchecked = False
         if self._alone and self._run.derives_loss:
             note_scale(self._model, self._run.batches, self._num_items)
-        return f"{reason}; use SharpnessCallback(...).attach(trainer), or pass closure=" if reason else ""
+        return f"{reason}; use {self._run.callback}(...).attach(trainer), or pass closure=" if reason else ""
 
     def remove(self) -> None:
         """Take the hook off."""
@@ -93,7 +93,7 @@ class StepWatch:
 
     losses_are_means = False  # training_step returns each one's part of the whole
 
-    def __init__(self, trainer: Any, run: Attachment, *, pair: bool, most: int, alone: bool) -> None:
+    def __init__(self, trainer: Any, run: Gathering, *, pair: bool, most: int, alone: bool) -> None:
         self._num_items: Any = None
         self._scales = alone and run.derives_loss and getattr(type(trainer).compute_loss, "__module__", "") == "transformers.trainer"
         self._trainer, self._run, self._pair, self._most = trainer, run, pair, most

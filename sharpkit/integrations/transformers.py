@@ -1,37 +1,30 @@
-"""Hugging Face transformers: a callback that measures sharpness while the Trainer trains."""
+"""Hugging Face transformers: a callback that measures sharpness while the Trainer trains, and one that learns the learning rate."""
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharpkit._batches import Batch
 from sharpkit._errors import SharpkitWarning
-from sharpkit._loss import own_loss
 from sharpkit._params import ParamSelector
-from sharpkit.integrations._attachment import Attachment, own_containers
-from sharpkit.integrations._watching import ForwardWatch, StepWatch, without_scale
+from sharpkit.integrations._attachment import Attachment
+from sharpkit.integrations._trainer_hooks import TrainerHooks
+from sharpkit.integrations.transformers_learner import LearnerCallback as LearnerCallback
 from sharpkit.objective import Closure
 from sharpkit.training._arguments import MetricLike
 from sharpkit.training.monitor import Monitor
 from sharpkit.training.records import MonitorHistory
 
-try:
-    from transformers import TrainerCallback
-except ImportError as error:
-    raise ImportError(f"sharpkit.integrations.transformers needs transformers: pip install 'transformers[torch]' ({error})") from error
-
 STATE_FILE = "sharpkit_monitor.pt"
 
 
-class SharpnessCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class SharpnessCallback(TrainerHooks):
     """A :class:`sharpkit.Monitor` for ``transformers.Trainer``.
 
     Measures just before each optimizer step that is due; the micro-batches of an accumulated step are measured together, each weighed by
@@ -86,7 +79,6 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         seed: int = 0,
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__()
         settings = {
             "loss": loss,
             "closure": closure,
@@ -107,9 +99,7 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             "seed": seed,
         }
         self._run = Attachment(settings)
-        self._resume_from = resume_from
-        self._trainer: Any = None
-        self._watch: ForwardWatch | StepWatch | None = None
+        super().__init__(self._run, state_file=STATE_FILE, what="the series of measurements", resume_from=resume_from)
 
     @property
     def monitor(self) -> Monitor | None:
@@ -121,63 +111,15 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """The records so far."""
         return self._run.history
 
-    def attach(self, trainer: Any) -> SharpnessCallback:
-        """Measure the Trainer's own loss and log through it; adds the callback to the Trainer.
-
-        Args:
-            trainer: that will train; its ``training_step`` is wrapped while it does.
-
-        Returns:
-            the callback itself.
-
-        Raises:
-            TypeError: no Trainer.
-        """
-        if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "compute_loss"):
-            raise TypeError(f"attach expects a transformers.Trainer, got {type(trainer).__name__}")
-        self._trainer = trainer
-        if self not in trainer.callback_handler.callbacks:
-            trainer.add_callback(self)
-        return self
-
-    def close(self) -> None:
-        """Take off what watches the training and close the sinks; done when training ends, and to be called where it broke off."""
-        if self._watch is not None:
-            self._watch.remove()
-        self._watch = None
-        self._run.close()
-
     # -- the Trainer's events ----------------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **_: Any) -> None:
-        self.close()
-        trainer = self._trainer
-        if trainer is None:
-            _check_unattached(args, derives_loss=self._run.derives_loss)
-        if state.global_step:
-            self._run.load_state_dict(self._saved_series(args, state))
+        self.load_saved(args, state)
 
         def log(values: dict[str, float]) -> None:
-            if trainer is None:
-                state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
-            else:
-                _log_through(trainer, values)
+            self.log_values(state, values)
 
-        def closure(model: nn.Module, batch: Batch) -> Tensor:
-            inputs, scale = without_scale(batch)
-            return (own_loss(model, inputs) if trainer is None else _trained_loss(trainer, model, inputs)) * scale
-
-        self._run.start(model, optimizer, closure=closure, log=log, main=state.is_world_process_zero)
-        pair = self._run.settings["loss"] is not None
-        most, alone = 8 * max(args.gradient_accumulation_steps, 1), args.world_size == 1 and args.n_gpu <= 1
-        if trainer is None:
-            self._watch = ForwardWatch(model, self._run, pair=pair, most=most, alone=alone)
-        else:
-            self._watch = StepWatch(trainer, self._run, pair=pair, most=most, alone=alone)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._run.forget()
-        if self._watch is not None:
-            self._watch.begin()
+        self._run.start(model, optimizer, closure=self.trained_loss, log=log, main=state.is_world_process_zero)
+        self.watch(model, args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._watch is None:
@@ -187,78 +129,3 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.close()
             return
         self._run.step(mean=self._watch.losses_are_means)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = _checkpoint(args, state)
-        if self.monitor is None or not state.is_world_process_zero:
-            return
-        if not folder.is_dir():
-            warnings.warn(
-                f"{folder} is not there: the series of measurements is not saved with this checkpoint", SharpkitWarning, stacklevel=2
-            )
-            return
-        try:
-            torch.save(self._run.state_dict(), folder / f"{STATE_FILE}.part")
-            os.replace(folder / f"{STATE_FILE}.part", folder / STATE_FILE)
-        except (OSError, RuntimeError) as error:
-            warnings.warn(f"the series of measurements could not be saved in {folder}: {error}", SharpkitWarning, stacklevel=2)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
-    def _saved_series(self, args: Any, state: Any) -> dict[str, Any]:
-        """Of the checkpoint that training resumes from; empty where there is none."""
-        places = [Path(place) for place in (self._resume_from, args.resume_from_checkpoint) if isinstance(place, (str, os.PathLike))]
-        places.append(_checkpoint(args, state))
-        found = next((place / STATE_FILE for place in places if (place / STATE_FILE).is_file()), None)
-        if found is None:
-            warnings.warn(
-                f"training resumes at step {state.global_step}, but there is no {STATE_FILE} in {places[-1]}: a new series begins at "
-                "step 0. Pass SharpnessCallback(resume_from=<checkpoint folder>) to continue one from elsewhere",
-                SharpkitWarning,
-                stacklevel=3,
-            )
-            return {}
-        try:
-            loaded: dict[str, Any] = torch.load(found, map_location="cpu", weights_only=True)
-        except Exception as error:
-            warnings.warn(f"{found} cannot be read ({error}): a new series begins", SharpkitWarning, stacklevel=3)
-            return {}
-        return loaded
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _check_unattached(args: Any, *, derives_loss: bool) -> None:
-    """Refuse what a hook on the model would measure wrongly or not see."""
-    reason = ""
-    if args.label_smoothing_factor and derives_loss:
-        reason = "label_smoothing_factor makes the Trainer compute another loss than the model's own"
-    elif args.torch_compile:
-        reason = "with torch_compile=True a hook on the model would be compiled into it"
-    if reason:
-        raise ValueError(f"{reason}: use SharpnessCallback(...).attach(trainer) instead of Trainer(callbacks=[...])")
-
-
-def _trained_loss(trainer: Any, model: nn.Module, batch: Batch) -> Tensor:
-    """By the Trainer's compute_loss, run on a shallow copy that logs nothing and has lists and dicts of its own."""
-    twin = copy.copy(trainer)
-    own_containers(twin)
-    twin.log = _nothing
-    loss: Tensor = twin.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
-    return loss
-
-
-def _log_through(trainer: Any, values: dict[str, float]) -> None:
-    """To all reporters, without using up the Trainer's own turn to log."""
-    due = trainer.control.should_log
-    try:
-        trainer.log(dict(values))
-    finally:
-        trainer.control.should_log = due
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None

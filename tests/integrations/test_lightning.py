@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from traces import same
 
-import sharpkit.integrations.lightning as adapter
+import sharpkit.integrations._lightning_hooks as hooks
 from sharpkit import SharpkitWarning
 from sharpkit.integrations.lightning import SharpnessCallback
 from sharpkit.integrations.sinks import read_run
@@ -325,4 +325,4 @@ def without_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str]
 
 def test_without_lightning_the_import_names_the_remedy(without_packages: Callable[[str], None]) -> None:
     with pytest.raises(ImportError, match="pip install lightning"):
-        without_packages(str(adapter.__file__))
+        without_packages(str(hooks.__file__))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from traces import same
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-import sharpkit.integrations.transformers as adapter
+import sharpkit.integrations._trainer_hooks as hooks
 from sharpkit import SharpkitWarning
 from sharpkit.integrations.sinks import read_run
 from sharpkit.integrations.transformers import STATE_FILE, SharpnessCallback
@@ -293,7 +293,7 @@ def test_nothing_stays_behind_when_training_breaks_off(attach: bool, tmp_path: P
 
 def test_without_transformers_the_import_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    spec = importlib.util.spec_from_file_location("adapter_alone", str(adapter.__file__))
+    spec = importlib.util.spec_from_file_location("adapter_alone", str(hooks.__file__))
     assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match="pip install"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

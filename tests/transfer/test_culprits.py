@@ -269,3 +269,16 @@ def test_a_culprit_says_what_where_and_how_to_mend_it() -> None:
 def test_two_widths_are_too_few_to_name_anything() -> None:
     with pytest.raises(ValueError, match="at least 3 different positive numbers"):
         find_culprits(lambda width: Net(width, None), (32, 64), optimizer=make_optimizer("sgd", None), data=DATA, loss=F.cross_entropy)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_readout_multiplier_outside_of_the_module_is_part_of_the_readout(place: str) -> None:
+    class Outside(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.hidden(F.relu(self.input(x))))
+            return self.head(h * self.multiplier) if place == "before" else self.head(h) * self.multiplier
+
+    common: dict[str, Any] = {"data": DATA, "loss": F.cross_entropy, "steps": 3}
+    for fault, expected in ((None, ()), ("readout multiplier", ("readout multiplier",))):
+        found = find_culprits(lambda width, f=fault: Outside(width, f), WIDTHS, optimizer=make_optimizer("adam", None), **common)
+        assert tuple(c.rule for c in found) == expected

@@ -12,6 +12,7 @@ from sharpkit.analysis.stability import update_rule
 from sharpkit.linalg.results import Estimate
 from sharpkit.objective import Objective
 from sharpkit.training.metrics import METRICS, Metric, custom
+from sharpkit.training.pace import DECAYS
 
 MetricLike = str | Callable[[Objective, torch.optim.Optimizer], float | Estimate]
 
@@ -73,3 +74,22 @@ def check_settings(every: int | str, budget: float, tol: float, max_samples: int
         raise ValueError(f"max_samples must be at least 1, got {max_samples}")
     if max_interval < 1:
         raise ValueError(f"max_interval must be at least 1, got {max_interval}")
+
+
+def check_learner_settings(
+    total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any, momentum: str, *, adaptive: bool
+) -> None:
+    """Raise ValueError where a setting of the learner makes no sense."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 20:
+        raise ValueError(f"total_steps must be the number of optimizer steps of the whole run, at least 20, got {total_steps!r}")
+    if interval != "auto" and (isinstance(interval, (str, bool)) or interval < 1):
+        raise ValueError(f"interval must be a number of steps from 1 on, or 'auto', got {interval!r}")
+    for name, value in (("budget", budget), ("safety", safety), ("warmup", warmup)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    if not callable(decay) and decay not in DECAYS:
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or a function of the share of steps done, got {decay!r}")
+    if momentum not in ("keep", "polyak"):
+        raise ValueError(f"momentum must be 'keep' or 'polyak', got {momentum!r}")
+    if momentum == "polyak" and adaptive:
+        raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")

@@ -23,22 +23,20 @@ from sharpkit.linalg.tracking import EigenvalueTracker
 from sharpkit.objective import Closure, Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.training._arguments import plain_optimizer
+from sharpkit.training._arguments import check_learner_settings, plain_optimizer
 from sharpkit.training._objectives import ObjectiveMaker
 from sharpkit.training.decisions import Decision, LearnerHistory
 from sharpkit.training.pace import DECAYS, Pace, Schedule, multiplier_of
 from sharpkit.training.polyak import polyak_pair
+from sharpkit.training.rate import LearnedRate
 from sharpkit.training.rollback import LossWatch, Snapshot
 
 logger = logging.getLogger(__name__)
 
-_START = 0.02  # of the target, at first: sharpness at initialisation is low and rises
 _CHECK_EVERY = 8  # steps between looks at the losses
-_BACK_OFF = 0.5  # of the rate, after going back
 _MAX_ROLLBACKS = 8
 _WARM_MATVECS, _COLD_MATVECS, _TOL = 3, 6, 0.2  # one batch's curvature says no more
 _MEDIAN_STEPS = 10  # Lanczos steps that show the median curvature
-_STEEPEST_CUT = 0.5  # of the rate, in one decision once the rate has settled
 
 
 class CurvatureLearner:
@@ -48,8 +46,8 @@ class CurvatureLearner:
     factor a step; at a few points on the way lambda_max of the batch's Hessian (of D^-1 H for Adam) is measured, by a handful of
     products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it is held there
     and decays to 0 at the end. Later measurements only lower it, unless the batch size changes: then it is measured at once and grows
-    anew. If half of the progress is lost or the loss is not finite, parameters and optimizer state go back to the last good point, with
-    half the rate.
+    anew, by the factor of the batch sizes at most. If half of the progress is lost or the loss is not finite, parameters and optimizer
+    state go back to the last good point, with half the rate.
 
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
 
@@ -116,7 +114,7 @@ class CurvatureLearner:
     ) -> None:
         self.optimizer, self.model = plain_optimizer(optimizer), unwrap(model)
         self._rule = update_rule(self.optimizer)
-        _check(total_steps, interval, budget, safety, warmup, decay, momentum, adaptive=self._rule.adaptive)
+        check_learner_settings(total_steps, interval, budget, safety, warmup, decay, momentum, adaptive=self._rule.adaptive)
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
         self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
         self._multiplier = multiplier_of(schedule)
@@ -126,14 +124,15 @@ class CurvatureLearner:
         self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=None, max_samples=None, settings=settings)
         first = float(self.optimizer.param_groups[0]["lr"])
         self._ratios = [float(group["lr"]) / first if first > 0 else 1.0 for group in self.optimizer.param_groups]
-        self._pace = Pace(total_steps, start=_START, warmup=warmup, budget=budget, interval=interval, adaptive=self._rule.adaptive)
+        self._pace = Pace(
+            total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=self._rule.adaptive
+        )
         self._trackers: dict[str, EigenvalueTracker] = {}
         self._losses = LossWatch()
         self._snapshot: Snapshot | None = None
         self._recent: list[Tensor | float] = []
-        self._step, self._batch_size, self._rollbacks = 0, 0, 0
-        self._limits: list[float] = []
-        self._lr, self._settled = 0.0, False
+        self._step, self._batch_size, self._last_size, self._rollbacks = 0, 0, 0, 0
+        self._rate = LearnedRate(self._pace, safety=safety, max_lr=max_lr)
         self._warned: set[str] = set()
         self.history = LearnerHistory()
         self._apply()
@@ -156,39 +155,48 @@ class CurvatureLearner:
         decision = None
         if self._step % _CHECK_EVERY == 0 and self._is_lost():
             decision = self._go_back()
-        elif self._pace.is_due(self._step) or self._batch_size not in (0, self._maker.samples_of(batch)):
+        elif self._is_time(self._maker.samples_of(batch)):
             decision = self._measure(batch)
-        elif self._lr > 0 and not self._settled:
-            self._lr = min(self._lr * self._pace.growth, self._max_lr)
+        else:
+            self._rate.grow()
         self._apply()
         return decision
+
+    def _is_time(self, samples: int) -> bool:
+        """Whether to measure on this batch: at once where its size is a new one, but not on the odd last batch of an epoch."""
+        usual, repeated = self._batch_size in (0, samples), samples == self._last_size
+        self._last_size = samples
+        return self._pace.is_due(self._step) if usual else repeated
 
     @property
     def lr(self) -> float:
         """The learned peak rate of the first group, before decay."""
-        return self._lr
+        return self._rate.value
 
     # -- measuring and deciding ---------------------------------------------------------------------------------------------------
     def _measure(self, batch: Batch) -> Decision:
         samples = self._maker.samples_of(batch)
         changed = self._batch_size not in (0, samples)
-        self._batch_size = samples
         if changed:
-            self._limits.clear()
+            self._rate.grow_anew(samples / self._batch_size, step=self._step)
+            self._losses.restart()
+            self._recent.clear()
+        self._batch_size = samples
         try:
             objective, _ = self._maker.over(batch, part=1.0, seed=self.seed + self._step)
-            if not self._recent and not self._losses.is_lost:
+            if not self._recent:
                 self._recent.append(objective.value())
             found = self._curvature(objective)
         except Exception as error:
             reason = f"not measured ({type(error).__name__}: {error}); the rate stays"
             self._warn(reason)
-            self._pace.plan(self._step, settled=self._settled, growing=False)
+            self._pace.plan(self._step, settled=self._rate.settled)
             return self._record(None, math.nan, reason)
         limit = self._rule.max_learning_rate(max(found.value, 1e-30))
-        reason = self._decide(limit, changed=changed)
+        decay = self._decay(self._step / self.total_steps)
+        reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
         self._remember_if_good()
-        self._pace.plan(self._step, settled=self._settled, growing=not self._settled)
+        self._pace.plan(self._step, settled=self._rate.settled)
         return self._record(found, limit, reason)
 
     def _curvature(self, objective: Objective) -> Estimate:
@@ -197,7 +205,7 @@ class CurvatureLearner:
         if self._per_group:
             self._set_group_ratios(matrix, objective)
         found = self._tracker("all").update(matrix, step=self._step)
-        if self._polyak and self._settled:
+        if self._polyak and self._rate.settled:
             self._set_momentum(hessian, found.value)
         return found
 
@@ -227,31 +235,6 @@ class CurvatureLearner:
         if math.isfinite(tops[0]):
             self._ratios = [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, self._ratios, strict=True)]
 
-    def _decide(self, limit: float, *, changed: bool) -> str:
-        """Set the rate from the limit just measured; the reason in words."""
-        self._limits = [*self._limits, limit][-2:]
-        # one batch says little, but a fall of the limit counts at once
-        typical = min(limit, math.exp(sum(map(math.log, self._limits)) / len(self._limits)))
-        target = min(self.safety * typical, self._max_lr)
-        if self._lr == 0:
-            self._lr = _START * target
-            return f"starts at {_START:.0%} of the target {target:.3g}"
-        if changed:
-            before, self._settled = self._lr, False
-            self._lr = min(self._lr, target)
-            return f"the batch size changed to {self._batch_size}: {'lowered' if self._lr < before else 'grows anew'} towards {target:.3g}"
-        if not self._settled:
-            if self._lr < target:
-                return f"grows towards {target:.3g}"
-            self._settled, self._lr = True, target
-            self._losses.forget()  # those of a rate that was too high for a moment
-            return f"reached {self.safety:.0%} of the limit {typical:.3g}: settles there"
-        if self._lr * self._decay(self._step / self.total_steps) > typical:
-            before = self._lr
-            self._lr = max(_STEEPEST_CUT * self._lr, self._lr * target / (self._lr * self._decay(self._step / self.total_steps)))
-            return f"the rate in use was above the limit {typical:.3g}: {before:.3g} -> {self._lr:.3g}"
-        return f"stays; the limit is {typical:.3g}"
-
     # -- going back ------------------------------------------------------------------------------------------------------------------
     def _is_lost(self) -> bool:
         for loss in self._recent:
@@ -262,15 +245,13 @@ class CurvatureLearner:
     def _go_back(self) -> Decision:
         reason = f"the loss rose to {self._losses.mean:.3g} (best {self._losses.best:.3g})"
         self._rollbacks += 1
-        self._lr *= _BACK_OFF
-        self._settled = self._settled or self._rollbacks > 1
+        self._rate.back_off()
         if self._snapshot is not None:
             self._snapshot.restore(self.model, self.optimizer)
             reason += ": back to the last good point with half the rate"
         else:
             reason += ": no good point yet, half the rate"
-        self._losses.forget()
-        self._limits.clear()
+        self._losses.come_back()
         self._warn(reason)
         return self._record(None, math.nan, reason)
 
@@ -278,14 +259,14 @@ class CurvatureLearner:
         for loss in self._recent:
             self._losses.add(float(loss))
         self._recent.clear()
-        if self._losses.is_good:
+        if not self._maker.agree(float(not self._losses.is_good)):  # on every process, so that all go back to the same point
             self._snapshot = Snapshot(self.model, self.optimizer)
 
     # -- small parts -----------------------------------------------------------------------------------------------------------------
     def _apply(self) -> None:
         factor = self._decay(min(self._step / self.total_steps, 1.0)) * self._multiplier.value
         for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
-            rate = self._lr * ratio * factor
+            rate = self._rate.value * ratio * factor
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -297,7 +278,7 @@ class CurvatureLearner:
         momentum = group["betas"][0] if "betas" in group else group.get("momentum", math.nan)
         decision = Decision(
             self._step,
-            self._lr,
+            self._rate.value,
             float(group["lr"]),
             float(momentum),
             math.nan if found is None else found.value,
@@ -324,15 +305,13 @@ class CurvatureLearner:
         return {
             "version": 1,
             "step": self._step,
-            "lr": self._lr,
-            "settled": self._settled,
+            "rate": self._rate.state_dict(),
             "ratios": list(self._ratios),
-            "limits": list(self._limits),
             "batch_size": self._batch_size,
+            "last_size": self._last_size,
             "rollbacks": self._rollbacks,
             "recent": [float(loss) for loss in self._recent],
             "losses": self._losses.state_dict(),
-            "pace": self._pace.state_dict(),
             "multiplier": self._multiplier.state_dict(),
             "trackers": {name: tracker.state_dict() for name, tracker in self._trackers.items()},
             "snapshot": None if self._snapshot is None else self._snapshot.state_dict(),
@@ -347,12 +326,12 @@ class CurvatureLearner:
         """
         if state.get("version") != 1:
             raise ValueError(f"a learner state of version {state.get('version')!r} cannot be loaded by version 1")
-        self._step, self._lr, self._settled = int(state["step"]), float(state["lr"]), bool(state["settled"])
-        self._ratios, self._limits = [float(r) for r in state["ratios"]], [float(v) for v in state["limits"]]
-        self._batch_size, self._rollbacks = int(state["batch_size"]), int(state["rollbacks"])
+        self._step, self._ratios = int(state["step"]), [float(r) for r in state["ratios"]]
+        self._rate.load_state_dict(state["rate"])
+        self._batch_size, self._last_size = int(state["batch_size"]), int(state["last_size"])
+        self._rollbacks = int(state["rollbacks"])
         self._recent = [float(v) for v in state["recent"]]
         self._losses.load_state_dict(state["losses"])
-        self._pace.load_state_dict(state["pace"])
         self._multiplier.load_state_dict(state["multiplier"])
         self._trackers.clear()
         for name, saved in state["trackers"].items():
@@ -363,28 +342,10 @@ class CurvatureLearner:
 
     def __repr__(self) -> str:
         return (
-            f"CurvatureLearner({type(self.optimizer).__name__}, step {self._step} of {self.total_steps}, lr {self._lr:.3g}, "
-            f"{'settled' if self._settled else 'growing'}, {len(self.history)} decisions)"
+            f"CurvatureLearner({type(self.optimizer).__name__}, step {self._step} of {self.total_steps}, lr {self.lr:.3g}, "
+            f"{'settled' if self._rate.settled else 'growing'}, {len(self.history)} decisions)"
         )
 
 
 def _among(own: set[int]) -> Callable[[str, Tensor], bool]:
     return lambda _, parameter: id(parameter) in own
-
-
-def _check(
-    total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any, momentum: str, *, adaptive: bool
-) -> None:
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 20:
-        raise ValueError(f"total_steps must be the number of optimizer steps of the whole run, at least 20, got {total_steps!r}")
-    if interval != "auto" and (isinstance(interval, (str, bool)) or interval < 1):
-        raise ValueError(f"interval must be a number of steps from 1 on, or 'auto', got {interval!r}")
-    for name, value in (("budget", budget), ("safety", safety), ("warmup", warmup)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-    if not callable(decay) and decay not in DECAYS:
-        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or a function of the share of steps done, got {decay!r}")
-    if momentum not in ("keep", "polyak"):
-        raise ValueError(f"momentum must be 'keep' or 'polyak', got {momentum!r}")
-    if momentum == "polyak" and adaptive:
-        raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")

@@ -16,6 +16,7 @@ _COST = 5.0  # gradients of a warm measurement, about: the graph and one to thre
 _COLD_COST = 11.0
 _GROWING_SHARE = 0.6  # of the measurements fall into the growth
 _MOST = 200
+_LONGEST_GROWTH = 3  # warm-ups
 _SETTLE = 20  # steps of an adaptive optimizer before its second moments say anything
 
 
@@ -31,33 +32,52 @@ class Pace:
         adaptive: whether the optimizer's state must settle first.
 
     Attributes:
-        growth: factor of the rate, a step.
+        longest_growth: steps after which it ends even where the limit was not met.
     """
 
     def __init__(self, total_steps: int, *, start: float, warmup: float, budget: float, interval: int | str, adaptive: bool) -> None:
         affordable = max((budget * total_steps - _COLD_COST) / _COST, 4.0)
         count = min(round(affordable), _MOST)
         growing = max(3, round(_GROWING_SHARE * count))
-        self.growth = math.exp(math.log(1 / start) / max(warmup * total_steps, 1.0))
-        self._while_growing = max(1, round(warmup * total_steps / growing))
+        self._growth = math.log(1 / start) / max(warmup * total_steps, 1.0)
+        self._while_growing, self._planned, self._grown = max(1, round(warmup * total_steps / growing)), growing, 0
+        self.longest_growth = round(_LONGEST_GROWTH * warmup * total_steps)
         self._settled = int(interval) if interval != "auto" else max(1, total_steps // max(2, count - growing))
         self._next = min(_SETTLE, max(1, total_steps // 20)) if adaptive else 1
+
+    @property
+    def growth(self) -> float:
+        """Factor of the rate, a step: the same from one measurement to the next, however far apart they are."""
+        return math.exp(self._growth / self._stretch)
+
+    @property
+    def _stretch(self) -> int:
+        """How many times further apart than planned measurements are, once there are more than planned."""
+        return int(2 ** max(self._grown - self._planned, 0))
 
     def is_due(self, step: int) -> bool:
         """Whether to measure after this step."""
         return step >= self._next
 
-    def plan(self, step: int, *, settled: bool, growing: bool) -> None:
-        """Fix the next measurement."""
-        self._next = step + (self._while_growing if growing or not settled else self._settled)
+    def plan(self, step: int, *, settled: bool) -> None:
+        """Fix the next measurement; where the rate grows for longer than planned, they come further and further apart."""
+        if settled:
+            self._next = step + self._settled
+            return
+        self._grown += 1
+        self._next = step + self._while_growing * self._stretch
+
+    def restart(self) -> None:
+        """The rate grows anew."""
+        self._grown = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step."""
-        return {"next": self._next}
+        """The next step, and the measurements of the present growth."""
+        return {"next": self._next, "grown": self._grown}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from it."""
-        self._next = int(state["next"])
+        self._next, self._grown = int(state["next"]), int(state["grown"])
 
 
 class Multiplier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 _WINDOW = 16
 _LOST_SHARE = 0.5  # of the improvement so far
+_SCATTER = 5.0  # standard errors of the recent mean: the best mean is the lowest of many
 
 
 class LossWatch:
     """The mean of the last losses against the first and the best.
 
     A run is lost when its loss is not finite, or when the recent mean has given back half of the best improvement, or rose by half of the
-    first loss where nothing has improved yet.
+    first loss where nothing has improved yet; in each case beyond the scatter of the losses.
 
     Attributes:
         first: mean of the first window; NaN before it is full.
@@ -54,18 +56,32 @@ class LossWatch:
             return True
         if len(self._recent) < _WINDOW or math.isnan(self.first):
             return False
+        if math.isinf(self.best):
+            return False
         slack = max(_LOST_SHARE * (self.first - self.best), 0.0 if self.best < 0.9 * self.first else 0.5 * abs(self.first))
-        return self.mean > self.best + slack
+        return self.mean > self.best + max(slack, _SCATTER * statistics.stdev(self._recent) / math.sqrt(_WINDOW))
 
     @property
     def is_good(self) -> bool:
-        """Whether the recent mean is near the best: a place worth coming back to."""
-        return bool(self._recent) and not self._broken and (math.isinf(self.best) or self.mean <= self.best + 0.1 * abs(self.best))
+        """Whether the recent mean is near the best, or nothing is known yet: a place worth coming back to."""
+        if self._broken or not self._recent:
+            return False
+        return math.isnan(self.first) or (math.isfinite(self.best) and self.mean <= self.best + 0.1 * abs(self.best))
 
     def forget(self) -> None:
-        """After going back: the recent losses no longer count."""
+        """The recent losses no longer count."""
         self._recent.clear()
         self._broken = False
+
+    def come_back(self) -> None:
+        """After going back: what is best is seen anew, so that a level that was not reached by training is given up."""
+        self.forget()
+        self.best = math.inf
+
+    def restart(self) -> None:
+        """The losses to come are of another kind."""
+        self.come_back()
+        self.first = math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -153,16 +153,63 @@ def test_polyaks_pair_is_the_fastest_heavy_ball_on_a_quadratic() -> None:
 
 
 # -- changes, failures, going back ---------------------------------------------------------------------------------------------------
-def test_a_change_of_the_batch_size_is_measured_at_once_and_the_rate_grows_anew() -> None:
+def test_a_change_of_the_batch_size_is_measured_at_once_and_the_rate_follows_the_limit() -> None:
+    """Least squares: the curvature of a batch does not move in training, and smaller batches are sharper."""
+    inputs = X.clone()
+    inputs[1] = inputs[0]
+    limits = {size: 3.8 / float(torch.linalg.eigvalsh(2 * inputs[:size].T @ inputs[:size] / size)[-1]) for size in (2, 64)}
+    targets = torch.randn(64, 1, generator=torch.Generator().manual_seed(3))
+    targets[0], targets[1] = 1.0, -1.0  # two like samples of opposite targets: their loss stays
+    model = nn.Linear(6, 1, bias=False)
+    optimizer = sgd(model.parameters())
+    learner = sk.CurvatureLearner(optimizer, model=model, loss=F.mse_loss, total_steps=600, decay="constant", interval=50)
+    rates = []
+    for step in range(600):
+        size = 64 if 200 <= step < 400 else 2
+        x = inputs[:size]
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), targets[:size])
+        loss.backward()
+        optimizer.step()
+        learner.step((x, targets[:size]), loss=loss)
+        rates.append(learner.lr)
+    assert limits[64] > 2 * limits[2]
+    assert [d.step for d in learner.history if "batch size changed" in d.reason] == [202, 402]
+    assert rates[199] == pytest.approx(0.3 * limits[2], rel=0.05)
+    assert rates[399] == pytest.approx(0.3 * limits[64], rel=0.05)
+    assert rates[401] == pytest.approx(0.3 * limits[2], rel=0.05), "the second smaller batch lowers it"
+
+
+def test_the_odd_last_batch_of_an_epoch_is_no_change_of_the_batch_size() -> None:
     model = network()
     optimizer = sgd(model.parameters())
-    learner = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=400, decay="constant")
-    train(model, optimizer, learner, steps=150, size=4)
-    before = learner.lr
-    train(model, optimizer, learner, steps=150, start=150, size=64)
-    decision = next(d for d in learner.history if "batch size changed to 64" in d.reason)
-    assert decision.step == 151
-    assert learner.lr > before
+    learner = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=200, interval=10)
+    for step in range(200):
+        x, y = (X[:5], Y[:5]) if step % 4 == 3 else (X[:20], Y[:20])
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        learner.step((x, y), loss=loss)
+    assert {d.batch_size for d in learner.history if d.num_matvecs} == {20}
+    assert "changed" not in str(learner.history)
+
+
+def test_where_the_limit_flees_the_growth_ends() -> None:
+    """On a loss that is already 0 the curvature says nothing: the rate must not grow for ever."""
+    model = network()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = sgd(model.parameters())
+    closure = lambda m, batch: 1e-8 * sum(p.square().sum() for p in m.parameters())  # noqa: E731
+    learner = sk.CurvatureLearner(optimizer, model=model, closure=closure, count=lambda b: 1.0, total_steps=1000, safety=0.9)
+    learner._pace._growth = 0.0  # nothing else would ever meet the limit
+    for _ in range(400):
+        optimizer.step()
+        learner.step((X, Y), loss=0.0)
+    assert learner._rate.settled and "without meeting" in str(learner.history)
+    assert sum(d.num_matvecs > 0 for d in learner.history) < 12
 
 
 def test_a_lost_run_goes_back_to_the_last_good_point_with_half_the_rate() -> None:
@@ -206,7 +253,7 @@ def test_a_failed_measurement_keeps_the_rate_is_said_once_and_stops_nothing() ->
         for _ in range(20):
             learner.step({"not": "a pair"})
     assert len(caught) == 1 and "not measured (TypeError" in str(caught[0].message)
-    assert learner.lr == pytest.approx(rate) or not learner._settled
+    assert learner.lr == pytest.approx(rate) or not learner._rate.settled
 
 
 def test_snapshots_restore_bit_for_bit() -> None:
@@ -299,10 +346,10 @@ def test_polyak_for_adam_and_an_existing_scheduler_are_refused_with_the_remedy()
 def test_the_pace_measures_more_in_longer_runs_and_keeps_to_its_share() -> None:
     for total in (200, 2000, 20_000):
         pace, count, step = Pace(total, start=0.02, warmup=0.1, budget=0.05, interval="auto", adaptive=False), 0, 0
+        assert pace.growth ** (0.1 * total) == pytest.approx(50)
         while step < total:
             step += 1
             if pace.is_due(step):
                 count += 1
-                pace.plan(step, settled=step > 0.1 * total, growing=step <= 0.1 * total)
+                pace.plan(step, settled=step > 0.1 * total)
         assert 11 + 5 * (count - 1) <= max(0.055 * total, 31)
-        assert pace.growth ** (0.1 * total) == pytest.approx(50)

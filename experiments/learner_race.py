@@ -20,7 +20,7 @@ from experiments.learner_ablation import CHOICE
 
 NAME = "learner_race"
 SEEDS = (10, 11, 12, 13, 14)
-FORECAST = 0.05  # of the steps, given up for the measurements: the learner's own budget
+FORECAST = {"digits": 0.05, "fashion": 0.05, "text": 0.07}  # of the steps, given up for the measurements: what they cost in the ablation
 NEAR, FAILED = (
     1.4,
     1.1,
@@ -36,7 +36,7 @@ def evaluate(job: Row) -> Row:
         began = time.perf_counter()
         training, test = baseline(task, job["rate"], job["schedule"], job["seed"])
         return {"train": training, "test": test, "seconds": time.perf_counter() - began}
-    steps = task.steps if job["kind"] == "learner, all steps" else round((1 - FORECAST) * task.steps)
+    steps = task.steps if job["kind"] == "learner, all steps" else round((1 - FORECAST[job["task"]]) * task.steps)
     return {**CHOICE, **learn(task, job["seed"], steps=steps, **CHOICE)}
 
 
@@ -91,8 +91,8 @@ def compare(rows: list[Row], task: str, kind: str = "learner") -> Row:
     """The learner's mean losses over those of the best and of the median grid point."""
     mine = [row for row in rows if row["kind"] == kind and row["task"] == task]
     grid, found = points(rows, task), means(mine)
-    best = min(grid, key=lambda p: p["test"])
-    trained = min(grid, key=lambda p: p["train"])
+    full = [p for p in grid if p["seeds"] == max(q["seeds"] for q in grid)]
+    best, trained = (min(full, key=lambda p: p[which]) for which in ("test", "train"))
     median = {which: float(np.median([p[which] for p in grid])) for which in ("train", "test")}
     spread = [row["test"] for row in mine]
     spent = [(row["steps"] + row["cost"]) / task_of(task).steps for row in mine]
@@ -139,7 +139,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axes[1, column].set_xlabel("learning rate of the grid (peak)")
     axes[0, 0].set_ylabel("test loss")
     axes[1, 0].set_ylabel("training loss")
-    axes[0, 0].legend(fontsize=7)
+    canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     canvas.suptitle(f"python -m experiments.{NAME}: equal budget, mean of {len(SEEDS)} seeds", fontsize=9)
     canvas.savefig(path, dpi=110, metadata={"Software": f"python -m experiments.{NAME}"})
 
@@ -155,7 +155,7 @@ def _panel(ax: Any, rows: list[Row], name: str, which: str) -> None:
     ax.axhspan(min(values), max(values), color="black", alpha=0.12, lw=0)
     ax.axvspan(min(row["lr"] for row in mine), max(row["lr"] for row in mine), color="C3", alpha=0.25, lw=0, label="rate it settled at")
     ax.axhline(float(np.median([p[which] for p in grid])), color="grey", ls=":", lw=1, label="median of the grid")
-    best = min(p[which] for p in grid)
+    best = min(p[which] for p in grid if p["seeds"] == max(q["seeds"] for q in grid))
     limit = 1.02 if which == "test" else 1.2
     ax.axhline(limit * best, color="C3", ls="--", lw=0.9, label="target: 1.02 (training 1.2) x best")
     ax.set(xscale="log", yscale="log")

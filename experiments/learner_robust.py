@@ -25,8 +25,8 @@ SEEDS = tuple(range(20, 40))
 STARTS = tuple(10.0**e for e in range(-6, 4))
 SWITCH_SEEDS = (20, 21, 22, 23, 24)
 SMALL, LARGE = 16, 256
-SWITCH_STEPS = 2000  # the batch size changes half-way
-KEYS = ("kind", "task", "seed", "start")
+SWITCH_STEPS, LATE = 400, 2000  # the batch size changes half-way: while there is much to learn, or once the data are fitted
+KEYS = ("kind", "task", "seed", "start", "length")
 _SHORT = {"digits": 1000, "fashion": 200, "text": 200}  # steps of the runs that are compared bit by bit
 
 
@@ -101,10 +101,10 @@ def resumed(task: Task, job: Row) -> Row:
 
 def switched(task: Task, job: Row) -> Row:
     """The batch size changed half-way; the learned rate at every step, and what curvature and the curve say of the two batch sizes."""
-    seed, half = job["seed"], SWITCH_STEPS // 2
-    run = Run(task, seed, lr=1e-3, steps=SWITCH_STEPS)
+    seed, half = job["seed"], job["length"] // 2
+    run = Run(task, seed, lr=1e-3, steps=job["length"])
     before, after = (LARGE, SMALL) if job["start"] == LARGE else (SMALL, LARGE)
-    found = {"curve": curve(task, run), "sizes": [before, after], "steps": SWITCH_STEPS}
+    found = {"curve": curve(task, run), "sizes": [before, after], "steps": job["length"]}
     rates: list[float] = []
     for size in (before, after):
         if size == after:
@@ -121,7 +121,7 @@ def switched(task: Task, job: Row) -> Row:
         "after": rates[-1],
         "settled_after": ends[0] if ends else None,
         "measured_at": [d.step - half for d in decisions if d.step > half],
-        "rates": rates[:: SWITCH_STEPS // 200],
+        "rates": rates[:: job["length"] // 200],
         "decisions": [[d.step, d.max_lr] for d in decisions if np.isfinite(d.max_lr)],
         "reasons": [str(d) for d in decisions],
         **summary(run.learner, run.losses),
@@ -162,9 +162,11 @@ _KINDS = {"seeds": diverged, "start": started, "resume": resumed, "switch": swit
 def jobs(quick: bool) -> list[Row]:
     """The cheap kinds first."""
     names = ["digits"] if quick else list(TASKS)
+    switch = {"kind": "switch", "task": "digits"}
     found: list[Row] = [
-        {"kind": "switch", "task": "digits", "seed": s, "start": b} for s in SWITCH_SEEDS[: 1 if quick else None] for b in (SMALL, LARGE)
+        {**switch, "seed": s, "start": b, "length": SWITCH_STEPS} for s in SWITCH_SEEDS[: 1 if quick else None] for b in (SMALL, LARGE)
     ]
+    found += [] if quick else [{**switch, "seed": s, "start": SMALL, "length": LATE} for s in SWITCH_SEEDS[:2]]
     found += [{"kind": "resume", "task": t, "seed": s} for t in names for s in SEEDS[:2]]
     found += [{"kind": "start", "task": t, "seed": SEEDS[0], "start": lr} for t in names for lr in STARTS[:: 3 if quick else 1]]
     return found + [{"kind": "seeds", "task": t, "seed": s} for s in SEEDS[: 2 if quick else None] for t in names]
@@ -186,7 +188,7 @@ def table(rows: list[Row]) -> list[str]:
         for r in mine["switch"]:
             words = ", ".join(f"{name} x {value:.2f}" for name, value in ratios(r).items())
             when = f"settled after {r['settled_after']} steps, measured at {r['measured_at']}"
-            lines.append(f"{r['sizes']}: rate {r['before']:.3g} -> {r['after']:.3g} ({words}); {when}")
+            lines.append(f"{r['sizes']}, {r['steps']} steps: rate {r['before']:.3g} -> {r['after']:.3g} ({words}); {when}")
     return lines
 
 
@@ -197,8 +199,8 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    runs = [row for row in rows if row["kind"] == "switch" and row["sizes"][0] == SMALL]
-    back = [row for row in rows if row["kind"] == "switch" and row["sizes"][0] == LARGE]
+    both = [row for row in rows if row["kind"] == "switch" and row["steps"] == SWITCH_STEPS]
+    runs, back = ([row for row in both if row["sizes"][0] == size] for size in (SMALL, LARGE))
     canvas = Figure(figsize=(11, 3.6), layout="constrained")
     axes = canvas.subplots(1, 3)
     for ax, mine in zip(axes, (runs, back), strict=False):

@@ -64,8 +64,8 @@ class LearnedRate:
             self.value, self._grows_since = _START * target, step
             return f"starts at {_START:.0%} of the target {target:.3g}"
         if changed:
-            before, self.value = self.value, min(self.value, target)
-            return f"the batch size changed to {batch_size}: {'lowered' if self.value < before else 'grows anew'} towards {target:.3g}"
+            self.value = min(self.value, target)
+            return f"the batch size changed to {batch_size}: goes on from {self.value:.3g} towards {min(target, self._cap):.3g}"
         if not self.settled:
             return self._try_to_settle(target, typical, step, losses)
         if self.value * decay > typical:
@@ -81,7 +81,7 @@ class LearnedRate:
             losses.forget()  # those of a rate that was too high for a moment
             return f"reached {self._safety:.0%} of the limit {typical:.3g}: settles there"
         if self.value >= self._cap:
-            return f"gained as much as the batch size did: settles at {self.value:.3g}, below its share {target:.3g} of the limit"
+            return f"gained as much as linear scaling allows: settles at {self.value:.3g}, below its share {target:.3g} of the limit"
         if math.isinf(self._cap) and losses.mean < _MOSTLY_DONE * losses.first:
             return f"the loss has fallen to {losses.mean:.3g} from {losses.first:.3g}: settles at {self.value:.3g}"
         if step - self._grows_since >= self._pace.longest_growth:
@@ -91,9 +91,14 @@ class LearnedRate:
         return f"grows towards {target:.3g}"
 
     def grow_anew(self, ratio: float, *, step: int) -> None:
-        """After a change of the batch size by a factor: the rate gains that factor at most, as linear scaling would give it."""
+        """After a change of the batch size by a factor: linear scaling bounds the rate.
+
+        On larger batches it gains that factor at most; on smaller ones it loses it at once, as the curvature of fitted data would not say
+        so, and grows back to what it was at most.
+        """
         self._limits.clear()
         self._cap = self.value * max(ratio, 1.0) if self.settled else math.inf
+        self.value *= min(ratio, 1.0)
         self.settled, self._grows_since = False, step
         self._pace.restart()
 

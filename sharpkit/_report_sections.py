@@ -291,6 +291,14 @@ def _learner_section(document: Document, title: str) -> Section:
     return section
 
 
+def _race_section(document: Document, title: str) -> Section:
+    from sharpkit._race_section import fill_race
+
+    section = Section(title)
+    fill_race(section, document)
+    return section
+
+
 def _transfer_section(document: Document, title: str) -> Section:
     from sharpkit._transfer_section import FILLERS
 
@@ -320,6 +328,7 @@ _SECTIONS: dict[str, Callable[[Document, str], Section]] = {
     "learning_rate_curve": _curve_section,
     HISTORY: _monitor_section,
     "learner_history": _learner_section,
+    "learning_rate_race": _race_section,
     **dict.fromkeys(("transfer_verdict", "coordinate_check", "learning_rate_transfer", "sharpness_transfer"), _transfer_section),
 }
 

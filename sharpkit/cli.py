@@ -1,4 +1,4 @@
-"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report | watch | transfer``.
+"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report | watch | transfer | race``.
 
 Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
 reach its tolerance, or hyperparameters do not transfer; 130 interrupted.
@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import sharpkit
 from sharpkit import _cli_commands as commands
 from sharpkit._cli_commands import FAILED, INTERRUPTED, USAGE, Answer, Document
+from sharpkit._cli_race import add_race_arguments, run_race_command
 from sharpkit._cli_transfer import run_transfer_command
 from sharpkit._cli_watch import run_watch_command
 
@@ -184,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_watch(_command(subparsers, "watch", run_watch_command, "follow a monitored run in the terminal; Ctrl-C ends it"))
     summary = "do hyperparameters transfer from narrow to wide networks? exit code 0: they do, 3: they do not, or it is undecided"
     _add_transfer(_command(subparsers, "transfer", run_transfer_command, summary))
+    summary = "the learner against grid, range test, Bayesian search and others, from scratch with the same number of gradients"
+    add_race_arguments(_command(subparsers, "race", run_race_command, summary), count=_count, amount=_amount)
     return parser
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from sharpkit._axes import BLUE, GREEN, GREY, ORANGE, finish, new_axes
 from sharpkit._learner_plot import plot_learner as plot_learner
 from sharpkit._monitor_plot import plot_monitor as plot_monitor
+from sharpkit._race_plot import plot_race as plot_race
 from sharpkit._transfer_plot import plot_coordinates as plot_coordinates
 from sharpkit._transfer_rates_plot import plot_learning_rate_transfer as plot_learning_rate_transfer
 from sharpkit._transfer_rates_plot import plot_sharpness_transfer as plot_sharpness_transfer

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitWarning
 from sharpkit.integrations._gathering import Gathering, Log
+from sharpkit.training._arguments import check_learner_settings
 from sharpkit.training.decisions import Decision, LearnerHistory
-from sharpkit.training.learner import CurvatureLearner, _check
+from sharpkit.training.learner import CurvatureLearner
 
 _LEAST_STEPS = 20  # that a learner takes
 
@@ -29,7 +30,7 @@ class LearnerRun(Gathering):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         checked = {name: settings[name] for name in ("interval", "budget", "safety", "warmup", "decay", "momentum")}
-        _check(_LEAST_STEPS if settings["total_steps"] is None else settings["total_steps"], **checked, adaptive=False)
+        check_learner_settings(_LEAST_STEPS if settings["total_steps"] is None else settings["total_steps"], **checked, adaptive=False)
         super().__init__(settings, callback="LearnerCallback")
         self.learner: CurvatureLearner | None = None
         self._log: Log | None = None

@@ -133,7 +133,7 @@ class RaceResult:
         if found:
             rival = min(found, key=lambda f: f.train_loss)
             ratio = _times(mine.train_loss, rival.train_loss)
-            said.append(f"Of the others that were given no rate, {rival.name} did best: the learner's loss is {ratio} its.")
+            said.append(f"Of the others that were given no rate, {rival.name} did best: the learner's loss is {ratio} that.")
         if tested := [f for f in self.finishes if f.test_losses]:
             winner = min(tested, key=lambda f: f.test_loss)
             said.append(f"Lowest test loss: {winner.name}, {_with_error(winner.test_losses)}; the learner's is {mine.test_loss:.3g}.")

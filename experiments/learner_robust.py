@@ -200,7 +200,7 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    both = [row for row in rows if row["kind"] == "switch" and row["steps"] == SWITCH_STEPS]
+    both = sorted((r for r in rows if r["kind"] == "switch" and r["steps"] == SWITCH_STEPS), key=lambda r: r["seed"])
     runs, back = ([row for row in both if row["sizes"][0] == size] for size in (SMALL, LARGE))
     canvas = Figure(figsize=(11, 3.6), layout="constrained")
     axes = canvas.subplots(1, 3)
@@ -212,10 +212,15 @@ def draw(rows: list[Row], path: Path) -> None:
             ax.plot(where, limits, ".", color=f"C{j}", ms=4)
         if mine:
             first, second = mine[0]["sizes"]
+            for j, span in ((first == LARGE, (0, 0.5)), (second == LARGE, (0.5, 1))):
+                level = math.exp(float(np.mean([math.log(row["curve"][j]) for row in mine])))
+                ax.plot(
+                    [x * SWITCH_STEPS for x in span], [level, level], color="black", ls=":", lw=1.4, label=None if j else "by the curve"
+                )
             ax.axvline(SWITCH_STEPS / 2, color="black", ls="--", lw=0.9)
             ax.set(yscale="log", xlabel="step", title=f"B = {first}, then {second}")
     axes[0].set_ylabel("peak rate; dots: stability limit measured")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="lower right")
     for mine, shift, style in ((runs, 0.0, "oC0"), (back, 0.15, "sC3")):
         for row in mine:
             values = ratios(row)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from sharpkit.analysis.scaling import ScaledLearningRate as ScaledLearningRate
     from sharpkit.analysis.scaling import safe_damping as safe_damping
     from sharpkit.analysis.scaling import scale_learning_rate as scale_learning_rate
+    from sharpkit.analysis.schedules import refined_schedule as refined_schedule
     from sharpkit.analysis.sharpness import Sharpness as Sharpness
     from sharpkit.analysis.sharpness import measure as measure
     from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
@@ -106,6 +107,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
     "sharpkit.analysis.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
     "sharpkit.analysis.scaling": ("ScaledLearningRate", "safe_damping", "scale_learning_rate"),
+    "sharpkit.analysis.schedules": ("refined_schedule",),
     "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
     "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
     "sharpkit.integrations": ("sinks",),

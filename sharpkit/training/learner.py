@@ -60,7 +60,8 @@ class CurvatureLearner:
         budget: share of the training cost that measurements may take, in gradients.
         safety: share of the stability limit to settle at.
         warmup: share of T in which the rate grows 50-fold.
-        decay: ``"linear"``, ``"cosine"``, ``"constant"``, or a function of the share z of steps done.
+        decay: ``"linear"``, ``"cosine"``, ``"constant"``, or a function of the share z of steps done, such as
+            :func:`sharpkit.refined_schedule` gives.
         schedule: optimizer -> a torch learning-rate scheduler, whose rate relative to its start multiplies the learned one.
         momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the median curvature (SGD only).
         per_group: measure each group's own block and give it its own rate.

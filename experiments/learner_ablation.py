@@ -62,15 +62,17 @@ def mean_loss(rows: list[Row], which: str, **fixed: Any) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def best_of_grid(rows: list[Row], task: str, which: str) -> float:
-    """Lowest mean loss over the rates."""
-    rates = {row["rate"] for row in rows if row["kind"] == "grid" and row["task"] == task}
-    return min((mean_loss(rows, which, kind="grid", task=task, rate=rate) for rate in rates), default=math.nan)
+def best_of_grid(rows: list[Row], task: str, which: str, seeds: set[int]) -> float:
+    """Lowest mean loss over the rates, on these seeds."""
+    grid = [row for row in rows if row["kind"] == "grid" and row["task"] == task and row["seed"] in seeds]
+    return min((mean_loss(grid, which, rate=rate) for rate in {row["rate"] for row in grid}), default=math.nan)
 
 
 def ratio(rows: list[Row], task: str, which: str, **setting: Any) -> float:
-    """Mean loss with the learner over the best of the grid."""
-    return mean_loss(rows, which, kind="learner", task=task, **{**PLAIN, **CHOICE, **setting}) / best_of_grid(rows, task, which)
+    """Mean loss with the learner over the best of the grid on the same seeds; NaN where it was not run."""
+    wanted = {"kind": "learner", "task": task, **PLAIN, **CHOICE, **setting}
+    mine = [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+    return mean_loss(mine, which) / best_of_grid(rows, task, which, {row["seed"] for row in mine})
 
 
 def score(rows: list[Row], *, digits: str = "test", **setting: Any) -> float:

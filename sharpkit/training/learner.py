@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _CHECK_EVERY = 8  # steps between looks at the losses
 _MAX_ROLLBACKS = 8
 _WARM_MATVECS, _COLD_MATVECS, _TOL = 3, 6, 0.2  # one batch's curvature says no more
+_MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given
 _MEDIAN_STEPS = 10  # Lanczos steps that show the median curvature
 
 
@@ -124,6 +125,7 @@ class CurvatureLearner:
         settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
         self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=None, max_samples=None, settings=settings)
         first = float(self.optimizer.param_groups[0]["lr"])
+        self._given = first
         self._ratios = [float(group["lr"]) / first if first > 0 else 1.0 for group in self.optimizer.param_groups]
         self._pace = Pace(
             total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=self._rule.adaptive
@@ -165,7 +167,7 @@ class CurvatureLearner:
 
     def _is_time(self, samples: int) -> bool:
         """Whether to measure on this batch: at once where its size is a new one, but not on the odd last batch of an epoch."""
-        usual, repeated = self._batch_size in (0, samples), samples == self._last_size
+        usual, repeated = 0 in (samples, self._batch_size) or samples == self._batch_size, samples == self._last_size
         self._last_size = samples
         return self._pace.is_due(self._step) if usual else repeated
 
@@ -177,12 +179,12 @@ class CurvatureLearner:
     # -- measuring and deciding ---------------------------------------------------------------------------------------------------
     def _measure(self, batch: Batch) -> Decision:
         samples = self._maker.samples_of(batch)
-        changed = self._batch_size not in (0, samples)
+        changed = 0 not in (samples, self._batch_size) and samples != self._batch_size
         if changed:
             self._rate.grow_anew(samples / self._batch_size, step=self._step)
             self._losses.restart()
             self._recent.clear()
-        self._batch_size = samples
+        self._batch_size = samples or self._batch_size  # 0 where they cannot be counted: the measurement will say why
         try:
             objective, _ = self._maker.over(batch, part=1.0, seed=self.seed + self._step)
             if not self._recent:
@@ -190,6 +192,11 @@ class CurvatureLearner:
             found = self._curvature(objective)
         except Exception as error:
             reason = f"not measured ({type(error).__name__}: {error}); the rate stays"
+            if self._rate.value == 0 and len(self.history) >= _MOST_FAILURES - 1:
+                self._rate.settle_at(self._given)
+                reason = (
+                    f"not measured {_MOST_FAILURES} times ({type(error).__name__}: {error}); goes on with the rate given, {self._given:.3g}"
+                )
             self._warn(reason)
             self._pace.plan(self._step, settled=self._rate.settled)
             return self._record(None, math.nan, reason)
@@ -295,7 +302,7 @@ class CurvatureLearner:
         return decision
 
     def _warn(self, reason: str) -> None:
-        kind = reason.split(":", maxsplit=1)[0][:20]
+        kind = reason.split(":", maxsplit=1)[0].split("(")[0][:20]
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"the learner at step {self._step}: {reason}", SharpkitWarning, stacklevel=4)

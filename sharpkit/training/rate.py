@@ -37,6 +37,10 @@ class LearnedRate:
         self._cap, self._grows_since, self._target = math.inf, 0, math.inf
         self._limits: list[float] = []
 
+    def settle_at(self, value: float) -> None:
+        """A rate from elsewhere."""
+        self.value, self.settled = value, True
+
     def grow(self) -> None:
         """One step of growth, where it has not settled."""
         if self.value > 0 and not self.settled:

@@ -257,6 +257,18 @@ def test_a_failed_measurement_keeps_the_rate_is_said_once_and_stops_nothing() ->
     assert learner.lr == pytest.approx(rate) or not learner._rate.settled
 
 
+def test_where_nothing_can_be_measured_training_goes_on_with_the_rate_given() -> None:
+    model = network()
+    optimizer = sgd(model.parameters(), lr=0.05)
+    learner = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=100, decay="constant")
+    for _ in range(21):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sk.SharpkitWarning)
+            learner.step({"not": "a pair"})
+    assert "goes on with the rate given, 0.05" in str(learner.history)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
 def test_snapshots_restore_bit_for_bit() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     optimizer = adamw(model.parameters())

@@ -136,7 +136,9 @@ def draw(rows: list[Row], path: Path) -> None:
     axes[0, 0].set_ylabel("test loss")
     axes[1, 0].set_ylabel("training loss")
     canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
-    canvas.suptitle(f"python -m experiments.{NAME}: equal budget, mean of {len(SEEDS)} seeds", fontsize=9)
+    canvas.suptitle(
+        f"python -m experiments.{NAME}: equal budget, mean of {len(SEEDS)} seeds (larger tasks: one where clearly worse)", fontsize=9
+    )
     canvas.savefig(path, dpi=110, metadata={"Software": f"python -m experiments.{NAME}"})
 
 

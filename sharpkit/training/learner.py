@@ -15,19 +15,15 @@ from sharpkit._batches import Batch
 from sharpkit._errors import SharpkitWarning
 from sharpkit._guard import unwrap
 from sharpkit._params import ParamSelector
-from sharpkit.analysis.sharpness import preconditioned_hessian
 from sharpkit.analysis.stability import update_rule
 from sharpkit.linalg.results import Estimate
-from sharpkit.linalg.slq import spectral_density
-from sharpkit.linalg.tracking import EigenvalueTracker
 from sharpkit.objective import Closure, Objective
-from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.training._arguments import check_learner_settings, plain_optimizer
 from sharpkit.training._objectives import ObjectiveMaker
 from sharpkit.training.decisions import Decision, LearnerHistory
+from sharpkit.training.gauge import Gauge
 from sharpkit.training.pace import DECAYS, Pace, Schedule, multiplier_of
-from sharpkit.training.polyak import polyak_pair
 from sharpkit.training.rate import LearnedRate
 from sharpkit.training.rollback import LossWatch, Snapshot
 
@@ -35,9 +31,7 @@ logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 8  # steps between looks at the losses
 _MAX_ROLLBACKS = 8
-_WARM_MATVECS, _COLD_MATVECS, _TOL = 3, 6, 0.2  # one batch's curvature says no more
 _MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given
-_MEDIAN_STEPS = 10  # Lanczos steps that show the median curvature
 
 
 class CurvatureLearner:
@@ -120,7 +114,7 @@ class CurvatureLearner:
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
         self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
         self._multiplier = multiplier_of(schedule)
-        self._polyak, self._per_group, self._max_lr = momentum == "polyak", per_group, max_lr
+        self._polyak, self._per_group = momentum == "polyak", per_group
         settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
         settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
         self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=None, max_samples=None, settings=settings)
@@ -130,7 +124,7 @@ class CurvatureLearner:
         self._pace = Pace(
             total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=self._rule.adaptive
         )
-        self._trackers: dict[str, EigenvalueTracker] = {}
+        self._gauge = Gauge(self.optimizer, adaptive=self._rule.adaptive, seed=seed)
         self._losses = LossWatch()
         self._snapshot: Snapshot | None = None
         self._recent: list[Tensor | float] = []
@@ -209,39 +203,13 @@ class CurvatureLearner:
 
     def _curvature(self, objective: Objective) -> Estimate:
         hessian = HessianOperator(objective)
-        matrix: SymmetricOperator = preconditioned_hessian(hessian, self.optimizer) if self._rule.adaptive else hessian
+        found = self._gauge.measure(hessian, step=self._step)
         if self._per_group:
-            self._set_group_ratios(matrix, objective)
-        found = self._tracker("all").update(matrix, step=self._step)
-        if self._polyak and self._rate.settled:
-            self._set_momentum(hessian, found.value)
-        return found
-
-    def _set_momentum(self, hessian: HessianOperator, largest: float) -> None:
-        """Polyak's momentum, its lower end the median of the positive Ritz values of one random probe."""
-        density = spectral_density(hessian, num_probes=1, num_steps=min(_MEDIAN_STEPS, hessian.size), seed=self.seed + self._step)
-        pairs = zip(density.nodes.flatten().tolist(), density.weights.flatten().tolist(), strict=True)
-        positive = sorted(node for node, weight in pairs if node > 0 and weight > 1e-12)  # nodes of no weight fill up short runs
-        if positive and largest > 0:
+            self._ratios = self._gauge.group_ratios(objective, self._ratios)
+        if self._polyak and self._rate.settled and (momentum := self._gauge.polyak_momentum(hessian, found.value, step=self._step)):
             for group in self.optimizer.param_groups:
-                group["momentum"] = polyak_pair(largest, min(positive[(len(positive) - 1) // 2], largest))[1]
-
-    def _tracker(self, name: str) -> EigenvalueTracker:
-        new = EigenvalueTracker(tol=_TOL, max_matvecs=_WARM_MATVECS, cold_matvecs=_COLD_MATVECS, check_every=8, seed=self.seed)
-        return self._trackers.setdefault(name, new)
-
-    def _set_group_ratios(self, matrix: SymmetricOperator, objective: Objective) -> None:
-        """Each group's rate inversely to its own block's curvature, relative to the first group's."""
-        tops: list[float] = []
-        for index, group in enumerate(self.optimizer.param_groups):
-            own = {id(p) for p in group["params"]}
-            if not any(id(p) in own for p in objective.layout.params):
-                tops.append(math.nan)
-                continue
-            block: SymmetricOperator = matrix.block(_among(own))  # type: ignore[attr-defined]
-            tops.append(max(self._tracker(f"group{index}").update(block).value, 1e-30))
-        if math.isfinite(tops[0]):
-            self._ratios = [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, self._ratios, strict=True)]
+                group["momentum"] = momentum
+        return found
 
     # -- going back ------------------------------------------------------------------------------------------------------------------
     def _is_lost(self) -> bool:
@@ -321,7 +289,7 @@ class CurvatureLearner:
             "recent": [float(loss) for loss in self._recent],
             "losses": self._losses.state_dict(),
             "multiplier": self._multiplier.state_dict(),
-            "trackers": {name: tracker.state_dict() for name, tracker in self._trackers.items()},
+            "gauge": self._gauge.state_dict(),
             "snapshot": None if self._snapshot is None else self._snapshot.state_dict(),
             "history": self.history.to_dict(),
         }
@@ -341,9 +309,7 @@ class CurvatureLearner:
         self._recent = [float(v) for v in state["recent"]]
         self._losses.load_state_dict(state["losses"])
         self._multiplier.load_state_dict(state["multiplier"])
-        self._trackers.clear()
-        for name, saved in state["trackers"].items():
-            self._tracker(name).load_state_dict(saved)
+        self._gauge.load_state_dict(state["gauge"])
         self._snapshot = None if state["snapshot"] is None else Snapshot.from_state(state["snapshot"])
         self.history = LearnerHistory([Decision.from_dict(d) for d in state["history"]["decisions"]])
         self._apply()
@@ -353,7 +319,3 @@ class CurvatureLearner:
             f"CurvatureLearner({type(self.optimizer).__name__}, step {self._step} of {self.total_steps}, lr {self.lr:.3g}, "
             f"{'settled' if self._rate.settled else 'growing'}, {len(self.history)} decisions)"
         )
-
-
-def _among(own: set[int]) -> Callable[[str, Tensor], bool]:
-    return lambda _, parameter: id(parameter) in own

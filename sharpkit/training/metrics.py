@@ -31,7 +31,7 @@ from sharpkit.linalg.trace import trace
 from sharpkit.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.training.records import Measurement
-from sharpkit.training.situation import Situation, by_samples
+from sharpkit.training.situation import Situation, among, by_samples
 
 Values = dict[str, Measurement]
 _NOISE_GROUPS = 8
@@ -109,7 +109,7 @@ def _groups(s: Situation) -> Values:
         own = {id(p) for p in group["params"]}
         if not any(id(p) in own for p in s.objective.layout.params):
             continue
-        block: SymmetricOperator = live.block(_among(own))
+        block: SymmetricOperator = live.block(among(own))
         rule = update_rule(s.optimizer, group=index) if s.rule is not None else None
         lr, name = float(group["lr"]), f"lambda_max/group{index}"
         # the live matrix carries each group's rate relative to the first's, so that all are held against the first's
@@ -120,10 +120,6 @@ def _groups(s: Situation) -> Values:
 
 def _in_layer(layer: str) -> Callable[[str, torch.Tensor], bool]:
     return lambda name, _: layer_of(name) == layer
-
-
-def _among(own: set[int]) -> Callable[[str, torch.Tensor], bool]:
-    return lambda _, parameter: id(parameter) in own
 
 
 # -- along the steps ------------------------------------------------------------------------------------------------------------

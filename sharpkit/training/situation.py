@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharpkit._errors import UnsupportedError
 from sharpkit.analysis.stability import UpdateRule, update_rule
@@ -144,3 +146,8 @@ def by_samples(objective: Objective) -> Objective:
     other.mode = "eval"
     other._survey = replace(objective._survey, draws=False)
     return other
+
+
+def among(own: set[int]) -> Callable[[str, Tensor], bool]:
+    """Selects the parameters of these ``id``s."""
+    return lambda _, parameter: id(parameter) in own

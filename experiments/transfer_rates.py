@@ -25,7 +25,7 @@ STEPS = 100
 
 def cases(quick: bool) -> list[tuple[str, Callable[[], Family], list[int], int]]:
     """(name, family, widths, seeds)."""
-    wide, narrow = ([64, 128], [64, 128]) if quick else ([64, 128, 256, 512, 1024], [64, 128, 256])
+    wide, narrow = ([64, 128], [64, 128]) if quick else ([64, 128, 256, 512, 1024], [64, 128, 256, 512])
     few, many = (2, 2) if quick else (3, 6)  # the transformer has fewer widths
     words = text_batches(windows=16, count=64)
     return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitWarning
 from sharpkit.integrations._gathering import Gathering, Log
-from sharpkit.training._arguments import check_learner_settings
+from sharpkit.training._arguments import check_learner_settings, check_momentum
 from sharpkit.training.decisions import Decision, LearnerHistory
 from sharpkit.training.learner import CurvatureLearner
 
@@ -29,8 +29,9 @@ class LearnerRun(Gathering):
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        checked = {name: settings[name] for name in ("interval", "budget", "safety", "warmup", "decay", "momentum")}
-        check_learner_settings(_LEAST_STEPS if settings["total_steps"] is None else settings["total_steps"], **checked, adaptive=False)
+        checked = {name: settings[name] for name in ("interval", "budget", "safety", "warmup", "decay")}
+        check_learner_settings(_LEAST_STEPS if settings["total_steps"] is None else settings["total_steps"], **checked)
+        check_momentum(settings["momentum"], settings["bulk"], adaptive=False)
         super().__init__(settings, callback="LearnerCallback")
         self.learner: CurvatureLearner | None = None
         self._log: Log | None = None

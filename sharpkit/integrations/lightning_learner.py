@@ -35,8 +35,8 @@ class LearnerCallback(BatchHooks):
         total_steps: optimizer steps of the whole training; by default ``trainer.estimated_stepping_batches``.
         loss, closure: as in :class:`SharpnessCallback`; without both, the loss is that of the module's own ``training_step``.
         optimizer: number of the optimizer to set, where the module has several. It may make one step a batch at most.
-        count, params, interval, budget, safety, warmup, decay, schedule, momentum, per_group, max_lr, mode, autocast, process_group, seed:
-            as in :class:`sharpkit.CurvatureLearner`.
+        count, params, interval, budget, safety, warmup, decay, schedule, momentum, bulk, per_group, max_lr, mode, autocast,
+        process_group, seed: as in :class:`sharpkit.CurvatureLearner`.
 
     Raises:
         ValueError: settings that make no sense; when training starts, a configured scheduler, a Trainer without an end, several
@@ -44,7 +44,7 @@ class LearnerCallback(BatchHooks):
         UnsupportedError: when training starts, an optimizer whose stability limit is not known, or a fully sharded model.
 
     Example:
-        >>> callback = LearnerCallback(safety=0.3)  # Trainer(callbacks=[callback], max_epochs=10)
+        >>> callback = LearnerCallback(safety=0.2)  # Trainer(callbacks=[callback], max_epochs=10)
         >>> callback.history
         LearnerHistory(no decision yet)
     """
@@ -60,11 +60,12 @@ class LearnerCallback(BatchHooks):
         params: ParamSelector = None,
         interval: int | str = "auto",
         budget: float = 0.05,
-        safety: float = 0.3,
+        safety: float = 0.225,
         warmup: float = 0.1,
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         momentum: str = "keep",
+        bulk: str | float = "median",
         per_group: bool = False,
         max_lr: float = math.inf,
         mode: str = "train",

@@ -39,7 +39,7 @@ class LearnerCallback(TrainerHooks):
 
     Args:
         total_steps: optimizer steps of the whole training; by default ``state.max_steps``.
-        loss, closure, count, params, interval, budget, safety, warmup, decay, schedule, momentum, per_group, max_lr, mode, autocast,
+        loss, closure, count, params, interval, budget, safety, warmup, decay, schedule, momentum, bulk, per_group, max_lr, mode, autocast,
             process_group, seed: as in :class:`sharpkit.CurvatureLearner`; without loss and closure, the loss is the trained one.
         resume_from: folder of the checkpoint whose learner to go on with, where it is not ``output_dir/checkpoint-<step>``.
 
@@ -48,7 +48,7 @@ class LearnerCallback(TrainerHooks):
         UnsupportedError: when training starts, an optimizer whose stability limit is not known; at the first step, batches not seen.
 
     Example:
-        >>> callback = LearnerCallback(safety=0.3)  # Trainer(..., callbacks=[callback])
+        >>> callback = LearnerCallback(safety=0.2)  # Trainer(..., callbacks=[callback])
         >>> callback.history
         LearnerHistory(no decision yet)
     """
@@ -63,11 +63,12 @@ class LearnerCallback(TrainerHooks):
         params: ParamSelector = None,
         interval: int | str = "auto",
         budget: float = 0.05,
-        safety: float = 0.3,
+        safety: float = 0.225,
         warmup: float = 0.1,
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         momentum: str = "keep",
+        bulk: str | float = "median",
         per_group: bool = False,
         max_lr: float = math.inf,
         mode: str = "train",

@@ -13,6 +13,7 @@ from sharpkit.linalg.results import Estimate
 from sharpkit.objective import Objective
 from sharpkit.training.metrics import METRICS, Metric, custom
 from sharpkit.training.pace import DECAYS
+from sharpkit.training.polyak import BULKS
 
 MetricLike = str | Callable[[Objective, torch.optim.Optimizer], float | Estimate]
 
@@ -76,9 +77,7 @@ def check_settings(every: int | str, budget: float, tol: float, max_samples: int
         raise ValueError(f"max_interval must be at least 1, got {max_interval}")
 
 
-def check_learner_settings(
-    total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any, momentum: str, *, adaptive: bool
-) -> None:
+def check_learner_settings(total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any) -> None:
     """Raise ValueError where a setting of the learner makes no sense."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 20:
         raise ValueError(f"total_steps must be the number of optimizer steps of the whole run, at least 20, got {total_steps!r}")
@@ -89,7 +88,13 @@ def check_learner_settings(
             raise ValueError(f"{name} must lie between 0 and 1, got {value}")
     if not callable(decay) and decay not in DECAYS:
         raise ValueError(f"decay must be one of {', '.join(DECAYS)} or a function of the share of steps done, got {decay!r}")
+
+
+def check_momentum(momentum: str, bulk: str | float, *, adaptive: bool) -> None:
+    """Raise ValueError where a learner's choice of momentum makes no sense."""
     if momentum not in ("keep", "polyak"):
         raise ValueError(f"momentum must be 'keep' or 'polyak', got {momentum!r}")
     if momentum == "polyak" and adaptive:
         raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")
+    if bulk not in BULKS if isinstance(bulk, str) else not bulk > 1:
+        raise ValueError(f"bulk must be one of {', '.join(BULKS)}, or lambda_max over it, a number above 1, got {bulk!r}")

@@ -15,11 +15,13 @@ from sharpkit.linalg.tracking import EigenvalueTracker
 from sharpkit.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.training.polyak import polyak_pair
+from sharpkit.training.pace import COLD_MATVECS, WARM_MATVECS
+from sharpkit.training.polyak import bulk_curvature, polyak_pair
 from sharpkit.training.situation import among
 
-_WARM_MATVECS, _COLD_MATVECS, _TOL = 3, 6, 0.2  # one batch's curvature says no more
-_MEDIAN_STEPS = 10  # Lanczos steps that show the median curvature
+_TOL = 0.2  # one batch's curvature says no more
+_BULK_STEPS = 10  # Lanczos steps that show the bulk of the curvature
+_MOST_MOMENTUM = 0.98
 
 
 class Gauge:
@@ -60,17 +62,21 @@ class Gauge:
             return ratios
         return [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, ratios, strict=True)]
 
-    def polyak_momentum(self, hessian: HessianOperator, largest: float, *, step: int) -> float | None:
-        """Polyak's momentum, its lower end the median of the positive Ritz values of one random probe; None without positive curvature."""
-        density = spectral_density(hessian, num_probes=1, num_steps=min(_MEDIAN_STEPS, hessian.size), seed=self._seed + step)
-        pairs = zip(density.nodes.flatten().tolist(), density.weights.flatten().tolist(), strict=True)
-        positive = sorted(node for node, weight in pairs if node > 0 and weight > 1e-12)  # nodes of no weight fill up short runs
-        if not positive or largest <= 0:
-            return None
-        return polyak_pair(largest, min(positive[(len(positive) - 1) // 2], largest))[1]
+    def polyak_momentum(self, hessian: HessianOperator, largest: float, reading: str | float, *, step: int) -> float | None:
+        """Polyak's momentum, the lower end of the curvature read from one random probe; None without positive curvature.
+
+        Args:
+            hessian: of the batch.
+            largest: lambda_max.
+            reading: as in :func:`bulk_curvature`.
+            step: makes the probe.
+        """
+        density = spectral_density(hessian, num_probes=1, num_steps=min(_BULK_STEPS, hessian.size), seed=self._seed + step)
+        smallest = bulk_curvature(density.nodes.flatten().tolist(), density.weights.flatten().tolist(), largest, reading)
+        return None if smallest is None else min(polyak_pair(largest, smallest)[1], _MOST_MOMENTUM)
 
     def _tracker(self, name: str) -> EigenvalueTracker:
-        new = EigenvalueTracker(tol=_TOL, max_matvecs=_WARM_MATVECS, cold_matvecs=_COLD_MATVECS, check_every=8, seed=self._seed)
+        new = EigenvalueTracker(tol=_TOL, max_matvecs=WARM_MATVECS, cold_matvecs=COLD_MATVECS, check_every=8, seed=self._seed)
         return self._trackers.setdefault(name, new)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from sharpkit._guard import unwrap
 from sharpkit._params import ParamSelector
 from sharpkit.analysis.stability import update_rule
 from sharpkit.linalg.results import Estimate
-from sharpkit.objective import Closure, Objective
+from sharpkit.objective import Closure
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.training._arguments import check_learner_settings, plain_optimizer
+from sharpkit.training._arguments import check_learner_settings, check_momentum, plain_optimizer
 from sharpkit.training._objectives import ObjectiveMaker
 from sharpkit.training.decisions import Decision, LearnerHistory
 from sharpkit.training.gauge import Gauge
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 8  # steps between looks at the losses
 _MAX_ROLLBACKS = 8
+_STATE_VERSION = 2
 _MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given
 
 
@@ -39,10 +40,10 @@ class CurvatureLearner:
 
     The first step is made with rate 0, to see a batch. From 2 % of ``safety`` times the stability limit, the rate grows by a constant
     factor a step; at a few points on the way lambda_max of the batch's Hessian (of D^-1 H for Adam) is measured, by a handful of
-    products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it is held there
-    and decays to 0 at the end. Later measurements only lower it, unless the batch size changes: then it is measured at once and grows
-    anew, by the factor of the batch sizes at most. If half of the progress is lost or the loss is not finite, parameters and optimizer
-    state go back to the last good point, with half the rate.
+    products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it grows no more: it
+    is set by the mean limit of that batch and a few more, and decays to 0 at the end. Later measurements only lower it, unless the batch
+    size changes: then it is measured at once and grows anew, by the factor of the batch sizes at most. If half of the progress is lost or
+    the loss is not finite, parameters and optimizer state go back to the last good point, with half the rate.
 
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
 
@@ -58,7 +59,9 @@ class CurvatureLearner:
         decay: ``"linear"``, ``"cosine"``, ``"constant"``, or a function of the share z of steps done, such as
             :func:`sharpkit.refined_schedule` gives.
         schedule: optimizer -> a torch learning-rate scheduler, whose rate relative to its start multiplies the learned one.
-        momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the median curvature (SGD only).
+        momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the bulk curvature, at most 0.98, from where the rate
+            settles on (SGD only); 20 gradients each time.
+        bulk: which curvature counts as the lower end: ``"median"``, ``"weighted median"``, ``"mean"``, or the ratio of lambda_max to it.
         per_group: measure each group's own block and give it its own rate.
         max_lr: never above.
         seed: of probes and masks.
@@ -78,7 +81,7 @@ class CurvatureLearner:
         ...     optimizer.step()
         ...     decision = learner.step(batch)
         >>> round(learner.lr, 2), bool((model.weight - 1).abs().max() < 0.01)
-        (0.6, True)
+        (0.45, True)
 
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092, for learning rates from batch Hessians; the rule here is sharpkit's own.
@@ -96,11 +99,12 @@ class CurvatureLearner:
         params: ParamSelector = None,
         interval: int | str = "auto",
         budget: float = 0.05,
-        safety: float = 0.3,
+        safety: float = 0.225,
         warmup: float = 0.1,
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         momentum: str = "keep",
+        bulk: str | float = "median",
         per_group: bool = False,
         max_lr: float = math.inf,
         mode: str = "train",
@@ -110,11 +114,12 @@ class CurvatureLearner:
     ) -> None:
         self.optimizer, self.model = plain_optimizer(optimizer), unwrap(model)
         self._rule = update_rule(self.optimizer)
-        check_learner_settings(total_steps, interval, budget, safety, warmup, decay, momentum, adaptive=self._rule.adaptive)
+        check_learner_settings(total_steps, interval, budget, safety, warmup, decay)
+        check_momentum(momentum, bulk, adaptive=self._rule.adaptive)
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
         self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
         self._multiplier = multiplier_of(schedule)
-        self._polyak, self._per_group = momentum == "polyak", per_group
+        self._polyak, self._bulk, self._per_group = momentum == "polyak", bulk, per_group
         settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
         settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
         self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=None, max_samples=None, settings=settings)
@@ -183,7 +188,10 @@ class CurvatureLearner:
             objective, _ = self._maker.over(batch, part=1.0, seed=self.seed + self._step)
             if not self._recent:
                 self._recent.append(objective.value())
-            found = self._curvature(objective)
+            hessian = HessianOperator(objective)
+            found = self._gauge.measure(hessian, step=self._step)
+            if self._per_group:
+                self._ratios = self._gauge.group_ratios(objective, self._ratios)
         except Exception as error:
             reason = f"not measured ({type(error).__name__}: {error}); the rate stays"
             if self._rate.value == 0 and len(self.history) >= _MOST_FAILURES - 1:
@@ -192,24 +200,31 @@ class CurvatureLearner:
                     f"not measured {_MOST_FAILURES} times ({type(error).__name__}: {error}); goes on with the rate given, {self._given:.3g}"
                 )
             self._warn(reason)
-            self._pace.plan(self._step, settled=self._rate.settled)
+            self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
             return self._record(None, math.nan, reason)
         limit = self._rule.max_learning_rate(max(found.value, 1e-30))
         decay = self._decay(self._step / self.total_steps)
         reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
+        if self._polyak and self._rate.settled:
+            reason += self._set_momentum(hessian, found.value)
         self._remember_if_good()
-        self._pace.plan(self._step, settled=self._rate.settled)
+        self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
         return self._record(found, limit, reason)
 
-    def _curvature(self, objective: Objective) -> Estimate:
-        hessian = HessianOperator(objective)
-        found = self._gauge.measure(hessian, step=self._step)
-        if self._per_group:
-            self._ratios = self._gauge.group_ratios(objective, self._ratios)
-        if self._polyak and self._rate.settled and (momentum := self._gauge.polyak_momentum(hessian, found.value, step=self._step)):
-            for group in self.optimizer.param_groups:
-                group["momentum"] = momentum
-        return found
+    def _set_momentum(self, hessian: HessianOperator, largest: float) -> str:
+        """Polyak's, with the rate at the same share of the limit that it makes; what was done, in words."""
+        try:
+            momentum = self._gauge.polyak_momentum(hessian, largest, self._bulk, step=self._step)
+        except Exception as error:
+            return f"; momentum not measured ({type(error).__name__}: {error})"
+        if momentum is None:
+            return "; no positive curvature to read a momentum from"
+        before = self._rule.max_learning_rate(1.0)
+        for group in self.optimizer.param_groups:
+            group["momentum"] = momentum
+        self._rule = update_rule(self.optimizer)
+        self._rate.scale(self._rule.max_learning_rate(1.0) / before)
+        return f"; momentum {momentum:.3g}, with the rate at the same share of its limit, {self._rate.value:.3g}"
 
     # -- going back ------------------------------------------------------------------------------------------------------------------
     def _is_lost(self) -> bool:
@@ -279,7 +294,7 @@ class CurvatureLearner:
     def state_dict(self) -> dict[str, Any]:
         """All that the next decision depends on, with the point to go back to: plain containers and tensors."""
         return {
-            "version": 1,
+            "version": _STATE_VERSION,
             "step": self._step,
             "rate": self._rate.state_dict(),
             "ratios": list(self._ratios),
@@ -300,8 +315,9 @@ class CurvatureLearner:
         Raises:
             ValueError: a state of another version.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"a learner state of version {state.get('version')!r} cannot be loaded by version 1")
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"a learner state of version {state.get('version')!r} cannot be loaded by version {_STATE_VERSION}")
+        self._rule = update_rule(self.optimizer)  # its momentum may have been learned
         self._step, self._ratios = int(state["step"]), [float(r) for r in state["ratios"]]
         self._rate.load_state_dict(state["rate"])
         self._batch_size, self._last_size = int(state["batch_size"]), int(state["last_size"])

@@ -12,10 +12,12 @@ Schedule = Callable[[float], float]
 
 DECAYS: dict[str, Schedule] = {"linear": lambda z: 1 - z, "cosine": lambda z: 0.5 * (1 + math.cos(math.pi * z)), "constant": lambda z: 1.0}
 
-_COST = 5.0  # gradients of a warm measurement, about: the graph and one to three products
-_COLD_COST = 11.0
-_GROWING_SHARE = 0.6  # of the measurements fall into the growth
-_MOST = 200
+_GRAPH, _PRODUCT = 1.3, 2.0  # gradients that the graph of a measurement, and each of its products, cost
+COLD_MATVECS, WARM_MATVECS = 4, 3
+_COLD_COST, _COST = _GRAPH + COLD_MATVECS * _PRODUCT, _GRAPH + WARM_MATVECS * _PRODUCT
+_LEAST, _MOST = 4, 200  # measurements after the first
+_GROWING_SHARE = 0.6  # of them fall into the growth
+_TYPICAL, _CONFIRMING_SHARE, _MOST_CONFIRMING = 4, 0.06, 12  # batches whose limits are averaged where the growth ends
 _LONGEST_GROWTH = 3  # warm-ups
 _SETTLE = 20  # steps of an adaptive optimizer before its second moments say anything
 
@@ -36,13 +38,13 @@ class Pace:
     """
 
     def __init__(self, total_steps: int, *, start: float, warmup: float, budget: float, interval: int | str, adaptive: bool) -> None:
-        affordable = max((budget * total_steps - _COLD_COST) / _COST, 4.0)
-        count = min(round(affordable), _MOST)
-        growing = max(3, round(_GROWING_SHARE * count))
+        self._count = min(max(int((budget * total_steps - _COLD_COST) / _COST), _LEAST), _MOST)
+        self._planned, self._grown, self._made = max(3, round(_GROWING_SHARE * self._count) + 1), 0, 0
         self._growth = math.log(1 / start) / max(warmup * total_steps, 1.0)
-        self._while_growing, self._planned, self._grown = max(1, round(warmup * total_steps / growing)), growing, 0
+        self._while_growing = max(1, round(warmup * total_steps / self._planned))
         self.longest_growth = round(_LONGEST_GROWTH * warmup * total_steps)
-        self._settled = int(interval) if interval != "auto" else max(1, total_steps // max(2, count - growing))
+        self._total, self._interval = total_steps, None if interval == "auto" else int(interval)
+        self._settled_every = 0
         self._next = min(_SETTLE, max(1, total_steps // 20)) if adaptive else 1
 
     @property
@@ -55,16 +57,27 @@ class Pace:
         """How many times further apart than planned measurements are, once there are more than planned."""
         return int(2 ** max(self._grown - self._planned, 0))
 
+    @property
+    def num_confirming(self) -> int:
+        """Batches, with the one that ends the growth, whose limits the rate should settle by: what the budget leaves, but two at least."""
+        wanted = min(max(round(_CONFIRMING_SHARE * self._count), _TYPICAL), _MOST_CONFIRMING)
+        return max(2, min(wanted, self._count - self._grown + 1))
+
     def is_due(self, step: int) -> bool:
         """Whether to measure after this step."""
-        return step >= self._next
+        return self._next <= step < self._total
 
-    def plan(self, step: int, *, settled: bool) -> None:
+    def plan(self, step: int, *, settled: bool, growing: bool) -> None:
         """Fix the next measurement; where the rate grows for longer than planned, they come further and further apart."""
+        self._made += 1
         if settled:
-            self._next = step + self._settled
+            if not self._settled_every:
+                left = max(self._count + 1 - self._made, 0)
+                self._settled_every = self._interval or (self._total - step) // (left + 1) + 1
+            self._next = step + self._settled_every
             return
-        self._grown += 1
+        if growing:
+            self._grown += 1
         self._next = step + self._while_growing * self._stretch
 
     def restart(self) -> None:
@@ -72,12 +85,13 @@ class Pace:
         self._grown = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step, and the measurements of the present growth."""
-        return {"next": self._next, "grown": self._grown}
+        """The next step, and the measurements so far."""
+        return {"next": self._next, "grown": self._grown, "made": self._made, "settled_every": self._settled_every}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from it."""
         self._next, self._grown = int(state["next"]), int(state["grown"])
+        self._made, self._settled_every = int(state["made"]), int(state["settled_every"])
 
 
 class Multiplier:

@@ -13,6 +13,8 @@ _START = 0.02  # of the target, at first: sharpness at initialisation is low and
 _BACK_OFF = 0.5  # of the rate, after going back
 _NEAR = 0.1  # of the target: a rate that was lost there has grown enough
 _MOSTLY_DONE = 0.1  # of the first loss: the curvature of what is fitted says nothing, and the rate need not grow any more
+_DONE = 0.02  # of the first loss: nor may it rise, where a limit is being confirmed
+_STEEPEST_RISE = 2.0  # of the rate, in one decision while a limit is being confirmed
 _STEEPEST_CUT = 0.5  # of the rate, in one decision once it has settled
 
 
@@ -26,7 +28,7 @@ class LearnedRate:
 
     Attributes:
         value: the rate; 0 before the first limit is known.
-        settled: whether it has stopped growing.
+        settled: whether it has been decided.
     """
 
     start_share = _START
@@ -36,14 +38,20 @@ class LearnedRate:
         self._pace, self._safety, self._max_lr = pace, safety, max_lr
         self._cap, self._grows_since, self._target = math.inf, 0, math.inf
         self._limits: list[float] = []
+        self._pool: list[float] = []  # limits since the rate met its share of one
+
+    @property
+    def growing(self) -> bool:
+        """Whether it rises from step to step."""
+        return not self.settled and not self._pool
 
     def settle_at(self, value: float) -> None:
         """A rate from elsewhere."""
         self.value, self.settled = value, True
 
     def grow(self) -> None:
-        """One step of growth, where it has not settled."""
-        if self.value > 0 and not self.settled:
+        """One step of growth, where it has not met its limit."""
+        if self.value > 0 and self.growing:
             self.value = min(self.value * self._pace.growth, self._max_lr, self._cap)
 
     def decide(self, limit: float, *, step: int, decay: float, losses: LossWatch, batch_size: int, changed: bool) -> str:
@@ -60,9 +68,11 @@ class LearnedRate:
         Returns:
             the reason in words.
         """
+        if self._pool and not changed:
+            return self._confirm(limit, losses)
         self._limits = [*self._limits, limit][-2:]
         # one batch says little, but a fall of the limit counts at once
-        typical = min(limit, math.exp(sum(map(math.log, self._limits)) / len(self._limits)))
+        typical = min(limit, _geometric_mean(self._limits))
         target = self._target = min(self._safety * typical, self._max_lr)
         if self.value == 0:
             self.value, self._grows_since = _START * target, step
@@ -71,19 +81,20 @@ class LearnedRate:
             self.value = min(self.value, target)
             return f"the batch size changed to {batch_size}: goes on from {self.value:.3g} towards {min(target, self._cap):.3g}"
         if not self.settled:
-            return self._try_to_settle(target, typical, step, losses)
+            return self._meet(target, limit, step, losses)
         if self.value * decay > typical:
             before = self.value
             self.value = max(_STEEPEST_CUT * before, target / decay)
             return f"the rate in use was above the limit {typical:.3g}: {before:.3g} -> {self.value:.3g}"
         return f"stays; the limit is {typical:.3g}"
 
-    def _try_to_settle(self, target: float, typical: float, step: int, losses: LossWatch) -> str:
-        self.settled = True
+    def _meet(self, target: float, limit: float, step: int, losses: LossWatch) -> str:
+        """Whether a growing rate has grown enough."""
         if self.value >= target:
-            self.value = target
+            self.value, self._pool = target, [limit]
             losses.forget()  # those of a rate that was too high for a moment
-            return f"reached {self._safety:.0%} of the limit {typical:.3g}: settles there"
+            return f"reached {self._safety:.3g} of the limit {target / self._safety:.3g}: held there while more batches are measured"
+        self.settled = True
         if self.value >= self._cap:
             return f"gained as much as linear scaling allows: settles at {self.value:.3g}, below its share {target:.3g} of the limit"
         if math.isinf(self._cap) and losses.mean < _MOSTLY_DONE * losses.first:
@@ -94,6 +105,22 @@ class LearnedRate:
         self.settled = False
         return f"grows towards {target:.3g}"
 
+    def _confirm(self, limit: float, losses: LossWatch) -> str:
+        """One batch's limit is off by a factor of two either way, and lowest where a rate was just too high: go by the mean of several.
+
+        A rate that rises presses the curvature down further, so that the rise is bounded; after a change of the batch size there is none.
+        """
+        self._pool.append(limit)
+        count, typical = len(self._pool), _geometric_mean(self._pool)
+        target = self._target = min(self._safety * typical, self._max_lr, self._cap)
+        may_rise = math.isinf(self._cap) and not losses.mean < _DONE * losses.first
+        self.value = min(target, self.value * (_STEEPEST_RISE if may_rise else 1.0))
+        words = f"the limit is {typical:.3g} by {count} batches"
+        if count < self._pace.num_confirming:
+            return f"{words}: goes on at {self.value:.3g}"
+        self.settled, self._limits, self._pool = True, [typical], []
+        return f"{words}: settles at {self.value:.3g}"
+
     def grow_anew(self, ratio: float, *, step: int) -> None:
         """After a change of the batch size by a factor: linear scaling bounds the rate.
 
@@ -101,25 +128,38 @@ class LearnedRate:
         so, and grows back to what it was at most.
         """
         self._limits.clear()
+        self._pool.clear()
         self._cap = self.value * max(ratio, 1.0) if self.settled else math.inf
         self.value *= min(ratio, 1.0)
         self.settled, self._grows_since = False, step
         self._pace.restart()
+
+    def scale(self, factor: float) -> None:
+        """By what the limit gained by another momentum."""
+        self.value *= factor
+        self._cap *= factor
+        self._limits = [limit * factor for limit in self._limits]
 
     def back_off(self) -> None:
         """Half the rate after a lost run; it grows on only if it was far from its target."""
         self.settled = self.settled or self.value >= _NEAR * self._target
         self.value *= _BACK_OFF
         self._limits.clear()
+        self._pool.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         names = ("value", "settled", "_cap", "_grows_since", "_target")
-        return {**{name.strip("_"): getattr(self, name) for name in names}, "limits": list(self._limits), "pace": self._pace.state_dict()}
+        lists = {"limits": list(self._limits), "pool": list(self._pool)}
+        return {**{name.strip("_"): getattr(self, name) for name in names}, **lists, "pace": self._pace.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from saved numbers."""
         self.value, self.settled, self._cap = float(state["value"]), bool(state["settled"]), float(state["cap"])
         self._grows_since, self._target = int(state["grows_since"]), float(state["target"])
-        self._limits = [float(v) for v in state["limits"]]
+        self._limits, self._pool = [float(v) for v in state["limits"]], [float(v) for v in state["pool"]]
         self._pace.load_state_dict(state["pace"])
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

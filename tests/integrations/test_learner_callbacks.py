@@ -115,7 +115,8 @@ def test_lightning_keeps_the_ratio_of_groups_and_takes_a_schedule() -> None:
 
 
 def test_a_resumed_lightning_training_learns_identically(tmp_path: Path) -> None:
-    whole, begun, resumed = LightningLearner(), LightningLearner(total_steps=STEPS), LightningLearner()
+    often = {"interval": 3}
+    whole, begun, resumed = LightningLearner(**often), LightningLearner(total_steps=STEPS, **often), LightningLearner(**often)
     uninterrupted = fitted(whole)
     fitted(begun, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
     finished = fitted(resumed, ckpt=tmp_path / "half.ckpt")
@@ -235,7 +236,7 @@ def test_the_trainers_log_shows_the_rates_learned(tmp_path: Path) -> None:
 
 def test_a_resumed_trainer_learns_identically(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
-    whole, begun, resumed = TrainerLearner(), TrainerLearner(), TrainerLearner()
+    whole, begun, resumed = (TrainerLearner(interval=3) for _ in range(3))
     uninterrupted = trained(whole, tmp_path / "whole", **saving)
     trained(begun, tmp_path / "run", more=[StopAfter(STEPS // 2)], **saving)
     place = tmp_path / "run" / f"checkpoint-{STEPS // 2}"

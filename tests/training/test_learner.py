@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import sharpkit as sk
 from sharpkit.training.pace import Pace
-from sharpkit.training.polyak import polyak_pair
+from sharpkit.training.polyak import bulk_curvature, polyak_pair
+from sharpkit.training.rate import LearnedRate
 from sharpkit.training.rollback import LossWatch, Snapshot
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
@@ -79,7 +80,7 @@ def quadratic(curvature: list[float], optimizer: Any, *, steps: int = 200, **set
 def test_on_a_quadratic_the_rate_settles_at_the_asked_share_of_the_limit(optimizer: Any, limit: float, safety: float) -> None:
     learner = quadratic([50.0, 3.0, 1.0], optimizer, safety=safety)
     assert learner.lr == pytest.approx(safety * limit, rel=0.02)
-    assert "settles there" in str(learner.history)
+    assert "batches: settles at" in str(learner.history)
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])
@@ -134,12 +135,34 @@ def test_any_torch_scheduler_multiplies_the_learned_rate() -> None:
         schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 100, gamma=0.1),
     )
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * learner.lr)
-    assert learner.lr == pytest.approx(0.3 * 0.04, rel=0.02)
+    assert learner.lr == pytest.approx(learner.safety * 0.04, rel=0.02)
 
 
-def test_polyaks_momentum_follows_the_top_and_the_median_of_the_curvature() -> None:
-    learner = quadratic([50.0, 2.0, 2.0, 2.0, 1.0], lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5), momentum="polyak", interval=20)
-    assert learner.history[-1].momentum == pytest.approx(polyak_pair(50.0, 2.0)[1], rel=1e-3)
+@pytest.mark.parametrize(("bulk", "lower"), [("median", 2.0), ("weighted median", 2.0), (100.0, 0.5)])
+def test_polyaks_momentum_follows_the_top_and_the_bulk_of_the_curvature(bulk: Any, lower: float) -> None:
+    make = lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5)  # noqa: E731
+    learner = quadratic([50.0, 2.0, 2.0, 2.0, 1.0], make, momentum="polyak", bulk=bulk, interval=20)
+    momentum = polyak_pair(50.0, lower)[1]
+    assert learner.history[-1].momentum == pytest.approx(momentum, rel=1e-3)
+    assert learner.lr == pytest.approx(learner.safety * 2 * (1 + momentum) / 50, rel=0.02), "the share of the limit stays"
+
+
+def test_the_bulk_is_read_from_positive_nodes_that_carry_weight() -> None:
+    nodes, weights = [-3.0, 0.0, 1.0, 2.0, 10.0, 4.0], [0.2, 0.1, 0.4, 0.2, 0.1, 1e-16]
+    found = [bulk_curvature(nodes, weights, 10.0, reading) for reading in ("median", "weighted median", "mean", 20.0)]
+    assert found == pytest.approx([2.0, 1.0, (0.4 + 0.4 + 1.0) / 0.7, 0.5])
+    assert bulk_curvature([-1.0], [1.0], 10.0, "mean") is None
+    assert bulk_curvature([3.0], [1.0], 2.0, "median") == 2.0, "never above lambda_max"
+
+
+def test_momentum_is_left_where_it_cannot_be_measured() -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    learner = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=100, momentum="polyak")
+    learner._gauge.polyak_momentum = lambda *_, **__: 1 / 0  # type: ignore[method-assign]
+    train(model, optimizer, learner, steps=100)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert "momentum not measured (ZeroDivisionError" in str(learner.history)
 
 
 def test_polyaks_pair_is_the_fastest_heavy_ball_on_a_quadratic() -> None:
@@ -175,10 +198,10 @@ def test_a_change_of_the_batch_size_is_measured_at_once_and_the_rate_follows_the
         rates.append(learner.lr)
     assert limits[64] > 2 * limits[2]
     assert [d.step for d in learner.history if "batch size changed" in d.reason] == [202, 402]
-    assert rates[199] == pytest.approx(0.3 * limits[2], rel=0.05)
-    assert rates[399] == pytest.approx(0.3 * limits[64], rel=0.05)
+    assert rates[199] == pytest.approx(learner.safety * limits[2], rel=0.05)
+    assert rates[399] == pytest.approx(learner.safety * limits[64], rel=0.05)
     assert rates[401] == pytest.approx(rates[399] / 32), "the second smaller batch lowers it as linear scaling does"
-    assert rates[599] == pytest.approx(0.3 * limits[2], rel=0.05)
+    assert rates[599] == pytest.approx(learner.safety * limits[2], rel=0.05)
 
 
 def test_the_odd_last_batch_of_an_epoch_is_no_change_of_the_batch_size() -> None:
@@ -206,11 +229,46 @@ def test_where_the_limit_flees_the_growth_ends() -> None:
     closure = lambda m, batch: 1e-8 * sum(p.square().sum() for p in m.parameters())  # noqa: E731
     learner = sk.CurvatureLearner(optimizer, model=model, closure=closure, count=lambda b: 1.0, total_steps=1000, safety=0.9)
     learner._pace._growth = 0.0  # nothing else would ever meet the limit
-    for _ in range(400):
+    for _ in range(500):
         optimizer.step()
         learner.step((X, Y), loss=0.0)
     assert learner._rate.settled and "without meeting" in str(learner.history)
     assert sum(d.num_matvecs > 0 for d in learner.history) < 12
+
+
+def meeting(limits: list[float], *, loss: float = 1.0) -> tuple[LearnedRate, list[float]]:
+    """A rate that has met its share of the first limit, and what it becomes at each of the others; the loss was 1 at first."""
+    rate = LearnedRate(Pace(1000, start=0.02, warmup=0.1, budget=0.05, interval="auto", adaptive=False), safety=0.25, max_lr=math.inf)
+    losses = LossWatch()
+    about = {"step": 30, "decay": 1.0, "losses": losses, "batch_size": 8, "changed": False}
+    for _ in range(16):
+        losses.add(1.0)
+    rate.decide(limits[0], **about)  # type: ignore[arg-type]
+    rate.value = limits[0]
+    rates = []
+    for limit in limits:
+        rate.decide(limit, **about)  # type: ignore[arg-type]
+        rates.append(rate.value)
+        losses.add(loss)
+        rate.grow()
+        assert rate.value == rates[-1], "it does not grow once it has met its limit"
+    return rate, rates
+
+
+def test_where_the_growth_ends_the_mean_of_several_batches_decides() -> None:
+    rate, rates = meeting([0.4, 0.8, 0.2, 0.4])
+    assert rate.settled
+    assert rates == pytest.approx([0.1, 0.25 * math.sqrt(0.32), 0.1, 0.1])
+    assert meeting([0.4, 40.0, 40.0, 40.0])[1] == pytest.approx([0.1, 0.2, 0.4, 0.8]), "it at most doubles at each"
+    assert not meeting([0.4, 0.8, 0.2])[0].settled
+    assert meeting([0.4, 40.0, 40.0, 40.0], loss=0.01)[1][-1] == pytest.approx(0.1), "the curvature of fitted data raises nothing"
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    model = network()
+    learner = sk.CurvatureLearner(sgd(model.parameters()), model=model, loss=F.cross_entropy, total_steps=100)
+    with pytest.raises(ValueError, match="version 1 cannot be loaded"):
+        learner.load_state_dict({**learner.state_dict(), "version": 1})
 
 
 def test_a_lost_run_goes_back_to_the_last_good_point_with_half_the_rate() -> None:
@@ -336,6 +394,8 @@ def test_a_resumed_run_is_identical_to_an_uninterrupted_one(make: Any, tmp_path:
         ({"interval": "often"}, "interval must be"),
         ({"decay": "exponential"}, "decay must be one of linear, cosine, constant"),
         ({"momentum": "auto"}, "momentum must be"),
+        ({"bulk": "mode"}, "bulk must be one of median, weighted median, mean"),
+        ({"bulk": 0.5}, "a number above 1"),
     ],
 )
 def test_settings_without_sense_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -358,11 +418,12 @@ def test_polyak_for_adam_and_an_existing_scheduler_are_refused_with_the_remedy()
 
 def test_the_pace_measures_more_in_longer_runs_and_keeps_to_its_share() -> None:
     for total in (200, 2000, 20_000):
-        pace, count, step = Pace(total, start=0.02, warmup=0.1, budget=0.05, interval="auto", adaptive=False), 0, 0
+        pace, counts, step = Pace(total, start=0.02, warmup=0.1, budget=0.05, interval="auto", adaptive=False), [], 0
         assert pace.growth ** (0.1 * total) == pytest.approx(50)
         while step < total:
             step += 1
             if pace.is_due(step):
-                count += 1
-                pace.plan(step, settled=step > 0.1 * total)
-        assert 11 + 5 * (count - 1) <= max(0.055 * total, 31)
+                counts.append(step)
+                pace.plan(step, settled=step > 0.15 * total, growing=step < 0.1 * total)
+        assert 9.3 + 7.3 * (len(counts) - 1) <= max(0.05 * total, 9.3 + 5 * 7.3)
+        assert len(counts) >= 5 and counts[-1] < total

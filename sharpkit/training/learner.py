@@ -41,8 +41,8 @@ class CurvatureLearner:
     The first step is made with rate 0, to see a batch. From 2 % of ``safety`` times the stability limit, the rate grows by a constant
     factor a step; at a few points on the way lambda_max of the batch's Hessian (of D^-1 H for Adam) is measured, by a handful of
     products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it grows no more: it
-    is set by the mean limit of that batch and a few more, and decays to 0 at the end. Later measurements only lower it, unless the batch
-    size changes: then it is measured at once and grows anew, by the factor of the batch sizes at most. If half of the progress is lost or
+    is set by the mean curvature of that batch and a few more, and decays to 0 at the end. Later measurements only lower it, unless the
+    batch size changes: then it is measured at once and grows anew, by the factor of the batch sizes at most. If half of the progress is lost or
     the loss is not finite, parameters and optimizer state go back to the last good point, with half the rate.
 
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
@@ -81,7 +81,7 @@ class CurvatureLearner:
         ...     optimizer.step()
         ...     decision = learner.step(batch)
         >>> round(learner.lr, 2), bool((model.weight - 1).abs().max() < 0.01)
-        (0.45, True)
+        (0.6, True)
 
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092, for learning rates from batch Hessians; the rule here is sharpkit's own.
@@ -99,7 +99,7 @@ class CurvatureLearner:
         params: ParamSelector = None,
         interval: int | str = "auto",
         budget: float = 0.05,
-        safety: float = 0.225,
+        safety: float = 0.3,
         warmup: float = 0.1,
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
@@ -252,6 +252,7 @@ class CurvatureLearner:
         self._recent.clear()
         if not self._maker.agree(float(not self._losses.is_good)):  # on every process, so that all go back to the same point
             self._snapshot = Snapshot(self.model, self.optimizer)
+            self._rate.remember()
 
     # -- small parts -----------------------------------------------------------------------------------------------------------------
     def _apply(self) -> None:

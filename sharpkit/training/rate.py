@@ -37,6 +37,7 @@ class LearnedRate:
         self.value, self.settled = 0.0, False
         self._pace, self._safety, self._max_lr = pace, safety, max_lr
         self._cap, self._grows_since, self._target = math.inf, 0, math.inf
+        self._before, self._good = 0.0, 0.0  # the rate before it met its limit, and at the point to go back to
         self._limits: list[float] = []
         self._pool: list[float] = []  # limits since the rate met its share of one
 
@@ -91,7 +92,7 @@ class LearnedRate:
     def _meet(self, target: float, limit: float, step: int, losses: LossWatch) -> str:
         """Whether a growing rate has grown enough."""
         if self.value >= target:
-            self.value, self._pool = target, [limit]
+            self._before, self.value, self._pool = self.value, target, [limit]
             losses.forget()  # those of a rate that was too high for a moment
             return f"reached {self._safety:.3g} of the limit {target / self._safety:.3g}: held there while more batches are measured"
         self.settled = True
@@ -106,12 +107,12 @@ class LearnedRate:
         return f"grows towards {target:.3g}"
 
     def _confirm(self, limit: float, losses: LossWatch) -> str:
-        """One batch's limit is off by a factor of two either way, and lowest where a rate was just too high: go by the mean of several.
+        """One batch's limit is off by a factor of two either way: go by the mean curvature of several, the harmonic mean of their limits.
 
         A rate that rises presses the curvature down further, so that the rise is bounded; after a change of the batch size there is none.
         """
         self._pool.append(limit)
-        count, typical = len(self._pool), _geometric_mean(self._pool)
+        count, typical = len(self._pool), len(self._pool) / sum(1 / limit for limit in self._pool)
         target = self._target = min(self._safety * typical, self._max_lr, self._cap)
         may_rise = math.isinf(self._cap) and not losses.mean < _DONE * losses.first
         self.value = min(target, self.value * (_STEEPEST_RISE if may_rise else 1.0))
@@ -141,15 +142,24 @@ class LearnedRate:
         self._limits = [limit * factor for limit in self._limits]
 
     def back_off(self) -> None:
-        """Half the rate after a lost run; it grows on only if it was far from its target."""
+        """Half the rate after a lost run, which grows on only if it was far from its target.
+
+        A run lost just after the rate met its limit was lost by the rate before, and goes back to a point where that was lower.
+        """
+        if self._pool:
+            self.value = max(self.value, min(self._before, self._good))
         self.settled = self.settled or self.value >= _NEAR * self._target
         self.value *= _BACK_OFF
         self._limits.clear()
         self._pool.clear()
 
+    def remember(self) -> None:
+        """The present rate is that of the last good point."""
+        self._good = self.value
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        names = ("value", "settled", "_cap", "_grows_since", "_target")
+        names = ("value", "settled", "_cap", "_grows_since", "_target", "_before", "_good")
         lists = {"limits": list(self._limits), "pool": list(self._pool)}
         return {**{name.strip("_"): getattr(self, name) for name in names}, **lists, "pace": self._pace.state_dict()}
 
@@ -157,6 +167,7 @@ class LearnedRate:
         """Go on from saved numbers."""
         self.value, self.settled, self._cap = float(state["value"]), bool(state["settled"]), float(state["cap"])
         self._grows_since, self._target = int(state["grows_since"]), float(state["target"])
+        self._before, self._good = float(state["before"]), float(state["good"])
         self._limits, self._pool = [float(v) for v in state["limits"]], [float(v) for v in state["pool"]]
         self._pace.load_state_dict(state["pace"])
 

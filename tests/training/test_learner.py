@@ -258,10 +258,27 @@ def meeting(limits: list[float], *, loss: float = 1.0) -> tuple[LearnedRate, lis
 def test_where_the_growth_ends_the_mean_of_several_batches_decides() -> None:
     rate, rates = meeting([0.4, 0.8, 0.2, 0.4])
     assert rate.settled
-    assert rates == pytest.approx([0.1, 0.25 * math.sqrt(0.32), 0.1, 0.1])
-    assert meeting([0.4, 40.0, 40.0, 40.0])[1] == pytest.approx([0.1, 0.2, 0.4, 0.8]), "it at most doubles at each"
+    assert rates == pytest.approx([0.1, 0.5 / (1 / 0.4 + 1 / 0.8), 0.75 / (1 / 0.4 + 1 / 0.8 + 1 / 0.2), 1 / (2 / 0.4 + 1 / 0.8 + 1 / 0.2)])
+    assert meeting([0.4, 40.0, 40.0, 40.0])[1] == pytest.approx([0.1, 0.2 / 1.01, 0.3 / 1.02, 0.4 / 1.03]), "it at most doubles at each"
     assert not meeting([0.4, 0.8, 0.2])[0].settled
     assert meeting([0.4, 40.0, 40.0, 40.0], loss=0.01)[1][-1] == pytest.approx(0.1), "the curvature of fitted data raises nothing"
+
+
+def test_a_run_lost_where_the_growth_ended_goes_back_to_half_of_the_rate_at_the_good_point() -> None:
+    """The spike that lost it is what made its limit low: that is not halved once more."""
+    losses = LossWatch()
+    rate = LearnedRate(Pace(1000, start=0.02, warmup=0.1, budget=0.05, interval="auto", adaptive=False), safety=0.25, max_lr=math.inf)
+    about = {"step": 30, "decay": 1.0, "losses": losses, "batch_size": 8, "changed": False}
+    rate.decide(1.0, **about)  # type: ignore[arg-type]
+    rate.value = 0.08
+    rate.remember()
+    rate.value = 0.16
+    rate.decide(0.04, **about)  # type: ignore[arg-type]
+    assert rate.value == pytest.approx(0.01)
+    rate.back_off()
+    assert rate.value == pytest.approx(0.04) and rate.settled
+    rate.back_off()
+    assert rate.value == pytest.approx(0.02)
 
 
 def test_a_state_of_another_version_is_refused() -> None:

@@ -3,8 +3,8 @@
 "Polyak" is ``CurvatureLearner(momentum="polyak")``: the momentum of his pair, the rate at a share (``safety``) of the stability limit that
 this momentum makes, which is his rate but for a factor 1 + mu / L. Two other rules are those of the scripts published with arXiv
 2006.09092, with no share taken: 2 / (L + mu) with the momentum kept, and sqrt(mu / L) with momentum
-(sqrt L - sqrt mu) / (sqrt L + sqrt mu). mu is read from ten Lanczos steps in the ways of ``bulk``. Every loss is divided by the best of a grid of rates under a linear decay
-with momentum 0.9 (or AdamW), on the same seeds; the products that read mu are not counted.
+(sqrt L - sqrt mu) / (sqrt L + sqrt mu). mu is read from ten Lanczos steps in the ways of ``bulk``. Every loss is divided by the best of a
+grid of rates under a linear decay with momentum 0.9 (or AdamW), on the same seeds; the products that read mu are not counted.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class CurvatureLearner:
     factor a step; at a few points on the way lambda_max of the batch's Hessian (of D^-1 H for Adam) is measured, by a handful of
     products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it grows no more: it
     is set by the mean curvature of that batch and a few more, and decays to 0 at the end. Later measurements only lower it, unless the
-    batch size changes: then it is measured at once and grows anew, by the factor of the batch sizes at most. If half of the progress is lost or
-    the loss is not finite, parameters and optimizer state go back to the last good point, with half the rate.
+    batch size changes: then it is measured at once and grows anew, by the factor of the batch sizes at most. If half of the progress is
+    lost or the loss is not finite, parameters and optimizer state go back to the last good point, with half the rate.
 
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
 

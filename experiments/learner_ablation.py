@@ -25,7 +25,7 @@ OTHERS: list[dict[str, Any]] = [{"decay": "cosine"}, {"decay": "constant"}, {"ro
 # indices into the nine rates of each task's grid, around the best
 GRID = {"digits": range(3, 8), "fashion": range(4, 7), "text": range(4, 7)}
 PLAIN = {"decay": "linear", "rollback": True}
-CHOICE = {"safety": 0.3, "warmup": 0.1}
+CHOICE = {"safety": 0.25, "warmup": 0.1}
 KEYS = ("kind", "task", "seed", "safety", "warmup", "decay", "rollback", "rate", "schedule")
 
 

@@ -44,7 +44,7 @@ class LearnerCallback(BatchHooks):
         UnsupportedError: when training starts, an optimizer whose stability limit is not known, or a fully sharded model.
 
     Example:
-        >>> callback = LearnerCallback(safety=0.3)  # Trainer(callbacks=[callback], max_epochs=10)
+        >>> callback = LearnerCallback(safety=0.2)  # Trainer(callbacks=[callback], max_epochs=10)
         >>> callback.history
         LearnerHistory(no decision yet)
     """
@@ -60,7 +60,7 @@ class LearnerCallback(BatchHooks):
         params: ParamSelector = None,
         interval: int | str = "auto",
         budget: float = 0.05,
-        safety: float = 0.3,
+        safety: float = 0.25,
         warmup: float = 0.1,
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,

@@ -48,7 +48,7 @@ class LearnerCallback(TrainerHooks):
         UnsupportedError: when training starts, an optimizer whose stability limit is not known; at the first step, batches not seen.
 
     Example:
-        >>> callback = LearnerCallback(safety=0.3)  # Trainer(..., callbacks=[callback])
+        >>> callback = LearnerCallback(safety=0.2)  # Trainer(..., callbacks=[callback])
         >>> callback.history
         LearnerHistory(no decision yet)
     """
@@ -63,7 +63,7 @@ class LearnerCallback(TrainerHooks):
         params: ParamSelector = None,
         interval: int | str = "auto",
         budget: float = 0.05,
-        safety: float = 0.3,
+        safety: float = 0.25,
         warmup: float = 0.1,
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,

@@ -81,7 +81,7 @@ class CurvatureLearner:
         ...     optimizer.step()
         ...     decision = learner.step(batch)
         >>> round(learner.lr, 2), bool((model.weight - 1).abs().max() < 0.01)
-        (0.6, True)
+        (0.5, True)
 
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092, for learning rates from batch Hessians; the rule here is sharpkit's own.
@@ -99,7 +99,7 @@ class CurvatureLearner:
         params: ParamSelector = None,
         interval: int | str = "auto",
         budget: float = 0.05,
-        safety: float = 0.3,
+        safety: float = 0.25,
         warmup: float = 0.1,
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,

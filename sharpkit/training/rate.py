@@ -14,7 +14,7 @@ _BACK_OFF = 0.5  # of the rate, after going back
 _NEAR = 0.1  # of the target: a rate that was lost there has grown enough
 _MOSTLY_DONE = 0.1  # of the first loss: the curvature of what is fitted says nothing, and the rate need not grow any more
 _DONE = 0.02  # of the first loss: nor may it rise, where a limit is being confirmed
-_STEEPEST_RISE = 2.0  # of the rate, in one decision while a limit is being confirmed
+_STEP = 1.4  # a rate this near to its target has met it, and rises by no more in one decision from there on
 _STEEPEST_CUT = 0.5  # of the rate, in one decision once it has settled
 
 
@@ -51,9 +51,9 @@ class LearnedRate:
         self.value, self.settled = value, True
 
     def grow(self) -> None:
-        """One step of growth, where it has not met its limit."""
+        """One step of growth towards the last target, where it has not met it."""
         if self.value > 0 and self.growing:
-            self.value = min(self.value * self._pace.growth, self._max_lr, self._cap)
+            self.value = max(self.value, min(self.value * self._pace.growth, self._target, self._cap))
 
     def decide(self, limit: float, *, step: int, decay: float, losses: LossWatch, batch_size: int, changed: bool) -> str:
         """Move the rate by a limit just measured.
@@ -91,8 +91,8 @@ class LearnedRate:
 
     def _meet(self, target: float, limit: float, step: int, losses: LossWatch) -> str:
         """Whether a growing rate has grown enough."""
-        if self.value >= target:
-            self._before, self.value, self._pool = self.value, target, [limit]
+        if self.value * _STEP >= target:
+            self._before, self.value, self._pool = self.value, min(target, self._cap), [limit]
             losses.forget()  # those of a rate that was too high for a moment
             return f"reached {self._safety:.3g} of the limit {target / self._safety:.3g}: held there while more batches are measured"
         self.settled = True
@@ -115,7 +115,7 @@ class LearnedRate:
         count, typical = len(self._pool), len(self._pool) / sum(1 / limit for limit in self._pool)
         target = self._target = min(self._safety * typical, self._max_lr, self._cap)
         may_rise = math.isinf(self._cap) and not losses.mean < _DONE * losses.first
-        self.value = min(target, self.value * (_STEEPEST_RISE if may_rise else 1.0))
+        self.value = min(target, self.value * (_STEP if may_rise else 1.0))
         words = f"the limit is {typical:.3g} by {count} batches"
         if count < self._pace.num_confirming:
             return f"{words}: goes on at {self.value:.3g}"

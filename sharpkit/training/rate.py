@@ -125,13 +125,14 @@ class LearnedRate:
     def grow_anew(self, ratio: float, *, step: int) -> None:
         """After a change of the batch size by a factor: linear scaling bounds the rate.
 
-        On larger batches it gains that factor at most; on smaller ones it loses it at once, as the curvature of fitted data would not say
-        so, and grows back to what it was at most.
+        On larger batches it gains that factor at most, and its square root at once, the least that any batch rule gives; on smaller ones
+        it loses the factor at once, as the curvature of fitted data would not say so, and grows back to what it was at most.
         """
         self._limits.clear()
         self._pool.clear()
         self._cap = self.value * max(ratio, 1.0) if self.settled else math.inf
-        self.value *= min(ratio, 1.0)
+        if ratio < 1 or self.settled:
+            self.value *= min(ratio, math.sqrt(ratio))
         self.settled, self._grows_since = False, step
         self._pace.restart()
 

@@ -200,6 +200,7 @@ def test_a_change_of_the_batch_size_is_measured_at_once_and_the_rate_follows_the
     assert [d.step for d in learner.history if "batch size changed" in d.reason] == [202, 402]
     assert rates[199] == pytest.approx(learner.safety * limits[2], rel=0.05)
     assert rates[399] == pytest.approx(learner.safety * limits[64], rel=0.05)
+    assert rates[201] == pytest.approx(min(math.sqrt(32) * rates[199], learner.safety * limits[64]), rel=0.05)
     assert rates[401] == pytest.approx(rates[399] / 32), "the second smaller batch lowers it as linear scaling does"
     assert rates[599] == pytest.approx(learner.safety * limits[2], rel=0.05)
 

@@ -156,6 +156,13 @@ def ratios(row: Row) -> dict[str, float]:
     }
 
 
+def met_after(row: Row) -> int | None:
+    """Steps from the change of the batch size until the rate met its share of the limit, or its bound."""
+    half = row["steps"] // 2
+    found = [int(r.split(":")[0].removeprefix("step ")) - half for r in row["reasons"] if "reached" in r or "gained" in r]
+    return next((step for step in found if step > 0), None)
+
+
 _KINDS = {"seeds": diverged, "start": started, "resume": resumed, "switch": switched}
 
 
@@ -187,7 +194,7 @@ def table(rows: list[Row]) -> list[str]:
             lines.append(f"{task}: {sum(r['identical'] and r['history_identical'] for r in runs)} of {len(runs)} resumed runs identical")
         for r in mine["switch"]:
             words = ", ".join(f"{name} x {value:.2f}" for name, value in ratios(r).items())
-            when = f"settled after {r['settled_after']} steps, measured at {r['measured_at']}"
+            when = f"met its share after {met_after(r)} steps, settled after {r['settled_after']}, measured at {r['measured_at']}"
             lines.append(f"{r['sizes']}, {r['steps']} steps: rate {r['before']:.3g} -> {r['after']:.3g} ({words}); {when}")
     return lines
 

@@ -68,7 +68,7 @@ class LearnerCallback(TrainerHooks):
         decay: str | Schedule = "linear",
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         momentum: str = "keep",
-        bulk: str | float = "median",
+        bulk: str | float = 1e3,
         per_group: bool = False,
         max_lr: float = math.inf,
         mode: str = "train",

@@ -63,7 +63,7 @@ class Gauge:
         return [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, ratios, strict=True)]
 
     def polyak_momentum(self, hessian: HessianOperator, largest: float, reading: str | float, *, step: int) -> float | None:
-        """Polyak's momentum, the lower end of the curvature read from one random probe; None without positive curvature.
+        """Polyak's momentum, the lower end of the curvature read from one random probe or given; None without positive curvature.
 
         Args:
             hessian: of the batch.
@@ -71,8 +71,11 @@ class Gauge:
             reading: as in :func:`bulk_curvature`.
             step: makes the probe.
         """
-        density = spectral_density(hessian, num_probes=1, num_steps=min(_BULK_STEPS, hessian.size), seed=self._seed + step)
-        smallest = bulk_curvature(density.nodes.flatten().tolist(), density.weights.flatten().tolist(), largest, reading)
+        nodes, weights = [largest], [1.0]
+        if isinstance(reading, str):
+            density = spectral_density(hessian, num_probes=1, num_steps=min(_BULK_STEPS, hessian.size), seed=self._seed + step)
+            nodes, weights = density.nodes.flatten().tolist(), density.weights.flatten().tolist()
+        smallest = bulk_curvature(nodes, weights, largest, reading)
         return None if smallest is None else min(polyak_pair(largest, smallest)[1], _MOST_MOMENTUM)
 
     def _tracker(self, name: str) -> EigenvalueTracker:

@@ -61,8 +61,8 @@ class CurvatureLearner:
         schedule: optimizer -> a torch learning-rate scheduler, whose rate relative to its start multiplies the learned one.
         momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the bulk curvature, at most 0.98, from where the rate
             settles on (SGD only).
-        bulk: which curvature counts as the lower end: the ratio of lambda_max to it, or ``"median"``, ``"weighted median"`` or ``"mean"`` of
-            a quadrature, at 20 gradients each time.
+        bulk: which curvature counts as the lower end: the ratio of lambda_max to it, or ``"median"``, ``"weighted median"`` or ``"mean"``
+            of a quadrature, at 20 gradients each time.
         per_group: measure each group's own block and give it its own rate.
         max_lr: never above.
         seed: of probes and masks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 import sharpkit as sk
 from experiments._batch_models import digits
@@ -167,11 +169,18 @@ def learn(task: Task, seed: int, *, lr: float = 1e-3, steps: int | None = None, 
         lr: given to the optimizer, without effect.
         steps: of the whole run; the task's without.
         rollback: whether the learner may go back to an earlier point.
-        settings: of the learner.
+        settings: of the learner; the decay "schedule-free" is a constant rate of SGDScheduleFree.
     """
     steps = steps or task.steps
     model = task.make(seed)
     optimizer = task.optimizer(model.parameters(), lr)
+    free = settings.get("decay") == "schedule-free"
+    if free:
+        from schedulefree import SGDScheduleFree
+
+        optimizer = SGDScheduleFree(model.parameters(), lr=lr, momentum=0.9)
+        optimizer.train()
+        settings["decay"] = "constant"
     learner = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=steps, **settings)
     if not rollback:
         learner._rollbacks = 10**6
@@ -180,6 +189,9 @@ def learn(task: Task, seed: int, *, lr: float = 1e-3, steps: int | None = None, 
         warnings.simplefilter("ignore", sk.SharpkitWarning)
         for _, batch in zip(range(steps), task.batches(seed), strict=False):
             losses.append(train_step(model, optimizer, learner, batch))
+    if free:
+        optimizer.eval()  # type: ignore[attr-defined]  # from here on the parameters are the average, and so must the batch norms be
+        update_bn((x for x, _ in itertools.islice(task.batches(seed), 50)), model)
     training, test = task.losses(model)
     return {"train": training, "test": test, "steps": steps, "seconds": time.perf_counter() - began, **summary(learner, losses)}
 

@@ -21,7 +21,8 @@ SEEDS_OF = {"digits": SEEDS, "fashion": SEEDS[:5], "text": SEEDS[:3]}
 SAFETIES = (0.2, 0.25, 0.3, 0.4, 0.5)
 WARMUPS = (0.05, 0.1, 0.2)
 PAIRS = [{"safety": a, "warmup": w} for w in WARMUPS for a in SAFETIES]
-OTHERS: list[dict[str, Any]] = [{"decay": "cosine"}, {"decay": "constant"}, {"rollback": False}]
+OTHERS: list[dict[str, Any]] = [{"decay": "cosine"}, {"decay": "constant"}, {"decay": "schedule-free"}, {"rollback": False}]
+FREE = {"decay": "schedule-free"}  # of SGD
 # indices into the nine rates of each task's grid, around the best
 GRID = {"digits": range(3, 8), "fashion": range(4, 7), "text": range(4, 7)}
 PLAIN = {"decay": "linear", "rollback": True}
@@ -48,7 +49,7 @@ def jobs(quick: bool) -> list[Row]:
         rates = [task_of(run["task"]).grid[j] for j in GRID[run["task"]]]
         found += [{"kind": "grid", **run, "rate": r, "schedule": "linear"} for r in rates]
     for other in OTHERS:
-        found += [{"kind": "learner", **run, **CHOICE, **PLAIN, **other} for run in runs]
+        found += [{"kind": "learner", **run, **CHOICE, **PLAIN, **other} for run in runs if other != FREE or run["task"] != "text"]
     return found
 
 

@@ -122,7 +122,7 @@ class UpdateRule:
 
 
 def update_rule(optimizer: torch.optim.Optimizer, *, group: int = 0) -> UpdateRule:
-    """The linear update rule of a torch optimizer's parameter group.
+    """The linear update rule of a parameter group of a torch optimizer, or of schedulefree's SGDScheduleFree (arXiv 2405.15682).
 
     Raises:
         UnsupportedError: an optimizer whose linear rule is not known.
@@ -132,6 +132,8 @@ def update_rule(optimizer: torch.optim.Optimizer, *, group: int = 0) -> UpdateRu
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.SGD):
         return UpdateRule(float(settings["momentum"]), float(settings["dampening"]), bool(settings["nesterov"]), decay, name=name)
+    if name == "SGDScheduleFree":  # the fast iterate moves by the gradient at its share 1 - momentum of the point where it is taken
+        return UpdateRule(0.0, float(settings["momentum"]), False, decay, name=name)
     if isinstance(optimizer, torch.optim.Adam):  # AdamW derives from Adam
         beta1 = float(settings["betas"][0])
         decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(settings.get("decoupled_weight_decay"))
@@ -142,8 +144,8 @@ def update_rule(optimizer: torch.optim.Optimizer, *, group: int = 0) -> UpdateRu
     if isinstance(optimizer, torch.optim.Adagrad):
         return UpdateRule(adaptive=True, name=name)
     raise UnsupportedError(
-        f"the stability limit of {name} is not known; supported: SGD, Adam, AdamW, RMSprop, Adagrad. Pass momentum=, dampening=, "
-        f"weight_decay= of its linear part instead"
+        f"the stability limit of {name} is not known; supported: SGD, Adam, AdamW, RMSprop, Adagrad, SGDScheduleFree. Pass momentum=, "
+        f"dampening=, weight_decay= of its linear part instead"
     )
 
 

@@ -48,7 +48,8 @@ class CurvatureLearner:
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
 
     Args:
-        optimizer: torch.optim SGD, Adam, AdamW, RMSprop or Adagrad. Groups keep the ratio of their rates to the first group's.
+        optimizer: torch.optim SGD, Adam, AdamW, RMSprop or Adagrad, or SGDScheduleFree (in train mode, with ``decay="constant"``). Groups
+            keep the ratio of their rates to the first group's.
         model: what it trains.
         loss, closure, count, params, mode, autocast, process_group: as in :class:`sharpkit.Monitor`.
         total_steps: T, optimizer steps of the whole run.

@@ -78,6 +78,24 @@ def test_nesterov_with_decoupled_decay_is_exact() -> None:
         assert (abs(w) < 1e-3) is stable
 
 
+@pytest.mark.parametrize("decay", [0.0, 5.0])
+def test_schedule_free_sgd_converges_just_below_its_limit_and_diverges_just_above(decay: float) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    curvature = torch.tensor([10.0, 1.0], dtype=torch.float64)
+    for factor, bound in ((0.97, 0.0), (1.03, math.inf)):
+        w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+        optimizer = schedulefree.SGDScheduleFree([w], lr=1.0, momentum=0.8, weight_decay=decay)
+        optimizer.train()
+        limit = update_rule(optimizer).max_learning_rate(10.0)
+        assert limit == pytest.approx(2 / (0.2 * (10 + decay)))
+        optimizer.param_groups[0]["lr"] = factor * limit
+        for _ in range(3000):
+            optimizer.zero_grad()
+            (0.5 * curvature * w.square()).sum().backward()
+            optimizer.step()
+        assert float(w.detach().abs().max()) < 1e-9 if bound == 0 else float(w.detach().abs().max()) > 1e9
+
+
 def test_limits_have_their_closed_forms() -> None:
     assert sk.stable_learning_rate(10.0) == pytest.approx(0.2)
     assert sk.stable_learning_rate(10.0, momentum=0.9) == pytest.approx(0.38)

@@ -160,7 +160,16 @@ def baseline(task: Task, rate: float, schedule: str, seed: int) -> tuple[float, 
     return task.losses(model)
 
 
-def learn(task: Task, seed: int, *, lr: float = 1e-3, steps: int | None = None, rollback: bool = True, **settings: Any) -> Row:
+def learn(
+    task: Task,
+    seed: int,
+    *,
+    lr: float = 1e-3,
+    steps: int | None = None,
+    rollback: bool = True,
+    change: Callable[[sk.CurvatureLearner], object] | None = None,
+    **settings: Any,
+) -> Row:
     """One run with the learner, with what its measurements cost in gradients of a batch.
 
     Args:
@@ -169,6 +178,7 @@ def learn(task: Task, seed: int, *, lr: float = 1e-3, steps: int | None = None, 
         lr: given to the optimizer, without effect.
         steps: of the whole run; the task's without.
         rollback: whether the learner may go back to an earlier point.
+        change: done to the learner before training.
         settings: of the learner; the decay "schedule-free" is a constant rate of SGDScheduleFree.
     """
     steps = steps or task.steps
@@ -184,6 +194,8 @@ def learn(task: Task, seed: int, *, lr: float = 1e-3, steps: int | None = None, 
     learner = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=steps, **settings)
     if not rollback:
         learner._rollbacks = 10**6
+    if change is not None:
+        change(learner)
     losses, began = [], time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sk.SharpkitWarning)
@@ -272,6 +284,23 @@ def collect(name: str, evaluate: Callable[[Row], Row], jobs: list[Row], *, keys:
                 rows.append(rounded({**futures[future], **future.result()}))
                 _write(path, name, rows, options)
     return rows
+
+
+def run_and_draw(
+    name: str,
+    description: str | None,
+    *,
+    evaluate: Callable[[Row], Row],
+    jobs: Callable[[bool], list[Row]],
+    keys: tuple[str, ...],
+    table: Callable[[list[Row]], list[str]],
+    draw: Callable[[list[Row], Path], None],
+) -> None:
+    """An experiment's command: what is missing is run, the table printed, the figure drawn."""
+    options = arguments(description)
+    rows = collect(name, evaluate, jobs(options.quick), keys=keys, options=options)
+    print("\n".join(table(rows)))
+    draw(rows, figure_path(name, quick=options.quick))
 
 
 def _one_thread() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments._common import Row
-from experiments._learner_tasks import TASKS, arguments, baseline, collect, figure_path, learn, task_of
+from experiments._learner_tasks import TASKS, baseline, learn, run_and_draw, task_of
 
 NAME = "learner_ablation"
 SEEDS = tuple(range(10))
@@ -137,12 +137,5 @@ def _bars(ax: Any, rows: list[Row], which: str) -> None:
     _frame(ax, which, f"safety {CHOICE['safety']:g}, warm-up {CHOICE['warmup']:g} T, and one change")
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    rows = collect(NAME, evaluate, jobs(options.quick), keys=KEYS, options=options)
-    print("\n".join(table(rows)))
-    draw(rows, figure_path(NAME, quick=options.quick))
-
-
 if __name__ == "__main__":
-    main()
+    run_and_draw(NAME, __doc__, evaluate=evaluate, jobs=jobs, keys=KEYS, table=table, draw=draw)

@@ -10,16 +10,14 @@ grid of rates under a linear decay with momentum 0.9 (or AdamW), on the same see
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.nn import functional as F
 
 import sharpkit as sk
 from experiments._common import Row
-from experiments._learner_tasks import TASKS, arguments, baseline, collect, figure_path, summary, task_of, train_step
+from experiments._learner_tasks import TASKS, baseline, learn, run_and_draw, task_of
 from experiments.learner_ablation import CHOICE, GRID, best_of_grid, mean_loss
 from sharpkit.linalg.slq import spectral_density
 from sharpkit.training.polyak import bulk_curvature
@@ -73,20 +71,10 @@ def evaluate(job: Row) -> Row:
     if job["kind"] == "grid":
         training, test = baseline(task, job["rate"], job["schedule"], job["seed"])
         return {"train": training, "test": test}
-    settings: dict[str, Any] = {"momentum": "polyak", "bulk": job["bulk"]} if job["rule"] == POLYAK else {}
-    model = task.make(job["seed"])
-    optimizer = task.optimizer(model.parameters(), 1e-3)
-    settings["safety"] = job["safety"] if job["rule"] in (KEPT, POLYAK) else CHOICE["safety"]
-    learner = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=task.steps, **settings)
     if job["rule"] in (SUM, ROOT):
-        Published(learner, job["rule"], job["bulk"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sk.SharpkitWarning)
-        losses = [
-            train_step(model, optimizer, learner, batch) for _, batch in zip(range(task.steps), task.batches(job["seed"]), strict=False)
-        ]
-    training, test = task.losses(model)
-    return {"train": training, "test": test, **summary(learner, losses)}
+        return learn(task, job["seed"], safety=CHOICE["safety"], change=lambda learner: Published(learner, job["rule"], job["bulk"]))
+    settings = {"momentum": "polyak", "bulk": job["bulk"]} if job["rule"] == POLYAK else {}
+    return learn(task, job["seed"], safety=job["safety"], **settings)
 
 
 def jobs(quick: bool) -> list[Row]:
@@ -154,12 +142,5 @@ def draw(rows: list[Row], path: Path) -> None:
     canvas.savefig(path, dpi=110, metadata={"Software": f"python -m experiments.{NAME}"})
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    rows = collect(NAME, evaluate, jobs(options.quick), keys=KEYS, options=options)
-    print("\n".join(table(rows)))
-    draw(rows, figure_path(NAME, quick=options.quick))
-
-
 if __name__ == "__main__":
-    main()
+    run_and_draw(NAME, __doc__, evaluate=evaluate, jobs=jobs, keys=KEYS, table=table, draw=draw)

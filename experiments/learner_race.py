@@ -19,7 +19,7 @@ from experiments._learner_tasks import SCHEDULES, TASKS, arguments, baseline, co
 from experiments.learner_ablation import CHOICE
 
 NAME = "learner_race"
-SEEDS = (10, 11, 12, 13, 14)
+SEEDS = tuple(range(10, 20))
 MORE_SEEDS = tuple(range(10, 30))  # of the small task
 FORECAST = 0.05  # of the steps, given up for the measurements: their budget
 NEAR = 1.4  # times the best of the first seed: beyond it other schedules than linear come last

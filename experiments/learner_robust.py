@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import sharpkit as sk
 from experiments._common import Row
-from experiments._learner_tasks import TASKS, Task, arguments, collect, figure_path, learn, summary, task_of, train_step
+from experiments._learner_tasks import TASKS, Task, learn, run_and_draw, summary, task_of, train_step
 from experiments.learner_ablation import CHOICE
 
 NAME = "learner_robust"
@@ -240,13 +240,6 @@ def draw(rows: list[Row], path: Path) -> None:
     canvas.savefig(path, dpi=110, metadata={"Software": f"python -m experiments.{NAME}"})
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    rows = collect(NAME, evaluate, jobs(options.quick), keys=KEYS, options=options)
-    print("\n".join(table(rows)))
-    draw(rows, figure_path(NAME, quick=options.quick))
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_and_draw(NAME, __doc__, evaluate=evaluate, jobs=jobs, keys=KEYS, table=table, draw=draw)

@@ -41,9 +41,8 @@ class Published:
     """Stands in for the learner's limit and sets its momentum: the whole rate that a rule gives, at a share of one."""
 
     def __init__(self, learner: sk.CurvatureLearner, rule: str, bulk: str | float) -> None:
-        self.adaptive = learner._rule.adaptive
         self._learner, self._measure, self._rule, self._bulk, self._mu = learner, learner._gauge.measure, rule, bulk, 0.0
-        learner._rule, learner._gauge.measure = self, self.measure  # type: ignore[assignment, method-assign]
+        learner._limit_at, learner._gauge.measure = self.limit_at, self.measure  # type: ignore[method-assign]
 
     def measure(self, hessian: sk.HessianOperator, *, step: int) -> Any:
         """lambda_max as ever, and mu beside it."""
@@ -59,7 +58,7 @@ class Published:
                 group["momentum"] = (a - b) / (a + b)
         return found
 
-    def max_learning_rate(self, largest: float) -> float:
+    def limit_at(self, largest: float) -> float:
         """Such that the learner's share of it is the rule's rate."""
         rate = math.sqrt(min(self._mu / largest, 1.0)) if self._rule == ROOT else 2 / (largest + self._mu)
         return rate / self._learner.safety

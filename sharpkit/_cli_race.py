@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,21 +79,9 @@ def load_problem(target: str) -> RaceProblem:
         UsageError: no such file or function, or it returned something else.
         TargetError: the file or the function raised; the original error is its cause.
     """
-    from sharpkit._cli_target import TargetError, UsageError, _find_function, _import_file
+    from sharpkit._cli_target import returned_by
 
-    file, colon, name = target.rpartition(":")
-    if not colon or not name:
-        raise UsageError(f"cannot read {target!r} as a TARGET: it has no ':function' at its end.\n{_EXAMPLE}")
-    module = _import_file(Path(file))
-    try:
-        function = _find_function(module, name, Path(file))
-    except UsageError as error:
-        raise UsageError(f"{str(error).splitlines()[0]}\n{_EXAMPLE}") from error
-    try:
-        returned = function()
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
-    return _checked(returned, target)
+    return _checked(returned_by(target, _EXAMPLE), target)
 
 
 def _checked(returned: Any, target: str) -> RaceProblem:

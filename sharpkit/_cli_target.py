@@ -40,15 +40,32 @@ def load_target(target: str) -> tuple[Objective, Optimizer | None]:
         UsageError: no such file or function, or it returned something else.
         TargetError: the file or the function raised; the original error is its cause.
     """
+    return _checked(returned_by(target, _EXAMPLE), target)
+
+
+def returned_by(target: str, example: str, *, instead: type | None = None) -> Any:
+    """What the function of a ``file.py:function`` returns.
+
+    Args:
+        target: as on the command line.
+        example: of a target, shown where this one is none.
+        instead: the name may also be that of an object of this type, which is then returned itself.
+
+    Raises:
+        UsageError: no such file or function.
+        TargetError: the file or the function raised; the original error is its cause.
+    """
     file, colon, name = target.rpartition(":")
     if not colon or not name:
-        raise UsageError(f"cannot read {target!r} as a TARGET: it has no ':function' at its end.\n{_EXAMPLE}")
-    function = _find_function(_import_file(Path(file)), name, Path(file))
+        raise UsageError(f"cannot read {target!r} as a TARGET: it has no ':function' at its end.\n{example}")
+    module = _import_file(Path(file))
+    if instead is not None and isinstance(getattr(module, name, None), instead):
+        return getattr(module, name)
+    function = _find_function(module, name, Path(file), example)
     try:
-        returned = function()
+        return function()
     except (Exception, SystemExit) as error:
         raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
-    return _checked(returned, target)
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -71,19 +88,19 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _find_function(module: ModuleType, name: str, path: Path) -> Callable[[], Any]:
+def _find_function(module: ModuleType, name: str, path: Path, example: str) -> Callable[[], Any]:
     if not hasattr(module, name):
         own = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
-        raise UsageError(f"{path} has no function {name!r}; it defines {', '.join(sorted(own)) or 'no functions'}")
+        raise UsageError(f"{path} has no function {name!r}; it defines {', '.join(sorted(own)) or 'no functions'}\n{example}")
     function = getattr(module, name)
     if not callable(function):
-        raise UsageError(f"{name!r} in {path} is a {type(function).__name__}, not a function.\n{_EXAMPLE}")
+        raise UsageError(f"{name!r} in {path} is a {type(function).__name__}, not a function.\n{example}")
     try:
         required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
     except (TypeError, ValueError):
         required = []
     if required:
-        raise UsageError(f"{name}() in {path} needs the arguments {', '.join(required)}; it must be callable without any.\n{_EXAMPLE}")
+        raise UsageError(f"{name}() in {path} needs the arguments {', '.join(required)}; it must be callable without any.\n{example}")
     return function  # type: ignore[no-any-return]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,25 +71,10 @@ def load_family(target: str) -> Mapping[str, Any]:
         UsageError: no such file or function, or it returned something else.
         TargetError: the file or the function raised; the original error is its cause.
     """
-    from sharpkit._cli_target import TargetError, UsageError, _find_function, _import_file
+    from sharpkit._cli_target import returned_by
     from sharpkit.transfer.setup import Family
 
-    file, colon, name = target.rpartition(":")
-    if not colon or not name:
-        raise UsageError(f"cannot read {target!r} as a TARGET: it has no ':function' at its end.\n{_EXAMPLE}")
-    module = _import_file(Path(file))
-    direct = getattr(module, name, None)
-    if isinstance(direct, Family):
-        return _fields(direct)
-    try:
-        function = _find_function(module, name, Path(file))
-    except UsageError as error:
-        raise UsageError(f"{str(error).splitlines()[0]}\n{_EXAMPLE}") from error
-    try:
-        returned = function()
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
-    return _checked(returned, target)
+    return _checked(returned_by(target, _EXAMPLE, instead=Family), target)
 
 
 def _fields(family: Family) -> Mapping[str, Any]:

@@ -115,9 +115,9 @@ class CurvatureLearner:
         seed: int = 0,
     ) -> None:
         self.optimizer, self.model = plain_optimizer(optimizer), unwrap(model)
-        self._rule = update_rule(self.optimizer)
+        adaptive = update_rule(self.optimizer).adaptive
         check_learner_settings(total_steps, interval, budget, safety, warmup, decay)
-        check_momentum(momentum, bulk, adaptive=self._rule.adaptive)
+        check_momentum(momentum, bulk, adaptive=adaptive)
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
         self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
         self._multiplier = multiplier_of(schedule)
@@ -128,10 +128,8 @@ class CurvatureLearner:
         first = float(self.optimizer.param_groups[0]["lr"])
         self._given = first
         self._ratios = [float(group["lr"]) / first if first > 0 else 1.0 for group in self.optimizer.param_groups]
-        self._pace = Pace(
-            total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=self._rule.adaptive
-        )
-        self._gauge = Gauge(self.optimizer, adaptive=self._rule.adaptive, seed=seed)
+        self._pace = Pace(total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=adaptive)
+        self._gauge = Gauge(self.optimizer, adaptive=adaptive, seed=seed)
         self._losses = LossWatch()
         self._snapshot: Snapshot | None = None
         self._recent: list[Tensor | float] = []
@@ -204,7 +202,7 @@ class CurvatureLearner:
             self._warn(reason)
             self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
             return self._record(None, math.nan, reason)
-        limit = self._rule.max_learning_rate(max(found.value, 1e-30))
+        limit = self._limit_at(max(found.value, 1e-30))
         decay = self._decay(self._step / self.total_steps)
         reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
         if self._polyak and self._rate.settled:
@@ -212,6 +210,10 @@ class CurvatureLearner:
         self._remember_if_good()
         self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
         return self._record(found, limit, reason)
+
+    def _limit_at(self, curvature: float) -> float:
+        """Largest stable rate, with the optimizer's present momentum and decay."""
+        return update_rule(self.optimizer).max_learning_rate(curvature)
 
     def _set_momentum(self, hessian: HessianOperator, largest: float) -> str:
         """Polyak's, with the rate at the same share of the limit that it makes; what was done, in words."""
@@ -221,11 +223,10 @@ class CurvatureLearner:
             return f"; momentum not measured ({type(error).__name__}: {error})"
         if momentum is None:
             return "; no positive curvature to read a momentum from"
-        before = self._rule.max_learning_rate(1.0)
+        before = self._limit_at(largest)
         for group in self.optimizer.param_groups:
             group["momentum"] = momentum
-        self._rule = update_rule(self.optimizer)
-        self._rate.scale(self._rule.max_learning_rate(1.0) / before)
+        self._rate.scale(self._limit_at(largest) / before)
         return f"; momentum {momentum:.3g}, with the rate at the same share of its limit, {self._rate.value:.3g}"
 
     # -- going back ------------------------------------------------------------------------------------------------------------------
@@ -320,7 +321,6 @@ class CurvatureLearner:
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"a learner state of version {state.get('version')!r} cannot be loaded by version {_STATE_VERSION}")
-        self._rule = update_rule(self.optimizer)  # its momentum may have been learned
         self._step, self._ratios = int(state["step"]), [float(r) for r in state["ratios"]]
         self._rate.load_state_dict(state["rate"])
         self._batch_size, self._last_size = int(state["batch_size"]), int(state["last_size"])

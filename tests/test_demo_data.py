@@ -58,6 +58,7 @@ def test_digits_have_no_image_in_both_parts() -> None:
         (gzip.compress(b""), "begins with nothing"),
         (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x05ab"), r"should hold \(5,\) bytes by its header, it holds 2"),
     ],
+    ids=["plain", "cut short", "of another type", "empty", "too few values"],  # names: gzip writes the time into its bytes
 )
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "bad.gz").write_bytes(content)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import sharpkit
-from sharpkit import _cli_commands as commands
+from sharpkit._cli_commands import run_batch_command, run_demo_command, run_doctor_command, run_measure_command, run_report_command, run_spectrum_command
 from sharpkit._cli_commands import FAILED, INTERRUPTED, USAGE, Answer, Document
 from sharpkit._cli_race import add_race_arguments, run_race_command
 from sharpkit._cli_transfer import run_transfer_command
@@ -148,15 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(
         _command(
-            subparsers, "demo", commands.run_demo_command, "train two small networks on real images and show their curvature on one page"
+            subparsers, "demo", run_demo_command, "train two small networks on real images and show their curvature on one page"
         )
     )
     measure = _command(
-        subparsers, "measure", commands.run_measure_command, "sharpness of a model: lambda_max, trace, stable learning rate ..."
+        subparsers, "measure", run_measure_command, "sharpness of a model: lambda_max, trace, stable learning rate ..."
     )
-    spectrum = _command(subparsers, "spectrum", commands.run_spectrum_command, "largest eigenvalues and spectral density of the Hessian")
-    doctor = _command(subparsers, "doctor", commands.run_doctor_command, "can measurements of this model, loss and data be trusted?")
-    batch = _command(subparsers, "batch", commands.run_batch_command, "the largest stable learning rate for every batch size")
+    spectrum = _command(subparsers, "spectrum", run_spectrum_command, "largest eigenvalues and spectral density of the Hessian")
+    doctor = _command(subparsers, "doctor", run_doctor_command, "can measurements of this model, loss and data be trusted?")
+    batch = _command(subparsers, "batch", run_batch_command, "the largest stable learning rate for every batch size")
     batch.add_argument("--batch-sizes", type=_count, nargs="+", metavar="B", help="where to evaluate (default: powers of two from 4 on)")
     batch.add_argument(
         "--pilot", type=_count, default=100, metavar="STEPS", help="of the pilot and of each short run (default: %(default)s)"
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(
         subparsers,
         "report",
-        commands.run_report_command,
+        run_report_command,
         "one HTML page from results saved by --json, from a monitor's run.jsonl, or from everything measurable about a TARGET",
     )
     report.add_argument(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpkit import _counting
+from sharpkit._counting import KnownLoss, candidate_counts, recognise_loss, samples_in
 from sharpkit._batches import Batch, BatchSource
 from sharpkit._distributed import Ranks, find_ranks
 from sharpkit._errors import ObjectiveError
@@ -201,7 +201,7 @@ class Objective:
         other = copy.copy(self)
         other.ranks = self.ranks if ranks is None else ranks
         counts = tuple(self.count_of(batch) for batch in batches)
-        lengths = tuple(_counting.samples_in(batch, self.loss is not None) for batch in batches)
+        lengths = tuple(samples_in(batch, self.loss is not None) for batch in batches)
         total, samples = other.ranks.sum_numbers([sum(counts), float(sum(lengths))], device=self.device)
         if total <= 0:
             raise ObjectiveError("a batch holds no counted target: all are masked, or it is empty; pass larger ones")
@@ -236,7 +236,7 @@ class Objective:
             raise ObjectiveError(
                 f"per-sample gradients would not add up to the gradient: {self._why_whole()}. Use mode='eval', or another loss"
             )
-        return cut_samples(piece, self._survey, self.count_of, length=_counting.samples_in(piece.batch, self.loss is not None))
+        return cut_samples(piece, self._survey, self.count_of, length=samples_in(piece.batch, self.loss is not None))
 
     def count_of(self, batch: Batch) -> float:
         """What a batch counts, by the rule found at the start."""
@@ -316,11 +316,11 @@ class Objective:
     def _candidate_counts(self, batch: Batch) -> dict[str, float]:
         if self._count is not None:
             return {"counts": float(self._count(batch))}
-        return _counting.candidate_counts(batch, self._known_loss, self.loss is not None)
+        return candidate_counts(batch, self._known_loss, self.loss is not None)
 
     @property
-    def _known_loss(self) -> _counting.KnownLoss | None:
-        return _counting.recognise_loss(self.loss) if self.loss is not None else None
+    def _known_loss(self) -> KnownLoss | None:
+        return recognise_loss(self.loss) if self.loss is not None else None
 
     def _look(self, probe: Probe, reduction: str) -> Look:
         with self.undisturbed():

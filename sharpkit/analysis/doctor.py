@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sharpkit.analysis import _checks
+from sharpkit.analysis._checks import ALL
 from sharpkit.linalg.results import SCHEMA_VERSION
 from sharpkit.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
@@ -100,7 +100,7 @@ def examine(objective: Objective, *, seed: int = 0, callback: Callable[[str], No
     """
     hessian = HessianOperator(objective)
     checks = []
-    for name, function in _checks.ALL:
+    for name, function in ALL:
         if callback is not None:
             callback(name)
         try:

@@ -188,16 +188,14 @@ class SymmetricOperator(ABC):
     # -- algebra (sharpkit.operators.algebra) -----------------------------------------------------------------------------
     def __add__(self, other: SymmetricOperator | float) -> SymmetricOperator:
         """``A + B``, or ``A + s`` meaning A + s I."""
-        from sharpkit.operators import algebra
 
-        return algebra.add(self, other)
+        return add(self, other)
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> SymmetricOperator:
-        from sharpkit.operators import algebra
 
-        return algebra.scale(self, factor)
+        return scale(self, factor)
 
     __rmul__ = __mul__
 
@@ -215,9 +213,8 @@ class SymmetricOperator(ABC):
 
     def deflate(self, vectors: Tensor, values: Tensor) -> SymmetricOperator:
         """``A - V diag(values) V^T`` with orthonormal V of shape (n, k) and values of shape (k,)."""
-        from sharpkit.operators import algebra
 
-        return algebra.deflate(self, vectors, values)
+        return deflate(self, vectors, values)
 
 
 def check_symmetric(operator: SymmetricOperator, *, seed: int = 0, rtol: float | None = None) -> None:

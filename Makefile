@@ -10,13 +10,14 @@ CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "--constraint const
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts bench wheel clean
+.PHONY: help demo test lint types contracts house bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train two small networks on real images, measure their curvature, write demo.html"
 	@echo "make test       the default test suite (a few minutes)"
 	@echo "make lint       ruff        make types      mypy --strict        make contracts  import layers"
+	@echo "make house      modules by layer with their sizes, and what breaks the architecture's rules; brings docs/architecture.md up to date"
 	@echo "make bench      comparisons with other libraries        make wheel      dist/*.whl        make clean"
 
 demo: $(INSTALLED)-demo
@@ -33,6 +34,10 @@ types: $(INSTALLED)-dev
 
 contracts: $(INSTALLED)-dev
 	$(BIN)/lint-imports
+
+# Standard library alone: needs no environment.
+house:
+	$(PYTHON) tools/house.py --write docs/architecture.md
 
 bench: $(INSTALLED)-test $(INSTALLED)-bench
 	$(BIN)/python -m pytest -m bench $(PYTEST_ARGS)

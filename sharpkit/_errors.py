@@ -6,7 +6,8 @@
     ├── NonFiniteError            a loss, gradient or product came back NaN or infinite
     ├── NotSymmetricError         an operator that must be symmetric is not
     ├── UnsupportedError          PyTorch cannot compute this here (kernel, wrapper, checkpoint mode)
-    └── OutOfMemoryError          a product does not fit, even one sample at a time
+    ├── OutOfMemoryError          a product does not fit, even one sample at a time
+    └── DocumentError             a saved result or state is of another kind or version, or lacks a field
 
 Arguments of the wrong type or value raise ``TypeError`` and ``ValueError`` as usual. Every message says what came, what was
 expected and how to mend it.
@@ -41,6 +42,10 @@ class UnsupportedError(SharpkitError):
 
 class OutOfMemoryError(SharpkitError):
     """A product does not fit in memory, even split into single samples."""
+
+
+class DocumentError(SharpkitError, ValueError):
+    """A saved result or state cannot be read: it is of another kind or version, or a field is missing or of the wrong type."""
 
 
 class SharpkitWarning(UserWarning):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import sharpkit as sk
 from experiments._batch_models import OPTIMIZERS, PROBLEMS, SIZES
 from experiments._common import HERE, Row, circumstances, read_rows, rounded
-from sharpkit.analysis.batch import learning_rate_curve
+from sharpkit.batch_size.learning_rate_curve import learning_rate_curve
 
 NAME = "batch_curve"
 SEED, REPEAT_SEED = 3, 4  # the sweep trained from 0, 1, 2

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 import sharpkit as sk
 from experiments._batch_models import PROBLEMS, Problem
 from experiments._common import Row, run_as_script, threads
+from experiments._gram import gram_resampling
 from experiments._models import mlp, seeded
-from sharpkit.analysis.batch_curvature import BatchCurvature, measure_batch_curvature
-from sharpkit.analysis.gram import gram_resampling
-from sharpkit.analysis.pilot import Ledger
-from sharpkit.analysis.pool import SamplePool
-from sharpkit.linalg.results import standard_error
+from sharpkit._results import standard_error
+from sharpkit.batch_size.curvature import BatchCurvature, measure_batch_curvature
+from sharpkit.batch_size.pilot import Ledger
+from sharpkit.objective.samples import SamplePool
 
 DRAWS = 12
 GRAM_DRAWS = 60  # so that the measured mean is known better than the interval it is to lie in

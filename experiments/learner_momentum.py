@@ -19,8 +19,8 @@ import sharpkit as sk
 from experiments._common import Row
 from experiments._learner_tasks import TASKS, baseline, learn, run_and_draw, task_of
 from experiments.learner_ablation import CHOICE, GRID, best_of_grid, mean_loss
+from sharpkit.learner.gauge import bulk_curvature
 from sharpkit.linalg.slq import spectral_density
-from sharpkit.training.polyak import bulk_curvature
 
 NAME = "learner_momentum"
 SEEDS = {"digits": range(5), "fashion": range(3), "text": range(2)}

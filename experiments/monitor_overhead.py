@@ -25,7 +25,7 @@ import sharpkit as sk
 from experiments._common import HERE, Row, circumstances, read_rows, rounded
 from experiments._models import GPT, conv_net, images, mlp, seeded, text
 from experiments.monitor_edge import half_square, tanh_mlp
-from sharpkit.analysis.sharpness import preconditioned_hessian
+from sharpkit.measuring.sharpness import preconditioned_hessian
 
 NAME = "monitor_overhead"
 PARTS = ("overhead", "tracking")

@@ -12,7 +12,8 @@ import numpy as np
 from scipy.sparse.linalg import eigsh, svds
 
 from experiments._common import Row, run_as_script
-from sharpkit.analysis.random_matrix import additive_outlier, additive_overlap, covariance_outlier, marchenko_pastur_edges, semicircle_edge
+from experiments._random_matrix import additive_overlap, covariance_outlier, marchenko_pastur_edges, semicircle_edge
+from sharpkit.batch_size.curvature import additive_outlier
 
 _RADIUS, _RATIO = 2.0, 0.5
 

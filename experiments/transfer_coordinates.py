@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments._common import Row, run_as_script, threads
 from experiments._transfer_models import mlp_family, transformer_family
-from sharpkit.plots import plot_coordinates
+from sharpkit.plots.transfer import plot_coordinates
 from sharpkit.transfer.coordinates import CoordinateCheck, check_of
 from sharpkit.transfer.observing import observe
 from sharpkit.transfer.setup import Family

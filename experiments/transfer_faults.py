@@ -9,9 +9,8 @@ from typing import Any
 from experiments._common import Row, run_as_script, threads
 from experiments._transfer_models import depth_family, mlp_family, transformer_family
 from sharpkit.transfer.coordinates import check_of
-from sharpkit.transfer.culprits import culprits_of
+from sharpkit.transfer.culprits import MINIMAL_ERRORS, MINIMAL_EXPONENT, culprits_of, gather
 from sharpkit.transfer.observing import observe
-from sharpkit.transfer.rules import MINIMAL_ERRORS, MINIMAL_EXPONENT, gather
 from sharpkit.transfer.setup import Family
 
 NAMES = {  # planted fault -> the rule that must be named

@@ -59,7 +59,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    from sharpkit.plots import plot_learning_rate_transfer
+    from sharpkit.plots.transfer import plot_learning_rate_transfer
 
     figure.set_size_inches(4.2 * len(rows), 3.9)
     for ax, row in zip(np.atleast_1d(figure.subplots(1, len(rows))), rows, strict=True):

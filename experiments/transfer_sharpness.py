@@ -71,7 +71,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    from sharpkit.plots import plot_sharpness_transfer
+    from sharpkit.plots.transfer import plot_sharpness_transfer
 
     figure.set_size_inches(3.9 * len(rows), 5.2)
     for ax, row in zip(np.atleast_1d(figure.subplots(1, len(rows))), rows, strict=True):

@@ -25,48 +25,53 @@ if TYPE_CHECKING:
     from sharpkit._errors import SharpkitError as SharpkitError
     from sharpkit._errors import SharpkitWarning as SharpkitWarning
     from sharpkit._errors import UnsupportedError as UnsupportedError
-    from sharpkit.analysis.batch import learning_rate_curve as learning_rate_curve
-    from sharpkit.analysis.batch_rates import LearningRateCurve as LearningRateCurve
-    from sharpkit.analysis.bounded import Bounded as Bounded
-    from sharpkit.analysis.bracket import SharpnessBracket as SharpnessBracket
-    from sharpkit.analysis.bracket import sharpness_bracket as sharpness_bracket
-    from sharpkit.analysis.critical import CriticalLearningRate as CriticalLearningRate
-    from sharpkit.analysis.critical import critical_learning_rate as critical_learning_rate
-    from sharpkit.analysis.directional import batch_sharpness as batch_sharpness
-    from sharpkit.analysis.directional import directional_sharpness as directional_sharpness
-    from sharpkit.analysis.directional import gradient_noise_interaction as gradient_noise_interaction
-    from sharpkit.analysis.doctor import Diagnosis as Diagnosis
-    from sharpkit.analysis.doctor import examine as examine
-    from sharpkit.analysis.history import CurvatureHistory as CurvatureHistory
-    from sharpkit.analysis.layers import LayerSharpness as LayerSharpness
-    from sharpkit.analysis.layers import per_layer as per_layer
-    from sharpkit.analysis.noise import BatchSizeTest as BatchSizeTest
-    from sharpkit.analysis.noise import GradientNoise as GradientNoise
-    from sharpkit.analysis.noise import batch_size_tests as batch_size_tests
-    from sharpkit.analysis.noise import gradient_noise_scale as gradient_noise_scale
-    from sharpkit.analysis.scaling import ScaledLearningRate as ScaledLearningRate
-    from sharpkit.analysis.scaling import safe_damping as safe_damping
-    from sharpkit.analysis.scaling import scale_learning_rate as scale_learning_rate
-    from sharpkit.analysis.schedules import refined_schedule as refined_schedule
-    from sharpkit.analysis.sharpness import Sharpness as Sharpness
-    from sharpkit.analysis.sharpness import measure as measure
-    from sharpkit.analysis.stability import StableLearningRate as StableLearningRate
-    from sharpkit.analysis.stability import stable_learning_rate as stable_learning_rate
-    from sharpkit.integrations import sinks as sinks
+    from sharpkit._results import Bounded as Bounded
+    from sharpkit.batch_size.bracket import SharpnessBracket as SharpnessBracket
+    from sharpkit.batch_size.bracket import sharpness_bracket as sharpness_bracket
+    from sharpkit.batch_size.learning_rate_curve import LearningRateCurve as LearningRateCurve
+    from sharpkit.batch_size.learning_rate_curve import learning_rate_curve as learning_rate_curve
+    from sharpkit.batch_size.noise import BatchSizeTest as BatchSizeTest
+    from sharpkit.batch_size.noise import GradientNoise as GradientNoise
+    from sharpkit.batch_size.noise import batch_size_tests as batch_size_tests
+    from sharpkit.batch_size.noise import gradient_noise_scale as gradient_noise_scale
+    from sharpkit.batch_size.scaling import ScaledLearningRate as ScaledLearningRate
+    from sharpkit.batch_size.scaling import safe_damping as safe_damping
+    from sharpkit.batch_size.scaling import scale_learning_rate as scale_learning_rate
+    from sharpkit.learner.learner import CurvatureLearner as CurvatureLearner
+    from sharpkit.learner.schedules import refined_schedule as refined_schedule
     from sharpkit.linalg.diagonal import DiagonalEstimate as DiagonalEstimate
     from sharpkit.linalg.diagonal import diagonal as diagonal
     from sharpkit.linalg.diagonal import frobenius_norm as frobenius_norm
     from sharpkit.linalg.lanczos import eigenpairs as eigenpairs
     from sharpkit.linalg.power import power_iteration as power_iteration
-    from sharpkit.linalg.progress import Progress as Progress
     from sharpkit.linalg.results import Eigenpairs as Eigenpairs
     from sharpkit.linalg.results import Estimate as Estimate
+    from sharpkit.linalg.results import Progress as Progress
     from sharpkit.linalg.results import SpectralDensity as SpectralDensity
     from sharpkit.linalg.slq import spectral_density as spectral_density
     from sharpkit.linalg.trace import trace as trace
-    from sharpkit.objective import Objective as Objective
-    from sharpkit.operators.algebra import as_operator as as_operator
+    from sharpkit.measuring.critical import CriticalLearningRate as CriticalLearningRate
+    from sharpkit.measuring.critical import critical_learning_rate as critical_learning_rate
+    from sharpkit.measuring.directional import batch_sharpness as batch_sharpness
+    from sharpkit.measuring.directional import directional_sharpness as directional_sharpness
+    from sharpkit.measuring.directional import gradient_noise_interaction as gradient_noise_interaction
+    from sharpkit.measuring.doctor import Diagnosis as Diagnosis
+    from sharpkit.measuring.doctor import examine as examine
+    from sharpkit.measuring.history import CurvatureHistory as CurvatureHistory
+    from sharpkit.measuring.layers import LayerSharpness as LayerSharpness
+    from sharpkit.measuring.layers import per_layer as per_layer
+    from sharpkit.measuring.sharpness import Sharpness as Sharpness
+    from sharpkit.measuring.sharpness import measure as measure
+    from sharpkit.measuring.stability import StableLearningRate as StableLearningRate
+    from sharpkit.measuring.stability import stable_learning_rate as stable_learning_rate
+    from sharpkit.monitor import sinks as sinks
+    from sharpkit.monitor.monitor import Monitor as Monitor
+    from sharpkit.monitor.records import Measurement as Measurement
+    from sharpkit.monitor.records import MonitorHistory as MonitorHistory
+    from sharpkit.monitor.records import Record as Record
+    from sharpkit.objective.objective import Objective as Objective
     from sharpkit.operators.base import SymmetricOperator as SymmetricOperator
+    from sharpkit.operators.base import as_operator as as_operator
     from sharpkit.operators.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
     from sharpkit.operators.fisher import FisherOperator as FisherOperator
     from sharpkit.operators.fisher import GradientCovarianceOperator as GradientCovarianceOperator
@@ -75,11 +80,6 @@ if TYPE_CHECKING:
     from sharpkit.operators.preconditioned import AdaptiveOperator as AdaptiveOperator
     from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
     from sharpkit.reporting import report as report
-    from sharpkit.training.learner import CurvatureLearner as CurvatureLearner
-    from sharpkit.training.monitor import Monitor as Monitor
-    from sharpkit.training.records import Measurement as Measurement
-    from sharpkit.training.records import MonitorHistory as MonitorHistory
-    from sharpkit.training.records import Record as Record
 
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
 _MODULES: dict[str, tuple[str, ...]] = {
@@ -96,39 +96,36 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "SharpkitWarning",
         "UnsupportedError",
     ),
-    "sharpkit.analysis.batch": ("learning_rate_curve",),
-    "sharpkit.analysis.batch_rates": ("LearningRateCurve",),
-    "sharpkit.analysis.bounded": ("Bounded",),
-    "sharpkit.analysis.bracket": ("SharpnessBracket", "sharpness_bracket"),
-    "sharpkit.analysis.critical": ("CriticalLearningRate", "critical_learning_rate"),
-    "sharpkit.analysis.directional": ("batch_sharpness", "directional_sharpness", "gradient_noise_interaction"),
-    "sharpkit.analysis.doctor": ("Diagnosis", "examine"),
-    "sharpkit.analysis.history": ("CurvatureHistory",),
-    "sharpkit.analysis.layers": ("LayerSharpness", "per_layer"),
-    "sharpkit.analysis.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
-    "sharpkit.analysis.scaling": ("ScaledLearningRate", "safe_damping", "scale_learning_rate"),
-    "sharpkit.analysis.schedules": ("refined_schedule",),
-    "sharpkit.analysis.sharpness": ("Sharpness", "measure"),
-    "sharpkit.analysis.stability": ("StableLearningRate", "stable_learning_rate"),
-    "sharpkit.integrations": ("sinks",),
+    "sharpkit._results": ("Bounded",),
+    "sharpkit.batch_size.bracket": ("SharpnessBracket", "sharpness_bracket"),
+    "sharpkit.batch_size.learning_rate_curve": ("LearningRateCurve", "learning_rate_curve"),
+    "sharpkit.batch_size.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
+    "sharpkit.batch_size.scaling": ("ScaledLearningRate", "safe_damping", "scale_learning_rate"),
+    "sharpkit.learner.learner": ("CurvatureLearner",),
+    "sharpkit.learner.schedules": ("refined_schedule",),
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),
     "sharpkit.linalg.lanczos": ("eigenpairs",),
     "sharpkit.linalg.power": ("power_iteration",),
-    "sharpkit.linalg.progress": ("Progress",),
-    "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "SpectralDensity"),
+    "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "Progress", "SpectralDensity"),
     "sharpkit.linalg.slq": ("spectral_density",),
     "sharpkit.linalg.trace": ("trace",),
-    "sharpkit.objective": ("Objective",),
-    "sharpkit.operators.algebra": ("as_operator",),
-    "sharpkit.operators.base": ("SymmetricOperator",),
+    "sharpkit.measuring.critical": ("CriticalLearningRate", "critical_learning_rate"),
+    "sharpkit.measuring.directional": ("batch_sharpness", "directional_sharpness", "gradient_noise_interaction"),
+    "sharpkit.measuring.doctor": ("Diagnosis", "examine"),
+    "sharpkit.measuring.history": ("CurvatureHistory",),
+    "sharpkit.measuring.layers": ("LayerSharpness", "per_layer"),
+    "sharpkit.measuring.sharpness": ("Sharpness", "measure"),
+    "sharpkit.measuring.stability": ("StableLearningRate", "stable_learning_rate"),
+    "sharpkit.monitor": ("sinks",),
+    "sharpkit.monitor.monitor": ("Monitor",),
+    "sharpkit.monitor.records": ("Measurement", "MonitorHistory", "Record"),
+    "sharpkit.objective.objective": ("Objective",),
+    "sharpkit.operators.base": ("SymmetricOperator", "as_operator"),
     "sharpkit.operators.fisher": ("EmpiricalFisherOperator", "FisherOperator", "GradientCovarianceOperator"),
     "sharpkit.operators.gauss_newton": ("GaussNewtonOperator",),
     "sharpkit.operators.hessian": ("HessianOperator",),
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
     "sharpkit.reporting": ("report",),
-    "sharpkit.training.learner": ("CurvatureLearner",),
-    "sharpkit.training.monitor": ("Monitor",),
-    "sharpkit.training.records": ("Measurement", "MonitorHistory", "Record"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.operators.algebra import MatrixOperator
-from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.base import MatrixOperator, SymmetricOperator
 
 
 def rotated(spectrum: np.ndarray, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

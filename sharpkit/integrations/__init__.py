@@ -1,3 +1,1 @@
-"""Other people's trainers and loggers: thin adapters, each imported when it is used."""
-
-from sharpkit.integrations import sinks as sinks
+"""Other people's trainers: thin adapters, each imported when it is used."""

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit.linalg.adaptive import AdaptiveEstimate, Tolerance
+from sharpkit._results import student_factor
 from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.progress import Budget, ProgressCallback
-from sharpkit.linalg.results import SCHEMA_VERSION, Estimate, student_factor
-from sharpkit.operators.algebra import as_operator
-from sharpkit.operators.base import SymmetricOperator
+from sharpkit.linalg.results import SCHEMA_VERSION, Budget, Estimate, ProgressCallback
+from sharpkit.linalg.trace import AdaptiveEstimate, Tolerance
+from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _DEFAULT_MATVECS = 2000
 

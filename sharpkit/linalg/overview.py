@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
+from sharpkit._results import standard_error
 from sharpkit.linalg.krylov import Array, KrylovSpace
-from sharpkit.linalg.progress import Budget, ProgressCallback
-from sharpkit.linalg.results import Eigenpairs, Estimate, SpectralDensity, standard_error
+from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, ProgressCallback, SpectralDensity
 from sharpkit.linalg.slq import density_from_runs
-from sharpkit.operators.algebra import as_operator
-from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control variate
 _MAX_CONTROLS = 30

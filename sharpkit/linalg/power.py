@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
-from sharpkit.linalg.basis import BasisRows, working_dtype
+from sharpkit.linalg.krylov import BasisRows, working_dtype
 from sharpkit.linalg.lanczos import check_arguments
-from sharpkit.linalg.progress import Budget, ProgressCallback
-from sharpkit.linalg.results import Eigenpairs
-from sharpkit.operators.algebra import as_operator
-from sharpkit.operators.base import SymmetricOperator
+from sharpkit.linalg.results import Budget, Eigenpairs, ProgressCallback
+from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _DEFAULT_MATVECS = 1000
 _STALL_CHECK = 10

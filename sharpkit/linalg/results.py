@@ -1,46 +1,148 @@
-"""What the algorithms return: values with their error and their cost."""
+"""What the algorithms return, values with their error and cost; budgets that stop them and progress on the way."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._results import format_with_error, standard_error
+from sharpkit.linalg.krylov import Array
+from sharpkit.operators.base import SymmetricOperator
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
+_OUTLIER_RESIDUAL = 1e-2  # relative to the width: what counts as a converged Ritz value
+
+
+def smooth_density(density: SpectralDensity, grid: Array, bandwidth: float | None = None) -> Array:
+    """The density on a grid: a Gaussian on every node, integrating to 1 over the real line.
+
+    The default bandwidth is the resolution of the quadrature: m Lanczos steps resolve the bulk no finer than about its width / m (the
+    spacing of the nodes there), so narrower Gaussians would show the nodes and wider ones would smear the spectrum. The width is that of
+    the bulk, without the outliers: a far outlier does not blur the bulk.
+
+    Args:
+        density: the quadrature.
+        grid: (m,) points.
+        bandwidth: standard deviation of each Gaussian, in units of the eigenvalues.
+
+    Returns:
+        (m,) densities, per unit of eigenvalue.
+
+    Example:
+        >>> import numpy as np, torch, sharpkit as sk
+        >>> density = sk.spectral_density(torch.diag(torch.linspace(0, 1, 50)), num_probes=2, num_steps=20)
+        >>> grid = np.linspace(-1, 2, 301)
+        >>> round(float(smooth_density(density, grid).sum() * 0.01), 3)
+        1.0
+    """
+    nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
+    if bandwidth is None:
+        bandwidth = default_bandwidth(density)
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be positive, got {bandwidth}")
+    total = np.zeros(len(grid))
+    for first in range(0, len(nodes), 256):  # blocks keep the (grid x nodes) table small
+        distance = (grid[:, None] - nodes[None, first : first + 256]) / bandwidth
+        total += np.exp(-0.5 * distance**2) @ weights[first : first + 256]
+    return total / (bandwidth * math.sqrt(2 * math.pi))
+
+
+def default_bandwidth(density: SpectralDensity) -> float:
+    """Width of the bulk (outliers left out) / number of steps."""
+    nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
+    nodes = nodes[weights > 0]
+    width = float(nodes.max() - nodes.min())
+    tolerance = 2 * _OUTLIER_RESIDUAL * width
+    bulk = nodes[np.all(np.abs(nodes[:, None] - density.outliers.numpy()[None, :]) > tolerance, axis=1)]
+    inner = float(bulk.max() - bulk.min()) if len(bulk) > 1 else width
+    scale = float(np.abs(nodes).max()) or 1.0
+    return max(inner / density.nodes.shape[1], 1e-6 * scale)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a computation stands, handed to a ``callback`` after each step.
+
+    Attributes:
+        num_matvecs: products done.
+        expected_matvecs: products the whole computation is expected to need, as far as known now.
+        elapsed: seconds so far.
+        remaining: seconds the rest may take, from the cost of a product so far.
+        stage: what is being done, in a few words.
+    """
+
+    num_matvecs: int
+    expected_matvecs: int
+    elapsed: float
+    remaining: float
+    stage: str
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class Budget:
+    """Counts the products and seconds of one computation and says when either runs out.
+
+    Decisions go through ``operator.agree``, so that every process of a distributed run stops at the same product.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        *,
+        max_matvecs: int | None = None,
+        max_seconds: float | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> None:
+        if max_matvecs is not None and max_matvecs < 1:
+            raise ValueError(f"max_matvecs must be at least 1, got {max_matvecs}")
+        if max_seconds is not None and max_seconds <= 0:
+            raise ValueError(f"max_seconds must be positive, got {max_seconds}")
+        self._operator, self._callback = operator, callback
+        self._max_matvecs, self._max_seconds = max_matvecs, max_seconds
+        self._first_matvec = operator.num_matvecs
+        self._start = time.perf_counter()
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products made since this budget was opened."""
+        return self._operator.num_matvecs - self._first_matvec
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this budget was opened."""
+        return time.perf_counter() - self._start
+
+    def allows(self, matvecs: int = 1) -> bool:
+        """Whether so many more products fit into the product budget and the time is not up."""
+        if self._max_matvecs is not None and self.num_matvecs + matvecs > self._max_matvecs:
+            return False
+        return self._max_seconds is None or self._operator.agree(self.seconds) < self._max_seconds
+
+    def report(self, expected_matvecs: int, stage: str) -> None:
+        """Tell the callback, if there is one."""
+        if self._callback is None:
+            return
+        done, elapsed = self.num_matvecs, self.seconds
+        expected = max(expected_matvecs, done)
+        if self._max_matvecs is not None:
+            expected = min(expected, max(self._max_matvecs, done))
+        remaining = elapsed / done * (expected - done) if done else float("nan")
+        self._callback(Progress(done, expected, elapsed, remaining, stage))
+
+
 SCHEMA_VERSION = 1
-
-
-def format_with_error(value: float, error: float) -> str:
-    """``1.234 +- 0.005``, with as many digits as the error supports."""
-    if not math.isfinite(error):
-        return f"{value:.4g} (error unknown)"
-    if error <= 0:
-        return f"{value:.6g}"
-    digits = max(1, min(7, math.ceil(math.log10(max(abs(value), error) / error)) + 1)) if value else 2
-    return f"{value:.{digits}g} +- {error:.2g}"
-
-
-@cache
-def student_factor(count: int) -> float:
-    """t(0.975; count - 1) / 1.96: widens a standard error from ``count`` samples so that twice it covers 95 % also with a handful."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, count - 1) / 1.959964) if count > 1 else math.inf
-
-
-def standard_error(samples: np.ndarray[Any, Any]) -> float:
-    """Standard error of the mean of independent samples, widened for their small number."""
-    if len(samples) < 2:
-        return math.inf
-    return float(samples.std(ddof=1) / math.sqrt(len(samples))) * student_factor(len(samples))
 
 
 @dataclass(frozen=True)
@@ -219,13 +321,11 @@ class SpectralDensity:
             bandwidth: standard deviation of each Gaussian; by default the resolution of the quadrature,
                 (largest node - smallest node) / number of steps.
         """
-        from sharpkit.linalg.slq import smooth_density
-
         return smooth_density(self, np.asarray(grid, dtype=np.float64), bandwidth)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Log density with the outliers marked; see :func:`sharpkit.plots.plot_density`."""
-        from sharpkit.plots import plot_density
+        from sharpkit.plots.spectrum import plot_density
 
         return plot_density(self, ax=ax)
 

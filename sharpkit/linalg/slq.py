@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -10,14 +9,10 @@ import numpy as np
 import torch
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit.linalg.basis import Array, affordable_rows
-from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.progress import Budget, ProgressCallback
-from sharpkit.linalg.results import SpectralDensity
-from sharpkit.operators.algebra import as_operator
-from sharpkit.operators.base import SymmetricOperator
+from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
+from sharpkit.linalg.results import _OUTLIER_RESIDUAL, Budget, ProgressCallback, SpectralDensity
+from sharpkit.operators.base import SymmetricOperator, as_operator
 
-_OUTLIER_RESIDUAL = 1e-2  # relative to the width: what counts as a converged Ritz value
 _OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart
 
 
@@ -164,49 +159,3 @@ def _agreed(per_probe: list[Array], width: float) -> Array:
         if len(near) >= 0.9 * len(per_probe):
             found.append(float(np.mean(near)))
     return np.array(found)
-
-
-def smooth_density(density: SpectralDensity, grid: Array, bandwidth: float | None = None) -> Array:
-    """The density on a grid: a Gaussian on every node, integrating to 1 over the real line.
-
-    The default bandwidth is the resolution of the quadrature: m Lanczos steps resolve the bulk no finer than about its width / m (the
-    spacing of the nodes there), so narrower Gaussians would show the nodes and wider ones would smear the spectrum. The width is that of
-    the bulk, without the outliers: a far outlier does not blur the bulk.
-
-    Args:
-        density: the quadrature.
-        grid: (m,) points.
-        bandwidth: standard deviation of each Gaussian, in units of the eigenvalues.
-
-    Returns:
-        (m,) densities, per unit of eigenvalue.
-
-    Example:
-        >>> import numpy as np, torch, sharpkit as sk
-        >>> density = sk.spectral_density(torch.diag(torch.linspace(0, 1, 50)), num_probes=2, num_steps=20)
-        >>> grid = np.linspace(-1, 2, 301)
-        >>> round(float(smooth_density(density, grid).sum() * 0.01), 3)
-        1.0
-    """
-    nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
-    if bandwidth is None:
-        bandwidth = default_bandwidth(density)
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth must be positive, got {bandwidth}")
-    total = np.zeros(len(grid))
-    for first in range(0, len(nodes), 256):  # blocks keep the (grid x nodes) table small
-        distance = (grid[:, None] - nodes[None, first : first + 256]) / bandwidth
-        total += np.exp(-0.5 * distance**2) @ weights[first : first + 256]
-    return total / (bandwidth * math.sqrt(2 * math.pi))
-
-
-def default_bandwidth(density: SpectralDensity) -> float:
-    """Width of the bulk (outliers left out) / number of steps."""
-    nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
-    nodes = nodes[weights > 0]
-    width = float(nodes.max() - nodes.min())
-    tolerance = 2 * _OUTLIER_RESIDUAL * width
-    bulk = nodes[np.all(np.abs(nodes[:, None] - density.outliers.numpy()[None, :]) > tolerance, axis=1)]
-    inner = float(bulk.max() - bulk.min()) if len(bulk) > 1 else width
-    scale = float(np.abs(nodes).max()) or 1.0
-    return max(inner / density.nodes.shape[1], 1e-6 * scale)

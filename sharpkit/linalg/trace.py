@@ -2,14 +2,361 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sharpkit._errors import ConvergenceWarning
-from sharpkit.linalg.adaptive import AdaptiveEstimate, Tolerance
-from sharpkit.linalg.progress import Budget, ProgressCallback
-from sharpkit.linalg.results import Estimate
-from sharpkit.operators.algebra import as_operator
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit._results import standard_error
+from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
+from sharpkit.linalg.results import Budget, Estimate, ProgressCallback
+from sharpkit.operators.base import SymmetricOperator, as_operator
+
+
+class DeflatedProbes:
+    """Samples of the part of tr A, or of ||A||_F^2, that a growing basis Q does not hold; one product each.
+
+    A kept probe z stores c = Q^T z and d = Q^T A z, so that a larger basis needs no new product. With A Q_E = Q H,
+
+        tr A      = tr Q^T A Q + E z^T P A P z,   z^T P A P z = z^T A z - 2 c.d + c^T (Q^T A Q) c,
+        ||A||_F^2 = ||H||_F^2  + E ||A P z||^2,   ||A P z||^2 = ||A z||^2 - 2 d.H c + ||H c||^2.
+
+    Probes that are not kept are projected before they are multiplied; they belong to the basis they were drawn with.
+
+    Args:
+        squared: estimate ||A||_F^2 = tr A^2 instead of tr A.
+    """
+
+    def __init__(self, operator: SymmetricOperator, generator: torch.Generator, *, squared: bool = False) -> None:
+        self.operator, self.generator, self.squared = operator, generator, squared
+        self.space = KrylovSpace(operator)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._plain: list[float] = []
+        self._inner = np.zeros((0, 0, 2))  # (basis row, kept probe, c and d)
+        self._late: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self._late)
+
+    @property
+    def num_kept(self) -> int:
+        """Probes that a growing basis can still use."""
+        return len(self._kept)
+
+    @property
+    def num_late(self) -> int:
+        """Probes drawn for the present basis alone."""
+        return len(self._late)
+
+    @property
+    def known(self) -> float:
+        """What the basis holds exactly."""
+        if not self.space.expanded:
+            return 0.0
+        return float((self.space.outward() ** 2).sum()) if self.squared else float(np.trace(self.space.projected()))
+
+    def draw(self, *, keep: bool) -> None:
+        """One more probe, one product.
+
+        Args:
+            keep: hold on to the probe, because the basis may still grow.
+        """
+        probe = self.operator.random_vectors(1, generator=self.generator, distribution="rademacher")[:, 0].to(self.space.dtype)
+        if self.space.expanded and not keep:
+            coefficients = self.space.rows.coefficients(probe)
+            inside = torch.zeros_like(coefficients)
+            inside[self.space.expanded] = coefficients[self.space.expanded]
+            probe = probe - self.space.rows.combine(inside)
+        product = self.operator.multiply(probe.to(self.operator.dtype)).to(self.space.dtype)
+        value = float(self.operator.dot(product if self.squared else probe, product))
+        if not math.isfinite(value):
+            raise NonFiniteError(f"a product with {self.operator!r} contains NaN or infinity; check the loss on this data")
+        if not keep:
+            self._late.append(value)
+            return
+        self._plain.append(value)
+        self._kept.append((probe, product.clone()))
+        inner = self.space.rows.coefficients(torch.stack([probe, product], dim=1)).cpu().double().numpy()
+        self._inner = np.concatenate([self._inner, inner[:, None, :]], axis=1)
+
+    def deflate_one(self) -> None:
+        """Expand the pending Krylov vector: the basis grows by one. Late probes, made for the smaller basis, are dropped."""
+        self.space.expand(self.space.pending[0])
+        self._record()
+
+    def sketch_one(self) -> bool:
+        """Add the direction A s of a random s, and expand it: two products; False where the space is exhausted."""
+        sketch = self.operator.random_vectors(1, generator=self.generator, distribution="normal")[:, 0]
+        image = self.operator.multiply(sketch)
+        known = self.space.size
+        if not self.space.add_start(image):
+            return False
+        self.space.expand(known)
+        self.space.forget_pending()
+        self._record()
+        return True
+
+    def _record(self) -> None:
+        """Inner products of the kept probes with the basis vectors that are new."""
+        self._late = []
+        kept = len(self._kept)
+        if not kept:
+            self._inner = np.zeros((self.space.size, 0, 2))
+            return
+        pairs = torch.stack([vector for pair in self._kept for vector in pair], dim=1)
+        new = [
+            self.operator.dot(self.space.rows.row(index), pairs).cpu().double().numpy().reshape(1, kept, 2)
+            for index in range(len(self._inner), self.space.size)
+        ]
+        self._inner = np.concatenate([self._inner, *new])
+
+    def samples(self) -> Array:
+        """The samples of every probe, for the present basis."""
+        early = np.array(self._plain)
+        expanded = self.space.expanded
+        if expanded and len(early):
+            c, d = self._inner[expanded, :, 0], self._inner[..., 1]
+            if self.squared:
+                image = self.space.outward() @ c
+                early = early - 2 * (d * image).sum(axis=0) + (image**2).sum(axis=0)
+            else:
+                early = early - 2 * (c * d[expanded]).sum(axis=0) + (c * (self.space.projected() @ c)).sum(axis=0)
+        return np.concatenate([early, self._late])
+
+    def mean_and_spread(self) -> tuple[float, float]:
+        """The trace estimate and the standard deviation of one probe."""
+        samples = self.samples()
+        if len(samples) < 2:
+            return self.known + float(samples.sum()), math.inf
+        return self.known + float(samples.mean()), float(samples.std(ddof=1))
+
+    def estimate(self) -> tuple[float, float]:
+        """The trace and its standard error, widened for few probes."""
+        return self.mean_and_spread()[0], standard_error(self.samples())
+
+
+# The leave-one-out estimates share most of their basis, so their spread understates the error: by 1.0 to 1.3 over reference spectra.
+_SHARED_BASIS = 1.25
+_LEAST_TESTS = 5
+
+
+def xtrace(
+    operator: SymmetricOperator, target: Callable[[float], float], budget: Budget, generator: torch.Generator, *, fixed: bool
+) -> tuple[float, float, str]:
+    """The exchangeable trace estimate, grown two products (one test vector) at a time.
+
+    Args:
+        operator: A.
+        target: the asked standard error, given the estimate.
+        budget: ends it.
+        generator: of the Gaussian test vectors.
+        fixed: use the whole product budget.
+
+    References:
+        Epperly, Tropp and Webber, arXiv 2301.07825, section 2.2 (with its scaling for Gaussian test vectors).
+    """
+    space = KrylovSpace(operator)
+    tests: list[Tensor] = []
+    images: list[Array] = []  # R: A omega_i in the basis
+    value, stderr, passes = math.nan, math.inf, 0
+    while budget.allows(2) and not space.is_complete:
+        test = operator.random_vectors(1, generator=generator)[:, 0].to(space.dtype)
+        image = operator.multiply(test.to(operator.dtype)).to(space.dtype)
+        known = space.size
+        grew = space.add_start(image)
+        images.append(space.rows.coefficients(image).cpu().double().numpy())
+        tests.append(test)
+        if not grew:  # the range of A is exhausted: its trace is known
+            return float(np.trace(space.projected())) if space.expanded else 0.0, 0.0, "XTrace, exact"
+        space.expand(known)
+        space.forget_pending()
+        if len(tests) >= _LEAST_TESTS:
+            value, stderr = _leave_one_out(space, tests, images)
+        budget.report(2 * len(tests) + 2, "trace, XTrace")
+        passes = passes + 1 if stderr <= target(value) else 0
+        if not fixed and passes >= 2:
+            break
+    if space.is_complete and not space.pending:
+        return float(np.trace(space.projected())), 0.0, "XTrace, exact"
+    return value, stderr, "XTrace"
+
+
+def _leave_one_out(space: KrylovSpace, tests: list[Tensor], images: list[Array]) -> tuple[float, float]:
+    """Mean of the estimates that leave test vector i out of the basis, and its standard error."""
+    m, n = len(tests), space.operator.size
+    inner = space.projected()  # Q^T A Q
+    triangle = np.zeros((m, m))
+    for i, image in enumerate(images):
+        triangle[: min(len(image), m), i] = image[:m]
+    coordinates = space.rows.coefficients(torch.stack(tests, dim=1)).cpu().double().numpy()  # Q^T Omega
+    norms = np.array([float(space.operator.dot(test, test)) for test in tests])
+    dual = np.linalg.inv(triangle).T  # column i: orthogonal to every image but the i-th
+    dual = dual / np.linalg.norm(dual, axis=0)
+    reduced = coordinates - dual * (dual * coordinates).sum(axis=0)
+    rest = (coordinates * triangle).sum(axis=0) - 2 * (reduced * triangle).sum(axis=0) + (reduced * (inner @ reduced)).sum(axis=0)
+    scaling = (n - m + 1) / np.maximum(norms - (reduced**2).sum(axis=0), np.finfo(float).tiny)
+    estimates = np.trace(inner) - (dual * (inner @ dual)).sum(axis=0) + scaling * rest
+    return float(estimates.mean()), _SHARED_BASIS * standard_error(estimates)
+
+
+_PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares
+_KEPT = 16  # probes that are kept for a larger basis
+_PATIENCE = 3  # products spent on the leading subspace without the forecast falling,
+_SHARE = 0.04  # or this share of it
+_WORTH = 0.75  # the fall in the forecast, from spreads of a few probes, that is taken for real
+_PERSISTENCE = {False: 4, True: 6}  # steps with enough probes in a row; squares are more skewed: a few samples look better than they are
+_SURPRISE = 1.5  # probes needed, relative to the forecast, that reopen the choice
+_HOPELESS = 4.0  # give up where the forecast exceeds the budget this many times
+_HOPELESS_AFTER = 100
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The asked standard error: the looser of ``rtol`` times the estimate and ``atol``."""
+
+    rtol: float
+    atol: float = 0.0
+
+    def __call__(self, value: float) -> float:
+        return max(self.atol, self.rtol * abs(value))
+
+
+class AdaptiveEstimate:
+    """tr A, or ||A||_F^2, to a tolerance.
+
+    Args:
+        operator: A.
+        target: the asked standard error, given the estimate.
+        budget: ends it.
+        seed: of the probes.
+        limit: the product budget as a number.
+        fixed: spend the whole budget instead of stopping at the tolerance.
+        squared: ||A||_F^2 instead of tr A.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        target: Tolerance,
+        budget: Budget,
+        *,
+        seed: int,
+        limit: int,
+        fixed: bool = False,
+        squared: bool = False,
+    ) -> None:
+        self.operator, self.target, self.budget, self.limit, self.fixed = operator, target, budget, limit, fixed
+        self.may_give_up = False
+        self.pilot = _PILOT[squared]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.probes = DeflatedProbes(operator, self.generator, squared=squared)
+
+    def estimate(self, method: str) -> tuple[float, float, str]:
+        """Value, standard error and the way it was made."""
+        n = self.operator.size
+        if n <= self.limit and (n <= self.pilot or self.fixed):
+            complete = self._fill()
+            return self.probes.known, 0.0 if complete else math.inf, "exact" if complete else "incomplete"
+        if method == "xtrace":
+            return xtrace(self.operator, self.target, self.budget, self.generator, fixed=self.fixed)
+        if method == "hutch++":
+            self._sketch()
+            if not self.fixed and self._forecast() > n - len(self.probes.space.expanded) and self._can_complete():
+                complete = self._fill()
+                return self.probes.known, 0.0 if complete else math.inf, "exact" if complete else "incomplete"
+            return self._probe("Hutch++", adapt=False)
+        for _ in range(self.pilot):
+            if self.budget.allows():
+                self.probes.draw(keep=method == "auto")
+                self.budget.report(self.pilot, "pilot probes")
+        return self._probe("Hutchinson", adapt=method == "auto")
+
+    def _fill(self) -> bool:
+        """Expand until the basis is complete; whether the budget allowed it."""
+        space = self.probes.space
+        while space.pending or space.add_random(self.generator):
+            if not self.budget.allows():
+                return False
+            space.expand(space.pending[0])
+            self.budget.report(self.operator.size, "all basis vectors")
+        return True
+
+    def _forecast(self) -> float:
+        """Probes the tolerance will need in all with the present basis."""
+        value, spread = self.probes.mean_and_spread()
+        target = self.target(value)
+        if spread == 0.0:
+            return 2.0
+        return (spread / target) ** 2 + 2.0 if target > 0 else math.inf
+
+    def _can_complete(self) -> bool:
+        n = self.operator.size
+        return n <= 4 * self.limit and n <= self._most_rows()
+
+    def _most_rows(self) -> int:
+        space = self.probes.space
+        return affordable_rows(self.operator, len(space.rows.row(0))) if space.size else self.operator.size
+
+    def _deflate(self) -> None:
+        """Grow the basis while that lowers the forecast: of the cost, or of the error where the cost is fixed."""
+        probes, space, n = self.probes, self.probes.space, self.operator.size
+        made = probes.num_kept
+        best, best_at, enough, start = math.inf, 0, 0, math.inf
+        while self.budget.allows(1 + self.pilot) and (space.pending or space.add_random(self.generator)):
+            steps, needed = len(space.expanded), self._forecast()
+            score = probes.mean_and_spread()[1] ** 2 / max(1, self.limit - steps) if self.fixed else steps + needed
+            start = min(start, score) if start == math.inf else start
+            if score < 0.995 * best and (best == math.inf or score < _WORTH * start):
+                best, best_at = score, steps
+            patience = max(_PATIENCE, _SHARE * (self.limit if self.fixed else best))
+            enough = enough + 1 if needed <= made and not self.fixed else 0
+            finish = needed >= n - steps and self._can_complete()
+            if enough >= _PERSISTENCE[probes.squared] or (not finish and steps - best_at >= patience) or space.size >= self._most_rows():
+                return
+            probes.deflate_one()
+            self.budget.report(int(min(steps + needed, self.limit)), "leading subspace")
+
+    def _sketch(self) -> None:
+        """A third of the products sketch the range, a third multiply it, a third probe the complement."""
+        probes = self.probes
+        while self.budget.num_matvecs < self.limit * 2 // 3 and self.budget.allows(4):
+            sketched = len(probes.space.expanded)
+            if not self.fixed and sketched >= 4 and sketched % 2 == 0:
+                while len(probes) < min(_KEPT, max(4, sketched // 2)) and self.budget.allows():
+                    probes.draw(keep=True)
+                if self._forecast() <= max(4, sketched):
+                    return
+            if not probes.sketch_one():
+                return
+            self.budget.report(min(self.limit, 3 * sketched + 12), "range sketch")
+
+    def _probe(self, how: str, *, adapt: bool) -> tuple[float, float, str]:
+        """Probes until the tolerance is reached; where they disappoint the forecast, the basis is looked at again."""
+        probes, space = self.probes, self.probes.space
+        expected = 2.0 * self.pilot if not self.fixed else 0.0
+        while True:
+            sunk = probes.num_late
+            if adapt and (needed := self._forecast()) > expected and needed - len(probes) > 2 * sunk:
+                self._deflate()
+                expected = max(_SURPRISE * self._forecast(), needed if not space.expanded else 0.0) + self.pilot
+                adapt = not self.fixed
+            if space.is_complete and not space.pending and space.expanded:
+                return probes.known, 0.0, "exact"
+            value, stderr = probes.estimate()
+            settled = not self.fixed and len(probes) >= self.pilot and stderr <= self.target(value)
+            hopeless = self.may_give_up and len(probes) >= _HOPELESS_AFTER and self._forecast() > _HOPELESS * self.limit
+            if settled or hopeless or not self.budget.allows():
+                return value, stderr, f"{how}, deflated" if space.expanded and how == "Hutchinson" else how
+            probes.draw(keep=adapt and probes.num_kept < _KEPT)
+            done = self.budget.num_matvecs
+            self.budget.report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")
+
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
 

@@ -1,1 +1,1 @@
-"""Symmetric linear operators: the abstract base, their algebra, and the curvature matrices of a loss."""
+"""Symmetric linear operators: the base and its algebra, and the curvature matrices of a loss."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
-from sharpkit._memory import available_memory, graph_nodes, human_bytes, is_out_of_memory
-from sharpkit._params import ParamSelector
-from sharpkit._pieces import Piece
-from sharpkit.objective import Objective
+from sharpkit.objective.memory import available_memory, graph_nodes, human_bytes, is_out_of_memory
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.params import ParamSelector
+from sharpkit.objective.reduction import Piece
 from sharpkit.operators.base import SymmetricOperator
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sharpkit._counting import KnownLoss, recognise_loss, samples_in
 from sharpkit._errors import ObjectiveError
-from sharpkit._memory import available_memory
-from sharpkit._pieces import Piece
-from sharpkit.objective import Objective
-from sharpkit.operators._jacobian import OutputJacobian, output_gradient
+from sharpkit.objective.loss import KnownLoss, recognise_loss
+from sharpkit.objective.memory import available_memory
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.reduction import Piece, samples_in
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, all_equal
+from sharpkit.operators.gauss_newton import OutputJacobian, output_gradient
 
 _LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 

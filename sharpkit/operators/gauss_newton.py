@@ -3,13 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpkit._pieces import Piece
-from sharpkit.operators._jacobian import OutputJacobian, output_gradient
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+from sharpkit._errors import ObjectiveError
+from sharpkit.objective.loss import check_loss
+from sharpkit.objective.memory import graph_bytes
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.reduction import Piece
+from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, check_twice_differentiable
+
+
+class OutputJacobian:
+    """The Jacobian J of the model's output z(w) on one piece.
+
+    J v is the derivative of u -> J^T u, which is linear, applied to v: the double-backward trick. It needs no forward-mode rule, works on
+    the
+    live parameters, and its graph is reused for every v.
+
+    Attributes:
+        output: z, detached.
+        target: the piece's target.
+        bytes_held: memory of the graph.
+    """
+
+    def __init__(self, objective: Objective, piece: Piece, params: Sequence[Tensor]) -> None:
+        if objective.loss is None:
+            raise ObjectiveError(
+                "this operator needs the model's output and the loss apart: make the Objective with loss= and (input, target) batches, not "
+                "closure="
+            )
+        objective.seed_for(piece.key[0])
+        output = objective.predict(piece.batch)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ObjectiveError(f"the model's output must be one floating-point tensor (or have .logits), got {type(output).__name__}")
+        if not output.requires_grad:
+            raise ObjectiveError("the model's output does not depend on any trainable parameter: it was detached, or made under no_grad()")
+        check_twice_differentiable([output])
+        self._output, self._params = output, params
+        self.output, self.target = output.detach(), piece.batch[1]
+        self._dummy = torch.zeros_like(self.output, requires_grad=True)
+        transposed = torch.autograd.grad(output, params, grad_outputs=self._dummy, create_graph=True, allow_unused=True)
+        if all(t is None for t in transposed):
+            raise ObjectiveError("the model's output does not depend on any of the selected parameters: check params=")
+        self._used = [j for j, t in enumerate(transposed) if t is not None and t.requires_grad]
+        self._transposed = [t for t in transposed if t is not None and t.requires_grad]
+        self.bytes_held = graph_bytes([*self._transposed, output], exclude=params)
+
+    def forward(self, vectors: Sequence[Tensor]) -> Tensor:
+        """J v in the output's shape."""
+        along = [vectors[j] for j in self._used]
+        return torch.autograd.grad(
+            self._transposed, self._dummy, grad_outputs=along, retain_graph=True, allow_unused=True, materialize_grads=True
+        )[0]
+
+    def transpose(self, cotangent: Tensor) -> Pieces:
+        """J^T u, one tensor per parameter."""
+        return list(torch.autograd.grad(self._output, self._params, grad_outputs=cotangent, retain_graph=True, allow_unused=True))
+
+
+def output_gradient(objective: Objective, output: Tensor, target: Any, *, number: int, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    """The loss's gradient in the output, and the output it was taken at (a leaf).
+
+    Args:
+        objective: with ``loss=``.
+        output: where to take it.
+        target: of the loss.
+        number: the batch's, for messages.
+        create_graph: whether to be able to differentiate the gradient again.
+
+    Returns:
+        (gradient, output), both in the output's shape.
+    """
+    leaf = output.detach().requires_grad_()
+    loss = check_loss(objective.output_loss(leaf, target), number)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return gradient, leaf
 
 
 class GaussNewtonOperator(CurvatureOperator):

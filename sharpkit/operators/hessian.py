@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ObjectiveError
-from sharpkit._memory import graph_bytes
-from sharpkit._pieces import Piece
+from sharpkit.objective.memory import graph_bytes
+from sharpkit.objective.reduction import Piece
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, check_twice_differentiable
 
 

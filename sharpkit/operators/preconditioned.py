@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import UnsupportedError
-from sharpkit._params import ParamLayout, ParamSelector
-from sharpkit.operators.algebra import _DerivedOperator
-from sharpkit.operators.base import SymmetricOperator
+from sharpkit.objective.params import ParamLayout, ParamSelector
+from sharpkit.operators.base import SymmetricOperator, _DerivedOperator
 
 
 @runtime_checkable

@@ -12,13 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sharpkit.transfer.coordinates import CoordinateCheck as CoordinateCheck
-    from sharpkit.transfer.coordinates import coordinate_check as coordinate_check
-    from sharpkit.transfer.culprits import Culprit as Culprit
-    from sharpkit.transfer.culprits import find_culprits as find_culprits
-    from sharpkit.transfer.setup import Family as Family
-    from sharpkit.transfer.slopes import Slope as Slope
-    from sharpkit.transfer.slopes import log_slope as log_slope
+    from sharpkit.transfer.coordinates import CoordinateCheck, coordinate_check
+    from sharpkit.transfer.culprits import Culprit, find_culprits
+    from sharpkit.transfer.fits import Slope, log_slope
+    from sharpkit.transfer.setup import Family
 
 # Where each public name lives.
 _MODULES: dict[str, tuple[str, ...]] = {

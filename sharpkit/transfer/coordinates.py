@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sharpkit._json import json_ready, number
-from sharpkit.objective import Closure
-from sharpkit.transfer.observations import Numbers, Observations, Track, at, over_steps
-from sharpkit.transfer.observing import Callback, check_counts, observe
+from sharpkit._results import json_ready, number
+from sharpkit.objective.objective import Closure
+from sharpkit.transfer.fits import Slope, log_slope
+from sharpkit.transfer.observing import Callback, Numbers, Observations, Track, at, check_counts, observe, over_steps
 from sharpkit.transfer.setup import Build, Family, MakeOptimizer, check_sizes
-from sharpkit.transfer.slopes import Slope, log_slope
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 TOLERANCE = 0.25  # half of what the mildest broken rule makes; correct networks of widths 64 to 512 show up to about 0.2
 _ERRORS = 3.0  # standard errors: a check judges dozens of exponents, so that 95 % would not do
@@ -203,7 +203,7 @@ class CoordinateCheck:
 
     def plot(self, *, ax: Axes | None = None, title: str | None = None) -> Axes:
         """Size of each coordinate's update against width; see :func:`sharpkit.plots.plot_coordinates`."""
-        from sharpkit.plots import plot_coordinates
+        from sharpkit.plots.transfer import plot_coordinates
 
         return plot_coordinates(self, ax=ax, title=title)
 

@@ -2,24 +2,258 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sharpkit._errors import SharpkitError
-from sharpkit.transfer._grid import Curve, Optimum, loss_at, optimum, search, sensitivity
-from sharpkit.transfer._store import RunStore
-from sharpkit.transfer._sweep import BudgetEnded, Sweep
-from sharpkit.transfer.setup import Build, Family, MakeOptimizer, check_sizes
-from sharpkit.transfer.slopes import Slope, log_slope
+from sharpkit._results import json_ready
+from sharpkit.objective.batches import Batch
+from sharpkit.objective.batches import fingerprint as batch_fingerprint
+from sharpkit.transfer.fits import Curve, Evaluate, Optimum, Slope, log_slope, loss_at, optimum, search, sensitivity
+from sharpkit.transfer.setup import Build, Family, MakeOptimizer, Run, check_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+KIND = "transfer_run"
+Document = dict[str, Any]
+
+
+class RunStore:
+    """Documents by key, in memory and, with a path, in a file to which each new one is appended and flushed at once.
+
+    A last line torn by a kill is left out and the next begins on a line of its own.
+
+    Attributes:
+        path: of the file; None for memory alone.
+        found: how many runs the file held at the start.
+
+    Args:
+        path: an existing file of runs, or where to begin one; its folder must exist.
+
+    Raises:
+        SharpkitError: the file holds something else than runs.
+
+    Example:
+        >>> store = RunStore(None)
+        >>> store.add("a", {"loss": 1.0})
+        >>> store.get("a")["loss"], store.get("b")
+        (1.0, None)
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = Path(path) if path is not None else None
+        self._documents: dict[str, Document] = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+        self.found = len(self._documents)
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for i, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+                key, right = document["key"], document["kind"] == KIND
+            except (ValueError, KeyError, TypeError):
+                document, key, right = {}, "", i == len(lines) - 1  # only the last line may be torn
+            if not right:
+                raise SharpkitError(f"line {i + 1} of {path} is no finished run of a sweep: pass a file that a sweep wrote, or a new name")
+            if key:
+                self._documents[key] = document
+
+    def get(self, key: str) -> Document | None:
+        """The run with this key, if it is there."""
+        return self._documents.get(key)
+
+    def add(self, key: str, document: Mapping[str, Any]) -> None:
+        """Keep a finished run.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        whole = {"kind": KIND, "version": 1, "key": key, **document}
+        self._documents[key] = whole
+        if self.path is None:
+            return
+        with open(self.path, "ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":
+                    self._end_torn_line(stream)
+            stream.write((json.dumps(json_ready(whole), allow_nan=False) + "\n").encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @staticmethod
+    def _end_torn_line(stream: Any) -> None:
+        """Cut the file after its last whole line."""
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+
+
+def fingerprint(run: Run, *, data: str, first_loss: float, **settings: Any) -> str:
+    """What determines a run, as a short key: the model's shapes and first loss, the optimizer's settings, the data and ``settings``.
+
+    Args:
+        run: not trained yet.
+        data: of :func:`data_fingerprint`.
+        first_loss: of this model on the first batch; a changed model or loss shows here.
+        settings: the rest: steps, seed, factor, criterion.
+
+    Example:
+        >>> from torch import nn, optim, zeros
+        >>> from sharpkit.transfer.setup import Family
+        >>> family = Family(lambda w: nn.Linear(2, w), lambda m, w: optim.SGD(m.parameters(), lr=0.1), (zeros(1, 2), zeros(1, 4)),
+        ...                 loss=nn.functional.mse_loss)
+        >>> one, two = (fingerprint(family.start(4, lr_factor=f), data="", first_loss=1.0) for f in (1.0, 2.0))
+        >>> one == two
+        False
+    """
+    shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in run.model.named_parameters()]
+    groups = [
+        {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str, tuple, bool, type(None)))}
+        for group in run.optimizer.param_groups
+    ]
+    counts = [len(group["params"]) for group in run.optimizer.param_groups]
+    parts = (type(run.optimizer).__name__, groups, counts, shapes, data, f"{first_loss:.5e}", run.size, run.seed, sorted(settings.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def data_fingerprint(batches: Iterable[Batch]) -> str:
+    """A short key of all batches together."""
+    return hashlib.sha256("".join(map(batch_fingerprint, batches)).encode()).hexdigest()[:16]
+
+
+CRITERION = "mean training loss of the last quarter"
+_FIRST_POINTS, _NEXT_POINTS, _LAST_POINTS = 10, 8, 7  # rates tried with one seed at the first and at the next sizes; with all seeds
+_WORSE = 0.1  # a loss this share above the initial one counts as diverged; less is what batches differ by
+
+
+class BudgetEnded(SharpkitError):
+    """No further runs are allowed."""
+
+
+class Sweep:
+    """Makes runs or takes them from the store.
+
+    Attributes:
+        made, reused: runs so far.
+        rates: size -> first group's rate at factor 1, of the sizes started.
+    """
+
+    def __init__(self, family: Family, store: RunStore, *, steps: int, max_runs: int | None) -> None:
+        self.family, self.store, self.steps, self.max_runs = family, store, steps, max_runs
+        self.made = self.reused = 0
+        self.rates: dict[int, float] = {}
+        self._data = data_fingerprint(family.batches)
+
+    def on(self, curve: Curve) -> Evaluate:
+        """(log2 factor, seed) -> loss at this curve's size; initial losses and divergence are noted on the curve."""
+
+        def evaluate(x: float, seed: int) -> float:
+            return self.run(curve, x, seed)
+
+        return evaluate
+
+    def run(self, curve: Curve, x: float, seed: int) -> float:
+        """One run, or what the store knows of it.
+
+        Raises:
+            BudgetEnded: max_runs have been made.
+        """
+        run = self.family.start(curve.size, seed=seed, lr_factor=2.0**x)
+        self.rates[curve.size] = float(run.optimizer.param_groups[0]["lr"]) / 2.0**x
+        initial = first_loss(run)
+        key = fingerprint(run, data=self._data, first_loss=initial, steps=self.steps, log2_factor=x, criterion=CRITERION)
+        known = self.store.get(key)
+        if known is None:
+            if self.max_runs is not None and self.made >= self.max_runs:
+                raise BudgetEnded("max_runs")
+            began = time.perf_counter()
+            reached = self._train(run)
+            self.made += 1
+            known = {"size": curve.size, "seed": seed, "log2_factor": x, "steps": self.steps, "initial": initial, "loss": reached}
+            known |= {"diverged": not math.isfinite(reached), "seconds": time.perf_counter() - began}
+            self.store.add(key, known)
+        else:
+            self.reused += 1
+        curve.initial[seed] = initial
+        reached = float(known["loss"]) if known["loss"] is not None else math.inf
+        if not reached <= initial + _WORSE * abs(initial):
+            curve.diverged.add((x, seed))
+            return initial
+        return reached
+
+    def _train(self, run: Run) -> float:
+        """The criterion; inf where the run diverged."""
+        for _ in range(self.steps):
+            run.step()
+            if run.diverged:
+                return math.inf
+        tail = run.losses[-max(self.steps // 4, 1) :]
+        return sum(tail) / len(tail)
+
+    def forecast(self, sizes: Sequence[int], *, seeds: int, points: int | None) -> str:
+        """Time a step at each size and say what the sweep will take."""
+        each = step_seconds(self.family, sizes)
+        if points is not None:
+            runs = [points * seeds] * len(sizes)
+        else:
+            around = _LAST_POINTS * (seeds - 1)
+            runs = [_FIRST_POINTS + around] + [_NEXT_POINTS + around] * (len(sizes) - 1)
+        seconds = sum(n * t * self.steps for n, t in zip(runs, each, strict=True))
+        steps = ", ".join(f"{1e3 * t:.3g} ms at {self.family.dimension} {s}" for s, t in zip(sizes, each, strict=True))
+        held = f"; the store holds {self.store.found} runs" if self.store.found else ""
+        return f"about {sum(runs)} runs of {self.steps} steps, {duration(seconds)} in all (one step: {steps}){held}"
+
+
+def first_loss(run: Run) -> float:
+    """Loss on the run's first batch before any step; the run is left as if it had not been asked."""
+    fresh = Run(run.family, run.model, run.optimizer, run.size, run.seed)
+    run.model.train()
+    buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        loss = float(run.family.loss_of(run.model, fresh.next_batch()))
+    for name, b in run.model.named_buffers():
+        b.data.copy_(buffers[name])
+    return loss
+
+
+def step_seconds(family: Family, sizes: Sequence[int]) -> list[float]:
+    """Seconds of one step at each size; the better of two after a first that warms up."""
+    each = []
+    for size in sizes:
+        run, times = family.start(size), []
+        for _ in range(3):
+            began = time.perf_counter()
+            run.step()
+            times.append(time.perf_counter() - began)
+        each.append(min(times[1:]))
+    return each
+
+
+def duration(seconds: float) -> str:
+    """In seconds or minutes.
+
+    Example:
+        >>> duration(3.14), duration(600)
+        ('3.1 s', '10 min')
+    """
+    return f"{seconds:.2g} s" if seconds < 99 else f"{seconds / 60:.2g} min"
+
 
 Say = Callable[[str], None]
 TOLERANCE = 0.15  # octaves per doubling: what still counts as no drift
@@ -119,7 +353,7 @@ class LearningRateTransfer:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Loss against learning rate, one curve for each size, with the optima."""
-        from sharpkit.plots import plot_learning_rate_transfer
+        from sharpkit.plots.transfer import plot_learning_rate_transfer
 
         return plot_learning_rate_transfer(self.to_dict(), ax=ax)
 

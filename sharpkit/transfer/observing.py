@@ -2,21 +2,400 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharpkit._batches import Batch, batch_length, slice_batch, to_device
-from sharpkit._guard import unwrap
-from sharpkit._loss import call_model
-from sharpkit.transfer.observations import Observations, TensorTrack, Track, geometric_mean
-from sharpkit.transfer.recording import INPUT, Activation, record, root_mean_square
+from sharpkit.objective.batches import Batch, batch_length, slice_batch, to_device
+from sharpkit.objective.guard import undisturbed, unwrap
+from sharpkit.objective.loss import call_model
 from sharpkit.transfer.setup import Family, Run
-from sharpkit.transfer.stacks import Stacks
+
+Numbers = dict[int, list[list[float]]]  # size -> a list for each seed: one number for each step 0 .. num_steps
+Values = dict[int, list[float]]  # size -> one number for each seed
+
+
+@dataclass
+class Track:
+    """One coordinate over sizes, seeds and steps.
+
+    Attributes:
+        name, kind: as of an Activation.
+        rms, mean_abs: of x_t.
+        update: root mean square of x_t - x_0.
+        input_rms: of the module's input, NaN without one.
+        spread: of x_0 over samples, without what biases add.
+        entries: number of entries by size.
+        inner: by size, the dimension that attention logits sum over.
+    """
+
+    name: str
+    kind: str
+    rms: Numbers = field(default_factory=dict)
+    mean_abs: Numbers = field(default_factory=dict)
+    update: Numbers = field(default_factory=dict)
+    input_rms: Numbers = field(default_factory=dict)
+    spread: Values = field(default_factory=dict)
+    entries: dict[int, int] = field(default_factory=dict)
+    inner: dict[int, int | None] = field(default_factory=dict)
+
+
+@dataclass
+class TensorTrack:
+    """One parameter tensor over sizes and seeds, after the last step.
+
+    Attributes:
+        name: its place in the model; a tied tensor has several.
+        shapes: by size.
+        table: whether it is looked up (nn.Embedding).
+        shown_in: the first coordinate in which its change shows.
+        effect: RMS of the change of that coordinate when the tensor is put back to its initial value.
+        level: RMS of that coordinate.
+        input_rms: of the module that owns the tensor; 1 where the coordinate is not its own output, or it has no floating input.
+        entries: of that coordinate, by size.
+        signal: RMS of the loss's gradient by the coordinate while training (geometric mean over steps); NaN for adaptive optimizers.
+        lr, weight_decay: of its parameter group, by size; decay only where decoupled.
+    """
+
+    name: str
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    table: bool = False
+    shown_in: str = ""
+    effect: Values = field(default_factory=dict)
+    level: Values = field(default_factory=dict)
+    input_rms: Values = field(default_factory=dict)
+    entries: dict[int, int] = field(default_factory=dict)
+    signal: Values = field(default_factory=dict)
+    lr: dict[int, float] = field(default_factory=dict)
+    weight_decay: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Observations:
+    """All runs together.
+
+    Attributes:
+        sizes, num_seeds, num_steps, dimension: what was run.
+        coordinates: by name, in the order of computing; only those that every size has.
+        tensors: by name; empty where effects were not asked for.
+        stream: for depths, RMS at initialisation of what all blocks together add to the residual stream.
+        blocks: for depths, RMS of the output's change when all tensors of the blocks are put back.
+        adaptive: whether the optimizer's step does not grow with the gradient.
+        diverged: (size, seed) of runs whose loss left the finite.
+    """
+
+    sizes: tuple[int, ...]
+    num_seeds: int
+    num_steps: int
+    dimension: str
+    coordinates: dict[str, Track] = field(default_factory=dict)
+    tensors: dict[str, TensorTrack] = field(default_factory=dict)
+    stream: Values = field(default_factory=dict)
+    blocks: Values = field(default_factory=dict)
+    adaptive: bool = True
+    diverged: list[tuple[int, int]] = field(default_factory=list)
+
+    def keep_common(self) -> None:
+        """Leave out what not every size has."""
+        self.coordinates = {n: t for n, t in self.coordinates.items() if len(t.rms) == len(self.sizes)}
+        self.tensors = {n: t for n, t in self.tensors.items() if len(t.shapes) == len(self.sizes)}
+
+
+def at(values: Numbers, step: int) -> Values:
+    """One value per seed, at a step."""
+    return {size: [run[step] for run in runs] for size, runs in values.items()}
+
+
+def over_steps(values: Numbers, *, start: int = 1) -> Values:
+    """One value per seed: the geometric mean over steps from ``start`` on.
+
+    Example:
+        >>> over_steps({8: [[5.0, 1.0, 4.0]]})
+        {8: [2.0]}
+    """
+    return {size: [geometric_mean(run[start:]) for run in runs] for size, runs in values.items()}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN where nothing is positive and finite, or anything is not."""
+    found = list(values)
+    if not found or not all(math.isfinite(v) and v > 0 for v in found):
+        return math.nan
+    return math.exp(sum(map(math.log, found)) / len(found))
+
+
+ATTENTION = ": attention logits"
+INPUT = ": input"
+_PRODUCTS = ("aten::bmm", "aten::baddbmm")
+_SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One tensor seen in a forward pass.
+
+    Attributes:
+        name: of the module, with the call where it is called again and the place in the output where that holds several tensors:
+            ``"block"``, ``"block (call 2)"``, ``"block[0]"``, ``"model.logits"``; the model itself is ``"output"``.
+        kind: ``"module"``, ``"output"`` (the model's, or a module's that is the model's too), ``"before output"`` (of the last module,
+            changed afterwards into the model's output), ``"attention logits"``, ``"input"`` (of a module, where asked for).
+        tensor: its values, any shape; masked attention logits left out.
+        owner: name of the module.
+        input_rms: root mean square of the module's first floating input; None without one.
+        inner: the dimension that attention logits sum over; None otherwise.
+    """
+
+    name: str
+    kind: str
+    tensor: Tensor
+    owner: str
+    input_rms: float | None = None
+    inner: int | None = None
+
+    @property
+    def rms(self) -> float:
+        """Root mean square."""
+        return root_mean_square(self.tensor)
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of the deviation from the mean over the first dimension, the samples: without what a bias adds."""
+        return root_mean_square(self.tensor - self.tensor.mean(0)) if self.tensor.ndim > 1 else 0.0
+
+
+def root_mean_square(x: Tensor) -> float:
+    """In single precision at least; 0 for an empty tensor.
+
+    Example:
+        >>> root_mean_square(torch.tensor([3.0, -3.0, 3.0, -3.0]))
+        3.0
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(x.detach(), dtype=dtype)) / math.sqrt(x.numel()) if x.numel() else 0.0
+
+
+def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collection[str] = ()) -> dict[str, Activation]:
+    """Every module's output in one forward pass, in eval mode and without gradients; the model is left as found, also after an exception.
+
+    Containers that hand on a child's output unchanged are left out, but for the model itself; so are integers and single numbers (a loss).
+
+    Args:
+        model: without wrappers.
+        forward: calls the model once.
+        inputs_of: names of modules whose first floating input is recorded too.
+
+    Returns:
+        name -> activation, in the order in which they were computed.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model, training=False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_slow_attention())
+        watch = _Watch(model, inputs_of)
+        stack.enter_context(watch.hooked())
+        stack.enter_context(_SoftmaxWatch(watch))
+        forward()
+        return watch.finish()
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """nn.MultiheadAttention step by step: its fast path is one kernel, into which nobody sees."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Watch:
+    """Collects outputs through hooks; ``place`` is the stack of modules being computed."""
+
+    def __init__(self, model: nn.Module, inputs_of: Collection[str]) -> None:
+        self.model, self._inputs_of = model, inputs_of
+        self.place: list[str] = [""]
+        self.found: list[tuple[Activation, Tensor]] = []  # with the very tensor, which keeps its storage from being used again
+        self._calls: dict[str, int] = {}
+        self._inputs: list[float | None] = []
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = []
+        try:
+            for name, module in self.model.named_modules():
+                handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leaving(name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.place.append(name)
+            first = next((t for _, t in _tensors((args, kwargs)) if t.is_floating_point()), None)
+            self._inputs.append(None if first is None else root_mean_square(first))
+            if first is not None and name in self._inputs_of:
+                self.add(Activation(name + INPUT, "input", first.detach().clone(), name), torch.empty(0))
+
+        return hook
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.place.pop()
+            size = self._inputs.pop()
+            known = {id(t) for _, t in self.found}
+            label = self._call(name or "output")
+            for where, tensor in _tensors(output):
+                if tensor.is_floating_point() and tensor.ndim and (name == "" or id(tensor) not in known):
+                    self.add(Activation(label + where, "output" if name == "" else "module", tensor.detach().clone(), name, size), tensor)
+
+        return hook
+
+    def _call(self, label: str) -> str:
+        self._calls[label] = count = self._calls.get(label, 0) + 1
+        return label if count == 1 else f"{label} (call {count})"
+
+    def add(self, activation: Activation, tensor: Tensor) -> None:
+        self.found.append((activation, tensor))
+
+    def add_attention(self, name: str, logits: Tensor, inner: int | None) -> None:
+        label = self._call(f"{name or 'output'}{ATTENTION}")
+        shown = logits[logits > torch.finfo(logits.dtype).min / 2]
+        self.add(Activation(label, "attention logits", shown, name, None, inner), logits)
+
+    def finish(self) -> dict[str, Activation]:
+        """What is also the model's output is called so, and what is turned into it outside of any module is marked."""
+        outputs = [t for a, t in self.found if a.kind == "output"]
+        storages = {t.untyped_storage().data_ptr() for t in outputs}
+        last = next((i for i in range(len(self.found) - 1, -1, -1) if self.found[i][0].kind == "module"), -1)
+        direct = any(a.kind == "module" and t.untyped_storage().data_ptr() in storages for a, t in self.found)
+        marked = {}
+        for i, (a, t) in enumerate(self.found):
+            if a.kind == "module" and t.untyped_storage().data_ptr() in storages:
+                a = dataclasses.replace(a, kind="output")
+            elif i == last and not direct and any(t.numel() == o.numel() for o in outputs):
+                a = dataclasses.replace(a, kind="before output")
+            marked[a.name] = a
+        return marked
+
+
+class _SoftmaxWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees each softmax over the last dimension whose result enters a batched product: that is what makes its input attention logits.
+
+    Under the math kernel, which the guard around it asks for, F.scaled_dot_product_attention is made of these too.
+    """
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watch = watch
+        self._product: tuple[int, int] | None = None  # (entries, inner dimension) of the latest batched product
+        self._pending: list[tuple[Tensor, Tensor, str, int | None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in _PRODUCTS:
+            self._confirm(args)
+        result = func(*args, **(kwargs or {}))
+        if name in _PRODUCTS:
+            self._product = (result.numel(), args[-2].shape[-1])
+        elif name in _SOFTMAX and args[0].ndim > 2 and args[1] in (-1, args[0].ndim - 1):
+            inner = self._product[1] if self._product is not None and self._product[0] == args[0].numel() else None
+            self._pending.append((result, args[0].clone(), self._watch.place[-1], inner))
+        return result
+
+    def _confirm(self, args: Any) -> None:
+        used = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for entry in list(self._pending):
+            if entry[0].untyped_storage().data_ptr() in used:
+                self._pending = [e for e in self._pending if e is not entry]
+                self._watch.add_attention(entry[2], entry[1], entry[3])
+
+
+def _tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(place, tensor) for each tensor in an output of any nesting; the place of a lone tensor is empty."""
+    if isinstance(value, Tensor):
+        yield where, value
+    elif isinstance(value, Mapping):  # Hugging Face's outputs too
+        for key, entry in value.items():
+            yield from _tensors(entry, f"{where}.{key}")
+    elif isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None)
+        for i, entry in enumerate(value):
+            yield from _tensors(entry, f"{where}.{names[i]}" if names else f"{where}[{i}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from _tensors(getattr(value, f.name), f"{where}.{f.name}")
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The numbered containers (``blocks.0``, ``blocks.1``, ...) whose length differs between the sizes.
+
+    Attributes:
+        names: of the containers.
+        lengths: container -> size -> number of blocks.
+    """
+
+    names: tuple[str, ...] = ()
+    lengths: dict[str, dict[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, models: Mapping[int, nn.Module]) -> Stacks:
+        """Find them in one model for each size.
+
+        Example:
+            >>> make = lambda depth: nn.Sequential(nn.Linear(2, 2), nn.Sequential(*[nn.ReLU() for _ in range(depth)]))
+            >>> Stacks.of({2: make(2), 4: make(4)}).lengths
+            {'1': {2: 2, 4: 4}}
+        """
+        found: dict[str, dict[int, int]] = {}
+        for size, model in models.items():
+            for name, module in model.named_modules():
+                if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
+                    found.setdefault(name, {})[size] = len(module)
+        varying = {n: by for n, by in found.items() if len(by) == len(models) and len(set(by.values())) > 1}
+        outermost = {n: by for n, by in varying.items() if not any(n.startswith(f"{o}.") for o in varying if o != n)}
+        return cls(tuple(outermost), outermost)
+
+    def aliases(self, name: str, size: int) -> list[str]:
+        """What a module or tensor is called when depths are compared: in the first or last block, or as it is; none in between.
+
+        Example:
+            >>> stacks = Stacks(("blocks",), {"blocks": {1: 1, 3: 3}})
+            >>> stacks.aliases("blocks.0.out", 1), stacks.aliases("blocks.2.out", 3), stacks.aliases("blocks.1", 3)
+            (['blocks.first.out', 'blocks.last.out'], ['blocks.last.out'], [])
+        """
+        for stack in self.names:
+            match = re.match(rf"{re.escape(stack)}\.(\d+)(.*)", name) if stack else re.match(r"(\d+)(.*)", name)
+            if match:
+                place, rest = int(match[1]), match[2]
+                begin = f"{stack}." if stack else ""
+                ends = {"first": place == 0, "last": place == self.lengths[stack][size] - 1}
+                return [f"{begin}{end}{rest}" for end, here in ends.items() if here]
+        return [name]
+
+    def inside(self, name: str) -> bool:
+        """Whether a tensor belongs to a block."""
+        return any(re.match(rf"{re.escape(s)}\.\d+" if s else r"\d+", name) for s in self.names)
+
+    def ends(self, size: int) -> tuple[str, str]:
+        """Names of the first and the last block of the longest stack; empty strings without one."""
+        if not self.names:
+            return "", ""
+        longest = max(self.names, key=lambda n: self.lengths[n][size])
+        begin = f"{longest}." if longest else ""
+        return f"{begin}0", f"{begin}{self.lengths[longest][size] - 1}"
+
 
 Callback = Callable[[int, int], None]
 MOST_SAMPLES = 64  # of the fixed batch: sizes are means over all its entries

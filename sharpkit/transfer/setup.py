@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpkit._batches import Batch, BatchSource, to_device
 from sharpkit._errors import NonFiniteError, ObjectiveError
-from sharpkit._loss import call_model, own_loss
-from sharpkit.objective import Closure, Objective
+from sharpkit.objective.batches import Batch, BatchSource, to_device
+from sharpkit.objective.loss import call_model, own_loss
+from sharpkit.objective.objective import Closure, Objective
 
 Build = Callable[[int], nn.Module]
 MakeOptimizer = Callable[[nn.Module, int], torch.optim.Optimizer]

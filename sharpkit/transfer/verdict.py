@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,19 +12,155 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sharpkit._json import json_ready
-from sharpkit.transfer._amounts import AMOUNTS, PROXY_STEPS, Amounts, by_depth, forecast
-from sharpkit.transfer._reach import Reach, reach
-from sharpkit.transfer._store import RunStore
+from sharpkit._results import json_ready
 from sharpkit.transfer.coordinates import CoordinateCheck, check_of
 from sharpkit.transfer.culprits import Culprit, culprits_of
-from sharpkit.transfer.learning_rates import LearningRateTransfer, learning_rate_transfer
+from sharpkit.transfer.learning_rates import LearningRateTransfer, RunStore, duration, learning_rate_transfer, step_seconds
 from sharpkit.transfer.observing import observe
 from sharpkit.transfer.setup import Family, check_sizes
 from sharpkit.transfer.sharpness import SharpnessTransfer, sharpness_transfer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+PROXY_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything a mode does."""
+
+    sharpness_steps: int
+    sharpness_every: int
+    rate_steps: int
+    until_certain: bool
+
+
+AMOUNTS = {"quick": Amounts(40, 4, 60, True), "full": Amounts(200, 10, 150, False)}
+
+
+def forecast(family: Family, sizes: Sequence[int], amounts: Amounts, seeds: int) -> str:
+    """At most: learning rates at every size, no early end."""
+    each = step_seconds(family, sizes)
+    short = sum(each) * seeds * PROXY_STEPS * 3  # putting back every tensor takes about as long as two more steps
+    products = 3 * amounts.sharpness_steps / amounts.sharpness_every
+    sharp = sum(each) * (amounts.sharpness_steps + 2 * products)
+    rates = sum(each) * amounts.rate_steps * (8 + 7 * (seeds - 1))
+    return (
+        f"cost over {family.dimension}s, from a timed step: coordinates {duration(short)}, sharpness {duration(sharp)}, "
+        f"learning rates at most {duration(rates)}"
+    )
+
+
+def by_depth(build: Any, optimizer: Any, width: int, rest: tuple[Any, Any, Any]) -> Family:
+    """Networks of one width by depth.
+
+    Args:
+        build: called as build(width, depth=...).
+        optimizer: called with ``depth=`` where it takes that.
+        width: of all.
+        rest: data, loss and closure.
+
+    Raises:
+        TypeError: build takes no depth.
+    """
+    if not _takes_depth(build):
+        raise TypeError("with depths, build must take the depth too: build(width, depth=...)")
+    knows = _takes_depth(optimizer)
+    return Family(
+        lambda depth: build(width, depth=depth),
+        lambda model, depth: optimizer(model, width, depth=depth) if knows else optimizer(model, width),
+        *rest,
+        dimension="depth",
+    )
+
+
+def _takes_depth(function: Any) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return "depth" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+MOST = 8  # times the largest size measured: nothing is claimed beyond
+OCTAVES = 0.5
+WIDEST = 1.0  # octaves: the parabola is not trusted further
+PENALTY = 0.02
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The range of sizes in which one learning rate does.
+
+    Attributes:
+        proxy: the size whose optimum it is.
+        octaves: shift of the optimum that is allowed: half an octave, or what costs ``penalty`` of the loss if that is more.
+        penalty: relative loss.
+        value: largest size by the drift itself.
+        lower: by the end of its 95 % interval that is furthest from zero: up to there with 97.5 % confidence.
+        upper: by the end nearest to zero.
+        measured: largest size measured.
+        cap: the size beyond which nothing is claimed; values stop there.
+    """
+
+    proxy: int
+    octaves: float
+    penalty: float
+    value: float
+    lower: float
+    upper: float
+    measured: int
+    cap: float
+
+    def sentence(self, dimension: str) -> str:
+        """In words, with the interval."""
+
+        def shown(size: float) -> str:
+            return f"at least {self.cap:.0f}" if size >= self.cap else f"{size:.0f}"
+
+        head = f"The best rate of {dimension} {self.proxy} is predicted to stay within {self.octaves:.2g} octaves of the best one"
+        below = " - less than was measured" if self.lower < self.measured else ""
+        interval = f"95 % interval {shown(self.lower)} to {shown(self.upper)}{below}"
+        if self.lower >= self.cap:
+            interval = "the whole 95 % interval lies beyond"
+        return f"{head} up to {dimension} {shown(self.value)} ({interval}); past {self.cap:.0f} nothing is claimed."
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        names = ("proxy", "octaves", "penalty", "value", "lower", "upper", "measured", "cap")
+        return {name: getattr(self, name) for name in names}
+
+
+def reach(rates: LearningRateTransfer, *, octaves: float = OCTAVES, penalty: float = PENALTY) -> Reach | None:
+    """The drift d says: at size w the optimum has moved by d log2(w / proxy) octaves.
+
+    Args:
+        rates: measured at two sizes or more.
+        octaves, penalty: a shift up to the larger of ``octaves`` and what costs ``penalty`` of the loss at the largest size, at most one
+            octave, is allowed.
+
+    Returns:
+        the range; None where the drift or its interval is not known.
+    """
+    drift = rates.drift
+    if not math.isfinite(drift.value) or not math.isfinite(drift.half_width):
+        return None
+    curvature = rates.optima[-1].curvature
+    flat = math.sqrt(math.log1p(penalty) / curvature) if curvature > 0 else 0.0
+    allowed = max(octaves, min(flat, WIDEST))
+    first, last = rates.sizes[0], rates.sizes[-1]
+    cap = float(MOST * last)
+    low, high = drift.interval
+    least = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+
+    def size(slope: float) -> float:
+        doublings = allowed / abs(slope) if slope else math.inf
+        return min(first * math.exp2(min(doublings, 64.0)), cap)
+
+    return Reach(first, allowed, penalty, size(drift.value), size(max(abs(low), abs(high))), size(least), last, cap)
+
 
 Mode = Literal["quick", "full"]
 Say = Callable[[str], None]
@@ -136,7 +274,7 @@ class Verdict:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """All that was measured side by side: coordinates, sharpness, learning rates."""
-        from sharpkit.plots import plot_transfer_verdict
+        from sharpkit.plots.transfer import plot_transfer_verdict
 
         return plot_transfer_verdict(self.to_dict(), ax=ax)
 

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import sharpkit as sk
 from sharpkit.integrations.lightning import LearnerCallback as LightningLearner
+from sharpkit.integrations.transformers import LEARNER_FILE
 from sharpkit.integrations.transformers import LearnerCallback as TrainerLearner
-from sharpkit.integrations.transformers_learner import STATE_FILE
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
@@ -244,7 +244,7 @@ def test_a_resumed_trainer_learns_identically(tmp_path: Path) -> None:
     assert same(uninterrupted.model.state_dict(), finished.model.state_dict())
     assert same(whole.history.to_dict(), resumed.history.to_dict())
     assert any(d.step > STEPS // 2 for d in resumed.history)
-    (place / STATE_FILE).unlink()
+    (place / LEARNER_FILE).unlink()
     with pytest.warns(sk.SharpkitWarning) as caught:
         trained(TrainerLearner(), tmp_path / "run", resume=place, **saving)
     said = " ".join(str(w.message) for w in caught)

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import pytorch_lightning
+import sharpkit.integrations.lightning as hooks
 import torch
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
@@ -25,10 +26,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from traces import same
 
-import sharpkit.integrations._lightning_hooks as hooks
 from sharpkit import SharpkitWarning
 from sharpkit.integrations.lightning import SharpnessCallback
-from sharpkit.integrations.sinks import read_run
+from sharpkit.monitor.runs import read_run
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sharpkit.integrations.transformers as hooks
 import torch
 import transformers
 from torch import Tensor, nn
@@ -20,10 +21,9 @@ from torch.nn import functional as F
 from traces import same
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-import sharpkit.integrations._trainer_hooks as hooks
 from sharpkit import SharpkitWarning
-from sharpkit.integrations.sinks import read_run
-from sharpkit.integrations.transformers import STATE_FILE, SharpnessCallback
+from sharpkit.integrations.transformers import MONITOR_FILE, SharpnessCallback
+from sharpkit.monitor.runs import read_run
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -225,7 +225,7 @@ def test_a_checkpoint_moved_elsewhere_needs_to_be_named(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
     trained(make, tmp_path / "run", max_steps=2, **saving)
     moved = shutil.move(tmp_path / "run" / "checkpoint-2", tmp_path / "moved")
-    assert (moved / STATE_FILE).is_file()
+    assert (moved / MONITOR_FILE).is_file()
     with pytest.warns(SharpkitWarning, match=r"no sharpkit_monitor\.pt.*resume_from="):
         _, fresh = trained(make, tmp_path / "new", resume=moved)
     named: Make = lambda: SharpnessCallback(every=1, metrics=["lambda_max"], resume_from=moved)  # noqa: E731

@@ -11,7 +11,7 @@ from problems_linalg import network_like, operator_with, rotated, true_residuals
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, NotSymmetricError
-from sharpkit.operators.algebra import CallableOperator
+from sharpkit.operators.base import CallableOperator
 
 TOL = 1e-3
 BULK = np.linspace(-1, 1, 194)

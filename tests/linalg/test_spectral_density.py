@@ -10,7 +10,7 @@ from scipy.stats import wasserstein_distance
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning
-from sharpkit.linalg.slq import default_bandwidth
+from sharpkit.linalg.results import default_bandwidth
 
 UNIFORM = np.random.default_rng(0).random(500)
 NETWORK = network_like(500)

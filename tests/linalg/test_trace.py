@@ -11,7 +11,7 @@ from problems_linalg import network_like, operator_with, rotated
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
-from sharpkit.operators.algebra import CallableOperator
+from sharpkit.operators.base import CallableOperator
 
 METHODS = ["auto", "hutchinson", "hutch++", "xtrace"]
 NETWORK = np.abs(network_like(400))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from traces import untouched
 
 import sharpkit as sk
-from sharpkit._memory import graph_bytes, human_bytes, is_out_of_memory
+from sharpkit.objective.memory import graph_bytes, human_bytes, is_out_of_memory
 from sharpkit.operators.curvature import CurvatureOperator
 
 

@@ -14,13 +14,11 @@ from torch.nn import functional as F
 
 import sharpkit as sk
 from sharpkit._errors import ObjectiveError
-from sharpkit._json import to_json
-from sharpkit.plots import plot_coordinates
+from sharpkit._results import to_json
+from sharpkit.plots.transfer import plot_coordinates
 from sharpkit.transfer.coordinates import CoordinateCheck, coordinate_check
-from sharpkit.transfer.observing import forward, probe_batch
-from sharpkit.transfer.recording import record
+from sharpkit.transfer.observing import Stacks, forward, probe_batch, record
 from sharpkit.transfer.setup import Family
-from sharpkit.transfer.stacks import Stacks
 
 X = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] * X[:, 1] > 0).long()

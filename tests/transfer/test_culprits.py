@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sharpkit._json import to_json
-from sharpkit.transfer.culprits import culprits_of, find_culprits
-from sharpkit.transfer.observations import Observations, TensorTrack
-from sharpkit.transfer.observing import _Observer, observe
-from sharpkit.transfer.roles import role_of
-from sharpkit.transfer.rules import RULES, Evidence
+from sharpkit._results import to_json
+from sharpkit.transfer.culprits import RULES, Evidence, culprits_of, find_culprits, role_of
+from sharpkit.transfer.fits import Slope
+from sharpkit.transfer.observing import Observations, Stacks, TensorTrack, _Observer, observe
 from sharpkit.transfer.setup import Family
-from sharpkit.transfer.slopes import Slope
-from sharpkit.transfer.stacks import Stacks
 
 BASE, WIDTHS = 32, (32, 64, 128, 256)
 X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))

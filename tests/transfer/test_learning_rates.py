@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitError
-from sharpkit.transfer._grid import Curve, loss_at, optimum, search, sensitivity
-from sharpkit.transfer._reach import reach
-from sharpkit.transfer._store import RunStore
-from sharpkit.transfer.learning_rates import decide, learning_rate_transfer
-from sharpkit.transfer.slopes import Slope
+from sharpkit.transfer.fits import Curve, Slope, loss_at, optimum, search, sensitivity
+from sharpkit.transfer.learning_rates import RunStore, decide, learning_rate_transfer
+from sharpkit.transfer.verdict import reach
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -268,7 +266,7 @@ def test_a_killed_process_leaves_a_store_to_go_on_from(tmp_path: Path) -> None:
         import os, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "transfer")!r}]
         import test_learning_rates as t
-        from sharpkit.transfer import _store
+        from sharpkit.transfer import learning_rates as _store
         add, count = _store.RunStore.add, [0]
         def dying(self, key, document):
             add(self, key, document)
@@ -352,8 +350,8 @@ def test_the_document_is_strict_json_and_draws() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from sharpkit._json import to_json
-    from sharpkit._report_sections import section_for
+    from sharpkit._results import to_json
+    from sharpkit.reporting.sections import section_for
 
     found = measure(lambda width: 1.0, [64, 128], factors=[0.5, 2.0, 64.0, 1024.0])
     document = json.loads(to_json(found.to_dict()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharpkit._json import to_json
+from sharpkit._results import to_json
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.transfer.setup import Family
 from sharpkit.transfer.sharpness import sharpness_transfer
@@ -195,7 +195,7 @@ def test_the_picture_shows_the_limit_and_the_section_every_size() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from sharpkit._report_sections import section_for
+    from sharpkit.reporting.sections import section_for
 
     found = follow(linear(0.0), [8, 16], seeds=2)
     ax = found.plot()

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from sharpkit._json import to_json
-from sharpkit.transfer.slopes import Slope, log_slope
+from sharpkit._results import to_json
+from sharpkit.transfer.fits import Slope, log_slope
 
 WIDTHS = (64, 128, 256, 512)
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from experiments._transfer_models import MLP, Rules, digit_batches, mlp_family
+from sharpkit.transfer.fits import Slope
 from sharpkit.transfer.setup import Family
-from sharpkit.transfer.slopes import Slope
 from sharpkit.transfer.verdict import Verdict, diagnose
 
 WIDTHS = [16, 32, 64]
@@ -94,8 +94,8 @@ def test_documents_are_strict_json_and_make_a_page(
     import matplotlib
 
     matplotlib.use("Agg")
-    from sharpkit._report_sections import section_for
     from sharpkit.reporting import report
+    from sharpkit.reporting.sections import section_for
 
     for verdict in (good[0], bad[0]):
         document = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))

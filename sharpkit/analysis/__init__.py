@@ -1,1 +1,0 @@
-"""What the numbers mean: sharpness summaries, stability limits, diagnosis of an objective."""

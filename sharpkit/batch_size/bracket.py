@@ -1,0 +1,208 @@
+"""The sharpness of a whole data set between two bounds, from a part of it: samples only until the bounds are close enough."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sharpkit._errors import ConvergenceWarning
+from sharpkit._results import student_factor
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.results import SCHEMA_VERSION, Progress, ProgressCallback
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.samples import SamplePool
+from sharpkit.operators.hessian import HessianOperator
+
+_QUARTERS, _GROUPS = 4, 4  # evaluation sets, and groups within each, whose spread gives the standard errors
+_WIDEN = 2.24  # each end misses 1.25 % of the time: room for skewed samples and for looking more than once
+_TOL, _SPAN_TOL = 2e-3, 0.1  # any span is valid below; above the residual is added
+
+
+@dataclass(frozen=True)
+class SharpnessBracket:
+    """lambda_max of the full-data Hessian between two bounds that hold together with a probability of at least 95 %.
+
+    Attributes:
+        lower, upper: the bounds, in units of curvature.
+        num_samples: samples used, out of ``pool_size``; where they are equal, the value is exact up to the eigensolver's residual.
+        pool_size: samples of the objective.
+        history: (samples, lower, upper) as it grew.
+        converged: whether the asked width was reached.
+        num_matvecs: Hessian products, each over the samples of its part.
+        sample_gradients: cost of everything in single-sample gradients, a product counting 2.
+        seconds: wall time.
+    """
+
+    lower: float
+    upper: float
+    num_samples: int
+    pool_size: int
+    history: tuple[tuple[int, float, float], ...]
+    converged: bool
+    num_matvecs: int
+    sample_gradients: float
+    seconds: float
+
+    @property
+    def midpoint(self) -> float:
+        """Middle of the two bounds."""
+        return (self.lower + self.upper) / 2
+
+    def __str__(self) -> str:
+        flag = "" if self.converged else ", not as narrow as asked"
+        return f"{self.lower:.4g} to {self.upper:.4g} from {self.num_samples} of {self.pool_size} samples{flag}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        names = ("lower", "upper", "num_samples", "pool_size", "converged", "num_matvecs", "sample_gradients", "seconds")
+        history = [list(step) for step in self.history]
+        return {"kind": "sharpness_bracket", "version": SCHEMA_VERSION, **{name: getattr(self, name) for name in names}, "history": history}
+
+
+def sharpness_bracket(
+    objective: Objective,
+    *,
+    rtol: float = 0.2,
+    start: int = 256,
+    max_samples: int | None = None,
+    k: int = 5,
+    seed: int = 0,
+    callback: ProgressCallback | None = None,
+) -> SharpnessBracket:
+    """Bound the sharpness of all the data from n samples, n doubled until the bounds are close.
+
+    Above: lambda_max is convex, so E lambda_max(H_n) >= lambda_max(H) for random samples. Below: directions found on other samples are
+    independent of those that judge them, so their curvature is at most lambda_max(H) in expectation. The n samples make two halves of two
+    quarters each; the top k eigenvectors V of one half span the directions, one quarter of the other half chooses among them (the top
+    eigenvector y of V^T H_1 V), the last quarter judges, y^T V^T H_2 V y; all four ways round are averaged. (Choosing and judging on the
+    same samples would read too high, by the same convexity.) Both ends are widened by 2.24 standard errors over groups of samples. Where n
+    reaches all samples, lambda_max is computed plainly.
+
+    Args:
+        objective: must fall apart into samples.
+        rtol: width asked for, relative to the middle.
+        start: first n, at least 16.
+        max_samples: largest n; by default all.
+        k: directions from each half.
+        seed: of the draws and start vectors.
+        callback: called after each n.
+
+    Raises:
+        ValueError: an argument out of range.
+        ObjectiveError: the loss does not fall apart into samples.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = sk.Objective(model, (torch.ones(400, 1), torch.zeros(400, 1)), loss=torch.nn.functional.mse_loss)
+        >>> print(sk.sharpness_bracket(objective, start=64))
+        2 to 2 from 64 of 400 samples
+    """
+    least = _QUARTERS * _GROUPS
+    if start < least or k < 1 or not rtol > 0 or (max_samples is not None and max_samples < start):
+        raise ValueError(f"expected start >= {least}, max_samples >= start, k >= 1 and rtol > 0, got {start}, {max_samples}, {k}, {rtol}")
+    began, pool = time.perf_counter(), SamplePool(objective)
+    order = torch.randperm(pool.size, generator=torch.Generator().manual_seed(seed))
+    most, size = min(max_samples or pool.size, pool.size), start
+    work = _Work(pool, min(k, objective.num_parameters), seed)
+    history: list[tuple[int, float, float]] = []
+    while True:
+        size = min(size, most)
+        lower, upper = work.exact() if size == pool.size else work.bounds(order[:size])
+        crossed = lower - upper > _TOL * abs(upper)
+        if crossed:  # by noise, or because an eigenvalue was missed: no reason to stop
+            warnings.warn(
+                f"from {size} samples the bounds crossed ({lower:.4g} below, {upper:.4g} above)", ConvergenceWarning, stacklevel=2
+            )
+        lower, upper = min(lower, upper), max(lower, upper)
+        history.append((size, lower, upper))
+        converged = not crossed and upper - lower <= rtol * abs(lower + upper) / 2
+        if callback is not None:
+            callback(_progress(work, time.perf_counter() - began, done=converged or size == most, history=history))
+        if converged or size == most:
+            break
+        size *= 2
+    seconds = time.perf_counter() - began
+    return SharpnessBracket(lower, upper, size, pool.size, tuple(history), converged, work.num_matvecs, work.sample_gradients, seconds)
+
+
+def _progress(work: _Work, elapsed: float, *, done: bool, history: Sequence[tuple[int, float, float]]) -> Progress:
+    """The next size is expected to cost as much as everything so far, twice over."""
+    size, lower, upper = history[-1]
+    expected = work.num_matvecs if done else work.num_matvecs * (len(history) + 1) // len(history)
+    return Progress(work.num_matvecs, expected, elapsed, 0.0 if done else 2 * elapsed, f"{lower:.4g} to {upper:.4g} from {size} samples")
+
+
+@dataclass
+class _Work:
+    """Eigenvectors of parts of the data, kept as start vectors for larger parts, and what everything cost."""
+
+    pool: SamplePool
+    k: int
+    seed: int
+    num_matvecs: int = 0
+    sample_gradients: float = 0.0
+    known: list[Tensor] = field(default_factory=list)
+
+    def exact(self) -> tuple[float, float]:
+        """lambda_max of all samples, -+ the residual."""
+        value, residual, _ = self._top(self.pool.parent, 1, self.known)
+        return float(value[0]) - residual, float(value[0]) + residual
+
+    def bounds(self, indices: Tensor) -> tuple[float, float]:
+        """Both ends, widened by their standard errors."""
+        quarters = [indices[i::_QUARTERS] for i in (0, 2, 1, 3)]  # strides: as n grows each half keeps its samples, and the other's out
+        groups = [[self.pool.objective(part) for part in torch.tensor_split(quarter, _GROUPS)] for quarter in quarters]
+        halves = [self.pool.objective(indices[i::2]) for i in range(2)]
+        self.known = [self._top(half, self.k, self.known[i : i + 1], tol=_SPAN_TOL)[2] for i, half in enumerate(halves)]
+        top, residual, vector = self._top(self.pool.objective(indices), 1, self.known)
+        shrink = math.sqrt(1 - len(indices) / self.pool.size)  # samples drawn without replacement
+        values = np.array([self._forms(group, vector)[0, 0] for quarter in groups for group in quarter])
+        upper = float(top[0]) + residual + _WIDEN * shrink * _grouped_error(values.reshape(1, -1))
+        judged = np.concatenate([self._held_out(groups[2:], self.known[0]), self._held_out(groups[:2], self.known[1])])
+        lower = float(judged.mean()) - _WIDEN * shrink * _grouped_error(judged)
+        return lower, upper
+
+    def _held_out(self, quarters: Sequence[Sequence[Objective]], span: Tensor) -> NDArray[np.float64]:
+        """(2, groups): curvature in each group of either quarter along the direction that the other quarter chose from the span."""
+        forms = np.array([[self._forms(group, span) for group in quarter] for quarter in quarters])
+        chosen = [np.linalg.eigh(quarter.mean(axis=0))[1][:, -1] for quarter in forms]
+        return np.array([np.einsum("i,gij,j->g", y, quarter, y) for y, quarter in zip(reversed(chosen), forms, strict=True)])
+
+    def _forms(self, part: Objective, span: Tensor) -> NDArray[np.float64]:
+        """V^T H_part V."""
+        operator = HessianOperator(part)
+        form = (span.T @ operator.multiply(span)).double().cpu().numpy() * self._scale(part)
+        self._spend(operator, part)
+        return np.asarray((form + form.T) / 2)
+
+    def _top(self, part: Objective, k: int, known: Sequence[Tensor], *, tol: float = _TOL) -> tuple[Tensor, float, Tensor]:
+        """Top eigenvalues of a part, the first one's residual, and vectors."""
+        operator = HessianOperator(part)
+        pairs = eigenpairs(operator, k, tol=tol, seed=self.seed, initial=torch.cat(list(known), dim=1) if known else None)
+        self._spend(operator, part)
+        return pairs.values * self._scale(part), float(pairs.residuals[0]) * self._scale(part), pairs.vectors
+
+    def _scale(self, part: Objective) -> float:
+        """A sum over fewer samples, scaled up to all of them; a mean stays."""
+        return self.pool.size / part.num_samples if part.reduction == "sum" else 1.0
+
+    def _spend(self, operator: HessianOperator, part: Objective) -> None:
+        self.num_matvecs += operator.num_matvecs
+        self.sample_gradients += 2.0 * operator.num_matvecs * part.num_samples
+
+
+def _grouped_error(values: NDArray[np.float64]) -> float:
+    """Standard error of the mean of independent values in rows, each row with a mean of its own, widened for their small number."""
+    freedom = values.size - len(values)
+    deviation = values - values.mean(axis=1, keepdims=True)
+    return float(np.sqrt((deviation**2).sum() / freedom / values.size)) * student_factor(freedom + 1)

@@ -1,0 +1,371 @@
+"""The top eigenvalue of a mini-batch Hessian as a function of the batch size: four estimators and direct measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from sharpkit._errors import NotSymmetricError
+from sharpkit._results import Bounded, standard_error
+from sharpkit.batch_size.pilot import Ledger
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.overview import both_ends, spectral_overview
+from sharpkit.linalg.results import ProgressCallback
+from sharpkit.objective.samples import SamplePool
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.hessian import HessianOperator
+
+_TOL = 1e-2
+_NOTHING = 1e-3  # of the full data's lambda_max: a batch Hessian below that may be rounding alone
+
+
+@dataclass(frozen=True)
+class DirectPoint:
+    """The extreme eigenvalues of batch Hessians, measured on drawn batches.
+
+    Attributes:
+        batch_size: B.
+        largest, smallest: (k,) per drawn batch.
+    """
+
+    batch_size: int
+    largest: tuple[float, ...]
+    smallest: tuple[float, ...]
+
+    def mean(self, which: str = "largest") -> tuple[float, float]:
+        """(mean, standard error) over the batches."""
+        values = np.array(getattr(self, which))
+        return float(values.mean()), standard_error(values)
+
+
+def direct_point(
+    pool: SamplePool,
+    turned: Callable[[SymmetricOperator], SymmetricOperator],
+    size: int,
+    *,
+    seed: int,
+    ledger: Ledger,
+    repeats: int,
+    full: float,
+) -> DirectPoint:
+    """Draw ``repeats`` batches of ``size`` and measure both ends; ``full`` is lambda_max of all data."""
+    draws = pool.draws(size, generator=torch.Generator().manual_seed(seed + size))
+    largest, smallest = [], []
+    for number, batch in zip(range(repeats), draws, strict=False):
+        operator = HessianOperator(batch)
+        ends = extreme_values(turned(operator), seed=seed + number, ignorable=_NOTHING * full)
+        largest.append(ends[0])
+        smallest.append(ends[1])
+        ledger.spend(2 * operator.num_matvecs * size)
+    return DirectPoint(size, tuple(largest), tuple(smallest))
+
+
+def extreme_values(operator: SymmetricOperator, *, seed: int, ignorable: float = 0.0) -> tuple[float, float]:
+    """(largest, smallest) eigenvalue from one Krylov space; zeros where the matrix is below ``ignorable`` and rounding alone.
+
+    A batch whose samples are all fitted has a Hessian of the size of rounding, whose products need not be symmetric.
+    """
+    try:
+        largest, smallest = both_ends(operator, tol=_TOL, seed=seed, num_steps=8)
+    except NotSymmetricError:
+        if _size(operator, seed) > ignorable:
+            raise
+        return 0.0, 0.0
+    return float(largest.values[0]), float(smallest.values[0])
+
+
+def _size(operator: SymmetricOperator, seed: int) -> float:
+    """Size of the matrix by three steps of the power method."""
+    vector = operator.random_vectors(1, generator=torch.Generator().manual_seed(seed))[:, 0]
+    norm = float(vector.norm())
+    for _ in range(3):
+        vector = operator.multiply(vector / max(norm, 1e-30))
+        norm = float(vector.norm())
+    return norm
+
+
+Floats = NDArray[np.float64]
+Wrap = Callable[[SymmetricOperator], SymmetricOperator]
+
+_GROUPS = 64
+_PART, _PART_SHARE = (64, 256), 6  # for trace, spectrum and further eigenvectors, no ground of the rates: a sixth of the samples
+_ENDS_TOL = 3e-2  # of both ends' residuals; the top one has converged far beyond by then
+
+
+@dataclass(frozen=True)
+class BatchCurvature:
+    """Curvature of the full data and its mini-batch noise.
+
+    Attributes:
+        lambda_max, lambda_min, trace: of the full-data Hessian; lambda_min to some 3 % of lambda_max, from above.
+        nodes, counts: the spectrum on a sixth of the data (64 to 256 samples) as a quadrature: eigenvalues, how many each. So the trace.
+        directional: s^2 = E ||(h_i - H) v||^2 of a single sample along the top eigenvector, with its standard error.
+        isotropic: r^2 = E ||(h_i - H) z||^2 of a single sample along a random unit vector.
+        block: (k, k) the full matrix within the span of the top eigenvectors; where they are close, noise mixes them.
+        mixing: (groups, k, k) the groups' deviations within the span of those eigenvectors, scaled to one sample.
+        leakage: the part of s^2 that leads out of that span.
+        direct: measured points, ascending in B.
+        num_samples: N.
+    """
+
+    lambda_max: float
+    lambda_min: float
+    trace: float
+    nodes: tuple[float, ...]
+    counts: tuple[float, ...]
+    directional: tuple[float, float]
+    isotropic: float
+    block: NDArray[np.float64] = field(repr=False)
+    mixing: NDArray[np.float64] = field(repr=False)
+    leakage: float
+    direct: tuple[DirectPoint, ...]
+    num_samples: int
+
+    def effective(self, batch_size: float) -> float:
+        """b for this pool, without replacement."""
+        return float(effective_batch_size(batch_size, self.num_samples))
+
+    @property
+    def noise(self) -> float:
+        """s^2 / lambda_max: what takes the trace's place in the mean-square limit."""
+        return self.directional[0] / self.lambda_max if self.lambda_max > 0 else 0.0
+
+    # -- the estimators of E lambda_max(H_B) ------------------------------------------------------------------------------
+    def isotropic_estimate(self, batch_size: float) -> float:
+        """The additive model of independent noise entries: lambda + r^2 / (b lambda) above the transition, else the bulk edge 2 r."""
+        return float(additive_outlier(self.lambda_max, math.sqrt(max(self.isotropic, 0.0) / self.effective(batch_size))))
+
+    def directional_estimate(self, batch_size: float) -> float:
+        """Noise along the top eigenvectors: exact within their span, second order out of it (leakage / (b lambda)).
+
+        With one eigenvector it is lambda + s^2 / (b lambda), less the noise along the vector itself, which has mean zero. Nearly equal
+        eigenvalues are mixed by the noise, so their k x k matrix is perturbed as a whole and its largest eigenvalue averaged over groups.
+        """
+        b = self.effective(batch_size)
+        if math.isinf(b) or self.lambda_max <= 0:
+            return self.lambda_max
+        perturbed = self.block + self.mixing / math.sqrt(b)
+        inside = float(np.linalg.eigvalsh(perturbed)[:, -1].mean())
+        return self._capped(inside + self.leakage / (b * self.lambda_max), batch_size)
+
+    def calibrated_estimate(self, batch_size: float) -> float:
+        """lambda + c / b, c fitted to the measured points."""
+        weights, excess = [], []
+        for point in self.direct:
+            mean, stderr = point.mean()
+            scale = (stderr**2 + (0.05 * mean) ** 2) ** 0.5
+            weights.append(1 / (self.effective(point.batch_size) * scale))
+            excess.append((mean - self.lambda_max) / scale)
+        w, e = np.array(weights), np.array(excess)
+        c = max(float(w @ e / (w @ w)), 0.0) if len(w) and float(w @ w) > 0 else self.noise
+        return self._capped(self.lambda_max + c / self.effective(batch_size), batch_size)
+
+    def _capped(self, value: float, batch_size: float) -> float:
+        """The mean falls with B (larger batches' Hessians are means of smaller ones'), so measured smaller ones bound it from above."""
+        bound = min((point.mean()[0] for point in self.direct if point.batch_size <= batch_size), default=math.inf)
+        return min(value, max(bound, self.lambda_max))
+
+    def interpolated(self, batch_size: float, which: str = "largest") -> Bounded:
+        """Through the measured points: straight lines in log excess over log b; beyond them the outer slopes, kept between b^0 and b^-1."""
+        end = self.lambda_max if which == "largest" else self.lambda_min
+        sign = 1.0 if which == "largest" else -1.0
+        b = self.effective(batch_size)
+        if math.isinf(b):
+            return Bounded(end, end, end)
+        points = [
+            (math.log(self.effective(p.batch_size)), *p.mean(which)) for p in self.direct if math.isfinite(self.effective(p.batch_size))
+        ]
+        floor = 1e-3 * max(abs(end), 1e-30)
+        x = np.array([p[0] for p in points])
+        y = np.log([max(sign * (p[1] - end), floor) for p in points])
+        value = end + sign * math.exp(_line(x, y, math.log(b)))
+        nearest = points[int(np.argmin(np.abs(x - math.log(b))))]
+        half = 1.96 * nearest[2] * (abs(value) / max(abs(nearest[1]), 1e-30))
+        return Bounded(value, value - half, value + half)
+
+    def choose(self) -> tuple[str, str]:
+        """(estimator, why): what :meth:`lambda_max_of` uses."""
+        if len(self.direct) >= 2:
+            sizes = ", ".join(str(p.batch_size) for p in self.direct)
+            return "interpolated", f"lambda_max(H_B) was measured on drawn batches of {sizes} and is interpolated between them"
+        if len(self.direct) == 1:
+            return "calibrated", "one batch size was measured, which fixes c in lambda + c / b"
+        return "directional", "nothing was measured directly; the noise along the top eigenvector gives lambda + s^2 / (b lambda)"
+
+    def lambda_max_of(self, batch_size: float) -> Bounded:
+        """E lambda_max(H_B) by the chosen estimator."""
+        method = self.choose()[0]
+        if method == "interpolated":
+            return self.interpolated(batch_size)
+        value = self.calibrated_estimate(batch_size) if method == "calibrated" else self.directional_estimate(batch_size)
+        spread = abs(value - self.lambda_max)
+        return Bounded(value, value - spread, value + spread)
+
+    def lambda_min_of(self, batch_size: float) -> Bounded:
+        """E lambda_min(H_B), from the measured points; the full value where there are none."""
+        if len(self.direct) >= 2:
+            return self.interpolated(batch_size, "smallest")
+        return Bounded(self.lambda_min, self.lambda_min, self.lambda_min)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "lambda_max": self.lambda_max,
+            "lambda_min": self.lambda_min,
+            "trace": self.trace,
+            "directional": list(self.directional),
+            "isotropic": self.isotropic,
+            "num_samples": self.num_samples,
+            "estimator": self.choose()[0],
+            "direct": [{"batch_size": p.batch_size, "largest": list(p.largest), "smallest": list(p.smallest)} for p in self.direct],
+        }
+
+
+def _line(x: Floats, y: Floats, at: float) -> float:
+    """Piecewise linear, the outer pieces continued with slopes between -1 and 0."""
+    if len(x) == 1:
+        return float(y[0] - (at - x[0]))
+    if at < x[0]:
+        return float(y[0] + np.clip((y[1] - y[0]) / (x[1] - x[0]), -1, 0) * (at - x[0]))
+    if at > x[-1]:
+        return float(y[-1] - (at - x[-1]))  # far out the excess is that of the law of large numbers, 1 / b
+    return float(np.interp(at, x, y))
+
+
+def measure_batch_curvature(
+    pool: SamplePool,
+    *,
+    sizes: Sequence[int],
+    seed: int,
+    ledger: Ledger,
+    repeats: int = 6,
+    wrap: Wrap | None = None,
+    k: int = 3,
+    callback: ProgressCallback | None = None,
+) -> BatchCurvature:
+    """Measure full curvature, its noise in disjoint groups, and the extreme eigenvalues of drawn batches.
+
+    Args:
+        pool: the samples.
+        sizes: batch sizes to measure directly; those above N / 2 are left out.
+        seed: of draws and probes.
+        ledger: where the cost is written.
+        repeats: batches drawn per size.
+        wrap: turns each Hessian into the operator meant (preconditioning).
+        k: further eigenvectors, of part of the data, that noise along the top one is shared out to.
+        callback: progress of the full-data part.
+    """
+    turned = wrap or (lambda operator: operator)
+    full = HessianOperator(pool.parent)
+    largest, smallest = both_ends(turned(full), tol=_ENDS_TOL, seed=seed, num_steps=8)
+    ledger.spend(2 * full.num_matvecs * pool.size)
+    part = pool.limited(min(max(pool.size // _PART_SHARE, _PART[0]), _PART[1]), seed=seed)
+    sketch = HessianOperator(part.parent)
+    density = (overview := spectral_overview(turned(sketch), num_probes=3, num_steps=12, seed=seed, callback=callback)).density
+    pairs = eigenpairs(turned(sketch), k=min(k, full.size), tol=2e-2, seed=seed, initial=largest.vectors[:, 0])
+    ledger.spend(2 * sketch.num_matvecs * part.size)
+    span = torch.linalg.qr(torch.cat([largest.vectors[:, :1], pairs.vectors], dim=1))[0]
+    noise = _group_noise(pool, turned, span, seed=seed, ledger=ledger)
+    drawn = [size for size in sorted(set(sizes)) if size <= pool.size // 2]
+    direct = tuple(
+        direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats, full=float(largest.values[0])) for size in drawn
+    )
+    return BatchCurvature(
+        lambda_max=float(largest.values[0]),
+        lambda_min=float(smallest.values[0]),
+        trace=overview.trace.value,
+        nodes=tuple(density.nodes.ravel().tolist()),
+        counts=tuple((density.weights * density.size).ravel().tolist()),
+        directional=(float(noise.along.mean()), standard_error(noise.along)),
+        isotropic=noise.isotropic,
+        block=noise.block,
+        mixing=noise.mixing,
+        leakage=noise.leakage,
+        direct=direct,
+        num_samples=pool.size,
+    )
+
+
+def top_and_noise(pool: SamplePool, *, seed: int, ledger: Ledger, wrap: Wrap) -> tuple[float, float]:
+    """Only lambda_max of the full matrix and s^2 / lambda_max, at a fraction of the cost of everything."""
+    full = HessianOperator(pool.parent)
+    pairs = eigenpairs(wrap(full), k=1, tol=5e-2, seed=seed)
+    ledger.spend(2 * full.num_matvecs * pool.size)
+    noise = _group_noise(pool, wrap, pairs.vectors, seed=seed, ledger=ledger)
+    top = float(pairs.values[0])
+    return top, float(noise.along.mean()) / top if top > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _GroupNoise:
+    """Noise of one sample, from disjoint groups of m: deviations of their Hessians scaled by sqrt(m)."""
+
+    along: Floats  # (groups,) ||(h - H) v_1||^2
+    block: Floats  # (k, k) V^T H V
+    mixing: Floats  # (groups, k, k) V^T (h - H) V
+    leakage: float  # the part of the first that leads out of the span of V
+    isotropic: float  # ||(h - H) z||^2, z a random unit vector
+
+
+def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, ledger: Ledger) -> _GroupNoise:
+    generator = torch.Generator().manual_seed(seed + 1)
+    size, k = max(1, pool.size // _GROUPS), vectors.shape[1]
+    groups = pool.groups(size, generator=generator)
+    probe = torch.randn(vectors.shape[0], 1, generator=generator, dtype=torch.float64).to(vectors)
+    directions = torch.cat([vectors, probe / probe.norm()], dim=1)
+    products = [turned(HessianOperator(group)).multiply(directions).double() for group in groups]
+    ledger.spend(2 * (k + 1) * size * len(groups))
+    stacked = torch.stack(products)  # (groups, n, k + 1)
+    deviation = (stacked - stacked.mean(dim=0)) * math.sqrt(size * len(groups) / (len(groups) - 1))
+    squared = deviation.square().sum(dim=1)
+    inside = torch.einsum("nj,gnk->gjk", vectors.double(), deviation[:, :, :k])
+    leakage = float((squared[:, 0] - inside[:, :, 0].square().sum(dim=1)).mean())
+    mixing = ((inside + inside.transpose(1, 2)) / 2).cpu().numpy()
+    block = (vectors.double().T @ stacked.mean(dim=0)[:, :k]).cpu().numpy()
+    return _GroupNoise(squared[:, 0].cpu().numpy(), (block + block.T) / 2, mixing, max(leakage, 0.0), float(squared[:, k].mean()))
+
+
+def effective_batch_size(batch_size: ArrayLike, num_samples: float = math.inf) -> Floats:
+    """b = B / (1 - B / N): the batch size that fluctuates as much when drawn with replacement; inf for the full batch.
+
+    Args:
+        batch_size: B, drawn without replacement.
+        num_samples: N; inf means with replacement, b = B.
+
+    Raises:
+        ValueError: B outside 1..N.
+
+    Example:
+        >>> effective_batch_size([50, 100], num_samples=100).tolist()
+        [100.0, inf]
+    """
+    size = np.asarray(batch_size, dtype=np.float64)
+    if np.any(size < 1) or np.any(size > num_samples):
+        raise ValueError(f"batch sizes must lie between 1 and the {num_samples:g} samples, got {size.tolist()}")
+    with np.errstate(divide="ignore"):
+        return np.asarray(size / (1 - size / num_samples))
+
+
+def additive_outlier(eigenvalue: ArrayLike, radius: ArrayLike) -> Floats:
+    """Where an eigenvalue of H appears in H + E, E symmetric noise of semicircle radius 2 r: lambda + r^2 / lambda, or the edge.
+
+    Outliers beyond +-r survive, the others drown in the bulk and read +-2 r; mirrored for negative eigenvalues. At most twice lambda.
+
+    References:
+        Granziol, Zohren and Roberts (2022), arXiv 2006.09092; Capitaine, Donati-Martin and Feral (2009), arXiv 0706.0136.
+
+    Example:
+        >>> float(additive_outlier(10.0, 2.0)), float(additive_outlier(1.0, 2.0))
+        (10.4, 4.0)
+    """
+    lam, r = np.broadcast_arrays(np.asarray(eigenvalue, dtype=np.float64), np.asarray(radius, dtype=np.float64))
+    sign = np.where(lam < 0, -1.0, 1.0)
+    safe = np.where(lam == 0, 1.0, lam)
+    return np.where(np.abs(lam) > r, lam + r**2 / safe, sign * 2 * r)

@@ -1,0 +1,407 @@
+"""The largest stable learning rate as a function of the batch size: measured curvature, theory, and short calibrating runs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sharpkit._results import Bounded
+from sharpkit.batch_size.curvature import BatchCurvature
+from sharpkit.batch_size.limits import limits_for
+from sharpkit.batch_size.pilot import Trainer
+from sharpkit.linalg.results import SCHEMA_VERSION
+from sharpkit.measuring.stability import UpdateRule, update_rule
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.samples import SamplePool
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+_HALF_STEP = 2**0.25  # half of the factor between the largest rate that trained and the next, in log
+_MODEL_SPREAD = 1.5  # what a rate read off curvature alone may be off by
+_SCATTER = 0.25  # standard deviation of an anchor's log rate about the law, by chance and because the law is no more than that
+_FIRST_BEND = 0.1  # the law may bend anywhere from this batch size to N, every octave alike
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where training really broke at one batch size, by short runs; geometric means where the search was repeated.
+
+    Attributes:
+        batch_size: B.
+        trained: largest rate that trained.
+        broke: smallest rate above it that did not.
+        repeats: searches with other orders of the data.
+    """
+
+    batch_size: int
+    trained: float
+    broke: float
+    repeats: int = 1
+
+    @property
+    def rate(self) -> float:
+        """Geometric middle of the two."""
+        return math.sqrt(self.trained * self.broke)
+
+
+@dataclass(frozen=True)
+class LearningRateCurve:
+    """The largest stable learning rate and the batch curvature against the batch size.
+
+    Attributes:
+        batch_sizes: those asked for, ascending.
+        optimizer: name of the kind.
+        rule: its update rule.
+        curvature: full-data curvature and its noise (preconditioned for an adaptive optimizer, at the smallest batch size).
+        limits: (batch size, rate) by the mean-square condition on the curvature measured, on a fine grid.
+        anchors: short runs that fix the level; empty without.
+        sharpness: (lambda_max at the starting point, after the pilot).
+        lr: the optimizer's present rate.
+        num_samples: N.
+        gradients: cost, in full-data gradients (products count two).
+        seconds: wall time.
+    """
+
+    batch_sizes: tuple[int, ...]
+    optimizer: str
+    rule: UpdateRule
+    curvature: BatchCurvature = field(repr=False)
+    limits: tuple[tuple[float, float], ...] = field(repr=False)
+    anchors: tuple[Anchor, ...]
+    sharpness: tuple[float, float]
+    lr: float
+    num_samples: int
+    gradients: float
+    seconds: float
+
+    # -- reading it -------------------------------------------------------------------------------------------------------
+    def lambda_max(self, batch_size: float) -> Bounded:
+        """The expected largest eigenvalue of a batch Hessian."""
+        return self.curvature.lambda_max_of(self._checked(batch_size))
+
+    def lambda_min(self, batch_size: float) -> Bounded:
+        """The expected smallest eigenvalue of a batch Hessian."""
+        return self.curvature.lambda_min_of(self._checked(batch_size))
+
+    def by_curvature(self, batch_size: float) -> float:
+        """The mean-square limit on the curvature measured, without calibrating runs."""
+        x, y = (np.log([point[j] for point in self.limits]) for j in (0, 1))
+        return float(np.exp(np.interp(math.log(self._checked(batch_size)), x, y)))
+
+    def max_lr(self, batch_size: float) -> Bounded:
+        """The largest stable learning rate at a batch size, with an interval.
+
+        The mean-square condition makes 1 / rate linear in 1 / b (adaptive optimizers, whose small-batch rates go as sqrt(B): 1 / rate^2).
+        That law's two constants, a level and the batch size c where it bends, are fitted to the rates at which short runs broke: the rate
+        is the geometric mean over all c up to N, weighted by how well they fit. Real curves bend more sharply: beyond the largest batch
+        size calibrated, the rate may stay as it is there or follow the law, which weigh alike. The interval takes in the spread of all.
+        """
+        theory = self.by_curvature(batch_size)
+        if not self.anchors:
+            return Bounded(theory, theory / _MODEL_SPREAD, theory * _MODEL_SPREAD)
+        bends, levels, weights = self._laws
+        logs = levels - self.exponent * np.log1p(bends / self.curvature.effective(batch_size))
+        held = levels - self.exponent * np.log1p(bends / self.curvature.effective(min(batch_size, self.anchors[-1].batch_size)))
+        mean = float(weights @ (logs + held) / 2)
+        own = _SCATTER**2 / len(self.anchors)  # of the level, whatever c
+        spread = 1.96 * math.sqrt(float(weights @ ((logs - mean) ** 2 + (held - mean) ** 2) / 2) + own) + math.log(_HALF_STEP)
+        return Bounded(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread))
+
+    @cached_property
+    def _laws(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """(c, log r, weight) of the laws rate = r (1 + c / b)^-exponent: for each c the best r, weighted by the anchors' likelihood."""
+        x = np.array([1 / self.curvature.effective(a.batch_size) for a in self.anchors])
+        rates = np.log([a.rate for a in self.anchors])
+        bends = np.geomspace(_FIRST_BEND, self.num_samples, 400)
+        levels = rates + self.exponent * np.log1p(bends[:, None] * x)  # as each anchor has it
+        misfit = levels.var(axis=1) * len(rates)
+        weights = np.exp(-(misfit - misfit.min()) / (2 * _SCATTER**2))
+        return bends, levels.mean(axis=1), weights / weights.sum()
+
+    @property
+    def exponent(self) -> float:
+        """The power of B in the simple rule of this optimizer: 1 for SGD (linear), 1/2 for adaptive ones (square root)."""
+        return 0.5 if self.rule.adaptive else 1.0
+
+    @property
+    def crossover(self) -> Bounded:
+        """B*: where the simple rule, drawn through the smallest batch sizes, meets the plateau (the largest rate of all).
+
+        The smallest two batch sizes give the rule's level.
+        """
+        grid = np.array(self.batch_sizes, dtype=float)
+        rates = np.array([float(self.max_lr(b)) for b in grid])
+        level = float(np.exp(np.mean(np.log(rates[:2]) - self.exponent * np.log(grid[:2]))))
+        value = float((rates.max() / level) ** (1 / self.exponent))
+        spread = _MODEL_SPREAD ** (1 / self.exponent)
+        return Bounded(value, value / spread, value * spread)
+
+    def rule_holds_to(self, tolerance: float = 0.1) -> float:
+        """The largest batch size up to which the simple rule, from the smallest one on, stays within a tolerance."""
+        grid = np.geomspace(self.batch_sizes[0], self.batch_sizes[-1], 200)
+        start, last = float(self.max_lr(grid[0])), float(grid[0])
+        for b in grid[1:]:
+            if abs(float(self.max_lr(b)) / (start * (b / grid[0]) ** self.exponent) - 1) > tolerance:
+                break
+            last = float(b)
+        return last
+
+    def _checked(self, batch_size: float) -> float:
+        if not 1 <= batch_size <= self.num_samples:
+            raise ValueError(f"batch_size must lie between 1 and the {self.num_samples} samples measured, got {batch_size}")
+        return batch_size
+
+    # -- showing it -------------------------------------------------------------------------------------------------------
+    def rows(self) -> list[dict[str, float]]:
+        """One row per batch size, plain numbers."""
+        found = []
+        for b in self.batch_sizes:
+            top, rate = self.lambda_max(b), self.max_lr(b)
+            found.append(
+                {
+                    "batch_size": b,
+                    "lambda_max": float(top),
+                    "lambda_max_lower": top.lower,
+                    "lambda_max_upper": top.upper,
+                    "lambda_min": float(self.lambda_min(b)),
+                    "max_lr": float(rate),
+                    "max_lr_lower": rate.lower,
+                    "max_lr_upper": rate.upper,
+                    "by_curvature": self.by_curvature(b),
+                }
+            )
+        return found
+
+    def table(self) -> str:
+        """The curve as text."""
+        lines = [f"{'batch':>7}  {'lambda_max(H_B)':>24}  {'largest stable lr':>26}  {'by curvature alone':>18}"]
+        lines += [f"{b:>7}  {self.lambda_max(b)!s:>24}  {self.max_lr(b)!s:>26}  {self.by_curvature(b):>18.3g}" for b in self.batch_sizes]
+        return "\n".join(lines)
+
+    def findings(self) -> list[str]:
+        """What the curve says, in sentences."""
+        name = "square-root scaling" if self.rule.adaptive else "linear scaling"
+        plateau, cross = float(self.max_lr(self.batch_sizes[-1])), self.crossover
+        if cross < self.batch_sizes[-1]:
+            shape = (
+                f"{name} reaches the plateau at B = {float(cross):.0f} ({cross.lower:.0f}-{cross.upper:.0f}); at B = "
+                f"{self.batch_sizes[-1]} the limit is {plateau:.2g}."
+            )
+        else:
+            shape = f"{name} is not exhausted at B = {self.batch_sizes[-1]}, where the limit is {plateau:.2g}."
+        found = [
+            f"{self.optimizer}: {shape} From B = {self.batch_sizes[0]}, it is off by more than 10 % beyond B = {self.rule_holds_to():.0f}."
+        ]
+        found.append("; ".join(f"at B = {b} stay below {self.max_lr(b)}" for b in self._picked()) + ".")
+        found.append(
+            f"lambda_max is {self.sharpness[0]:.3g} at the start and {self.sharpness[1]:.3g} after the pilot. For batches: "
+            f"{self.curvature.choose()[1]}."
+        )
+        if self.anchors:
+            sizes = ", ".join(str(a.batch_size) for a in self.anchors)
+            found.append(f"The level is calibrated by short training runs at B = {sizes}.")
+        else:
+            found.append(
+                "No calibrating runs were made: rates are those at which training from the measured point is stable, not training "
+                "from scratch."
+            )
+        return found
+
+    def _picked(self) -> list[int]:
+        middle = self.batch_sizes[len(self.batch_sizes) // 2]
+        return sorted({self.batch_sizes[0], middle, self.batch_sizes[-1]})
+
+    def __str__(self) -> str:
+        return "\n".join(self.findings())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The largest rate against B with its interval, the anchors, the limit by curvature and the simple rule."""
+        from sharpkit.plots.spectrum import plot_learning_rate_curve
+
+        return plot_learning_rate_curve(self.to_dict(), ax=ax)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        cross = self.crossover
+        return {
+            "kind": "learning_rate_curve",
+            "version": SCHEMA_VERSION,
+            "optimizer": self.optimizer,
+            "condition": self.rule.condition,
+            "exponent": self.exponent,
+            "rows": self.rows(),
+            "crossover": cross.to_dict(),
+            "rule_holds_to": self.rule_holds_to(),
+            "curvature": self.curvature.to_dict(),
+            "anchors": [asdict(anchor) for anchor in self.anchors],
+            "sharpness_at_start": self.sharpness[0],
+            "sharpness_after_pilot": self.sharpness[1],
+            "lr": self.lr,
+            "num_samples": self.num_samples,
+            "gradients": self.gradients,
+            "seconds": self.seconds,
+            "findings": self.findings(),
+        }
+
+
+logger = logging.getLogger(__name__)
+
+_MAX_POOL = 4096
+_PILOT_BATCH, _PILOT_SHARE = (16, 128), 8  # an eighth of the data, within these bounds
+_RUNS, _MORE_RUNS = 7, 2.5  # a search takes about so many, each repeat so many more
+_MEASURING = 70  # full-data gradients for curvature and its noise, about
+_ANCHOR_STRIDE = 8  # calibrate at every eighth batch size ...
+_ANCHOR_SHARE = 28  # ... up to this part of the data: runs at large batches cost most
+_LAST_SHARE = 16  # ... and once more at this part of it
+_MAX_LENGTH = 3.0  # times the pilot's steps, at the smallest batch sizes
+_REPEATS = (4, 3)  # searches at each batch size, with other orders of the data, and at the last
+
+
+def learning_rate_curve(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    pilot: int = 100,
+    calibrate: bool | Sequence[int] = True,
+    max_samples: int = _MAX_POOL,
+    seed: int = 0,
+    callback: Callable[[str], None] | None = None,
+) -> LearningRateCurve:
+    """The largest stable learning rate for every batch size.
+
+    A pilot run on a private copy reaches settled curvature; there the spectrum, its mini-batch noise and lambda_max of drawn batches are
+    measured, which gives the mean-square limit of the optimizer's kind at every batch size. Sharpness grows until it meets the limit of
+    whatever rate is used, so curvature after a pilot says how the limit depends on the batch size, but not the rate at which training from
+    the present point breaks: both constants of the limit are fitted to short runs at a few batch sizes up to a sixteenth of the data, where
+    runs are cheap. One search scatters by a factor of 1.5 to 2 and is repeated with other orders of the data. A run counts as trained if it
+    makes at least half of the best improvement over what needs no training, the initial loss or the best constant output's.
+
+    Args:
+        objective: at the point to train from, usually freshly initialised. Only read.
+        optimizer: SGD (with momentum), Adam, AdamW, RMSprop or Adagrad, over the objective's parameters. Only read; its present rate does
+        not matter.
+        batch_sizes: where to evaluate; by default powers of two from 4 to all samples.
+        pilot: steps of the pilot and of each calibrating run.
+        calibrate: whether to make calibrating runs, or the batch sizes to make them at (the cost grows with them).
+        max_samples: use at most so many samples, drawn at random.
+        seed: of draws and probes.
+        callback: told what is being done, with its forecast cost.
+
+    Raises:
+        ValueError: batch sizes out of range, pilot shorter than 10 steps.
+        ObjectiveError: the loss does not fall apart into samples.
+        UnsupportedError: an optimizer whose limit is not known.
+
+    References:
+        Granziol, Zohren and Roberts (2022), arXiv 2006.09092; the mean-square condition: docs/mathematics.md.
+    """
+    started, say = time.perf_counter(), callback or logger.info
+    rule = update_rule(optimizer)
+    pool = SamplePool(objective).limited(max_samples, seed=seed)
+    sizes = _checked_sizes(batch_sizes, pool.size)
+    if pilot < 10:
+        raise ValueError(f"pilot must be at least 10 steps, got {pilot}")
+    at = _anchor_sizes(calibrate, sizes, pool.size)
+    plans = [_Plan.at(size, pilot, last=size == at[-1]) for size in at]
+    trainer = Trainer(pool, optimizer, seed)
+    size = min(max(pool.size // _PILOT_SHARE, _PILOT_BATCH[0]), _PILOT_BATCH[1], pool.size)
+    forecast = _MEASURING + (pilot * size + sum(plan.runs * plan.samples for plan in plans)) / pool.size
+    say(
+        f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some "
+        f"{sum(plan.runs for plan in plans) + 1:.0f} short runs"
+    )
+    settled, rate, start_lambda = trainer.settle(steps=pilot, batch_size=size, rule=rule)
+    say(f"pilot done (loss {settled.losses[0]:.3g} -> {settled.losses[-1]:.3g}); measuring curvature and its noise")
+    curvature, limits = limits_for(SamplePool(settled.objective), optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
+    anchors: list[Anchor] = []
+    for plan in plans:
+        say(f"calibrating at B = {plan.batch_size}")
+        begin = anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
+        anchors.append(plan.search(trainer, begin))
+    return LearningRateCurve(
+        sizes,
+        type(optimizer).__name__,
+        rule,
+        curvature,
+        limits,
+        tuple(anchors),
+        (start_lambda, curvature.lambda_max),
+        float(optimizer.param_groups[0]["lr"]),
+        pool.size,
+        trainer.ledger.samples / pool.size,
+        time.perf_counter() - started,
+    )
+
+
+def _checked_sizes(batch_sizes: Sequence[int] | None, available: int) -> tuple[int, ...]:
+    if batch_sizes is None:
+        powers = [2**j for j in range(2, 31) if 2**j < available]
+        return (*powers, available)
+    sizes = tuple(sorted({int(b) for b in batch_sizes}))
+    if len(sizes) < 2 or sizes[0] < 1:
+        raise ValueError(f"batch_sizes needs at least two different sizes of 1 or more, got {list(batch_sizes)}")
+    if sizes[-1] > available:
+        raise ValueError(
+            f"batch size {sizes[-1]} is larger than the {available} samples of the objective; give it more data, or smaller batch_sizes"
+        )
+    return sizes
+
+
+def _anchor_sizes(calibrate: bool | Sequence[int], sizes: tuple[int, ...], available: int) -> list[int]:
+    if calibrate is False:
+        return []
+    if calibrate is not True:
+        return sorted({int(b) for b in calibrate})
+    wanted, cap = [], max(sizes[-1] // _ANCHOR_SHARE, sizes[0])
+    size = sizes[0]
+    while size <= cap and size < available:
+        wanted.append(size)
+        size *= _ANCHOR_STRIDE
+    last = wanted[-1] if wanted else sizes[0]
+    return [*wanted, min(max(available // _LAST_SHARE, 2 * last), available)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A search for the rate that breaks training at one batch size.
+
+    Attributes:
+        batch_size: B.
+        steps: of each run. Small batches need more of them to show what breaks, and cost less.
+        repeats: searches.
+    """
+
+    batch_size: int
+    steps: int
+    repeats: int
+
+    @classmethod
+    def at(cls, batch_size: int, pilot: int, *, last: bool) -> _Plan:
+        steps = pilot if last else round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), _MAX_LENGTH))
+        return cls(batch_size, steps, _REPEATS[last])
+
+    @property
+    def runs(self) -> float:
+        """About so many."""
+        return _RUNS + _MORE_RUNS * (self.repeats - 1)
+
+    @property
+    def samples(self) -> int:
+        """Sample gradients of one run."""
+        return self.batch_size * self.steps
+
+    def search(self, trainer: Trainer, begin: float) -> Anchor:
+        trained, broke = trainer.largest_stable_rate(begin, batch_size=self.batch_size, steps=self.steps, repeats=self.repeats)
+        return Anchor(self.batch_size, trained, broke, self.repeats)

@@ -1,0 +1,117 @@
+"""The mean-square limit of an optimizer at every batch size, from measured curvature and noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit.batch_size.curvature import BatchCurvature, measure_batch_curvature, top_and_noise
+from sharpkit.batch_size.pilot import Ledger
+from sharpkit.measuring.stability import UpdateRule
+from sharpkit.objective.samples import SamplePool
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.preconditioned import PreconditionedOperator
+
+_GRID = 24
+_GROUPS = 64
+_PART, _PART_SHARE = (128, 512), 4  # samples for it, but at the smallest batch size: a quarter of the data, within these bounds
+_DIRECT_SHARE = 16  # lambda_max of drawn batches is measured up to this part of the data: beyond, the excess is small and goes as 1 / b
+_FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew
+
+
+def limits_for(
+    pool: SamplePool, optimizer: torch.optim.Optimizer, rule: UpdateRule, *, sizes: Sequence[int], seed: int, ledger: Ledger
+) -> tuple[BatchCurvature, tuple[tuple[float, float], ...]]:
+    """Curvature and (batch size, limiting rate) pairs over the range of ``sizes``.
+
+    For SGD one measurement serves all batch sizes. An adaptive optimizer divides by D, which itself depends on the batch size: v = g^2 +
+    var / B per coordinate; its matrix is measured at a few batch sizes and the limit interpolated between them.
+    """
+    grid = np.geomspace(sizes[0], sizes[-1], _GRID)
+    direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], 4)
+    if not rule.adaptive:
+        curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger)
+        return curvature, tuple(
+            (float(b), _rate(curvature.lambda_max, curvature.noise, curvature.effective(min(float(b), pool.size)), rule)) for b in grid
+        )
+    mean, variance = gradient_moments(pool, seed=seed, ledger=ledger)
+    smallest, *others = _spread(sizes, _FULL_SIZES)
+    curvature = measure_batch_curvature(
+        pool, sizes=direct, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, smallest, optimizer), repeats=3
+    )
+    part = pool.limited(min(max(pool.size // _PART_SHARE, _PART[0]), _PART[1]), seed=seed)
+    points = [(float(smallest), _rate(curvature.lambda_max, curvature.noise, curvature.effective(smallest), rule))]
+    for size in others:
+        top, noise = top_and_noise(part, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, size, optimizer))
+        points.append((float(size), _rate(top, noise, curvature.effective(size), rule)))
+    return curvature, tuple(points)
+
+
+def _rate(lambda_max: float, noise: float, effective: float, rule: UpdateRule) -> float:
+    """The short mean-square form; averaging momentum is a heavy ball whose rate is smaller by 1 - dampening."""
+    return short_form(max(lambda_max, 1e-12), noise, effective, momentum=rule.momentum) / (1.0 - rule.dampening)
+
+
+def _spread(sizes: Sequence[int], count: int) -> list[int]:
+    """About ``count`` of the sizes, evenly spread in log, the ends included."""
+    logs = np.log(np.array(sizes, dtype=float))
+    wanted = np.linspace(logs[0], logs[-1], count)
+    return sorted({int(sizes[int(np.argmin(np.abs(logs - w)))]) for w in wanted})
+
+
+def gradient_moments(pool: SamplePool, *, seed: int, ledger: Ledger) -> tuple[Tensor, Tensor]:
+    """Mean and single-sample variance of the gradient per coordinate, (n,) each in float64, from disjoint groups."""
+    size = max(1, pool.size // _GROUPS)
+    groups = pool.groups(size, generator=torch.Generator().manual_seed(seed + 2))
+    gradients = torch.stack([group.gradient()[1] for group in groups]).double()
+    ledger.spend(size * len(groups))
+    return gradients.mean(dim=0), gradients.var(dim=0) * size
+
+
+def preconditioner(
+    mean: Tensor, variance: Tensor, batch_size: int, optimizer: torch.optim.Optimizer
+) -> Callable[[SymmetricOperator], SymmetricOperator]:
+    """D^-1/2 A D^-1/2 with D = sqrt(g^2 + var / B) + eps: what an adaptive optimizer's second moment tends to at a batch size."""
+    epsilon = float(optimizer.param_groups[0].get("eps", 1e-8))
+    diagonal = (mean.square() + variance / batch_size).sqrt() + epsilon
+    if not math.isfinite(float(diagonal.sum())):
+        raise ValueError("the gradient's moments are not finite")
+    return lambda operator: PreconditionedOperator(operator, diagonal=diagonal)
+
+
+def short_form(lambda_max: float, noise: float, batch_size: float, *, momentum: float = 0.0) -> float:
+    """2 (1 + beta) / (lambda_max + k noise), k = (1 + beta) / ((1 - beta) b): linear in b while the noise dominates, then flat.
+
+    For Gaussian least squares ``noise`` is the trace of H; in general it is s^2 / lambda_max with s^2 = E ||(h_i - H) v||^2 along the top
+    eigenvector v. The crossover is b* = (1 + beta) / (1 - beta) noise / lambda_max.
+
+    Args:
+        lambda_max: top eigenvalue of the full Hessian.
+        noise: trace, or measured s^2 / lambda_max, in units of curvature.
+        batch_size: effective batch size b; inf for the full batch.
+        momentum: beta of the heavy ball v <- beta v + g.
+
+    Returns:
+        the rate; inf where nothing is curved.
+
+    Example:
+        >>> short_form(2.0, 0.0, math.inf), short_form(2.0, 6.0, 3.0)
+        (1.0, 0.5)
+    """
+    gain = (1 + momentum) / ((1 - momentum) * batch_size)
+    load = lambda_max + gain * noise
+    return 2 * (1 + momentum) / load if load > 0 else math.inf
+
+
+def crossover_batch_size(lambda_max: float, noise: float, *, momentum: float = 0.0) -> float:
+    """b* = (1 + beta) / (1 - beta) noise / lambda_max, where the short form is half its full-batch value.
+
+    Example:
+        >>> crossover_batch_size(2.0, 6.0), round(crossover_batch_size(2.0, 6.0, momentum=0.9), 6)
+        (3.0, 57.0)
+    """
+    return (1 + momentum) / (1 - momentum) * noise / lambda_max if lambda_max > 0 else math.inf

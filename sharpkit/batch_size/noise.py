@@ -1,0 +1,265 @@
+"""Gradient noise between mini-batches: the noise scale, and tests of whether a batch is large enough."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit._errors import NonFiniteError
+from sharpkit._results import format_with_error, student_factor
+from sharpkit.linalg.results import SCHEMA_VERSION, Estimate
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.samples import SamplePool
+from sharpkit.operators.hessian import HessianOperator
+
+_GROUPS = 64
+_LEAST_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """Gradient noise of single samples against the gradient.
+
+    Attributes:
+        noise_scale: B_simple = tr Sigma / |G|^2, in samples: the batch size from which larger batches help little.
+        trace: tr Sigma, unbiased.
+        gradient_norm_squared: |G|^2 of the underlying gradient, unbiased: it can come out negative where noise hides it, and is then
+            flagged as not converged, as is the noise scale.
+        curvature_noise_scale: B_noise = tr(H Sigma) / (G^T H G), None unless asked for.
+        num_groups, group_size: disjoint groups of samples it comes from.
+        seconds: wall time.
+    """
+
+    noise_scale: Estimate
+    trace: Estimate
+    gradient_norm_squared: Estimate
+    curvature_noise_scale: Estimate | None
+    num_groups: int
+    group_size: int
+    seconds: float
+
+    def __repr__(self) -> str:
+        extra = f", with curvature {self.curvature_noise_scale}" if self.curvature_noise_scale is not None else ""
+        return f"GradientNoise(scale {self.noise_scale} samples{extra}; tr Sigma {self.trace}, |G|^2 {self.gradient_norm_squared})"
+
+    def optimal_fraction(self, batch_size: float) -> float:
+        """eta_opt(B) / eta_max = 1 / (1 + B_noise / B), by B_noise where measured, else B_simple."""
+        scale = self.curvature_noise_scale or self.noise_scale
+        return 1 / (1 + max(scale.value, 0.0) / batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        extra = self.curvature_noise_scale
+        return {
+            "kind": "gradient_noise",
+            "version": SCHEMA_VERSION,
+            "noise_scale": self.noise_scale.to_dict(),
+            "trace": self.trace.to_dict(),
+            "gradient_norm_squared": self.gradient_norm_squared.to_dict(),
+            "curvature_noise_scale": None if extra is None else extra.to_dict(),
+            "num_groups": self.num_groups,
+            "group_size": self.group_size,
+            "seconds": self.seconds,
+        }
+
+
+def gradient_noise_scale(
+    objective: Objective, *, group_size: int | None = None, with_curvature: bool = False, max_groups: int = _GROUPS, seed: int = 0
+) -> GradientNoise:
+    """The gradient noise scale from one pass over the data in disjoint groups.
+
+    With m samples a group, g_k its gradient: |G|^2 is the mean of g_j . g_k over distinct groups and tr Sigma = m (mean |g_k|^2 - |G|^2),
+    which is the two-batch estimate with batch sizes m and K m; both are unbiased for independent samples. Errors are by the jackknife over
+    groups. ``group_size=1`` is the per-sample estimate.
+
+    Args:
+        objective: whose samples are drawn from.
+        group_size: m; by default so that there are 64 groups.
+        with_curvature: also B_noise = tr(H Sigma) / (G^T H G), by one Hessian product a group.
+        max_groups: at most so many groups; their gradients are held in memory.
+        seed: of the grouping.
+
+    Raises:
+        ValueError: fewer than 4 groups.
+        NonFiniteError: a gradient is NaN or infinite.
+
+    References:
+        McCandlish et al. (2018), arXiv 1812.06162, appendix A and equation 2.8.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = sk.Objective(model, (torch.ones(64, 1), torch.randn(64, 1)), loss=torch.nn.functional.mse_loss)
+        >>> sk.gradient_noise_scale(objective).num_groups
+        64
+    """
+    started, pool = time.perf_counter(), SamplePool(objective)
+    size = group_size or max(1, pool.size // max_groups)
+    groups = pool.groups(size, generator=torch.Generator().manual_seed(seed), max_groups=max_groups)
+    if len(groups) < _LEAST_GROUPS:
+        raise ValueError(
+            f"{pool.size} samples make {len(groups)} groups of {size}; at least {_LEAST_GROUPS} are needed: choose a smaller group_size"
+        )
+    gradients = torch.stack([_finite(group.gradient()[1]) for group in groups]).double()
+    noise, signal, scale = _noise_and_signal(gradients @ gradients.T, size)
+    curvature = None
+    if with_curvature:
+        products = HessianOperator(objective) @ gradients.T.to(objective.dtype)
+        curvature = _noise_and_signal(gradients @ products.double(), size)[2]
+    return GradientNoise(scale, noise, signal, curvature, len(groups), size, time.perf_counter() - started)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    if not bool(torch.isfinite(gradient).all()):
+        raise NonFiniteError("the gradient of a mini-batch contains NaN or infinity while its loss is finite (a square root at 0?)")
+    return gradient
+
+
+def _noise_and_signal(gram: Tensor, size: int) -> tuple[Estimate, Estimate, Estimate]:
+    """tr Sigma, |G|^2 and their ratio from the groups' Gram matrix g_j . g_k (or g_j . H g_k), errors by the jackknife."""
+    matrix = gram.cpu().numpy()
+    count, diagonal, rows = len(matrix), np.diag(matrix), matrix.sum(axis=1)
+
+    def estimate(own: float, total: float, k: int) -> tuple[float, float]:
+        signal = (total - own) / (k * (k - 1))  # distinct groups are independent: their products average to |G|^2
+        return size * (own / k - signal), signal
+
+    noise, signal = estimate(float(diagonal.sum()), float(matrix.sum()), count)
+    left_out = np.array([estimate(diagonal.sum() - diagonal[j], matrix.sum() - 2 * rows[j] + diagonal[j], count - 1) for j in range(count)])
+    widened = (count - 1) * student_factor(count) ** 2
+    spread = np.sqrt(widened * left_out.var(axis=0))
+    resolved = signal > 2 * float(spread[1])
+    scale = (math.inf, math.inf)
+    if signal > 0:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio_error = float(np.sqrt(widened * (left_out[:, 0] / left_out[:, 1]).var()))
+        scale = (noise / signal, ratio_error if math.isfinite(ratio_error) else math.inf)
+    how = f"{count} groups of {size}"
+    return (
+        Estimate(noise, float(spread[0]), count, 0.0, how),
+        Estimate(signal, float(spread[1]), count, 0.0, how, resolved),
+        Estimate(*scale, count, 0.0, how, resolved),
+    )
+
+
+@dataclass(frozen=True)
+class BatchSizeTest:
+    """Whether a batch is large enough, and how large it should be.
+
+    Attributes:
+        name: of the test.
+        passed: whether the batch is large enough.
+        statistic, bound: what is compared; passed where statistic <= bound.
+        batch_size: the one tested.
+        suggested_batch_size: the smallest that would pass (the tested one where it passes, or where the gradient is 0 and none would).
+    """
+
+    name: str
+    passed: bool
+    statistic: float
+    bound: float
+    batch_size: int
+    suggested_batch_size: int
+
+    def __str__(self) -> str:
+        if self.passed:
+            verdict = "large enough"
+        elif self.bound > 0:
+            verdict = f"too small, {self.suggested_batch_size} would do"
+        else:
+            verdict = "too small, as any would be: the gradient is 0"
+        compared = f"{format_with_error(self.statistic, 0)} against {format_with_error(self.bound, 0)}"
+        return f"{self.name} test: {self.batch_size} is {verdict} ({compared})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        names = ("name", "passed", "statistic", "bound", "batch_size", "suggested_batch_size")
+        return {"kind": "batch_size_test", "version": SCHEMA_VERSION, **{name: getattr(self, name) for name in names}}
+
+
+def batch_size_tests(
+    objective: Objective,
+    *,
+    norm: float = 0.5,
+    inner_product: float = 0.5,
+    orthogonality: float = 5.84,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> list[BatchSizeTest]:
+    """Three tests of whether the objective's samples are enough for a good step: norm, inner product, orthogonality.
+
+    Over per-sample gradients g_i with mean g: sum Var(g_i) / b <= norm^2 |g|^2; Var(g_i . g) / b <= inner_product^2 |g|^4;
+    Var(g_i - (g_i . g / |g|^2) g) / b <= orthogonality^2 |g|^2; over the whole parameter vector. On failure the suggestion is what would
+    pass: the norm test asks for B_simple / norm^2. Samples that count more (more targets) weigh more. Costs b single-sample gradients
+    one after the other, and holds two vectors.
+
+    Args:
+        objective: its samples are the batch.
+        norm, inner_product, orthogonality: thresholds eta_n, theta and nu.
+        batch_size: b to test; by default all samples.
+        seed: of the draw where ``batch_size`` is smaller.
+
+    Returns:
+        the three verdicts.
+
+    Raises:
+        ValueError: fewer than 2 samples, or thresholds that are not positive.
+        NonFiniteError: a gradient is NaN or infinite.
+
+    References:
+        Bollapragada, Byrd and Nocedal (2018), arXiv 1710.11258; Lau, Liu and Kolar (2024), arXiv 2402.11215.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> objective = sk.Objective(model, (torch.ones(2, 1), torch.tensor([[0.0], [1.0]])), loss=torch.nn.functional.mse_loss)
+        >>> print(sk.batch_size_tests(objective)[0])  # gradients 2 and 0: mean 1, variance 2
+        norm test: 2 is too small, 8 would do (1 against 0.25)
+    """
+    if not min(norm, inner_product, orthogonality) > 0:
+        raise ValueError(f"thresholds must be positive, got norm={norm}, inner_product={inner_product}, orthogonality={orthogonality}")
+    pool = SamplePool(objective)
+    size = pool.size if batch_size is None else batch_size
+    if not 2 <= size <= pool.size:
+        raise ValueError(f"the tests need 2 to {pool.size} samples, the objective's, got batch_size={size}")
+    chosen = torch.randperm(pool.size, generator=torch.Generator().manual_seed(seed))[:size]
+    variance, along, across, squared = _variances(pool.objective(chosen))
+    rows: Sequence[tuple[str, float, float]] = (
+        ("norm", variance, norm**2 * squared),
+        ("inner product", along, inner_product**2 * squared**2),
+        ("orthogonality", across, orthogonality**2 * squared),
+    )
+    return [_verdict(name, statistic, bound, size) for name, statistic, bound in rows]
+
+
+def _variances(batch: Objective) -> tuple[float, float, float, float]:
+    """sum Var(g_i), Var(g_i . g), the variance of the part of g_i across g, and |g|^2, by passes that keep no per-sample gradients."""
+    mean = _finite(batch.gradient()[1]).double() / (1 if batch.reduction == "mean" else batch.num_samples)
+    squared = float(mean @ mean)
+    per_sample = batch.num_targets / batch.num_samples if batch.reduction == "mean" else 1.0
+    total = inner = 0.0
+    with batch.undisturbed():
+        for piece in batch.pieces():
+            for sample in batch.samples_of(piece):
+                share = sample.count / per_sample if batch.reduction == "mean" else 1.0
+                parts = torch.autograd.grad(batch.evaluate(sample), batch.layout.params, allow_unused=True)
+                deviation = (batch.layout.flatten(parts).double() - mean) * share
+                total += float(deviation @ deviation)
+                inner += float(deviation @ mean) ** 2
+    freedom = batch.num_samples - 1
+    across = total - inner / squared if squared > 0 else total
+    return total / freedom, inner / freedom, max(across, 0.0) / freedom, squared
+
+
+def _verdict(name: str, variance: float, bound: float, size: int) -> BatchSizeTest:
+    passed = variance / size <= bound
+    needed = math.ceil(variance / bound) if bound > 0 else size
+    return BatchSizeTest(name, passed, variance / size, bound, size, size if passed else max(size, needed))

@@ -1,0 +1,161 @@
+"""Carry hyperparameters from one batch size to another by a rule, and say where the rule ends."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from sharpkit._errors import SharpkitWarning
+
+if TYPE_CHECKING:
+    from sharpkit.batch_size.learning_rate_curve import LearningRateCurve
+
+
+_RULES = {"linear": 1.0, "sqrt": 0.5}
+
+
+class ScaledLearningRate(float):
+    """A learning rate for the new batch size (usable as a plain number), with what goes with it.
+
+    Attributes:
+        momentum, betas, eps, weight_decay: the companions adjusted for the new batch size, None where none was given.
+        rule: what was done, in words.
+    """
+
+    momentum: float | None
+    betas: tuple[float, float] | None
+    eps: float | None
+    weight_decay: float | None
+    rule: str
+
+    def __new__(cls, value: float, **companions: Any) -> ScaledLearningRate:
+        self = super().__new__(cls, value)
+        for name in ("momentum", "betas", "eps", "weight_decay", "rule"):
+            setattr(self, name, companions.get(name))
+        return self
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return (float, (float(self),))  # a checkpoint that holds it must load anywhere
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{name}={getattr(self, name)}" for name in ("momentum", "betas", "eps", "weight_decay") if getattr(self, name) is not None
+        ]
+        return f"ScaledLearningRate({float(self):.6g}{''.join(', ' + s for s in shown)}: {self.rule})"
+
+
+def scale_learning_rate(
+    lr: float,
+    batch_size: float,
+    new_batch_size: float,
+    *,
+    rule: str | LearningRateCurve = "linear",
+    momentum: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+) -> ScaledLearningRate:
+    """The learning rate for another batch size, k = new / old.
+
+    ``"linear"``: lr x k, for SGD. ``"sqrt"``: lr x sqrt(k), for Adam and its kin, with 1 - beta_i x k and eps / sqrt(k), which holds while
+    k (1 - beta_i) << 1. A :class:`~sharpkit.batch_size.learning_rate_curve.LearningRateCurve` scales by the ratio of its largest stable rates: the
+    measured rule. Momentum of SGD is kept under the linear rule (same decay per step at a proportionally larger rate); weight decay is
+    adjusted so that an epoch shrinks the weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
+
+    Args:
+        lr: learning rate that works at ``batch_size``.
+        batch_size: the old one.
+        new_batch_size: the new one.
+        rule: ``"linear"``, ``"sqrt"``, or a curve.
+        momentum, betas, eps, weight_decay: companions to adjust; those not given are left out of the answer.
+
+    Raises:
+        ValueError: an unknown rule, or sizes or rates that are not positive.
+
+    Example:
+        >>> import sharpkit as sk
+        >>> float(sk.scale_learning_rate(0.1, 128, 256))
+        0.2
+        >>> sk.scale_learning_rate(0.001, 256, 1024, rule="sqrt", betas=(0.9, 0.999))
+        ScaledLearningRate(0.002, betas=(0.6, 0.996): lr x sqrt(k), k = 4)
+
+    References:
+        Goyal et al. (2017), arXiv 1706.02677, for the linear rule; Malladi et al. (2022), arXiv 2205.10287, for the square root and
+        companions.
+    """
+    for name, value in (("lr", lr), ("batch_size", batch_size), ("new_batch_size", new_batch_size)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+    k = new_batch_size / batch_size
+    if not isinstance(rule, str):
+        return _by_curve(lr, batch_size, new_batch_size, rule, momentum=momentum, weight_decay=weight_decay)
+    if rule not in _RULES:
+        raise ValueError(f"rule must be 'linear', 'sqrt' or a LearningRateCurve, got {rule!r}")
+    factor = k ** _RULES[rule]
+    adjusted: dict[str, Any] = {"momentum": momentum, "rule": f"lr x {'k' if rule == 'linear' else 'sqrt(k)'}, k = {k:g}"}
+    if rule == "sqrt":
+        adjusted["betas"] = _scaled_betas(betas, k) if betas is not None else None
+        adjusted["eps"] = eps / math.sqrt(k) if eps is not None else None
+    else:
+        adjusted.update(betas=betas, eps=eps)
+    adjusted["weight_decay"] = weight_decay * k / factor if weight_decay is not None else None
+    return ScaledLearningRate(lr * factor, **adjusted)
+
+
+def _scaled_betas(betas: tuple[float, float], k: float) -> tuple[float, float]:
+    scaled = tuple(1 - k * (1 - beta) for beta in betas)
+    if min(scaled) <= 0:
+        raise ValueError(
+            f"1 - beta x k leaves the range for betas={betas} and k = {k:g}: the square-root rule's companions hold while k (1 - "
+            f"beta) << 1; "
+            "scale in smaller steps, or leave betas out"
+        )
+    if k * (1 - min(betas)) > 0.5:
+        _warn(f"k (1 - beta) = {k * (1 - min(betas)):.2g} is not small: the square-root rule is leaving the range it was derived for")
+    return (round(scaled[0], 12), round(scaled[1], 12))
+
+
+def _by_curve(
+    lr: float, batch_size: float, new_batch_size: float, curve: LearningRateCurve, *, momentum: float | None, weight_decay: float | None
+) -> ScaledLearningRate:
+    old, new = curve.max_lr(batch_size), curve.max_lr(new_batch_size)
+    factor = float(new) / float(old)
+    scaled = lr * factor
+    if scaled > new.upper:
+        _warn(f"the scaled rate {scaled:.3g} lies above the largest stable one at B = {new_batch_size:g}, {new}: it was too large before")
+    straight = (new_batch_size / batch_size) ** curve.exponent
+    name = "square-root" if curve.exponent == 0.5 else "linear"
+    if abs(factor / straight - 1) > 0.1:
+        _warn(
+            f"between B = {batch_size:g} and {new_batch_size:g} the {name} rule is off by {straight / factor:.2g}x; the measured "
+            f"curve was used"
+        )
+    decay = weight_decay * (new_batch_size / batch_size) / factor if weight_decay is not None else None
+    return ScaledLearningRate(scaled, momentum=momentum, weight_decay=decay, rule=f"measured curve, x {factor:.3g}")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SharpkitWarning, stacklevel=4)
+
+
+def safe_damping(lr: float, batch_size: float, bulk_trace: float) -> float:
+    """The smallest safe damping delta of a second-order step (H + delta)^-1 g: lr T / (2 B), T the trace of the bulk.
+
+    Proportional to lr / B: doubling the batch halves the damping that is needed.
+
+    Args:
+        lr: of the second-order step.
+        batch_size: B.
+        bulk_trace: trace of the Hessian less its outliers.
+
+    Example:
+        >>> safe_damping(0.1, 64, 128.0)
+        0.1
+
+    References:
+        Granziol, Zohren and Roberts (2022), arXiv 2006.09092.
+    """
+    if batch_size <= 0 or lr <= 0:
+        raise ValueError(f"lr and batch_size must be positive, got {lr} and {batch_size}")
+    return lr * bulk_trace / (2 * batch_size)

@@ -1,0 +1,247 @@
+"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report | watch | transfer | race``.
+
+Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
+reach its tolerance, or hyperparameters do not transfer; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import sharpkit
+from sharpkit.cli.commands import (
+    FAILED,
+    INTERRUPTED,
+    USAGE,
+    Answer,
+    Document,
+    add_race_arguments,
+    run_batch_command,
+    run_demo_command,
+    run_doctor_command,
+    run_measure_command,
+    run_race_command,
+    run_report_command,
+    run_spectrum_command,
+    run_transfer_command,
+)
+from sharpkit.cli.watch import run_watch_command
+
+_CODES = (
+    "exit codes: 0 done; 1 failed or not to be trusted; 2 wrong usage; 3 done but not converged (transfer: does not, or undecided); "
+    "130 interrupted"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; by default those of this process.
+
+    Returns:
+        The exit code.
+
+    Example:
+        >>> main(["--version"])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if not given:
+        parser.print_help(sys.stderr)
+        return USAGE
+    arguments = parser.parse_args(given)
+    arguments.argv, arguments.stdout = ["sharpkit", *given], sys.stdout
+    try:
+        # Whatever user code prints goes to stderr: stdout carries the answer alone.
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            documents, extra, code = arguments.run(arguments)
+        _print_answer(arguments, documents, extra)
+        return int(code)
+    except KeyboardInterrupt:
+        print("\nsharpkit: interrupted; no result", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return _explain(error, arguments)
+
+
+def _explain(error: Exception, arguments: argparse.Namespace) -> int:
+    """One clear message for errors that explain themselves, a traceback for those that do not."""
+    from sharpkit._errors import SharpkitError
+    from sharpkit._results import to_json
+    from sharpkit.cli.target import TargetError, UsageError
+
+    cause = error.__cause__ if isinstance(error, TargetError) else None
+    speaking = (UsageError, SharpkitError, OSError, ImportError)
+    if cause is not None and not isinstance(cause, SharpkitError):
+        traceback.print_exception(cause)  # the user's own code: they need the line
+    elif arguments.traceback or not isinstance(error, (*speaking, TargetError, ValueError, TypeError)):
+        traceback.print_exception(error)
+    hint = "" if isinstance(error, (*speaking, TargetError)) or arguments.traceback else "  (--traceback shows where)"
+    print(f"sharpkit: {error}{hint}", file=sys.stderr)
+    if arguments.json:
+        print(to_json({"kind": "error", "error": type(error).__name__, "message": str(error)}))
+    return USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    print(f"sharpkit: {category.__name__}: {message}", file=sys.stderr)
+
+
+def _print_answer(arguments: argparse.Namespace, documents: list[Document], extra: Document) -> None:
+    from sharpkit._results import to_json
+    from sharpkit.cli.output import RUN_VERSION, render_text
+    from sharpkit.reporting import environment
+
+    text = extra.pop("text", None)
+    if arguments.json:
+        run = {
+            "kind": "run",
+            "version": RUN_VERSION,
+            "command": arguments.argv,
+            "seed": getattr(arguments, "seed", None),
+            "environment": environment(),
+            **extra,
+            "results": documents,
+        }
+        print(to_json(run), flush=True)
+        return
+    if "findings" in extra:  # the demo: its tables are on the page
+        print("\n".join([*extra["notes"], "", *(f"* {finding}" for finding in extra["findings"])]), flush=True)
+    elif documents:
+        print(text if text is not None else render_text(documents), flush=True)
+    if page := extra.get("page"):
+        print(f"\nPage: {page}\nOpen it in a browser: {Path(page).as_uri()}", flush=True)
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------------------
+
+
+def _positive(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a positive {what}, got {text!r}")
+        return value
+
+    return parse
+
+
+_count, _amount = _positive(int, "whole number"), _positive(float, "number")
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(_count(part.strip())) for part in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sharpkit", description="Curvature of any PyTorch loss: sharpness, spectrum, stable learning rates.", epilog=_CODES
+    )
+    parser.add_argument("--version", action="version", version=f"sharpkit {sharpkit.__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(
+        _command(subparsers, "demo", run_demo_command, "train two small networks on real images and show their curvature on one page")
+    )
+    measure = _command(subparsers, "measure", run_measure_command, "sharpness of a model: lambda_max, trace, stable learning rate ...")
+    spectrum = _command(subparsers, "spectrum", run_spectrum_command, "largest eigenvalues and spectral density of the Hessian")
+    doctor = _command(subparsers, "doctor", run_doctor_command, "can measurements of this model, loss and data be trusted?")
+    batch = _command(subparsers, "batch", run_batch_command, "the largest stable learning rate for every batch size")
+    batch.add_argument("--batch-sizes", type=_count, nargs="+", metavar="B", help="where to evaluate (default: powers of two from 4 on)")
+    batch.add_argument(
+        "--pilot", type=_count, default=100, metavar="STEPS", help="of the pilot and of each short run (default: %(default)s)"
+    )
+    batch.add_argument("--no-calibration", action="store_true", help="curvature only: no short training runs")
+    for command in (measure, spectrum, doctor, batch):
+        command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")
+        _add_common(command)
+    spectrum.add_argument("--k", type=_count, default=10, help="how many of the largest eigenvalues (default: %(default)s)")
+    for command, probes, steps in ((measure, 6, 32), (spectrum, 10, 80)):
+        command.add_argument("--tol", type=_amount, default=1e-3, help="relative tolerance of the eigenvalues (default: %(default)s)")
+        command.add_argument("--probes", type=_count, default=probes, help="random probes of the density (default: %(default)s)")
+        command.add_argument("--steps", type=_count, default=steps, help="Lanczos steps for each probe (default: %(default)s)")
+        command.add_argument("--max-seconds", type=_amount, help="stop after this long; what is there by then comes back flagged")
+    report = _command(
+        subparsers,
+        "report",
+        run_report_command,
+        "one HTML page from results saved by --json, from a monitor's run.jsonl, or from everything measurable about a TARGET",
+    )
+    report.add_argument(
+        "sources", nargs="+", metavar="FILE|TARGET", help="files saved by --json or by a monitor (run.jsonl), or one file.py:function"
+    )
+    report.add_argument("--title", default="Curvature report", help="of the page (default: %(default)s)")
+    _add_common(report)
+    _add_watch(_command(subparsers, "watch", run_watch_command, "follow a monitored run in the terminal; Ctrl-C ends it"))
+    summary = "do hyperparameters transfer from narrow to wide networks? exit code 0: they do, 3: they do not, or it is undecided"
+    _add_transfer(_command(subparsers, "transfer", run_transfer_command, summary))
+    summary = "the learner against grid, range test, Bayesian search and others, from scratch with the same number of gradients"
+    add_race_arguments(_command(subparsers, "race", run_race_command, summary), count=_count, amount=_amount)
+    return parser
+
+
+def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], Answer], summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(name, help=summary, description=summary, epilog=_CODES)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print exactly one JSON document on stdout")
+    command.add_argument("--seed", type=int, default=0, help="of random vectors (default: %(default)s)")
+    command.add_argument("--quiet", action="store_true", help="no remarks and no progress bar on stderr")
+    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return command
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--params", metavar="PATTERN", help="only the parameters whose names match, such as 'blocks.*.attn.*'")
+    command.add_argument("--html", metavar="OUT", help="also write a self-contained page")
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="fewer images, steps and checkpoints")
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train and measure (default: %(default)s)")
+    command.add_argument("--dataset", default="digits", choices=("digits", "fashion-mnist"), help="(default: %(default)s)")
+    command.add_argument("--data-folder", type=Path, metavar="FOLDER", help="of Fashion-MNIST's four *-ubyte.gz files")
+    command.add_argument("--out", default="demo.html", metavar="PATH", help="where the page goes (default: %(default)s)")
+
+
+def _add_watch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_file", metavar="run.jsonl", type=Path, help="written by sk.sinks.jsonl; may not exist yet")
+    command.add_argument("--once", action="store_true", help="show how the run stands now, and end")
+    command.add_argument("--interval", type=_amount, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)")
+    command.add_argument("--last", type=_count, default=10, metavar="N", help="records shown at the start (default: %(default)s)")
+
+
+def _add_transfer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", metavar="TARGET", help="file.py:function that returns (build, optimizer, data, loss), or a Family")
+    command.add_argument("--widths", type=_sizes, required=True, metavar="64,128,...", help="at least three, ascending or not")
+    command.add_argument(
+        "--depths", type=_sizes, metavar="2,4,...", help="also over depths: build(width, depth=...), at the smallest width"
+    )
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true", help="end as soon as the verdict is certain (default)")
+    how.add_argument("--full", action="store_true", help="measure everything, longer")
+    command.add_argument("--seeds", type=_count, default=3, help="runs of each size (default: %(default)s)")
+    command.add_argument("--store", metavar="RUNS", help="file for finished training runs (JSON lines): a killed sweep goes on from it")
+    command.add_argument("--html", metavar="OUT", help="also write a self-contained page")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

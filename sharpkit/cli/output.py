@@ -1,0 +1,80 @@
+"""What the command line shows: one JSON document, plain tables, a progress bar; bars and remarks go to stderr."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from sharpkit.linalg.results import Progress
+from sharpkit.reporting.sections import Document, Section, section_for
+
+RUN_VERSION = 1
+
+
+def all_converged(document: Any) -> bool:
+    """Whether no result in the document says that it did not converge."""
+    if isinstance(document, Mapping):
+        flag = document.get("converged", True)
+        return all(flag) if isinstance(flag, list) else bool(flag) and all(all_converged(v) for v in document.values())
+    if isinstance(document, (list, tuple)):
+        return all(all_converged(v) for v in document)
+    return True
+
+
+def render_text(documents: Iterable[Document]) -> str:
+    """The sections of a report as plain text for a terminal."""
+    return "\n\n".join(_section_text(section_for(document)) for document in documents)
+
+
+def _section_text(section: Section) -> str:
+    lines = [section.title, "-" * len(section.title)]
+    if section.intro:
+        lines.append(textwrap.fill(section.intro, 100))
+    rows = [section.columns, *section.rows]
+    # The last column may be long prose; it is wrapped under itself.
+    widths = [max(len(row[j]) for row in rows) for j in range(len(section.columns) - 1)] if section.columns else []
+    for row in rows if section.rows else []:
+        head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        indent = " " * (len(head) + 2 if widths else 0)
+        narrow = max(40, 120 - len(indent))
+        last = textwrap.wrap(row[-1], narrow) or [""]
+        lines.append((f"{head}  " if widths else "") + f"\n{indent}".join(last))
+    lines += [textwrap.fill(f"* {finding}", 100, subsequent_indent="  ") for finding in section.findings]
+    for heading, sentences in section.lists:
+        lines.append(f"{heading}:")
+        lines += [textwrap.fill(f"{i:3d}. {sentence}", 100, subsequent_indent="     ") for i, sentence in enumerate(sentences, start=1)]
+    if section.cost:
+        lines.append(f"cost: {section.cost}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def say(line: str) -> None:
+    """One line to stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """A tqdm bar on stderr fed by an algorithm's ``callback``; silent where stderr is no terminal.
+
+    Used as a context manager; the instance itself is the callback.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(unit=" products", file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True)
+
+    def __call__(self, progress: Progress) -> None:
+        self._bar.total = progress.expected_matvecs
+        self._bar.n = progress.num_matvecs
+        self._bar.set_description(progress.stage, refresh=False)
+        self._bar.refresh()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()

@@ -1,0 +1,118 @@
+"""``file.py:function`` on the command line becomes an Objective, or an error that says what to mend."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch.optim import Optimizer
+
+from sharpkit.objective.objective import Objective
+
+_EXAMPLE = """a TARGET is file.py:function, where the function takes no arguments and returns the Objective, for example
+    def objective():
+        return sk.Objective(model, (inputs, targets), loss=F.cross_entropy)      # or: (sk.Objective(...), optimizer)"""
+
+
+class UsageError(Exception):
+    """The command line asks for something that is not there; exit code 2."""
+
+
+class TargetError(Exception):
+    """The user's own code failed; exit code 1."""
+
+
+def load_target(target: str) -> tuple[Objective, Optimizer | None]:
+    """Import the file, call the function, check what it returns.
+
+    Args:
+        target: ``"file.py:function"``.
+
+    Returns:
+        The objective and, where the function returned one, the optimizer.
+
+    Raises:
+        UsageError: no such file or function, or it returned something else.
+        TargetError: the file or the function raised; the original error is its cause.
+    """
+    return _checked(returned_by(target, _EXAMPLE), target)
+
+
+def returned_by(target: str, example: str, *, instead: type | None = None) -> Any:
+    """What the function of a ``file.py:function`` returns.
+
+    Args:
+        target: as on the command line.
+        example: of a target, shown where this one is none.
+        instead: the name may also be that of an object of this type, which is then returned itself.
+
+    Raises:
+        UsageError: no such file or function.
+        TargetError: the file or the function raised; the original error is its cause.
+    """
+    file, colon, name = target.rpartition(":")
+    if not colon or not name:
+        raise UsageError(f"cannot read {target!r} as a TARGET: it has no ':function' at its end.\n{example}")
+    module = _import_file(Path(file))
+    if instead is not None and isinstance(getattr(module, name, None), instead):
+        return getattr(module, name)
+    function = _find_function(module, name, Path(file), example)
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(f"the file {path} {what} (looked in {Path.cwd()})")
+    if path.suffix != ".py":
+        raise UsageError(f"{path} is not a Python file: expected a name that ends in .py")
+    name = f"_sharpkit_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise UsageError(f"Python cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))  # as "python file.py" would: the file may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"importing {path} raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _find_function(module: ModuleType, name: str, path: Path, example: str) -> Callable[[], Any]:
+    if not hasattr(module, name):
+        own = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        raise UsageError(f"{path} has no function {name!r}; it defines {', '.join(sorted(own)) or 'no functions'}\n{example}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise UsageError(f"{name!r} in {path} is a {type(function).__name__}, not a function.\n{example}")
+    try:
+        required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+    except (TypeError, ValueError):
+        required = []
+    if required:
+        raise UsageError(f"{name}() in {path} needs the arguments {', '.join(required)}; it must be callable without any.\n{example}")
+    return function  # type: ignore[no-any-return]
+
+
+def _checked(returned: Any, target: str) -> tuple[Objective, Optimizer | None]:
+    if isinstance(returned, Objective):
+        return returned, None
+    if (
+        isinstance(returned, tuple)
+        and len(returned) == 2
+        and isinstance(returned[0], Objective)
+        and isinstance(returned[1], Optimizer | None)
+    ):
+        return returned[0], returned[1]
+    came = f"a tuple of {', '.join(type(x).__name__ for x in returned)}" if isinstance(returned, tuple) else type(returned).__name__
+    raise UsageError(f"{target} returned {came}; expected an sk.Objective, or a tuple (sk.Objective, optimizer).\n{_EXAMPLE}")

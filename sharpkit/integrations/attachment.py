@@ -1,0 +1,311 @@
+"""A monitor or a learner inside somebody else's training loop: made when it starts, fed micro-batches, saved and closed with it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkit._errors import SharpkitWarning
+from sharpkit.learner.history import Decision, LearnerHistory
+from sharpkit.learner.learner import CurvatureLearner, check_learner_settings, check_momentum
+from sharpkit.monitor.metrics import check_settings
+from sharpkit.monitor.monitor import Monitor
+from sharpkit.monitor.records import MonitorHistory, Record
+from sharpkit.monitor.schema import RUN
+from sharpkit.monitor.sinks import _scalars, as_sink
+
+Log = Callable[[dict[str, float]], None]
+
+
+class Gathering:
+    """What the callbacks of all trainers and purposes share.
+
+    Args:
+        settings: the arguments of what is made when training starts, with ``loss`` and ``closure``.
+        callback: the callback's name, for messages.
+
+    Raises:
+        ValueError: both loss and closure.
+    """
+
+    def __init__(self, settings: dict[str, Any], *, callback: str) -> None:
+        if settings["loss"] is not None and settings["closure"] is not None:
+            raise ValueError("pass loss= or closure=, not both")
+        self.settings, self.callback = settings, callback
+        self.batches: list[Any] = []  # since the last optimizer step
+        self._losses: list[Tensor] = []
+        self._saved: Mapping[str, Any] | None = None
+
+    @property
+    def derives_loss(self) -> bool:
+        """Whether neither loss nor closure was given."""
+        return self.settings["loss"] is None and self.settings["closure"] is None
+
+    def note(self, batch: Any, loss: Tensor | None = None) -> None:
+        """One micro-batch whose gradient was added, and its loss."""
+        if not any(batch is known for known in self.batches):
+            self.batches.append(batch)
+        if loss is not None:
+            self._losses.append(loss.detach())
+
+    def forget(self) -> None:
+        """Drop the micro-batches since the last optimizer step."""
+        self.batches, self._losses = [], []
+
+    def take(self, *, scale: float = 1.0, mean: bool = False) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches noted, which are then forgotten, and the loss of the whole batch where losses came with them.
+
+        Args:
+            scale: that takes the sum (or mean) of the noted losses to the loss of the whole batch.
+            mean: whether their mean is meant.
+        """
+        batches, losses = self.batches, self._losses
+        self.forget()
+        if not losses:
+            return batches, None
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss
+        return batches, total * (scale / (len(losses) if mean else 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of what was made; what was loaded if training has not begun; empty before."""
+        return self._own_state() if self._saved is None else dict(self._saved)
+
+    def _own_state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep a saved state for the start of training."""
+        self._saved = state or None
+
+    def close(self) -> None:
+        """Training is over."""
+        self.forget()
+
+
+_KNOWN_TO_TRAINERS = ("loss", "lr")
+_CONTAINERS = (list, dict, set, deque)
+_SMALL = 1000  # entries of a dict that is copied in depth: running metrics, no vocabularies
+
+
+class Attachment(Gathering):
+    """What the sharpness callbacks of all trainers share.
+
+    Args:
+        settings: the arguments of :class:`sharpkit.Monitor`; sinks may also be paths.
+
+    Raises:
+        ValueError: settings that no training could go with.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        check_settings(*(settings[name] for name in ("every", "budget", "tol", "max_samples", "max_interval")))
+        super().__init__(settings, callback="SharpnessCallback")
+        self.monitor: Monitor | None = None
+
+    @property
+    def history(self) -> MonitorHistory:
+        """The records so far; empty before training."""
+        return self.monitor.history if self.monitor is not None else MonitorHistory()
+
+    def start(self, model: nn.Module, optimizer: Any, *, closure: Callable[..., Tensor] | None, log: Log | None, main: bool = True) -> None:
+        """Make the monitor; it goes on where a loaded state, or its own last training of the same model, stopped.
+
+        Args:
+            model: what is trained.
+            optimizer: in use.
+            closure: to measure with where the user gave neither loss nor closure.
+            log: the trainer's logging.
+            main: whether this process writes.
+        """
+        before = self.monitor
+        settings = {**self.settings, "sinks": [*(self._sinks() if main else ()), *([LogSink(log)] if log is not None else [])]}
+        if self.derives_loss:
+            settings["closure"] = closure
+        self.monitor = Monitor(model, optimizer, **settings)
+        saved, self._saved = self._saved, None
+        if saved is None and before is not None and before.model is self.monitor.model:
+            saved = before.state_dict()
+        if saved:
+            self._load(self.monitor, saved)
+        self.forget()
+
+    def _sinks(self) -> list[Any]:
+        given = self.settings["sinks"]
+        one = callable(given) or hasattr(given, "write") or isinstance(given, (str, os.PathLike))
+        return [as_sink(sink) for sink in ([given] if one else given)]
+
+    def _load(self, monitor: Monitor, saved: Mapping[str, Any]) -> None:
+        try:
+            monitor.load_state_dict(saved)
+        except Exception as error:
+            warnings.warn(
+                f"the saved series cannot be continued ({type(error).__name__}: {error}); a new one begins", SharpkitWarning, stacklevel=4
+            )
+
+    def step(self, *, scale: float = 1.0, mean: bool = False) -> Record | None:
+        """An optimizer step is about to be made on the micro-batches noted.
+
+        Args:
+            scale: that takes the sum (or mean) of the noted losses to the loss of the whole batch.
+            mean: whether their mean is meant.
+        """
+        batches, loss = self.take(scale=scale, mean=mean)
+        if self.monitor is None or not batches:
+            return None
+        return self.monitor.step(batches, loss=loss)
+
+    def _own_state(self) -> dict[str, Any]:
+        return self.monitor.state_dict() if self.monitor is not None else {}
+
+    def close(self) -> None:
+        """Close the sinks; the history remains."""
+        self.forget()
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+class LogSink:
+    """The numbers of each record, as ``sharpkit/<name>``, to a trainer's own logging."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def open_run(self, header: dict[str, Any]) -> None:
+        """Nothing in a header is a number to log."""
+
+    def write(self, document: dict[str, Any]) -> None:
+        if document.get("kind") != RUN:
+            self._log(logged(document))
+
+    def close(self) -> None:
+        """The trainer's loggers are its own."""
+
+
+def logged(document: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record that a trainer does not log itself, as ``sharpkit/<name>``."""
+    return {f"sharpkit/{name}": value for name, value in _scalars(document).items() if name not in _KNOWN_TO_TRAINERS}
+
+
+def own_containers(owner: Any) -> None:
+    """Give a shallow copy of an object lists, dicts and sets of its own, so that code run on it appends to nothing of the original's.
+
+    Args:
+        owner: changed in place; what the containers hold is still shared, but for containers in small dicts.
+    """
+    vars(owner).update({name: _copied(value) for name, value in vars(owner).items() if isinstance(value, _CONTAINERS)})
+
+
+def _copied(value: Any) -> Any:
+    if not isinstance(value, _CONTAINERS):
+        return value
+    twin = copy.copy(value)
+    if isinstance(twin, dict) and len(twin) <= _SMALL:
+        twin.update({key: _copied(part) for key, part in twin.items()})
+    return twin
+
+
+_LEAST_STEPS = 20  # that a learner takes
+
+
+class LearnerRun(Gathering):
+    """What the learner callbacks of all trainers share.
+
+    Args:
+        settings: the arguments of :class:`sharpkit.CurvatureLearner`; ``total_steps`` may be None.
+
+    Raises:
+        ValueError: settings that no training could go with.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        checked = {name: settings[name] for name in ("interval", "budget", "safety", "warmup", "decay")}
+        check_learner_settings(_LEAST_STEPS if settings["total_steps"] is None else settings["total_steps"], **checked)
+        check_momentum(settings["momentum"], settings["bulk"], adaptive=False)
+        super().__init__(settings, callback="LearnerCallback")
+        self.learner: CurvatureLearner | None = None
+        self._log: Log | None = None
+        self._warned = False
+
+    @property
+    def history(self) -> LearnerHistory:
+        """The decisions so far; empty before training."""
+        return self.learner.history if self.learner is not None else LearnerHistory()
+
+    def start(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, expected: float, done: int, closure: Callable[..., Tensor], log: Log
+    ) -> None:
+        """Make the learner; it goes on where a loaded state, or its own last training of the same model, stopped.
+
+        Args:
+            model: what is trained.
+            optimizer: in use, unwrapped.
+            expected: optimizer steps of the whole training as the trainer knows it.
+            done: of them.
+            closure: to measure with where the user gave neither loss nor closure.
+            log: the trainer's logging.
+
+        Raises:
+            ValueError: the trainer does not know its number of steps and none was given.
+        """
+        before, saved = self.learner, self._saved
+        self._saved, self._log, self._warned = None, log, False
+        settings = {**self.settings, "total_steps": self._total_steps(expected)}
+        if self.derives_loss:
+            settings["closure"] = closure
+        if saved is None and done and before is not None and before.model is model:
+            saved = before.state_dict()
+        if done and not saved:
+            settings["total_steps"] = max(settings["total_steps"] - done, _LEAST_STEPS)
+            warnings.warn(
+                f"training goes on at step {done}, but no state of a learner was saved: it begins anew, for the remaining "
+                f"{settings['total_steps']} steps",
+                SharpkitWarning,
+                stacklevel=3,
+            )
+        for group in optimizer.param_groups:  # a scheduler may have begun at 0, which says nothing about the groups' ratios
+            if "initial_lr" in group and not isinstance(group["lr"], Tensor):
+                group["lr"] = group["initial_lr"]
+        self.learner = CurvatureLearner(optimizer, model=model, **settings)
+        if saved:
+            self.learner.load_state_dict(saved)
+        self.forget()
+
+    def _total_steps(self, expected: float) -> int:
+        given = self.settings["total_steps"]
+        if given is not None:
+            return int(given)
+        if not 0 < expected < float("inf"):
+            raise ValueError("the Trainer does not know how many optimizer steps it will make: pass LearnerCallback(total_steps=...)")
+        return int(expected)
+
+    def step(self, batches: list[Any], *, loss: Tensor | None) -> Decision | None:
+        """An optimizer step was made on these micro-batches; a decision is logged."""
+        if self.learner is None:
+            return None
+        if not batches:
+            if not self._warned:
+                self._warned = True
+                warnings.warn("a step's batches were not seen: the learned rate stays as it is", SharpkitWarning, stacklevel=3)
+            return None
+        decision = self.learner.step(batches, loss=loss)
+        if decision is not None and self._log is not None:
+            self._log({"sharpkit/learned_lr": decision.lr})
+        return decision
+
+    def _own_state(self) -> dict[str, Any]:
+        return self.learner.state_dict() if self.learner is not None else {}
+
+
+def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The learner's arguments among a callback's."""
+    own = ("self", "optimizer", "resume_from", "__class__")
+    return {name: value for name, value in arguments.items() if name not in own}

@@ -1,0 +1,1 @@
+"""Learning the learning rate while training, and racing it against other ways to find one."""

@@ -1,0 +1,264 @@
+"""Who races: the learner, rates that were given, and ways to find a rate that pay for it out of the same budget."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sharpkit.learner.learner import CurvatureLearner
+from sharpkit.learner.schedules import DECAYS, Schedule
+from sharpkit.measuring.stability import update_rule
+from sharpkit.training_run import MakeOptimizer, RaceProblem, RaceRun
+
+LEARNER = "learner"
+MISSING = "not installed: pip install 'sharpkit[race]'"
+_SHARE = 0.05  # of its steps that the learner may spend on measuring
+_RAMP = 0.1  # of the budget for a range test
+_SEARCH = 0.5  # of the budget for trials
+_STAGES, _TRIALS, _LEAST_TRIAL = 3, 10, 8
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A way to train.
+
+    Attributes:
+        name: in the table.
+        run: trains within the run's budget and returns the rate used.
+        given: the rate was given; finding it would have cost the runs with the other rates.
+        foreign: another package does the work; what it raises does not end the race.
+        optimizer: params -> its own optimizer, where it is not the problem's.
+    """
+
+    name: str
+    run: Callable[[RaceRun], float]
+    given: bool = False
+    foreign: bool = False
+    optimizer: MakeOptimizer | None = None
+
+
+def entrants(problem: RaceProblem, rates: Sequence[float]) -> tuple[list[Entrant], dict[str, str]]:
+    """All that can start.
+
+    Args:
+        problem: whose optimizer decides between the variants of a method.
+        rates: the grid.
+
+    Returns:
+        the entrants, and why others cannot start.
+    """
+    found = [Entrant(LEARNER, learn)]
+    for name in ("constant", "cosine"):
+        found += [Entrant(f"{name}, lr {rate:.3g}", _given(rate, DECAYS[name]), given=True) for rate in rates]
+    found.append(Entrant("grid search, then cosine", lambda run: grid_search(run, rates)))
+    for rule in ("steepest/10", "minimum/10"):
+        found.append(Entrant(f"range test ({rule}), then cosine", _ranged(rates, rule)))
+    skipped = {}
+    if importlib.util.find_spec("optuna") is not None:
+        found.append(Entrant("Bayesian search in stages", lambda run: bayesian(run, rates[0], rates[-1]), foreign=True))
+    else:
+        skipped["Bayesian search in stages"] = f"optuna is {MISSING}"
+    for name, package, make in (("schedule-free", "schedulefree", _schedule_free), ("Prodigy, cosine", "prodigyopt", _prodigy)):
+        if importlib.util.find_spec(package) is not None:
+            found.append(make(name, problem))
+        else:
+            skipped[name] = f"{package} is {MISSING}"
+    return found, skipped
+
+
+def learn(run: RaceRun) -> float:
+    """sharpkit's learner; a measurement is charged one gradient for its graph and two for each product."""
+
+    def decay(_: float) -> float:
+        return max(0.0, 1 - run.spent / run.budget)
+
+    learner = CurvatureLearner(
+        run.optimizer,
+        model=run.model,
+        loss=run.problem.loss,
+        closure=run.problem.closure,
+        total_steps=max(20, round(run.budget / (1 + _SHARE))),
+        budget=_SHARE,
+        decay=decay,
+        process_group=False,
+        seed=run.seed,
+    )
+    while run.remaining > 0:
+        batch = run.next_batch()
+        decision = learner.step(batch, loss=run.step())
+        if decision is not None and decision.num_matvecs:
+            run.charge(1 + 2 * decision.num_matvecs)
+    return learner.lr
+
+
+def _given(rate: float, schedule: Schedule) -> Callable[[RaceRun], float]:
+    def train(run: RaceRun) -> float:
+        run.train(rate, run.remaining, schedule=schedule)
+        return rate
+
+    return train
+
+
+def grid_search(run: RaceRun, rates: Sequence[float]) -> float:
+    """Half of the budget for one short trial of each rate from the start, the rest for a run with the best."""
+    steps = max(1, int(_SEARCH * run.budget / len(rates)))
+    best = min(rates, key=lambda rate: _trial(run, rate, steps))
+    run.train(best, run.remaining, schedule=DECAYS["cosine"])
+    return best
+
+
+def _trial(run: RaceRun, rate: float, steps: int) -> float:
+    """Mean loss of a trial's second half; its unused steps are not charged when it is lost."""
+    with run.trial():
+        losses = run.train(rate, steps, schedule=DECAYS["constant"])
+        tail = losses[-max(steps // 2, 1) :]
+        return math.inf if run.is_lost else sum(tail) / len(tail)
+
+
+def _ranged(rates: Sequence[float], rule: str) -> Callable[[RaceRun], float]:
+    def train(run: RaceRun) -> float:
+        rate = range_test(run, rates[0] / 10, rates[-1] * 10, rule=rule)
+        run.train(rate, run.remaining, schedule=DECAYS["cosine"])
+        return rate
+
+    return train
+
+
+def range_test(run: RaceRun, low: float, high: float, *, rule: str) -> float:
+    """The rate grows exponentially, one step each; the loss says which to take.
+
+    Args:
+        run: a tenth of its budget is spent, at least 20 steps; less where the loss quadruples before the end.
+        low, high: first and last rate.
+        rule: ``"steepest/10"``: a tenth of the rate where the smoothed loss falls fastest against log rate; ``"minimum/10"``: of where it
+            is lowest.
+
+    References:
+        Smith (2017), arXiv 1506.01186, section 3.3.
+    """
+    steps = min(max(20, round(_RAMP * run.budget)), run.budget // 2)
+    rates: list[float] = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
+    keep = 1 - 10 / steps if steps > 20 else 0.5  # smoothed over a tenth of the ramp
+    smooth: list[float] = []
+    mean = 0.0
+    with run.trial():
+        for i, rate in enumerate(rates):
+            run.set_rate(rate)
+            mean = keep * mean + (1 - keep) * run.step()
+            smooth.append(mean / (1 - keep ** (i + 1)))
+            if run.is_lost or not smooth[-1] <= 4 * max(min(smooth), 1e-12):
+                smooth.pop()
+                break
+    if rule == "minimum/10":
+        return rates[min(range(len(smooth)), key=lambda i: smooth[i])] / 10
+    falls = [smooth[i + 1] - smooth[i - 1] for i in range(1, len(smooth) - 1)] or [0.0]
+    return rates[1 + min(range(len(falls)), key=lambda i: falls[i])] / 10
+
+
+def bayesian(run: RaceRun, low: float, high: float) -> float:
+    """Stages as in AutoLRS: ten short trials by a Gaussian process from where training stands, then as many steps with the best.
+
+    Returns:
+        the rate of the first stage.
+
+    References:
+        Jin et al. (2021), arXiv 2105.10762; there the loss of a trial is extrapolated, here it is taken as it is.
+    """
+    per_stage = run.budget // _STAGES
+    trials = max(4, min(_TRIALS, int(_SEARCH * per_stage / _LEAST_TRIAL)))
+    steps = max(1, int(_SEARCH * per_stage / trials))
+    first = math.nan
+    for stage in range(_STAGES):
+        rate = _suggested(run, low, high, trials=trials, steps=steps, seed=run.seed + 101 * stage)
+        first = rate if stage == 0 else first
+        until = per_stage - trials * steps if stage < _STAGES - 1 else run.remaining
+        run.train(rate, until, schedule=DECAYS["constant"])
+        if run.is_lost:
+            break
+    return first
+
+
+def _suggested(run: RaceRun, low: float, high: float, *, trials: int, steps: int, seed: int) -> float:
+    import optuna
+
+    worst = 10 * abs(run.first) if math.isfinite(run.first) else 1e3
+    before = optuna.logging.get_verbosity()
+    with _quiet():
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(2, trials // 3)))
+            for _ in range(trials):
+                trial = study.ask()
+                loss = _trial(run, trial.suggest_float("lr", low, high, log=True), steps)
+                study.tell(trial, loss if loss < worst else worst)
+        finally:
+            optuna.logging.set_verbosity(before)
+    return float(study.best_params["lr"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _schedule_free(name: str, problem: RaceProblem) -> Entrant:
+    """Defazio et al. (2024), arXiv 2405.15682, with its package's own rates and the problem's weight decay."""
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        import schedulefree
+
+        group = _first_group(problem)
+        decay = float(group.get("weight_decay", 0.0))
+        if "betas" in group:
+            made: torch.optim.Optimizer = schedulefree.AdamWScheduleFree(params, betas=group["betas"], weight_decay=decay, foreach=False)
+        else:
+            made = schedulefree.SGDScheduleFree(params, weight_decay=decay, foreach=False)
+        made.train()  # type: ignore[attr-defined]
+        return made
+
+    return Entrant(name, _own_rate(DECAYS["constant"]), foreign=True, optimizer=make)
+
+
+def _prodigy(name: str, problem: RaceProblem) -> Entrant:
+    """Mishchenko and Defazio (2023), arXiv 2306.06101, with the problem's weight decay, always Adam-like."""
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        import prodigyopt
+
+        group = _first_group(problem)
+        made: torch.optim.Optimizer = prodigyopt.Prodigy(params, weight_decay=float(group.get("weight_decay", 0.0)))
+        return made
+
+    return Entrant(name, _own_rate(DECAYS["cosine"]), foreign=True, optimizer=make)
+
+
+def _own_rate(schedule: Schedule) -> Callable[[RaceRun], float]:
+    def train(run: RaceRun) -> float:
+        run.train(1.0, run.remaining, schedule=schedule)  # times the package's own
+        group = run.optimizer.param_groups[0]
+        return float(group["d"]) if "d" in group else run.own_rate
+
+    return train
+
+
+def _first_group(problem: RaceProblem) -> dict[str, Any]:
+    made: dict[str, Any] = problem.optimizer([torch.nn.Parameter(torch.zeros(1))], 1.0).param_groups[0]
+    return made
+
+
+def is_adaptive(problem: RaceProblem) -> bool:
+    """Whether the problem's optimizer scales gradients by their own size.
+
+    Raises:
+        UnsupportedError: an optimizer that the learner does not know.
+    """
+    return update_rule(problem.optimizer([torch.nn.Parameter(torch.zeros(1))], 1.0)).adaptive

@@ -1,0 +1,156 @@
+"""The curvature that a learner goes by: lambda_max of a batch, of each parameter group's block, and Polyak's momentum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sharpkit.learner.rate import COLD_MATVECS, WARM_MATVECS
+from sharpkit.linalg.results import Estimate
+from sharpkit.linalg.slq import spectral_density
+from sharpkit.linalg.tracking import EigenvalueTracker
+from sharpkit.measuring.sharpness import preconditioned_hessian
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.params import among
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.hessian import HessianOperator
+
+BULKS = ("median", "weighted median", "mean")
+
+
+def polyak_pair(largest: float, smallest: float) -> tuple[float, float]:
+    """eta = 4 / (sqrt L + sqrt mu)^2 and beta = ((sqrt L - sqrt mu) / (sqrt L + sqrt mu))^2.
+
+    The best rate of heavy ball on a deterministic quadratic with curvature in [mu, L]; gradient noise makes it too bold.
+
+    Args:
+        largest: L > 0.
+        smallest: mu, taken as 0 where negative.
+
+    Raises:
+        ValueError: L is not positive, or less than mu.
+
+    Example:
+        >>> polyak_pair(1.0, 1.0), [round(v, 3) for v in polyak_pair(100.0, 1.0)]
+        ((1.0, 0.0), [0.033, 0.669])
+
+    References:
+        Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
+    """
+    if not 0 < largest < math.inf or smallest > largest:
+        raise ValueError(f"the largest curvature must be positive and not below the smallest, got {largest} and {smallest}")
+    a, b = math.sqrt(largest), math.sqrt(max(smallest, 0.0))
+    return 4 / (a + b) ** 2, ((a - b) / (a + b)) ** 2
+
+
+def bulk_curvature(nodes: Sequence[float], weights: Sequence[float], largest: float, reading: str | float) -> float | None:
+    """mu, the lower end of the curvature that counts, from a quadrature of the spectral density.
+
+    Args:
+        nodes, weights: Ritz values of a random probe, and the share of directions that each stands for.
+        largest: L.
+        reading: ``"median"`` of the positive nodes; ``"weighted median"`` and ``"mean"`` of positive curvature by weight; or the condition
+            number kappa: mu = L / kappa.
+
+    Returns:
+        mu in (0, L]; None without positive curvature.
+
+    Example:
+        >>> [bulk_curvature([-1.0, 0.1, 2.0, 9.0], [0.1, 0.7, 0.15, 0.05], 9.0, r) for r in ("median", "weighted median", 90.0)]
+        [2.0, 0.1, 0.1]
+    """
+    positive = sorted((node, weight) for node, weight in zip(nodes, weights, strict=True) if node > 0 and weight > 1e-12)
+    if not positive or largest <= 0:
+        return None
+    if not isinstance(reading, str):
+        return largest / reading
+    total = sum(weight for _, weight in positive)
+    if reading == "mean":
+        found = sum(node * weight for node, weight in positive) / total
+    elif reading == "weighted median":
+        passed, found = 0.0, positive[-1][0]
+        for node, weight in positive:
+            passed += weight
+            if passed >= total / 2:
+                found = node
+                break
+    else:
+        found = positive[(len(positive) - 1) // 2][0]
+    return min(found, largest)
+
+
+_TOL = 0.2  # one batch's curvature says no more
+_BULK_STEPS = 10  # Lanczos steps that show the bulk of the curvature
+_MOST_MOMENTUM = 0.98
+
+
+class Gauge:
+    """Measures batches one after another, each from where the last one's vectors were.
+
+    Args:
+        optimizer: whose state preconditions, if it is adaptive.
+        adaptive: whether it is.
+        seed: of the probes.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, adaptive: bool, seed: int) -> None:
+        self._optimizer, self._adaptive, self._seed = optimizer, adaptive, seed
+        self._matrix: SymmetricOperator | None = None
+        self._trackers: dict[str, EigenvalueTracker] = {}
+
+    def measure(self, hessian: HessianOperator, *, step: int) -> Estimate:
+        """lambda_max of a batch's Hessian, or of D^-1 H."""
+        self._matrix = preconditioned_hessian(hessian, self._optimizer) if self._adaptive else hessian
+        return self._tracker("all").update(self._matrix, step=step)
+
+    def group_ratios(self, objective: Objective, ratios: list[float]) -> list[float]:
+        """Each group's rate relative to the first's: inversely to its own block's curvature in the matrix just measured.
+
+        Args:
+            objective: that was measured.
+            ratios: kept for groups without parameters in it.
+        """
+        tops: list[float] = []
+        for index, group in enumerate(self._optimizer.param_groups):
+            own = {id(p) for p in group["params"]}
+            if self._matrix is None or not any(id(p) in own for p in objective.layout.params):
+                tops.append(math.nan)
+                continue
+            block: SymmetricOperator = self._matrix.block(among(own))  # type: ignore[attr-defined]
+            tops.append(max(self._tracker(f"group{index}").update(block).value, 1e-30))
+        if not math.isfinite(tops[0]):
+            return ratios
+        return [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, ratios, strict=True)]
+
+    def polyak_momentum(self, hessian: HessianOperator, largest: float, reading: str | float, *, step: int) -> float | None:
+        """Polyak's momentum, the lower end of the curvature read from one random probe or given; None without positive curvature.
+
+        Args:
+            hessian: of the batch.
+            largest: lambda_max.
+            reading: as in :func:`bulk_curvature`.
+            step: makes the probe.
+        """
+        nodes, weights = [largest], [1.0]
+        if isinstance(reading, str):
+            density = spectral_density(hessian, num_probes=1, num_steps=min(_BULK_STEPS, hessian.size), seed=self._seed + step)
+            nodes, weights = density.nodes.flatten().tolist(), density.weights.flatten().tolist()
+        smallest = bulk_curvature(nodes, weights, largest, reading)
+        return None if smallest is None else min(polyak_pair(largest, smallest)[1], _MOST_MOMENTUM)
+
+    def _tracker(self, name: str) -> EigenvalueTracker:
+        new = EigenvalueTracker(tol=_TOL, max_matvecs=WARM_MATVECS, cold_matvecs=COLD_MATVECS, check_every=8, seed=self._seed)
+        return self._trackers.setdefault(name, new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the trackers."""
+        return {name: tracker.state_dict() for name, tracker in self._trackers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved trackers."""
+        self._trackers.clear()
+        for name, saved in state.items():
+            self._tracker(name).load_state_dict(saved)

@@ -1,0 +1,363 @@
+"""Learn the learning rate, and on request the momentum, from curvature while training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkit._errors import SharpkitWarning
+from sharpkit.learner.gauge import BULKS, Gauge
+from sharpkit.learner.history import Decision, LearnerHistory
+from sharpkit.learner.rate import LearnedRate, Pace
+from sharpkit.learner.rollback import LossWatch
+from sharpkit.learner.schedules import DECAYS, Schedule, multiplier_of
+from sharpkit.linalg.results import Estimate
+from sharpkit.measuring.stability import plain_optimizer, update_rule
+from sharpkit.objective.batches import Batch
+from sharpkit.objective.guard import unwrap
+from sharpkit.objective.objective import Closure, ObjectiveMaker
+from sharpkit.objective.params import ParamSelector
+from sharpkit.operators.hessian import HessianOperator
+from sharpkit.training_run import Snapshot
+
+
+def check_learner_settings(total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any) -> None:
+    """Raise ValueError where a setting of the learner makes no sense."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 20:
+        raise ValueError(f"total_steps must be the number of optimizer steps of the whole run, at least 20, got {total_steps!r}")
+    if interval != "auto" and (isinstance(interval, (str, bool)) or interval < 1):
+        raise ValueError(f"interval must be a number of steps from 1 on, or 'auto', got {interval!r}")
+    for name, value in (("budget", budget), ("safety", safety), ("warmup", warmup)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    if not callable(decay) and decay not in DECAYS:
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or a function of the share of steps done, got {decay!r}")
+
+
+def check_momentum(momentum: str, bulk: str | float, *, adaptive: bool) -> None:
+    """Raise ValueError where a learner's choice of momentum makes no sense."""
+    if momentum not in ("keep", "polyak"):
+        raise ValueError(f"momentum must be 'keep' or 'polyak', got {momentum!r}")
+    if momentum == "polyak" and adaptive:
+        raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")
+    if bulk not in BULKS if isinstance(bulk, str) else not bulk > 1:
+        raise ValueError(f"bulk must be one of {', '.join(BULKS)}, or lambda_max over it, a number above 1, got {bulk!r}")
+
+
+logger = logging.getLogger(__name__)
+
+_CHECK_EVERY = 8  # steps between looks at the losses
+_MAX_ROLLBACKS = 8
+_STATE_VERSION = 2
+_MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given
+
+
+class CurvatureLearner:
+    """Sets the learning rate of SGD or Adam(W) from the curvature of the batches it trains on; the rate given does not matter.
+
+    The first step is made with rate 0, to see a batch. From 2 % of ``safety`` times the stability limit, the rate grows by a constant
+    factor a step; at a few points on the way lambda_max of the batch's Hessian (of D^-1 H for Adam) is measured, by a handful of
+    products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it grows no more: it
+    is set by the mean curvature of that batch and a few more, and decays to 0 at the end. Later measurements only lower it, unless the
+    batch size changes: then it is measured at once and grows anew, by the factor of the batch sizes at most. If half of the progress is
+    lost or the loss is not finite, parameters and optimizer state go back to the last good point, with half the rate.
+
+    Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
+
+    Args:
+        optimizer: torch.optim SGD, Adam, AdamW, RMSprop or Adagrad, or SGDScheduleFree (in train mode, with ``decay="constant"``). Groups
+            keep the ratio of their rates to the first group's.
+        model: what it trains.
+        loss, closure, count, params, mode, autocast, process_group: as in :class:`sharpkit.Monitor`.
+        total_steps: T, optimizer steps of the whole run.
+        interval: steps between measurements once the rate has settled; ``"auto"`` by ``budget``.
+        budget: share of the training cost that measurements may take, in gradients.
+        safety: share of the stability limit to settle at.
+        warmup: share of T in which the rate grows 50-fold.
+        decay: ``"linear"``, ``"cosine"``, ``"constant"``, or a function of the share z of steps done, such as
+            :func:`sharpkit.refined_schedule` gives.
+        schedule: optimizer -> a torch learning-rate scheduler, whose rate relative to its start multiplies the learned one.
+        momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the bulk curvature, at most 0.98, from where the rate
+            settles on (SGD only).
+        bulk: which curvature counts as the lower end: the ratio of lambda_max to it, or ``"median"``, ``"weighted median"`` or ``"mean"``
+            of a quadrature, at 20 gradients each time.
+        per_group: measure each group's own block and give it its own rate.
+        max_lr: never above.
+        seed: of probes and masks.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: arguments that make no sense. Later on nothing is raised.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e3)
+        >>> learner = sk.CurvatureLearner(optimizer, model=model, loss=torch.nn.functional.mse_loss, total_steps=100)
+        >>> batch = (torch.eye(2), torch.ones(2, 1))
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+        ...     optimizer.step()
+        ...     decision = learner.step(batch)
+        >>> round(learner.lr, 2), bool((model.weight - 1).abs().max() < 0.01)
+        (0.5, True)
+
+    References:
+        Granziol, Zohren and Roberts (2022), arXiv 2006.09092, for learning rates from batch Hessians; the rule here is sharpkit's own.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        model: nn.Module,
+        total_steps: int,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        closure: Closure | None = None,
+        count: Callable[[Batch], float] | None = None,
+        params: ParamSelector = None,
+        interval: int | str = "auto",
+        budget: float = 0.05,
+        safety: float = 0.25,
+        warmup: float = 0.1,
+        decay: str | Schedule = "linear",
+        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        momentum: str = "keep",
+        bulk: str | float = 1e3,
+        per_group: bool = False,
+        max_lr: float = math.inf,
+        mode: str = "train",
+        autocast: torch.dtype | None = None,
+        process_group: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.optimizer, self.model = plain_optimizer(optimizer), unwrap(model)
+        adaptive = update_rule(self.optimizer).adaptive
+        check_learner_settings(total_steps, interval, budget, safety, warmup, decay)
+        check_momentum(momentum, bulk, adaptive=adaptive)
+        self.total_steps, self.safety, self.seed = total_steps, safety, seed
+        self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
+        self._multiplier = multiplier_of(schedule)
+        self._polyak, self._bulk, self._per_group = momentum == "polyak", bulk, per_group
+        settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
+        settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
+        self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=None, max_samples=None, settings=settings)
+        first = float(self.optimizer.param_groups[0]["lr"])
+        self._given = first
+        self._ratios = [float(group["lr"]) / first if first > 0 else 1.0 for group in self.optimizer.param_groups]
+        self._pace = Pace(total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=adaptive)
+        self._gauge = Gauge(self.optimizer, adaptive=adaptive, seed=seed)
+        self._losses = LossWatch()
+        self._snapshot: Snapshot | None = None
+        self._recent: list[Tensor | float] = []
+        self._step, self._batch_size, self._last_size, self._rollbacks = 0, 0, 0, 0
+        self._rate = LearnedRate(self._pace, safety=safety, max_lr=max_lr)
+        self._warned: set[str] = set()
+        self.history = LearnerHistory()
+        self._apply()
+
+    # -- the one call in the loop -------------------------------------------------------------------------------------------------
+    def step(self, batch: Batch, *, loss: Tensor | float | None = None) -> Decision | None:
+        """Note one optimizer step, and set the rate of the next.
+
+        Args:
+            batch: that the step was made on; a list of micro-batches where gradients were accumulated.
+            loss: of the batch if at hand; without it, a lost run is only noticed at measurements.
+
+        Returns:
+            the decision if one was made.
+        """
+        self._step += 1
+        self._multiplier.advance()
+        if loss is not None:
+            self._recent.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+        decision = None
+        if self._step % _CHECK_EVERY == 0 and self._is_lost():
+            decision = self._go_back()
+        elif self._is_time(self._maker.samples_of(batch)):
+            decision = self._measure(batch)
+        else:
+            self._rate.grow()
+        self._apply()
+        return decision
+
+    def _is_time(self, samples: int) -> bool:
+        """Whether to measure on this batch: at once where its size is a new one, but not on the odd last batch of an epoch."""
+        usual, repeated = 0 in (samples, self._batch_size) or samples == self._batch_size, samples == self._last_size
+        self._last_size = samples
+        return self._pace.is_due(self._step) if usual else repeated
+
+    @property
+    def lr(self) -> float:
+        """The learned peak rate of the first group, before decay."""
+        return self._rate.value
+
+    # -- measuring and deciding ---------------------------------------------------------------------------------------------------
+    def _measure(self, batch: Batch) -> Decision:
+        samples = self._maker.samples_of(batch)
+        changed = 0 not in (samples, self._batch_size) and samples != self._batch_size
+        if changed:
+            self._rate.grow_anew(samples / self._batch_size, step=self._step)
+            self._losses.restart()
+            self._recent.clear()
+        self._batch_size = samples or self._batch_size  # 0 where they cannot be counted: the measurement will say why
+        try:
+            objective, _ = self._maker.over(batch, part=1.0, seed=self.seed + self._step)
+            if not self._recent:
+                self._recent.append(objective.value())
+            hessian = HessianOperator(objective)
+            found = self._gauge.measure(hessian, step=self._step)
+            if self._per_group:
+                self._ratios = self._gauge.group_ratios(objective, self._ratios)
+        except Exception as error:
+            reason = f"not measured ({type(error).__name__}: {error}); the rate stays"
+            if self._rate.value == 0 and len(self.history) >= _MOST_FAILURES - 1:
+                self._rate.settle_at(self._given)
+                reason = (
+                    f"not measured {_MOST_FAILURES} times ({type(error).__name__}: {error}); goes on with the rate given, {self._given:.3g}"
+                )
+            self._warn(reason)
+            self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
+            return self._record(None, math.nan, reason)
+        limit = self._limit_at(max(found.value, 1e-30))
+        decay = self._decay(self._step / self.total_steps)
+        reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
+        if self._polyak and self._rate.settled:
+            reason += self._set_momentum(hessian, found.value)
+        self._remember_if_good()
+        self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
+        return self._record(found, limit, reason)
+
+    def _limit_at(self, curvature: float) -> float:
+        """Largest stable rate, with the optimizer's present momentum and decay."""
+        return update_rule(self.optimizer).max_learning_rate(curvature)
+
+    def _set_momentum(self, hessian: HessianOperator, largest: float) -> str:
+        """Polyak's, with the rate at the same share of the limit that it makes; what was done, in words."""
+        try:
+            momentum = self._gauge.polyak_momentum(hessian, largest, self._bulk, step=self._step)
+        except Exception as error:
+            return f"; momentum not measured ({type(error).__name__}: {error})"
+        if momentum is None:
+            return "; no positive curvature to read a momentum from"
+        before = self._limit_at(largest)
+        for group in self.optimizer.param_groups:
+            group["momentum"] = momentum
+        self._rate.scale(self._limit_at(largest) / before)
+        return f"; momentum {momentum:.3g}, with the rate at the same share of its limit, {self._rate.value:.3g}"
+
+    # -- going back ------------------------------------------------------------------------------------------------------------------
+    def _is_lost(self) -> bool:
+        for loss in self._recent:
+            self._losses.add(float(loss))
+        self._recent.clear()
+        return self._rollbacks < _MAX_ROLLBACKS and bool(self._maker.agree(float(self._losses.is_lost)))
+
+    def _go_back(self) -> Decision:
+        reason = f"the loss rose to {self._losses.mean:.3g} (best {self._losses.best:.3g})"
+        self._rollbacks += 1
+        self._rate.back_off()
+        if self._snapshot is not None:
+            self._snapshot.restore(self.model, self.optimizer)
+            reason += ": back to the last good point with half the rate"
+        else:
+            reason += ": no good point yet, half the rate"
+        self._losses.come_back()
+        self._warn(reason)
+        return self._record(None, math.nan, reason)
+
+    def _remember_if_good(self) -> None:
+        for loss in self._recent:
+            self._losses.add(float(loss))
+        self._recent.clear()
+        if not self._maker.agree(float(not self._losses.is_good)):  # on every process, so that all go back to the same point
+            self._snapshot = Snapshot(self.model, self.optimizer)
+            self._rate.remember()
+
+    # -- small parts -----------------------------------------------------------------------------------------------------------------
+    def _apply(self) -> None:
+        factor = self._decay(min(self._step / self.total_steps, 1.0)) * self._multiplier.value
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
+            rate = self._rate.value * ratio * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _record(self, found: Estimate | None, limit: float, reason: str) -> Decision:
+        group = self.optimizer.param_groups[0]
+        self._apply()
+        momentum = group["betas"][0] if "betas" in group else group.get("momentum", math.nan)
+        decision = Decision(
+            self._step,
+            self._rate.value,
+            float(group["lr"]),
+            float(momentum),
+            math.nan if found is None else found.value,
+            math.nan if found is None else found.stderr,
+            limit,
+            self._batch_size,
+            0 if found is None else found.num_matvecs,
+            self._losses.mean,
+            reason,
+        )
+        self.history.append(decision)
+        logger.info("%s", decision)
+        return decision
+
+    def _warn(self, reason: str) -> None:
+        kind = reason.split(":", maxsplit=1)[0].split("(")[0][:20]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"the learner at step {self._step}: {reason}", SharpkitWarning, stacklevel=4)
+
+    # -- saving ----------------------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next decision depends on, with the point to go back to: plain containers and tensors."""
+        return {
+            "version": _STATE_VERSION,
+            "step": self._step,
+            "rate": self._rate.state_dict(),
+            "ratios": list(self._ratios),
+            "batch_size": self._batch_size,
+            "last_size": self._last_size,
+            "rollbacks": self._rollbacks,
+            "recent": [float(loss) for loss in self._recent],
+            "losses": self._losses.state_dict(),
+            "multiplier": self._multiplier.state_dict(),
+            "gauge": self._gauge.state_dict(),
+            "snapshot": None if self._snapshot is None else self._snapshot.state_dict(),
+            "history": self.history.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a saved learner stopped; the model and the optimizer are loaded by the user.
+
+        Raises:
+            ValueError: a state of another version.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"a learner state of version {state.get('version')!r} cannot be loaded by version {_STATE_VERSION}")
+        self._step, self._ratios = int(state["step"]), [float(r) for r in state["ratios"]]
+        self._rate.load_state_dict(state["rate"])
+        self._batch_size, self._last_size = int(state["batch_size"]), int(state["last_size"])
+        self._rollbacks = int(state["rollbacks"])
+        self._recent = [float(v) for v in state["recent"]]
+        self._losses.load_state_dict(state["losses"])
+        self._multiplier.load_state_dict(state["multiplier"])
+        self._gauge.load_state_dict(state["gauge"])
+        self._snapshot = None if state["snapshot"] is None else Snapshot.from_state(state["snapshot"])
+        self.history = LearnerHistory([Decision.from_dict(d) for d in state["history"]["decisions"]])
+        self._apply()
+
+    def __repr__(self) -> str:
+        return (
+            f"CurvatureLearner({type(self.optimizer).__name__}, step {self._step} of {self.total_steps}, lr {self.lr:.3g}, "
+            f"{'settled' if self._rate.settled else 'growing'}, {len(self.history)} decisions)"
+        )

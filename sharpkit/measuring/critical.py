@@ -1,0 +1,197 @@
+"""The critical learning rate: how far along the optimizer's own next step the loss first rises. Forward passes only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpkit._errors import NonFiniteError, UnsupportedError
+from sharpkit.linalg.results import SCHEMA_VERSION
+from sharpkit.measuring.stability import twin_optimizer
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.params import ParamLayout
+
+_PRECISION = 15 / 16
+_MAX_DOUBLINGS = 60
+_COUNTERS = ("step", "mu_product")  # scalars beside the moments, kept in their own type
+
+
+@dataclass(frozen=True)
+class CriticalLearningRate:
+    """min{eta > 0: f(w - eta u) > f(w)}, u the optimizer's next update at rate 1.
+
+    Attributes:
+        value: middle of the bracket; inf where no rise was found, 0 where the loss rises however small the step.
+        lower, upper: the loss has not risen at ``lower``, it has at ``upper``.
+        sharpness: the critical sharpness 2 / value.
+        num_evaluations: forward passes over the data.
+        outcome: ``"found"``, ``"unbounded"`` or ``"ascent"``.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    sharpness: float
+    num_evaluations: int
+    outcome: str
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        if self.outcome == "found":
+            return f"{self.value:.4g} ({self.lower:.4g} to {self.upper:.4g})"
+        return (
+            "unbounded: the loss does not rise along this direction"
+            if self.outcome == "unbounded"
+            else "0: the next update is no descent direction"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        names = ("value", "lower", "upper", "sharpness", "num_evaluations", "outcome")
+        return {"kind": "critical_learning_rate", "version": SCHEMA_VERSION, **{name: getattr(self, name) for name in names}}
+
+
+def critical_learning_rate(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    *,
+    guess: float | None = None,
+    gradient: Tensor | None = None,
+    rtol: float = 1 - _PRECISION,
+) -> CriticalLearningRate:
+    """Find the critical learning rate by doubling or halving from a guess, then bisecting.
+
+    From a good guess (the last answer) it takes 6 forward passes, after one gradient. The optimizer is copied to find its next update; its
+    state is not touched, nor are the parameters, also when interrupted. A loss that is NaN or infinite counts as risen. On a quadratic it
+    is 2 / directional sharpness exactly, up to the width of the bracket.
+
+    Args:
+        objective: the function; both losses are over the same data.
+        optimizer: a torch optimizer holding the objective's parameters.
+        guess: where to begin; by default the optimizer's present rate.
+        gradient: (n,) of the objective at the present point, if known; else it is computed.
+        rtol: width of the final bracket relative to its upper end.
+
+    Returns:
+        the rate with its bracket; where the update goes uphill, or no rise is found by 60 doublings, ``outcome`` says so.
+
+    Raises:
+        ValueError: a guess or rtol that is not positive, or an optimizer over other parameters.
+        NonFiniteError: the loss, gradient or update at the present point is not finite.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = sk.Objective(model, (torch.ones(1, 1), torch.zeros(1, 1)), loss=torch.nn.functional.mse_loss)
+        >>> found = sk.critical_learning_rate(objective, torch.optim.SGD(model.parameters(), lr=0.3))
+        >>> found.lower <= 1.0 <= found.upper
+        True
+
+    References:
+        arXiv 2601.16979, for the critical sharpness 2 / eta_c.
+    """
+    start = float(optimizer.param_groups[0]["lr"]) if guess is None else guess
+    if not (math.isfinite(start) and start > 0):
+        raise ValueError(f"the guess must be a positive number, got {start}: pass guess= where the optimizer's rate is 0")
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
+    if gradient is None:
+        _, gradient = objective.gradient()
+    update = next_update(optimizer, objective.layout, gradient)
+    slope = float(update @ gradient)
+    if not math.isfinite(slope):
+        raise NonFiniteError("the gradient or the optimizer's next update contains NaN or infinity: there is no step to measure")
+    if slope < 0:  # the loss rises from the first: no search could tell that from a tiny rate
+        return CriticalLearningRate(0.0, 0.0, 0.0, math.inf, 0, "ascent")
+    if not bool(update.any()):
+        return CriticalLearningRate(math.inf, math.inf, math.inf, 0.0, 0, "unbounded")
+    search = _Search(objective, objective.layout.split(update))
+    lower, upper = search.bracket(start)
+    while lower > 0 and math.isfinite(upper) and lower / upper < 1 - rtol:
+        middle = math.sqrt(lower * upper)
+        lower, upper = (lower, middle) if search.rises(middle) else (middle, upper)
+    outcome = "unbounded" if math.isinf(upper) else "ascent" if lower == 0 else "found"
+    value = math.inf if outcome == "unbounded" else 0.0 if outcome == "ascent" else math.sqrt(lower * upper)
+    return CriticalLearningRate(value, lower, upper, 2 / value if value > 0 else math.inf, search.num_evaluations, outcome)
+
+
+class _Search:
+    """The loss along one direction, against the loss at its beginning."""
+
+    def __init__(self, objective: Objective, direction: Sequence[Tensor]) -> None:
+        self.objective, self.direction = objective, direction
+        self.num_evaluations = 1
+        self.start = objective.value()
+
+    def rises(self, step: float) -> bool:
+        """Whether f(w - step u) > f(w)."""
+        self.num_evaluations += 1
+        with moved(self.objective.layout, self.direction, -step):
+            try:
+                return not self.objective.value() <= self.start
+            except NonFiniteError:
+                return True
+
+    def bracket(self, guess: float) -> tuple[float, float]:
+        """(no rise, rise) around a crossing near a guess, by a factor of sqrt(2), then of two; 0 or inf where there is none."""
+        step, risen, factor = guess, self.rises(guess), math.sqrt(2.0)
+        for _ in range(_MAX_DOUBLINGS):
+            following = step / factor if risen else step * factor
+            if self.rises(following) != risen:
+                return (following, step) if risen else (step, following)
+            step, factor = following, 2.0
+        return (0.0, step) if risen else (step, math.inf)
+
+
+@contextmanager
+def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Parameters at w + step * direction inside; the original storages, never written to, are put back after."""
+    originals = [p.data for p in layout.params]
+    try:
+        for p, here, d in zip(layout.params, originals, direction, strict=True):
+            p.data = here + step * d
+        yield
+    finally:
+        for p, here in zip(layout.params, originals, strict=True):
+            p.data = here
+
+
+def next_update(optimizer: torch.optim.Optimizer, layout: ParamLayout, gradient: Tensor) -> Tensor:
+    """u in w <- w - eta u for the step that the optimizer would make with this gradient, groups' rates relative to the first's.
+
+    The optimizer is copied with its state, in float64; the original and its hooks are not touched.
+
+    Returns:
+        (n,) in the layout's order; 0 for parameters the optimizer does not hold.
+
+    Raises:
+        UnsupportedError: LBFGS, whose step searches.
+        ValueError: the optimizer holds none of these parameters.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError("LBFGS evaluates the loss several times within a step, so it has no next update to look at; use another one")
+    copies = {id(p): torch.nn.Parameter(p.detach().double().clone()) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in copies for p in layout.params):
+        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
+    before = {key: p.detach().clone() for key, p in copies.items()}
+    present = float(optimizer.param_groups[0]["lr"])
+    twin = twin_optimizer(optimizer, copies, lr=None if present else 1.0)
+    for values in twin.state.values():
+        moments = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in _COUNTERS}
+        values.update({k: v.double() for k, v in moments.items()})
+    for group in twin.param_groups:
+        group.update({key: False for key in ("fused", "foreach", "capturable") if key in group})
+    for p, g in zip(layout.params, layout.split(gradient), strict=True):
+        if id(p) in copies:
+            copies[id(p)].grad = g.double()
+    type(twin).step(twin)
+    steps = [before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params]
+    return layout.flatten(steps, 1.0 / (present or 1.0))

@@ -1,0 +1,208 @@
+"""Curvature along the steps that training takes: batch sharpness, gradient-noise interaction, directional sharpness."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit._results import standard_error
+from sharpkit.linalg.results import Estimate
+from sharpkit.measuring.critical import next_update
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.samples import SamplePool
+from sharpkit.operators.hessian import HessianOperator
+
+_MIN_BATCHES, _MAX_BATCHES = 20, 1000
+Measure = Callable[[Objective], float]
+Direction = Callable[[Tensor], Tensor]
+
+
+def gradient_and_product(objective: Objective, direction: Direction | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient g, a direction d made of it, and H d, from one graph where the data is one piece: about 3 gradients.
+
+    Args:
+        objective: f.
+        direction: from g to d; None for g itself.
+
+    Returns:
+        g, d and H d, (n,) each.
+    """
+    turn: Direction = direction or (lambda g: g)
+    layout = objective.layout
+    with objective.undisturbed():
+        pieces = list(objective.pieces()) if objective.ranks.size == 1 else []
+        if len(pieces) == 1:
+            (piece,) = pieces
+            roots = torch.autograd.grad(objective.evaluate(piece), layout.params, create_graph=True, allow_unused=True)
+            gradient = layout.flatten([None if r is None else r.detach() for r in roots], piece.weight)
+            along = turn(gradient)
+            curved = [(r, a) for r, a in zip(roots, layout.split(along), strict=True) if r is not None and r.requires_grad]
+            if not curved:
+                return gradient, along, torch.zeros_like(gradient)
+            products = torch.autograd.grad([r for r, _ in curved], layout.params, [a for _, a in curved], allow_unused=True)
+            return gradient, along, layout.flatten(products, piece.weight)
+    _, gradient = objective.gradient()
+    along = turn(gradient)
+    return gradient, along, HessianOperator(objective, retain=False).multiply(along)
+
+
+def batch_sharpness(
+    objective: Objective,
+    *,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    rtol: float = 0.05,
+    max_batches: int = _MAX_BATCHES,
+    seed: int = 0,
+) -> Estimate:
+    """E_B[g_B^T H_B g_B / ||g_B||^2] over random mini-batches: what settles at 2 / lr under SGD.
+
+    With momentum in the optimizer the step's direction s = g_B + beta v takes the gradient's place: E[s^T H_B s / (s^T g_B)]. About 3
+    gradients of a batch each; from 20 batches on it stops at the asked relative standard error. Batches where the ratio has no meaning
+    (a zero gradient, a step uphill, NaN) are left out and counted in ``method``.
+
+    Args:
+        objective: its samples are drawn from.
+        batch_size: B.
+        optimizer: SGD whose momentum buffers enter; None for plain SGD.
+        rtol: relative standard error to reach.
+        max_batches: at most so many draws; then flagged.
+        seed: of the draws.
+
+    Raises:
+        ValueError: batch_size outside 1..N.
+        TypeError: the optimizer is not torch.optim.SGD.
+        NonFiniteError: every batch gave no finite value.
+
+    References:
+        Andreyev and Beneventano (2024), arXiv 2412.20553.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = sk.Objective(model, (torch.ones(8, 1), torch.zeros(8, 1)), loss=torch.nn.functional.mse_loss)
+        >>> round(sk.batch_sharpness(objective, batch_size=2).value, 4)
+        2.0
+    """
+    direction = momentum_step(objective, optimizer)
+
+    def ratio(batch: Objective) -> float:
+        gradient, step, product = gradient_and_product(batch, direction)
+        below = float(step @ gradient)
+        return float(step @ product) / below if below > 0 else math.nan
+
+    return _mean_over_batches(objective, ratio, "batch sharpness", batch_size=batch_size, rtol=rtol, max_batches=max_batches, seed=seed)
+
+
+def gradient_noise_interaction(
+    objective: Objective, *, batch_size: int, rtol: float = 0.05, max_batches: int = _MAX_BATCHES, seed: int = 0
+) -> Estimate:
+    """E_B[g_B^T H g_B] / ||g||^2, H and g of all the data: the curvature that gradient noise meets.
+
+    Not batch sharpness: here the Hessian is the full one and the norm below that of the full gradient. It equals
+    (G^T H G + tr(H Sigma) / b) / ||G||^2. One Hessian product over all the data for each batch.
+
+    Args:
+        objective: its samples are drawn from.
+        batch_size: B.
+        rtol: relative standard error to reach.
+        max_batches: at most so many draws; then flagged.
+        seed: of the draws.
+
+    Raises:
+        ValueError: batch_size outside 1..N.
+        NonFiniteError: the full gradient is 0 or not finite.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = sk.Objective(model, (torch.ones(8, 1), torch.zeros(8, 1)), loss=torch.nn.functional.mse_loss)
+        >>> round(sk.gradient_noise_interaction(objective, batch_size=2).value, 4)
+        2.0
+    """
+    full, hessian = objective.gradient()[1], HessianOperator(objective)
+    below = float(full @ full)
+    if not (math.isfinite(below) and below > 0):
+        raise NonFiniteError(f"the gradient of all the data has squared norm {below}: its ratio to the noise has no meaning here")
+
+    def ratio(batch: Objective) -> float:
+        gradient = batch.gradient()[1]
+        return float(gradient @ hessian.multiply(gradient)) / below
+
+    name = "gradient-noise interaction"
+    return _mean_over_batches(objective, ratio, name, batch_size=batch_size, rtol=rtol, max_batches=max_batches, seed=seed)
+
+
+def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer) -> float:
+    """u^T H u / (u^T g) along the optimizer's next update u: to second order the loss rises beyond the rate 2 / this.
+
+    At most the top eigenvalue of H for plain SGD, of the preconditioned Hessian for Adam without momentum. Negative where the step goes
+    uphill on a convex function or along negative curvature. The optimizer is left as it is; about 3 gradients.
+
+    Args:
+        objective: f; its gradient makes the update.
+        optimizer: a torch optimizer holding the objective's parameters.
+
+    Raises:
+        NonFiniteError: u^T g is 0 or not finite.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = sk.Objective(model, (torch.ones(8, 1), torch.zeros(8, 1)), loss=torch.nn.functional.mse_loss)
+        >>> round(sk.directional_sharpness(objective, torch.optim.SGD(model.parameters(), lr=0.1)), 4)
+        2.0
+    """
+    gradient, update, product = gradient_and_product(objective, lambda g: next_update(optimizer, objective.layout, g))
+    below, above = float(update @ gradient), float(update @ product)
+    if not (math.isfinite(below) and math.isfinite(above)) or below == 0:
+        raise NonFiniteError(f"directional sharpness is {above:g} / {below:g}: the gradient or the update is zero or not finite")
+    return above / below
+
+
+def _mean_over_batches(
+    objective: Objective, measure: Measure, name: str, *, batch_size: int, rtol: float, max_batches: int, seed: int
+) -> Estimate:
+    """The mean of a measure over random batches, until its relative standard error is reached; exact where the batch is everything."""
+    started, pool = time.perf_counter(), SamplePool(objective)
+    whole, values, drawn = batch_size == pool.size, [], 0
+    converged = whole
+    for batch in pool.draws(batch_size, generator=torch.Generator().manual_seed(seed)):
+        drawn += 1
+        if math.isfinite(value := measure(batch)):
+            values.append(value)
+        if len(values) >= _MIN_BATCHES:
+            converged = standard_error(np.array(values)) <= rtol * abs(float(np.mean(values)))
+        if converged or drawn >= max_batches:
+            break
+    if not values:
+        raise NonFiniteError(f"no mini-batch gave a finite {name}: gradients are zero or not finite")
+    stderr = 0.0 if whole else standard_error(np.array(values))
+    skipped = f", {drawn - len(values)} left out" if drawn > len(values) else ""
+    how = f"{len(values)} batches of {batch_size}{skipped}"
+    estimate = Estimate(float(np.mean(values)), stderr, drawn, time.perf_counter() - started, how, converged)
+    if not converged:
+        warnings.warn(f"{name} {estimate} after {how}: not within {rtol:g}; raise max_batches", ConvergenceWarning, stacklevel=3)
+    return estimate
+
+
+def momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None) -> Direction | None:
+    """g -> g + beta v, each parameter with its own group's beta."""
+    if optimizer is None:
+        return None
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise TypeError(
+            f"batch sharpness along the step is defined for torch.optim.SGD, got {type(optimizer).__name__}; leave optimizer out"
+        )
+    beta = {id(p): float(group["momentum"]) for group in optimizer.param_groups for p in group["params"]}
+    buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in objective.layout.params]
+    pushes = [None if v is None else beta[id(p)] * v for p, v in zip(objective.layout.params, buffers, strict=True)]
+    velocity = objective.layout.flatten(pushes)
+    return lambda g: g + velocity

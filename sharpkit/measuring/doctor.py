@@ -1,0 +1,413 @@
+"""Can this objective's curvature be trusted? Examines the user's own model, loss and data, and says what to change."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sharpkit.linalg.results import SCHEMA_VERSION
+from sharpkit.objective.memory import available_memory, human_bytes
+from sharpkit.objective.objective import Objective, twin_objective
+from sharpkit.operators.hessian import HessianOperator
+
+Verdict = tuple[str, str] | tuple[str, str, str]
+
+_KINKED = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+)
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_MAX_COPIED_BATCHES = 2
+_FD_STEP = 1e-6  # relative to |w| / |v|, in float64
+
+
+def _probes(hessian: HessianOperator, seed: int, k: int = 2) -> Tensor:
+    return hessian.random_vectors(k, generator=torch.Generator().manual_seed(seed))
+
+
+def _relative(hessian: HessianOperator, difference: Tensor, reference: Tensor) -> float:
+    scale = float(hessian.dot(reference, reference)) ** 0.5
+    return float(hessian.dot(difference, difference)) ** 0.5 / scale if scale > 0 else float(difference.abs().max())
+
+
+def _rounding(hessian: HessianOperator) -> float:
+    """What products may differ by: rounding of the type the model computes in."""
+    if hessian.objective.autocast is not None or any(p.dtype in (torch.bfloat16, torch.float16) for p in hessian.layout.params):
+        return 3e-2
+    return 1e-9 if hessian.dtype == torch.float64 else 2e-4
+
+
+def _check_repeats(hessian: HessianOperator, seed: int) -> Verdict:
+    vector = _probes(hessian, seed, 1)[:, 0]
+    first = hessian @ vector
+    hessian.forget_graphs()
+    gap = _relative(hessian, hessian @ vector - first, first)
+    if gap > _rounding(hessian):
+        return (
+            "failed",
+            f"two passes over the data gave products that differ by {gap:.2g}",
+            "remove randomness that torch.manual_seed does not control",
+        )
+    return "ok", f"two passes over the data agree to {gap:.1g}"
+
+
+def _check_symmetric(hessian: HessianOperator, seed: int) -> Verdict:
+    probes = _probes(hessian, seed)
+    products = hessian @ probes
+    gap = abs(float(hessian.dot(probes[:, 0], products[:, 1])) - float(hessian.dot(probes[:, 1], products[:, 0])))
+    size = (float(hessian.dot(products[:, 0], products[:, 0])) * float(hessian.dot(probes[:, 1], probes[:, 1]))) ** 0.5
+    relative = gap / size if size > 0 else 0.0
+    if relative > _rounding(hessian):
+        return (
+            "failed",
+            f"u.Hv and v.Hu differ by {relative:.2g} of |u||Hv|",
+            "some operation in the model has a wrong second derivative (a custom autograd.Function?)",
+        )
+    return "ok", f"u.Hv = v.Hu to {relative:.1g}"
+
+
+def _check_linear(hessian: HessianOperator, seed: int) -> Verdict:
+    u, v = _probes(hessian, seed).T
+    expected = 2.0 * (hessian @ u) - 0.5 * (hessian @ v)
+    gap = _relative(hessian, hessian @ (2.0 * u - 0.5 * v) - expected, expected)
+    if gap > _rounding(hessian):
+        return (
+            "failed",
+            f"H(2u - v/2) differs from 2Hu - Hv/2 by {gap:.2g}",
+            "the function changes between calls: look for state in the model or the closure",
+        )
+    return "ok", f"products are linear to {gap:.1g}"
+
+
+def float64_twin(objective: Objective) -> Objective:
+    """The same objective on a float64 copy of the model and of the first batches. Raises whatever the model raises in float64."""
+    batches = list(itertools.islice(iter(objective._source), _MAX_COPIED_BATCHES))
+    return twin_objective(objective, batches, dtype=torch.float64)
+
+
+def _check_finite_differences(hessian: HessianOperator, seed: int) -> Verdict:
+    try:
+        twin = float64_twin(hessian.objective)
+        operator = HessianOperator(twin)
+        vector = _probes(operator, seed, 1)[:, 0]
+        exact = operator @ vector
+    except Exception as error:
+        return "note", f"not compared: no float64 copy of the model can be run ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    step = _FD_STEP * float(operator.layout.current().norm()) / float(vector.norm())
+    gaps = []
+    for size in (step, step / 30):
+        shifted = [_gradient_at(twin, vector, sign * size) for sign in (1.0, -1.0)]
+        gaps.append(_relative(operator, (shifted[0] - shifted[1]) / (2 * size) - exact, exact))
+    gap, kinks = min(gaps), _names(hessian, _KINKED)
+    if gap <= 1e-3:
+        return "ok", f"finite differences of gradients agree to {gap:.1g} (float64 copy)"
+    if kinks:
+        return (
+            "warning",
+            f"finite differences of gradients differ by {gap:.2g}; kinks crossed within the step ({kinks}) can do that",
+            "replace kinked activations by smooth ones to be sure",
+        )
+    return (
+        "failed",
+        f"finite differences of gradients differ from the product by {gap:.2g}",
+        "an operation has a wrong second derivative: a custom backward, or .detach() / .data inside the model",
+    )
+
+
+def _gradient_at(objective: Objective, vector: Tensor, step: float) -> Tensor:
+    """The gradient of a private copy's objective at w + step v; the copy's parameters are put back."""
+    saved = [p.detach().clone() for p in objective.layout.params]
+    try:
+        with torch.no_grad():
+            for p, direction in zip(objective.layout.params, objective.layout.split(vector), strict=True):
+                p.add_(direction, alpha=step)
+        return objective.gradient()[1]
+    finally:
+        with torch.no_grad():
+            for p, before in zip(objective.layout.params, saved, strict=True):
+                p.copy_(before)
+
+
+def _check_rounding(hessian: HessianOperator, seed: int) -> Verdict:
+    if hessian.objective.device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+        return (
+            "warning",
+            "TF32 is on: products carry only about three digits",
+            "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
+        )
+    if hessian.dtype == torch.float64:
+        return "ok", "the model computes in float64"
+    try:
+        twin = HessianOperator(float64_twin(hessian.objective))
+        if hessian.objective.num_batches > _MAX_COPIED_BATCHES:
+            return "note", "not compared with float64: more batches than are copied"
+        vector = _probes(hessian, seed, 1)[:, 0]
+        exact = twin @ vector.double()
+    except Exception:
+        return "note", "not compared: the model cannot be run in float64"
+    gap = _relative(hessian, (hessian @ vector).double() - exact, exact)
+    if gap > 0.3:
+        return (
+            "warning",
+            f"a product differs by {gap:.2g} from float64 on a random vector: small eigenvalues and the trace are rounding noise",
+            "measure a float64 copy: model.double()",
+        )
+    return ("ok" if gap < 1e-2 else "note"), f"a product on a random vector is right to {gap:.1g} (against float64)"
+
+
+class _Recorder(TorchFunctionMode):
+    """Counts calls of attention, directly or through nn.MultiheadAttention."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _check_attention(hessian: HessianOperator, seed: int) -> Verdict:
+    objective = hessian.objective
+    recorder = _Recorder()
+    with objective.undisturbed(), torch.no_grad(), recorder:
+        for piece in objective.pieces():
+            objective.evaluate(piece)
+            break
+    if recorder.calls:
+        return (
+            "note",
+            f"{recorder.calls} fused attention calls run with the math kernel here (the others have no second derivative): memory "
+            f"grows with the square of the sequence length",
+        )
+    return "ok", "no fused attention kernel in the way"
+
+
+def _names(hessian: HessianOperator, kinds: Any) -> str:
+    found = [f"{name or 'model'} ({type(m).__name__})" for name, m in hessian.objective.model.named_modules() if isinstance(m, kinds)]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _check_randomness(hessian: HessianOperator, seed: int) -> Verdict:
+    objective = hessian.objective
+    dropout = [m for m in objective.model.modules() if isinstance(m, _DROPOUT) and m.p > 0]
+    norms = [m for m in objective.model.modules() if isinstance(m, _BATCH_NORM)]
+    if not dropout and not norms:
+        return "ok", "no dropout and no batch statistics: train and eval mode are the same function"
+    parts = [text for text, found in ((f"{len(dropout)} dropout", dropout), (f"{len(norms)} batch-norm", norms)) if found]
+    what = f"{' and '.join(parts)} layers, measured in {objective.mode} mode"
+    if objective.mode == "eval":
+        return (
+            "note",
+            f"{what}: dropout off, running statistics used; training itself sees another function",
+            "mode='train' measures that one, with fixed masks",
+        )
+    if norms and objective.num_batches > 1:
+        return (
+            "warning",
+            f"{what}: batch statistics make the function depend on how the data is cut into batches",
+            "mode='eval', or keep the batch size of training",
+        )
+    return "note", f"{what}: masks fixed by the seed"
+
+
+def _check_parameters(hessian: HessianOperator, seed: int) -> Verdict:
+    objective, notes = hessian.objective, []
+    with objective.undisturbed():
+        touched = {id(p): False for p in objective.layout.params}
+        for piece in objective.pieces():
+            gradients = torch.autograd.grad(objective.evaluate(piece), objective.layout.params, allow_unused=True)
+            for p, g in zip(objective.layout.params, gradients, strict=True):
+                touched[id(p)] = touched[id(p)] or g is not None
+    unused = [name for name, p in zip(objective.layout.names, objective.layout.params, strict=True) if not touched[id(p)]]
+    if unused:
+        notes.append(f"{len(unused)} unused (zero rows): {', '.join(unused[:3])}")
+    frozen = sum(not p.requires_grad for p in objective.model.parameters())
+    if frozen:
+        notes.append(f"{frozen} frozen (left out)")
+    tied = len(list(objective.model.named_parameters(remove_duplicate=False))) - len(list(objective.model.named_parameters()))
+    if tied:
+        notes.append(f"{tied} tied (counted once)")
+    integers = [name for name, b in objective.model.named_buffers() if not b.is_floating_point()]
+    if integers:
+        notes.append(f"{len(integers)} integer buffers (left alone)")
+    head = f"{len(objective.layout.names)} tensors, {objective.num_parameters:,} parameters"
+    return ("note" if notes else "ok"), "; ".join([head, *notes])
+
+
+def _check_smoothness(hessian: HessianOperator, seed: int) -> Verdict:
+    if kinked := _names(hessian, _KINKED):
+        return (
+            "note",
+            f"piecewise-smooth layers: {kinked}. The Hessian is that between kinks; curvature that sits in the kinks is not in it",
+        )
+    return "ok", "no layer with kinks among the known modules"
+
+
+def _check_weights(hessian: HessianOperator, seed: int) -> Verdict:
+    objective = hessian.objective
+    text = (
+        f"the loss is a {objective.reduction} over {objective.num_targets:g} {objective.counted} in {objective.num_batches} "
+        f"batch{'' if objective.num_batches == 1 else 'es'}"
+    )
+    if objective.couples_samples:
+        return "note", f"{text}; batch statistics couple the samples of a batch"
+    if not objective.may_separate:
+        return (
+            "warning",
+            f"{text}, but does not fall apart into samples: it cannot be cut into smaller batches",
+            "use one batch, or a loss that averages over samples",
+        )
+    return "ok", text
+
+
+def _check_memory(hessian: HessianOperator, seed: int) -> Verdict:
+    hessian @ _probes(hessian, seed, 1)[:, 0]
+    held, free = hessian._bytes_kept(), available_memory(hessian.device)
+    start = time.perf_counter()
+    hessian @ _probes(hessian, seed, 1)[:, 0]
+    seconds = time.perf_counter() - start
+    kept = (
+        f"graphs of {human_bytes(held)} are kept between products"
+        if hessian._all_kept
+        else "graphs do not all fit and are rebuilt for each product"
+    )
+    text = f"{kept}, {human_bytes(free)} free; one product takes {seconds:.2g} s, so measure() about {200 * seconds:.2g} s"
+    basis = 40 * hessian.size * hessian.dtype.itemsize
+    if basis > free / 2:
+        return (
+            "warning",
+            f"{text}; a Lanczos basis of 40 vectors needs {human_bytes(basis)}",
+            "select parameters with params=, or eigenpairs(..., offload=True)",
+        )
+    return ("ok" if hessian._all_kept else "note"), text
+
+
+ALL: tuple[tuple[str, Callable[[HessianOperator, int], Verdict]], ...] = (
+    ("repeatable", _check_repeats),
+    ("symmetric", _check_symmetric),
+    ("linear", _check_linear),
+    ("finite differences", _check_finite_differences),
+    ("rounding", _check_rounding),
+    ("weights", _check_weights),
+    ("parameters", _check_parameters),
+    ("randomness", _check_randomness),
+    ("attention", _check_attention),
+    ("smoothness", _check_smoothness),
+    ("memory and time", _check_memory),
+)
+
+_MARKS = {"ok": "ok      ", "note": "note    ", "warning": "WARNING ", "failed": "FAILED  "}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        name: what.
+        status: ``"ok"``, ``"note"`` (worth knowing), ``"warning"`` (numbers need care) or ``"failed"`` (numbers cannot be trusted).
+        message: what was found, with numbers.
+        remedy: what to change; empty where nothing need be.
+    """
+
+    name: str
+    status: str
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{_MARKS[self.status]} {self.name}: {self.message}" + (f"\n          -> {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything :func:`examine` looked at.
+
+    Attributes:
+        objective: in words.
+        checks: in the order they were made.
+    """
+
+    objective: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether measurements can be trusted: no check failed."""
+        return all(check.status != "failed" for check in self.checks)
+
+    def findings(self) -> list[str]:
+        """The verdict and everything that asks for care, in sentences."""
+        verdict = (
+            "Curvature of this objective can be trusted." if self.passed else "Curvature of this objective can NOT be trusted as it stands."
+        )
+        return [verdict, *(f"{c.name}: {c.message} {c.remedy}".strip() for c in self.checks if c.status in ("warning", "failed"))]
+
+    def __str__(self) -> str:
+        return "\n".join([self.objective, *(str(check) for check in self.checks), self.findings()[0]])
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{sum(c.status == s for c in self.checks)} {s}" for s in _MARKS)
+        return f"Diagnosis({'passed' if self.passed else 'FAILED'}: {counts})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "kind": "diagnosis",
+            "version": SCHEMA_VERSION,
+            "passed": self.passed,
+            "objective": self.objective,
+            "checks": [{"name": c.name, "status": c.status, "message": c.message, "remedy": c.remedy} for c in self.checks],
+        }
+
+
+def examine(objective: Objective, *, seed: int = 0, callback: Callable[[str], None] | None = None) -> Diagnosis:
+    """Examine an objective before trusting its curvature: about ten Hessian products and a few gradients.
+
+    Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients (in float64, on a copy,
+    where the model allows it), how far float32 rounding goes, attention kernels, dropout and batch statistics, unused, frozen and tied
+    parameters, integer buffers, kinked activations, how batches are weighed, memory and time.
+
+    Args:
+        objective: as made for measuring.
+        seed: of the test vectors.
+        callback: told the name of each check before it is made.
+
+    Returns:
+        the diagnosis; a check that raises counts as failed, with the error as its message.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = (torch.randn(8, 3), torch.randint(2, (8,)))
+        >>> sk.examine(sk.Objective(model, data, loss=torch.nn.functional.cross_entropy)).passed
+        True
+    """
+    hessian = HessianOperator(objective)
+    checks = []
+    for name, function in ALL:
+        if callback is not None:
+            callback(name)
+        try:
+            checks.append(Check(name, *function(hessian, seed)))
+        except Exception as error:
+            checks.append(Check(name, "failed", f"{type(error).__name__}: {error}"))
+    return Diagnosis(repr(objective), tuple(checks))

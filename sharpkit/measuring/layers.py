@@ -1,0 +1,154 @@
+"""Sharpness layer by layer: lambda_max and trace of each layer's own diagonal block of the Hessian."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.results import SCHEMA_VERSION, Estimate, ProgressCallback
+from sharpkit.linalg.trace import trace
+from sharpkit.objective.objective import Objective
+from sharpkit.operators.hessian import HessianOperator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class LayerSharpness:
+    """lambda_max and trace of the Hessian's diagonal blocks, one per layer.
+
+    Attributes:
+        names: layers (modules that own parameters), in the model's order.
+        num_parameters: entries of each layer that were differentiated.
+        lambda_max: each block's largest eigenvalue; ``stderr`` is its residual.
+        trace: each block's trace; the traces add up to the whole Hessian's.
+        num_matvecs: products spent over all layers.
+        seconds: wall time spent.
+        name: what model this is, for titles.
+    """
+
+    names: tuple[str, ...]
+    num_parameters: tuple[int, ...]
+    lambda_max: tuple[Estimate, ...]
+    trace: tuple[Estimate, ...]
+    num_matvecs: int
+    seconds: float = 0.0
+    name: str = "model"
+
+    @property
+    def converged(self) -> bool:
+        """Whether every number reached its tolerance."""
+        return all(e.converged for e in (*self.lambda_max, *self.trace))
+
+    @property
+    def mean_curvature(self) -> tuple[float, ...]:
+        """Trace per parameter: the average eigenvalue of each block."""
+        return tuple(t.value / n for t, n in zip(self.trace, self.num_parameters, strict=True))
+
+    def findings(self) -> list[str]:
+        """What stands out, in plain sentences."""
+        sharpest = max(range(len(self.names)), key=lambda i: self.lambda_max[i].value)
+        value = self.lambda_max[sharpest].value
+        found = [f"{self.name}: the sharpest layer is {self.names[sharpest]} (lambda_max {value:.3g})."]
+        total = sum(t.value for t in self.trace)
+        if total > 0:
+            largest = max(range(len(self.names)), key=lambda i: self.trace[i].value)
+            share = self.trace[largest].value / total
+            found.append(f"{self.name}: {self.names[largest]} holds {share:.0%} of the Hessian's trace.")
+        if not self.converged:
+            found.append(f"{self.name}: some layer's number did not reach its tolerance; see its error.")
+        return found
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Bars of lambda_max and trace; see :func:`sharpkit.plots.plot_layers`."""
+        from sharpkit.plots.spectrum import plot_layers
+
+        return plot_layers(self, ax=ax)
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{n}: {v}" for n, v in list(zip(self.names, self.lambda_max, strict=True))[:8])
+        more = f", ... {len(self.names)} layers" if len(self.names) > 8 else ""
+        return f"LayerSharpness(lambda_max {rows}{more}; {self.num_matvecs} products)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-ready."""
+        return {
+            "kind": "layer_sharpness",
+            "version": SCHEMA_VERSION,
+            "name": self.name,
+            "names": list(self.names),
+            "num_parameters": list(self.num_parameters),
+            "lambda_max": [e.to_dict() for e in self.lambda_max],
+            "trace": [e.to_dict() for e in self.trace],
+            "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds,
+            "converged": self.converged,
+            "findings": self.findings(),
+        }
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that owns a parameter: its name without the last part (``"conv1.weight"`` belongs to ``"conv1"``).
+
+    Example:
+        >>> layer_of("blocks.0.attn.weight"), layer_of("scale")
+        ('blocks.0.attn', 'scale')
+    """
+    return parameter.rpartition(".")[0] or parameter
+
+
+def _members(layer: str) -> Callable[[str, Tensor], bool]:
+    return lambda name, parameter: layer_of(name) == layer
+
+
+def per_layer(
+    objective: Objective,
+    *,
+    tol: float = 1e-3,
+    trace_rtol: float = 0.05,
+    seed: int = 0,
+    name: str = "model",
+    callback: ProgressCallback | None = None,
+) -> LayerSharpness:
+    """Measure lambda_max and trace of each layer's diagonal block of the Hessian.
+
+    The block of layer l is the Hessian with respect to that layer's parameters alone, the others held fixed. Its lambda_max
+    is at most that of the whole Hessian (Cauchy interlacing), and the traces of all blocks sum to the whole trace.
+
+    Args:
+        objective: whose Hessian.
+        tol: of each lambda_max, relative.
+        trace_rtol: standard error asked of each trace, relative.
+        seed: of starting vectors and probes.
+        name: what model this is, for titles.
+        callback: called with a :class:`sharpkit.Progress` after each step of each layer.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(3, 1).double()
+        >>> data = (torch.eye(3, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64))
+        >>> layers = sk.per_layer(sk.Objective(model, data, loss=torch.nn.functional.mse_loss))
+        >>> layers.names, [round(e.value, 4) for e in layers.lambda_max]
+        (('weight', 'bias'), [0.6667, 2.0])
+    """
+    started = time.perf_counter()
+    layers = tuple(dict.fromkeys(layer_of(p) for p in objective.layout.names))
+    sizes, tops, traces, matvecs = [], [], [], 0
+    for layer in layers:
+        block = HessianOperator(objective.with_params(_members(layer)))
+        pairs = eigenpairs(block, k=1, tol=tol, seed=seed, callback=callback)
+        tops.append(
+            Estimate(
+                float(pairs.values[0]), float(pairs.residuals[0]), pairs.num_matvecs, pairs.seconds, "Lanczos", bool(pairs.converged[0])
+            )
+        )
+        traces.append(trace(block, rtol=trace_rtol, seed=seed, callback=callback))
+        sizes.append(block.size)
+        matvecs += block.num_matvecs
+    return LayerSharpness(layers, tuple(sizes), tuple(tops), tuple(traces), matvecs, time.perf_counter() - started, name)

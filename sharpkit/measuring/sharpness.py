@@ -1,0 +1,274 @@
+"""How sharp a loss is, in one call: ends of the Hessian spectrum, trace, norm, effective rank and the stable learning rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.overview import SpectralOverview, spectral_overview
+from sharpkit.linalg.results import SCHEMA_VERSION, Eigenpairs, Estimate, ProgressCallback, SpectralDensity
+from sharpkit.measuring.stability import StableLearningRate, stable_learning_rate, update_rule
+from sharpkit.objective.objective import Objective
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.hessian import HessianOperator
+from sharpkit.operators.preconditioned import PreconditionedOperator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """What :func:`measure` found. Eigenvalue errors are residual bounds; errors of sums are standard errors over random probes.
+
+    Attributes:
+        lambda_max: largest eigenvalue of the Hessian.
+        lambda_min: smallest.
+        trace: of the Hessian.
+        frobenius_norm: of the Hessian.
+        effective_rank: sum |lambda_i| / max |lambda_i|: how many directions are about as curved as the sharpest.
+        negative_mass: share of eigenvalues clearly below zero.
+        loss: f(w).
+        grad_norm: ||grad f(w)||.
+        stable_lr: largest stable learning rate of the optimizer (of plain gradient descent without one).
+        lr: the optimizer's present rate, None without an optimizer.
+        preconditioned_lambda_max: largest eigenvalue of D^-1 H for an adaptive optimizer, else None.
+        eigenpairs: the top pair, with its vector.
+        density: the spectral density from the same products.
+        num_parameters, num_samples: of the objective.
+        mode: ``"eval"`` or ``"train"``: how dropout and batch statistics were set.
+        num_matvecs: Hessian products in all.
+        seconds: wall time.
+        seed: of the probes.
+    """
+
+    lambda_max: Estimate
+    lambda_min: Estimate
+    trace: Estimate
+    frobenius_norm: Estimate
+    effective_rank: Estimate
+    negative_mass: Estimate
+    loss: float
+    grad_norm: float
+    stable_lr: StableLearningRate
+    lr: float | None
+    preconditioned_lambda_max: Estimate | None
+    eigenpairs: Eigenpairs = field(repr=False)
+    density: SpectralDensity = field(repr=False)
+    num_parameters: int
+    num_samples: int
+    mode: str
+    num_matvecs: int
+    seconds: float
+    seed: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether every number reached its tolerance."""
+        parts = [self.lambda_max, self.lambda_min, self.trace, self.preconditioned_lambda_max]
+        return all(part.converged for part in parts if part is not None)
+
+    def __repr__(self) -> str:
+        rows = [f"Sharpness of {self.num_parameters:,} parameters on {self.num_samples:,} samples, {self.mode} mode", *self._rows()]
+        return "\n".join(rows) + f"\n  {self.num_matvecs} Hessian products, {self.seconds:.1f} s"
+
+    def _rows(self) -> list[str]:
+        def flagged(estimate: Estimate) -> str:
+            return f"{estimate}{'' if estimate.converged else '  (not converged)'}"
+
+        rows = [
+            f"  lambda_max       {flagged(self.lambda_max)}",
+            f"  lambda_min       {flagged(self.lambda_min)}",
+            f"  trace            {flagged(self.trace)}",
+            f"  Frobenius norm   {flagged(self.frobenius_norm)}",
+            f"  effective rank   {flagged(self.effective_rank)}",
+            f"  loss             {self.loss:.5g}",
+            f"  gradient norm    {self.grad_norm:.4g}",
+            f"  stable lr        {self.stable_lr}   [{self.stable_lr.rule}]",
+        ]
+        if self.preconditioned_lambda_max is not None:
+            rows.insert(1, f"  lambda_max D^-1H {flagged(self.preconditioned_lambda_max)}")
+        if self.lr is not None:
+            rows.append(f"  present lr       {self.lr:.4g}")
+        return rows
+
+    def findings(self) -> list[str]:
+        """What the numbers say, in sentences."""
+        found = [self._about_learning_rate(), self._about_shape(), self._about_negative_curvature()]
+        if self.mode == "train":
+            found.append(
+                "Measured in train mode: dropout masks are fixed and batch statistics depend on the batches; eval mode may differ widely."
+            )
+        if not self.converged:
+            found.append("Not every number reached its tolerance; the flagged ones are bounds so far. Allow more products or time.")
+        return [sentence for sentence in found if sentence]
+
+    def _about_learning_rate(self) -> str:
+        if math.isinf(self.stable_lr):
+            return "No positive curvature was found, so curvature sets no limit on the learning rate here."
+        limit = f"{self.stable_lr.value:.3g}"
+        if self.lr is None or self.lr == 0:
+            return f"Full-batch gradient descent is stable here up to a learning rate of {limit}; small batches allow less."
+        ratio = self.lr / self.stable_lr.value
+        if ratio > 1.05:
+            return (
+                f"The learning rate {self.lr:.3g} is {ratio:.2f} times the stable limit {limit}: steps along the sharpest "
+                f"direction grow until the loss flattens or diverges."
+            )
+        if ratio > 0.9:
+            return (
+                f"The learning rate {self.lr:.3g} is at the full-batch stable limit {limit}: at the edge of stability, where "
+                f"full-batch training settles."
+            )
+        return f"The learning rate {self.lr:.3g} is {ratio:.0%} of the full-batch stable limit {limit}; small batches lower that limit."
+
+    def _about_shape(self) -> str:
+        share = self.effective_rank.value / self.num_parameters
+        return (
+            f"The curvature is spread over about {self.effective_rank.value:.3g} of {self.num_parameters:,} directions "
+            f"({share:.2g} of all); "
+            f"{len(self.density.outliers)} eigenvalues stand clear of the bulk."
+        )
+
+    def _about_negative_curvature(self) -> str:
+        if self.lambda_max.value <= 0:
+            return (
+                "Every direction measured curves downwards or is flat: this is no minimum, and more training (or another "
+                "starting point) comes first."
+            )
+        ratio = -self.lambda_min.value / self.lambda_max.value
+        if ratio < 1e-3:
+            return "There is no negative curvature to speak of: the point is, to this accuracy, in a convex region."
+        if ratio < 0.05:
+            return f"There is slight negative curvature: the most negative eigenvalue is {ratio:.2g} of the largest in size."
+        return f"The most negative eigenvalue is {ratio:.2g} of the largest in size: the point is a saddle-like region, not a minimum."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but vectors, JSON-ready."""
+        plain = ("loss", "grad_norm", "lr", "num_parameters", "num_samples", "mode", "num_matvecs", "seconds", "seed", "converged")
+        nested = ("lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_mass", "stable_lr", "density")
+        document: dict[str, Any] = {"kind": "sharpness", "version": SCHEMA_VERSION}
+        document.update({name: getattr(self, name) for name in plain})
+        document.update({name: getattr(self, name).to_dict() for name in nested})
+        extra = self.preconditioned_lambda_max
+        document["preconditioned_lambda_max"] = extra.to_dict() if extra is not None else None
+        document["findings"] = self.findings()
+        return document
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The spectral density with the stability limit of the present rate drawn in."""
+        from sharpkit.plots.spectrum import plot_density
+
+        return plot_density(self.density, ax=ax, lr=self.lr if self.preconditioned_lambda_max is None else None)
+
+
+def measure(
+    objective: Objective,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    num_probes: int = 6,
+    num_steps: int = 32,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
+) -> Sharpness:
+    """Measure the sharpness of an objective: one shared pass of about num_probes x num_steps Hessian products.
+
+    An adaptive optimizer adds about 15 products, for the top eigenvalue of its preconditioned Hessian, which its stable rate depends on.
+
+    Args:
+        objective: the function.
+        optimizer: for the stable learning rate of its kind, momentum and weight decay; it is only read.
+        num_probes: random probes: the error of trace and norm falls as their square root.
+        num_steps: Lanczos steps per probe: the resolution of the density.
+        tol: of the extreme eigenvalues, relative to the largest in size.
+        seed: of the probes.
+        max_matvecs, max_seconds: budgets; what is there when one ends comes back flagged.
+        callback: progress after each product.
+
+    Raises:
+        NonFiniteError, UnsupportedError, OutOfMemoryError: from the products.
+        UnsupportedError: an optimizer whose stability limit is not known.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = sk.Objective(model, (torch.eye(2), torch.zeros(2, 1)), loss=torch.nn.functional.mse_loss)
+        >>> s = sk.measure(objective)
+        >>> round(s.lambda_max.value, 4), round(s.stable_lr, 4)
+        (1.0, 2.0)
+    """
+    start = time.perf_counter()
+    rule = update_rule(optimizer) if optimizer is not None else None
+    hessian = HessianOperator(objective)
+    loss, gradient = objective.gradient()
+    overview = spectral_overview(
+        hessian,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        tol=tol,
+        seed=seed,
+        max_matvecs=max_matvecs,
+        max_seconds=max_seconds,
+        callback=callback,
+    )
+    top, preconditioned = _end(overview.largest), None
+    if optimizer is not None and rule is not None and rule.adaptive:
+        left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
+        matrix = preconditioned_hessian(hessian, optimizer)
+        preconditioned = _end(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, callback=callback))
+    return Sharpness(
+        lambda_max=top,
+        lambda_min=_end(overview.smallest),
+        trace=overview.trace,
+        frobenius_norm=overview.frobenius_norm,
+        effective_rank=_effective_rank(overview),
+        negative_mass=overview.density.negative_mass,
+        loss=loss,
+        grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,
+        stable_lr=stable_learning_rate(preconditioned or top, optimizer=optimizer),
+        lr=float(optimizer.param_groups[0]["lr"]) if optimizer is not None else None,
+        preconditioned_lambda_max=preconditioned,
+        eigenpairs=overview.largest,
+        density=overview.density,
+        num_parameters=objective.num_parameters,
+        num_samples=objective.num_samples,
+        mode=objective.mode,
+        num_matvecs=hessian.num_matvecs,
+        seconds=time.perf_counter() - start,
+        seed=seed,
+    )
+
+
+def _end(pairs: Eigenpairs) -> Estimate:
+    return Estimate(
+        float(pairs.values[0]),
+        float(pairs.residuals[0]),
+        pairs.num_matvecs,
+        pairs.seconds,
+        "Lanczos, residual bound",
+        bool(pairs.converged[0]),
+    )
+
+
+def preconditioned_hessian(hessian: SymmetricOperator, optimizer: torch.optim.Optimizer) -> PreconditionedOperator:
+    """D^-1/2 H D^-1/2 from an optimizer's live state, with coupled weight decay, which is part of the gradient it divides, in H."""
+    settings = optimizer.param_groups[0]
+    decay = float(settings.get("weight_decay", 0.0))
+    decoupled = isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD)) or settings.get("decoupled_weight_decay")  # SGD: in its rule
+    return PreconditionedOperator(hessian if decoupled or not decay else hessian + decay, optimizer)
+
+
+def _effective_rank(overview: SpectralOverview) -> Estimate:
+    largest = max(abs(float(overview.largest.values[0])), abs(float(overview.smallest.values[0])))
+    total = overview.absolute_trace
+    return (
+        replace(total, value=total.value / largest, stderr=total.stderr / largest) if largest > 0 else replace(total, value=0.0, stderr=0.0)
+    )

@@ -1,0 +1,105 @@
+"""What a monitored run showed, in plain sentences, from its header and records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from sharpkit._results import format_with_error, number
+from sharpkit.monitor.schema import Reading, in_words, main_curvature, reading
+
+Document = Mapping[str, Any]
+
+
+def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
+    """What the run showed: the course of the curvature against its limit, failures, cost.
+
+    Args:
+        header: of the run; may be empty.
+        records: ``monitor_record`` documents, steps increasing.
+
+    Returns:
+        Sentences; at least one.
+
+    Example:
+        >>> def record(step, value):
+        ...     return {"step": step, "overhead": 0.03, "values": {"lambda_max": {"value": value, "stderr": 0.1, "limit": 20.0}}}
+        >>> print(run_findings({"budget": 0.05}, [record(0, 5.0), record(100, 20.4)])[0])
+        lambda_max went from 5 +- 0.1 (step 0) to 20.4 +- 0.1 (step 100), 1.02 times the limit 20; it first reached it at step 100.
+    """
+    if not records:
+        return ["Nothing was measured yet."]
+    main = main_curvature(records)
+    readings = [r for r in (reading(record, main) for record in records) if r is not None] if main else []
+    found = _course(main, readings) if readings else ["No curvature was measured, so nothing can be held against the stability limit."]
+    found += _settled(main, readings)
+    if main != "batch_sharpness":
+        found += _settled("batch_sharpness", [r for r in (reading(record, "batch_sharpness") for record in records) if r is not None])
+    return found + _failures(records) + _unconverged(main, records) + _cost(header, records)
+
+
+def _course(main: str, readings: list[Reading]) -> list[str]:
+    first, last, peak = readings[0], readings[-1], max(readings, key=lambda r: r.value)
+    name, shown = in_words(main), format_with_error(last.value, last.stderr)
+    if len(readings) == 1:
+        sentence = f"{name} was {shown} at step {last.step}"
+    else:
+        start = format_with_error(first.value, first.stderr)
+        sentence = f"{name} went from {start} (step {first.step}) to {shown} (step {last.step})"
+    reached = next((r for r in readings if r.limit > 0 and r.value + r.stderr >= r.limit), None)
+    if last.limit > 0:
+        sentence += f", {last.ratio:.2f} times the limit {last.limit:.4g}"
+        sentence += f"; it first reached it at step {reached.step}" if reached else "; it never reached it"
+    elif not any(r.limit > 0 for r in readings):
+        sentence += "; no stability limit is known for this optimizer"
+    found = [sentence + "."]
+    if len(readings) > 2 and peak.value > 1.2 * max(first.value, last.value):
+        found.append(f"Its highest value was {format_with_error(peak.value, peak.stderr)} at step {peak.step}.")
+    return found
+
+
+def _settled(name: str, readings: list[Reading]) -> list[str]:
+    """Where it lay over the last third, against its limit."""
+    tail = [r for r in readings[-(len(readings) // 3) :] if math.isfinite(r.ratio)] if len(readings) >= 9 else []
+    if len(tail) < 3:
+        return []
+    ratios = [r.ratio for r in tail]
+    return [
+        f"Over the last third of the run, steps {tail[0].step} to {tail[-1].step}, {in_words(name)} lay at {fmean(ratios):.2f} +- "
+        f"{stdev(ratios):.2g} of its limit (mean and standard deviation)."
+    ]
+
+
+def _failures(records: Sequence[Document]) -> list[str]:
+    counts: dict[str, int] = {}
+    last: dict[str, tuple[int, str]] = {}
+    for record in records:
+        for name, reason in record.get("failed", {}).items():
+            counts[name] = counts.get(name, 0) + 1
+            last[name] = (record["step"], reason)
+    times = {1: "once", 2: "twice"}
+    return [
+        f"{in_words(name)} could not be measured {times.get(count, f'{count} times')}, last at step {last[name][0]}: {last[name][1]}"
+        for name, count in counts.items()
+    ]
+
+
+def _unconverged(main: str, records: Sequence[Document]) -> list[str]:
+    entries = [record["values"][main] for record in records if main in record["values"]]
+    loose = sum(not entry.get("converged", True) for entry in entries)
+    if not loose:
+        return []
+    return [f"{loose} of {len(entries)} values of {in_words(main)} stopped before their tolerance: their error bars are wider for it."]
+
+
+def _cost(header: Document, records: Sequence[Document]) -> list[str]:
+    overhead, budget = number(records[-1].get("overhead")), header.get("budget")
+    if not math.isfinite(overhead):
+        return []
+    sentence = f"Measuring took {overhead:.1%} of the training time"
+    if budget is None:
+        return [sentence + "."]
+    verdict = "within" if overhead <= 1.1 * float(budget) else "ABOVE"
+    return [f"{sentence}, {verdict} the budget of {float(budget):.1%}."]

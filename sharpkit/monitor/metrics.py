@@ -1,0 +1,454 @@
+"""Checking what a user gives the monitor, with a message that says the remedy."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
+from sharpkit._results import standard_error
+from sharpkit.batch_size.noise import gradient_noise_scale
+from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.results import Eigenpairs, Estimate
+from sharpkit.linalg.trace import trace
+from sharpkit.linalg.tracking import EigenvalueTracker
+from sharpkit.measuring.critical import critical_learning_rate
+from sharpkit.measuring.directional import (
+    batch_sharpness,
+    directional_sharpness,
+    gradient_and_product,
+    gradient_noise_interaction,
+    momentum_step,
+)
+from sharpkit.measuring.layers import layer_of
+from sharpkit.measuring.sharpness import preconditioned_hessian
+from sharpkit.measuring.stability import UpdateRule, update_rule
+from sharpkit.monitor.records import Measurement
+from sharpkit.objective.objective import Objective
+from sharpkit.objective.params import among
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.hessian import HessianOperator
+
+_WINDOW = 16  # batches that a mean over batches looks back on
+
+
+@dataclass
+class Memory:
+    """What metrics remember from one measurement to the next, saved with the monitor's state.
+
+    Attributes:
+        trackers: of eigenvalues, by metric.
+        windows: the last results on single batches, by metric.
+        numbers: single numbers, by metric.
+    """
+
+    tol: float = 0.02
+    seed: int = 0
+    trackers: dict[str, EigenvalueTracker] = field(default_factory=dict)
+    windows: dict[str, deque[tuple[float, ...]]] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def tracker(self, name: str) -> EigenvalueTracker:
+        """The tracker of a metric, made when first asked for."""
+        return self.trackers.setdefault(name, EigenvalueTracker(tol=self.tol, seed=self.seed))
+
+    def window(self, name: str) -> deque[tuple[float, ...]]:
+        """The last results of a metric."""
+        return self.windows.setdefault(name, deque(maxlen=_WINDOW))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        return {
+            "trackers": {name: tracker.state_dict() for name, tracker in self.trackers.items()},
+            "windows": {name: [list(entry) for entry in window] for name, window in self.windows.items()},
+            "numbers": dict(self.numbers),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved memory."""
+        self.trackers.clear()
+        for name, saved in state["trackers"].items():
+            self.tracker(name).load_state_dict(saved)
+        self.windows = {name: deque((tuple(e) for e in entries), maxlen=_WINDOW) for name, entries in state["windows"].items()}
+        self.numbers = {name: float(value) for name, value in state["numbers"].items()}
+
+
+@dataclass
+class Situation:
+    """One measurement in the making: the function, the optimizer as it stands, and what is shared between metrics.
+
+    Attributes:
+        objective: the training batch, or the part of it that is measured.
+        probe: the fixed probe set; None without one.
+        optimizer: unwrapped; only read.
+        batch_size: samples of the training batch, on all processes.
+        step: optimizer steps done.
+        memory: of the metrics.
+        max_matvecs: products that the budget allows the next metric; None without a bound.
+        top_k: how many eigenvalues ``top_k`` gives.
+    """
+
+    objective: Objective
+    probe: Objective | None
+    optimizer: torch.optim.Optimizer
+    batch_size: int
+    step: int
+    memory: Memory
+    max_matvecs: int | None = None
+    top_k: int = 5
+
+    @property
+    def lr(self) -> float:
+        """Of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @cached_property
+    def rule(self) -> UpdateRule | None:
+        """Of the first parameter group; None for an optimizer whose limits are not known."""
+        try:
+            return update_rule(self.optimizer)
+        except UnsupportedError:
+            return None
+
+    @property
+    def awaits_state(self) -> bool:
+        """Whether an adaptive optimizer has not stepped yet."""
+        return self.rule is not None and self.rule.adaptive and not self.optimizer.state
+
+    @cached_property
+    def hessian(self) -> HessianOperator:
+        """Of the training batch; its graph is shared by the metrics."""
+        return HessianOperator(self.objective)
+
+    @cached_property
+    def wide(self) -> Objective:
+        """What slow quantities are measured on: the probe set, or else the batch."""
+        return self.probe or self.objective
+
+    @cached_property
+    def wide_hessian(self) -> HessianOperator:
+        """Of the probe set, or else the batch."""
+        return HessianOperator(self.probe) if self.probe is not None else self.hessian
+
+    @property
+    def where(self) -> str:
+        """In words, what slow quantities are measured on."""
+        return f"on {self.wide.num_samples} samples" + (" of the probe set" if self.probe is not None else "")
+
+    def curvature_limit(self) -> float | None:
+        """The largest stable lambda_max of the matrix that the optimizer's rule is about."""
+        return self.rule.max_curvature(self.lr) if self.rule is not None and self.lr > 0 else None
+
+    def hessian_limit(self) -> float | None:
+        """The largest stable lambda_max(H): none for an adaptive optimizer, or where groups have other rates."""
+        same = len({float(group["lr"]) for group in self.optimizer.param_groups}) == 1
+        return self.curvature_limit() if self.rule is not None and not self.rule.adaptive and same else None
+
+    def step_limit(self) -> float | None:
+        """2 / lr: the curvature along a step at which the loss no longer falls to second order."""
+        return 2 / self.lr if self.lr > 0 else None
+
+
+def by_samples(objective: Objective) -> Objective:
+    """The objective in eval mode where train mode ties the samples of a batch together."""
+    if objective.may_separate and not objective._survey.draws:
+        return objective
+    other = copy.copy(objective)
+    other.mode = "eval"
+    other._survey = replace(objective._survey, draws=False)
+    return other
+
+
+Values = dict[str, Measurement]
+_NOISE_GROUPS = 8
+_MEAN_BATCHES = 24  # drawn from a probe set at a time
+_LEAST_MATVECS = 3
+
+
+# -- eigenvalues --------------------------------------------------------------------------------------------------------------
+def _tracked(s: Situation, name: str, operator: SymmetricOperator, limit: float | None, where: str = "") -> Measurement:
+    estimate = s.memory.tracker(name).update(operator, step=s.step, max_matvecs=s.max_matvecs)
+    return Measurement.of(estimate, limit=limit, method=f"{estimate.method}{where}")
+
+
+def _lambda_max(s: Situation) -> Values:
+    guessed = s.memory.tracker("lambda_max").extrapolate(s.step)
+    if guessed is not None:
+        return {"lambda_max": Measurement.of(guessed, limit=s.hessian_limit())}
+    return {"lambda_max": _tracked(s, "lambda_max", s.hessian, s.hessian_limit())}
+
+
+def _preconditioned(s: Situation) -> Values:
+    name = "preconditioned_lambda_max"
+    guessed = s.memory.tracker(name).extrapolate(s.step)
+    if guessed is not None:
+        return {name: Measurement.of(guessed, limit=s.curvature_limit())}
+    return {name: _tracked(s, name, preconditioned_hessian(s.hessian, s.optimizer), s.curvature_limit())}
+
+
+def _probe_lambda_max(s: Situation) -> Values:
+    return {"probe_lambda_max": _tracked(s, "probe_lambda_max", s.wide_hessian, s.hessian_limit(), f" {s.where}")}
+
+
+def _ends(s: Situation, k: int, which: str) -> Eigenpairs:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        matvecs = None if s.max_matvecs is None else max(s.max_matvecs, k + _LEAST_MATVECS)
+        k = min(k, s.wide_hessian.size)
+        return eigenpairs(s.wide_hessian, k, which=which, tol=s.memory.tol, seed=s.memory.seed, max_matvecs=matvecs)  # type: ignore[arg-type]
+
+
+def _as_values(s: Situation, pairs: Eigenpairs, names: list[str], limit: float | None) -> Values:
+    found: Values = {}
+    for j, name in enumerate(names[: len(pairs.values)]):
+        value, error, converged = float(pairs.values[j]), float(pairs.residuals[j]), bool(pairs.converged[j])
+        matvecs, seconds = (pairs.num_matvecs, pairs.seconds) if j == 0 else (0, 0.0)
+        if math.isfinite(value):
+            found[name] = Measurement(value, error, matvecs, seconds, f"Lanczos {s.where}", converged, limit)
+    return found
+
+
+def _lambda_min(s: Situation) -> Values:
+    return _as_values(s, _ends(s, 1, "smallest"), ["lambda_min"], None)
+
+
+def _top_k(s: Situation) -> Values:
+    names = [f"lambda_{j + 1}" for j in range(s.top_k)]
+    return _as_values(s, _ends(s, s.top_k, "largest"), names, s.hessian_limit())
+
+
+def _per_layer(s: Situation) -> Values:
+    found: Values = {}
+    for layer in dict.fromkeys(layer_of(name) for name in s.wide.layout.names):
+        block = s.wide_hessian.block(_in_layer(layer))
+        name = f"lambda_max/{layer}"
+        found[name] = _tracked(s, name, block, s.hessian_limit(), f" {s.where}")
+    return found
+
+
+def _groups(s: Situation) -> Values:
+    """The block of each parameter group against that group's own limit."""
+    found: Values = {}
+    live = preconditioned_hessian(s.hessian, s.optimizer) if s.rule is not None and s.rule.adaptive else s.hessian
+    reference = s.lr
+    for index, group in enumerate(s.optimizer.param_groups):
+        own = {id(p) for p in group["params"]}
+        if not any(id(p) in own for p in s.objective.layout.params):
+            continue
+        block: SymmetricOperator = live.block(among(own))
+        rule = update_rule(s.optimizer, group=index) if s.rule is not None else None
+        lr, name = float(group["lr"]), f"lambda_max/group{index}"
+        # the live matrix carries each group's rate relative to the first's, so that all are held against the first's
+        at = reference if rule is not None and rule.adaptive else lr
+        found[name] = _tracked(s, name, block, rule.max_curvature(at) if rule is not None and at > 0 else None)
+    return found
+
+
+def _in_layer(layer: str) -> Callable[[str, torch.Tensor], bool]:
+    return lambda name, _: layer_of(name) == layer
+
+
+# -- along the steps ------------------------------------------------------------------------------------------------------------
+def _batch_sharpness(s: Situation) -> Values:
+    """Over batches drawn from the probe set, or over the last training batches, each at its own step."""
+    name, sgd = "batch_sharpness", isinstance(s.optimizer, torch.optim.SGD)
+    started, size = time.perf_counter(), s.batch_size
+    if s.probe is not None and size <= s.probe.num_samples:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            estimate = batch_sharpness(
+                by_samples(s.probe),
+                batch_size=size,
+                optimizer=s.optimizer if sgd else None,
+                max_batches=_MEAN_BATCHES,
+                seed=s.memory.seed + s.step,
+            )
+        return {name: Measurement.of(estimate, limit=s.step_limit(), method=f"{estimate.method} from the probe set")}
+    gradient, along, product = gradient_and_product(s.objective, momentum_step(s.objective, s.optimizer if sgd else None))
+    dot = s.hessian.dot
+    below, above = float(dot(along, gradient)), float(dot(along, product))
+    if not below > 0 or not math.isfinite(above):
+        raise NonFiniteError(f"the step of this batch goes uphill or is not finite (slope {-below:.3g}): its sharpness has no meaning")
+    window = s.memory.window(name)
+    window.append((float(s.step), above / below))
+    values = np.array([value for _, value in window])
+    how = f"{len(values)} training batches, steps {int(window[0][0])} to {s.step}"
+    error = standard_error(values)
+    return {name: Measurement(float(values.mean()), error, 1, time.perf_counter() - started, how, len(values) > 1, s.step_limit())}
+
+
+def _gradient_noise_interaction(s: Situation) -> Values:
+    if s.probe is None:
+        raise UnsupportedError("gradient_noise_interaction compares batches with a larger set of data: pass probe=")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        estimate = gradient_noise_interaction(
+            by_samples(s.probe), batch_size=min(s.batch_size, s.probe.num_samples), max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
+        )
+    return {"gradient_noise_interaction": Measurement.of(estimate, limit=s.step_limit())}
+
+
+def _critical_sharpness(s: Situation) -> Values:
+    started, name = time.perf_counter(), "critical_sharpness"
+    found = critical_learning_rate(s.objective, s.optimizer, guess=s.memory.numbers.get(name) or s.lr or 1e-3)
+    if found.outcome != "found":
+        raise NonFiniteError(f"no critical learning rate here: {found}")
+    s.memory.numbers[name] = found.value
+    error = (2 / found.lower - 2 / found.upper) / 2 if found.lower > 0 else math.inf
+    how = f"{found.num_evaluations} forward passes and a gradient"
+    return {name: Measurement(found.sharpness, error, 0, time.perf_counter() - started, how, True, s.step_limit())}
+
+
+def _directional_sharpness(s: Situation) -> Values:
+    started = time.perf_counter()
+    value = directional_sharpness(s.objective, s.optimizer)
+    how = "exact along the next update"
+    return {"directional_sharpness": Measurement(value, 0.0, 1, time.perf_counter() - started, how, True, s.step_limit())}
+
+
+# -- sums ---------------------------------------------------------------------------------------------------------------------
+def _trace(s: Situation) -> Values:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        matvecs = 24 if s.max_matvecs is None else max(s.max_matvecs, _LEAST_MATVECS)
+        estimate = trace(s.wide_hessian, rtol=0.05, seed=s.memory.seed + s.step, max_matvecs=matvecs)
+    return {"trace": Measurement.of(estimate, limit=_trace_limit(s), method=f"{estimate.method} {s.where}")}
+
+
+def _trace_limit(s: Situation) -> float | None:
+    """tr H at which SGD with this batch size loses mean-square stability.
+
+    2 (1 + beta) / lr = lambda_max + k tr H with k = (1 + beta) / ((1 - beta) B), the short form for Gaussian least squares.
+    """
+    rule, points = s.rule, s.memory.tracker("lambda_max").points
+    if rule is None or rule.adaptive or rule.nesterov or rule.dampening or s.hessian_limit() is None or not points:
+        return None
+    room = 2 * (1 + rule.momentum) / s.lr - points[-1][1]
+    return room * (1 - rule.momentum) * s.batch_size / (1 + rule.momentum) if room > 0 else None
+
+
+def _noise_scale(s: Situation) -> Values:
+    """tr Sigma and |G|^2 are averaged over the last batches first, then divided."""
+    name, objective = "noise_scale", by_samples(s.objective)
+    started = time.perf_counter()
+    size = max(1, objective.num_samples // _NOISE_GROUPS)
+    found = gradient_noise_scale(objective, group_size=size, max_groups=_NOISE_GROUPS, seed=s.memory.seed + s.step)
+    window = s.memory.window(name)
+    window.append((float(s.step), found.trace.value, found.gradient_norm_squared.value))
+    noise, signal = (np.array([entry[j] for entry in window]) for j in (1, 2))
+    value, error = _ratio_of_means(noise, signal)
+    if len(window) == 1:
+        value, error = found.noise_scale.value, found.noise_scale.stderr
+    how = f"{len(window)} training batches, steps {int(window[0][0])} to {s.step}"
+    return {name: Measurement(value, error, 0, time.perf_counter() - started, how, math.isfinite(value))}
+
+
+def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Mean over mean and its jackknife error; NaN where the denominator is lost in noise."""
+    n, total, base = len(above), above.sum(), below.sum()
+    if n < 2 or base <= 0:
+        return math.nan, math.inf
+    left_out = (total - above) / (base - below)
+    return float(total / base), float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of the table below.
+
+    Attributes:
+        compute: measures it.
+        gradients: about what one measurement costs, in gradients of the batch.
+        live: reads the optimizer's state, so that for an adaptive one it is left out before the first step.
+        needs_probe: only with ``probe=``.
+    """
+
+    compute: Callable[[Situation], Values]
+    gradients: float
+    live: bool = False
+    needs_probe: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "lambda_max": Metric(_lambda_max, 11),
+    "preconditioned_lambda_max": Metric(_preconditioned, 11, live=True),
+    "probe_lambda_max": Metric(_probe_lambda_max, 11, needs_probe=True),
+    "groups": Metric(_groups, 12, live=True),
+    "batch_sharpness": Metric(_batch_sharpness, 4),
+    "critical_sharpness": Metric(_critical_sharpness, 4),
+    "directional_sharpness": Metric(_directional_sharpness, 4),
+    "noise_scale": Metric(_noise_scale, 2),
+    "trace": Metric(_trace, 24),
+    "lambda_min": Metric(_lambda_min, 20),
+    "top_k": Metric(_top_k, 40),
+    "per_layer": Metric(_per_layer, 60),
+    "gradient_noise_interaction": Metric(_gradient_noise_interaction, 60, needs_probe=True),
+}
+
+
+def custom(function: Callable[[Objective, torch.optim.Optimizer], float | Estimate]) -> Metric:
+    """A user's own ``function(objective, optimizer)`` as a metric under its own name."""
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def compute(s: Situation) -> Values:
+        started, found = time.perf_counter(), function(s.objective, s.optimizer)
+        seconds = time.perf_counter() - started
+        if isinstance(found, Estimate):
+            return {name: Measurement.of(found)}
+        return {name: Measurement(float(found), 0.0, 0, seconds, f"{name}()")}
+
+    return Metric(compute, 4)
+
+
+MetricLike = str | Callable[[Objective, torch.optim.Optimizer], float | Estimate]
+
+
+def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.Optimizer, probe: Any) -> dict[str, Metric]:
+    """The metrics asked for by name, the main one first; defaults by the kind of optimizer."""
+    if metrics is None:
+        try:
+            rule = update_rule(optimizer)
+            adaptive = rule.adaptive
+        except UnsupportedError:
+            adaptive = False
+        several = len({float(group["lr"]) for group in optimizer.param_groups}) > 1
+        main = ["preconditioned_lambda_max", "lambda_max"] if adaptive or several else ["lambda_max"]
+        metrics = [*main, "batch_sharpness", "critical_sharpness"]
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"metrics must be a list of at least one of {', '.join(METRICS)}, or functions; got {metrics!r}")
+    chosen: dict[str, Metric] = {}
+    for metric in metrics:
+        if callable(metric):
+            chosen[getattr(metric, "__name__", type(metric).__name__)] = custom(metric)
+        elif metric in METRICS:
+            chosen[metric] = METRICS[metric]
+        else:
+            raise ValueError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}, or pass a function (objective, optimizer)")
+        if callable(metric) or not METRICS[metric].needs_probe or probe is not None:
+            continue
+        raise ValueError(f"the metric {metric!r} needs a fixed set of data: pass probe=(inputs, targets)")
+    return chosen
+
+
+def check_settings(every: int | str, budget: float, tol: float, max_samples: int | None, max_interval: int) -> None:
+    """Raise ValueError where a setting makes no sense."""
+    if every != "auto" and (isinstance(every, (str, bool)) or every < 1):
+        raise ValueError(f"every must be a number of steps from 1 on, or 'auto', got {every!r}")
+    if not 0 < budget < 1:
+        raise ValueError(f"budget is a share of training time between 0 and 1, got {budget}")
+    if not 0 < tol < 1:
+        raise ValueError(f"tol is a relative error between 0 and 1, got {tol}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+    if max_interval < 1:
+        raise ValueError(f"max_interval must be at least 1, got {max_interval}")

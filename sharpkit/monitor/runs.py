@@ -1,0 +1,258 @@
+"""Reading a monitored run back from its JSON lines: whole, or as it grows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sharpkit.monitor.schema import HISTORY, RECORD, RUN, VERSION
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A monitored run as its file tells it; made by :func:`read_run`.
+
+    Attributes:
+        headers: of the run and of each time it was resumed, oldest first.
+        records: one for each step, steps increasing.
+        notes: what a reader should know about the file, in sentences.
+        name: of the file.
+    """
+
+    headers: tuple[Document, ...]
+    records: tuple[Document, ...]
+    notes: tuple[str, ...] = ()
+    name: str = ""
+
+    @property
+    def header(self) -> Document:
+        """Of the run as it began; empty where the file has none."""
+        return self.headers[0] if self.headers else {}
+
+    @property
+    def events(self) -> tuple[Document, ...]:
+        """Every event of the records, in order."""
+        return tuple(event for record in self.records for event in record.get("events", ()))
+
+    def findings(self) -> list[str]:
+        """What the run showed, in plain sentences."""
+        from sharpkit.monitor.findings import run_findings
+
+        return [*run_findings(self.header, self.records), *self.notes]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Curvature against the limit, and the loss below; see :func:`sharpkit.plots.plot_monitor`."""
+        from sharpkit.plots.runs import plot_monitor
+
+        return plot_monitor(self.to_dict(), ax=ax)
+
+    def to_dict(self) -> Document:
+        """Header, records, findings, JSON-ready."""
+        return {
+            "kind": HISTORY,
+            "version": VERSION,
+            "name": self.name,
+            "header": self.header,
+            "resumed_at": [header["resumed_at"] for header in self.headers[1:]],
+            "records": list(self.records),
+            "findings": self.findings(),
+        }
+
+    def __repr__(self) -> str:
+        steps = f", steps {self.records[0]['step']} to {self.records[-1]['step']}" if self.records else ""
+        return f"RunFile({self.name}: {len(self.records)} records{steps}, {len(self.events)} events)"
+
+
+@dataclass
+class RunBuilder:
+    """Headers and records in the order of the file, to one series: a resumed run takes the place of what it repeats.
+
+    Example:
+        >>> builder = RunBuilder()
+        >>> for document in ({"kind": "monitor_run"}, *({"kind": "monitor_record", "step": s} for s in (0, 5, 10)),
+        ...                  {"kind": "monitor_run", "resumed_at": 5}, {"kind": "monitor_record", "step": 8}):
+        ...     builder.add(document)
+        >>> [record["step"] for record in builder.records]
+        [0, 5, 8]
+    """
+
+    headers: list[Document] = field(default_factory=list)
+    records: list[Document] = field(default_factory=list)
+    num_replaced: int = 0
+    num_earlier_runs: int = 0
+
+    def add(self, document: Document) -> None:
+        """Take the next document."""
+        if document["kind"] == RUN:
+            resumed_at = document.get("resumed_at")
+            if resumed_at is None and (self.headers or self.records):
+                self.num_earlier_runs += 1
+                self.headers, self.records, self.num_replaced = [], [], 0
+            elif resumed_at is not None:
+                self._drop_after(int(resumed_at))
+            self.headers.append(document)
+        else:
+            self._drop_after(int(document["step"]) - 1)
+            self.records.append(document)
+
+    def _drop_after(self, step: int) -> None:
+        while self.records and self.records[-1]["step"] > step:
+            self.records.pop()
+            self.num_replaced += 1
+
+    def notes(self) -> list[str]:
+        """What was left out, in sentences."""
+        found = []
+        if self.num_earlier_runs:
+            found.append(f"The file holds {self.num_earlier_runs + 1} runs; the last one is shown.")
+        if self.records and not self.headers:
+            found.append("The file has no header, so the optimizer and its limit are not named.")
+        if self.num_replaced:
+            found.append(f"The run was resumed: {self.num_replaced} records that it repeated were replaced by the later ones.")
+        return found
+
+
+def read_run(path: str | os.PathLike[str]) -> RunFile:
+    r"""Read a file that ``sk.sinks.jsonl`` wrote.
+
+    A last line torn by a killed process is left out with a note. Where a resumed run repeats steps, the later records count; where the file
+    holds several runs, the last one.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not one of a monitored run; the message names it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "run.jsonl"
+        ...     _ = path.write_text('{"kind": "monitor_run", "version": 1}\n{"kind": "monitor_record", "ver')
+        ...     read_run(path).notes
+        ('The last line of run.jsonl is incomplete and was left out: the run was killed, or is writing it.',)
+    """
+    path, builder, notes, line = Path(path), RunBuilder(), [], b""
+    with open(path, "rb") as stream:
+        for index, line in enumerate(stream, start=1):
+            try:
+                documents = parse_lines([line], path, first=index)
+            except ValueError:
+                if line.endswith(b"\n"):
+                    raise
+                notes.append(f"The last line of {path.name} is incomplete and was left out: the run was killed, or is writing it.")
+                break
+            for document in documents:
+                builder.add(document)
+    return RunFile(tuple(builder.headers), tuple(builder.records), (*builder.notes(), *notes), path.name)
+
+
+def parse_lines(lines: Iterable[bytes], path: Path, *, first: int) -> list[Document]:
+    """Documents of whole lines, blank ones skipped.
+
+    Args:
+        lines: of the file.
+        path: for messages.
+        first: number of the first of these lines in the file, from 1.
+
+    Raises:
+        ValueError: a line is not a header or record of a monitored run.
+
+    Example:
+        >>> parse_lines([b"{}"], Path("run.jsonl"), first=7)
+        Traceback (most recent call last):
+        ValueError: run.jsonl, line 7: expected a document of kind 'monitor_run' or 'monitor_record', got kind None
+    """
+    documents = []
+    for index, line in enumerate(lines, start=first):
+        if not line.strip():
+            continue
+        where = f"{path}, line {index}"
+        try:
+            document = json.loads(line)
+        except ValueError as error:
+            shown = line[:60].decode("utf-8", errors="replace").rstrip("\n")
+            raise ValueError(f"{where}: not JSON ({error}): {shown!r}") from error
+        _check(document, where)
+        documents.append(document)
+    return documents
+
+
+def _check(document: Any, where: str) -> None:
+    if not isinstance(document, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(document).__name__}")
+    if document.get("kind") not in (RUN, RECORD):
+        raise ValueError(f"{where}: expected a document of kind {RUN!r} or {RECORD!r}, got kind {document.get('kind')!r}")
+    if document.get("version", VERSION) > VERSION:
+        raise ValueError(f"{where}: version {document['version']} of the format was written by a newer sharpkit; update this one")
+    if document["kind"] == RECORD and not (isinstance(document.get("step"), int) and isinstance(document.get("values"), dict)):
+        raise ValueError(f"{where}: a record needs a whole number 'step' and an object 'values', got the fields {', '.join(document)}")
+
+
+def is_run_file(path: Path) -> bool:
+    """Whether the file begins as a monitored run does.
+
+    Args:
+        path: of any file.
+    """
+    try:
+        with open(path, "rb") as stream:
+            begin = stream.readline(65536)
+        document = json.loads(begin)
+    except (OSError, ValueError):
+        return path.suffix == ".jsonl"
+    return isinstance(document, dict) and document.get("kind") in (RUN, RECORD)
+
+
+class RunFollower:
+    """New documents of a file that grows, is replaced, or is not there yet.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        was_replaced: whether the last :meth:`poll` began a file anew.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.was_replaced = False
+        self._identity: tuple[int, int] | None = None
+        self._head = b""
+        self._offset = self._lines = 0
+
+    def poll(self) -> list[Document] | None:
+        """Documents whose lines were completed since the last call; None while the file does not exist.
+
+        Raises:
+            ValueError: a line is not one of a monitored run.
+        """
+        try:
+            stream = open(self.path, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            return None
+        with stream:
+            status = os.fstat(stream.fileno())
+            identity = (status.st_dev, status.st_ino)
+            other = identity != self._identity or status.st_size < self._offset or stream.read(len(self._head)) != self._head
+            self.was_replaced = self._identity is not None and other
+            if other:
+                self._offset = self._lines = 0
+                self._head = b""
+            self._identity = identity
+            stream.seek(self._offset)
+            fresh = stream.read()
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self._head = self._head or whole[:256]
+        self._offset += len(whole)
+        lines = whole.splitlines()
+        documents = parse_lines(lines, self.path, first=self._lines + 1)
+        self._lines += len(lines)
+        return documents

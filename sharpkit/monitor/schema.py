@@ -1,0 +1,120 @@
+"""The lines of a monitored run: names of the metrics, and the curvature of a record that is compared with the stability limit.
+
+A run is a header, ``{"kind": "monitor_run", ...}``, and records, ``{"kind": "monitor_record", "step": ..., "values": {...}, ...}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from sharpkit._results import number
+
+Document = Mapping[str, Any]
+
+RUN, RECORD, HISTORY = "monitor_run", "monitor_record", "monitor_history"
+VERSION = 1
+
+# The curvature that is held against the limit, the most telling first: for an adaptive optimizer the limit is one on D^-1 H.
+CURVATURES = ("preconditioned_lambda_max", "lambda_max", "probe_lambda_max")
+
+WORDS = {
+    "preconditioned_lambda_max": "lambda_max of D^-1 H",
+    "probe_lambda_max": "lambda_max, probe set",
+    "batch_sharpness": "batch sharpness",
+    "gradient_noise_interaction": "gradient-noise interaction",
+    "critical_sharpness": "critical sharpness",
+    "directional_sharpness": "directional sharpness",
+    "noise_scale": "gradient noise scale",
+}
+
+
+def in_words(metric: str) -> str:
+    """A metric's name as a reader sees it.
+
+    Example:
+        >>> in_words("lambda_max"), in_words("lambda_max/head"), in_words("batch_sharpness")
+        ('lambda_max', 'lambda_max of layer head', 'batch sharpness')
+    """
+    name, _, group = metric.partition("/")
+    whose = group if group.startswith("group") else f"layer {group}"
+    return WORDS.get(name, name) + (f" of {whose}" if group else "")
+
+
+class Reading(NamedTuple):
+    """One metric at one step; NaN where the record does not say.
+
+    Attributes:
+        step: optimizer steps done.
+        value: what was measured.
+        stderr: its standard error; infinite where unknown.
+        limit: where training becomes unstable; NaN where there is none.
+        loss: at the same step.
+    """
+
+    step: int
+    value: float
+    stderr: float
+    limit: float
+    loss: float
+
+    @property
+    def ratio(self) -> float:
+        """The value over its limit; NaN without a limit."""
+        return self.value / self.limit if self.limit > 0 else math.nan
+
+    @property
+    def ratio_error(self) -> float:
+        """One standard error of the ratio."""
+        return self.stderr / self.limit if self.limit > 0 else math.nan
+
+    def is_above(self, factor: float = 1.0, *, num_errors: float = 2.0) -> bool:
+        """Whether the value lies above ``factor`` times its limit by more than ``num_errors`` of its error; never without a limit."""
+        return self.value - num_errors * self.stderr > factor * self.limit
+
+    def is_below(self, factor: float = 1.0, *, num_errors: float = 2.0) -> bool:
+        """Whether the value lies below ``factor`` times its limit by more than ``num_errors`` of its error; never without a limit."""
+        return self.value + num_errors * self.stderr < factor * self.limit
+
+
+def reading(record: Document, metric: str) -> Reading | None:
+    """One metric of a record; None where the record lacks it or it is not finite.
+
+    Args:
+        record: a ``monitor_record``.
+        metric: such as ``"lambda_max"``.
+
+    Example:
+        >>> reading({"step": 3, "values": {"lambda_max": {"value": 19.0, "stderr": 0.1, "limit": 20.0}}}, "lambda_max").ratio
+        0.95
+    """
+    entry = record["values"].get(metric)
+    if entry is None:
+        return None
+    value, error = number(entry["value"]), number(entry.get("stderr"))
+    if not math.isfinite(value):
+        return None
+    error = math.inf if math.isnan(error) else error
+    return Reading(int(record["step"]), value, error, number(entry.get("limit")), number(record.get("loss")))
+
+
+def main_curvature(records: Iterable[Document]) -> str:
+    """The metric that a run is judged by: the most telling curvature that has a limit in any record, else the most telling there is.
+
+    Returns:
+        Its name; empty where no record holds one.
+
+    Example:
+        >>> main_curvature([{"values": {"lambda_max": {"limit": None}, "probe_lambda_max": {"limit": 20.0}}}])
+        'probe_lambda_max'
+    """
+    present: set[str] = set()
+    limited: set[str] = set()
+    for record in records:
+        for name in CURVATURES:
+            if name in record["values"]:
+                present.add(name)
+                if record["values"][name].get("limit") is not None:
+                    limited.add(name)
+    return next((name for name in CURVATURES if name in (limited or present)), "")

@@ -1,0 +1,458 @@
+"""Where the records of a monitored run go: JSON lines, CSV, TensorBoard, Weights & Biases, any callable.
+
+    monitor = sk.Monitor(..., sinks=[sk.sinks.jsonl("run.jsonl"), sk.sinks.tensorboard(writer), print])
+
+No sink stops a training run: what cannot be written is kept or counted, and said once, loudly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv as _csv
+import errno
+import io
+import json
+import math
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sharpkit._errors import SharpkitWarning
+from sharpkit._results import json_ready, number, to_json
+from sharpkit.monitor.schema import RUN
+
+
+class LineFile:
+    """A text file that only grows, whole lines at a time.
+
+    Each piece is handed to the operating system in one write, so it survives the process; it is forced to the disk every few seconds and on
+    close. When the disk is full the pieces wait, bounded in number, and are written once there is room.
+
+    Args:
+        path: its folder must exist; an existing file is continued, after a torn last line is cut off.
+        is_whole: whether a last line that has no newline is complete all the same.
+        sync_seconds: longest time between two forced writes to the disk while lines come in.
+        max_waiting: pieces kept while the disk takes none; beyond it the oldest are dropped and counted.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, is_whole: Callable[[bytes], bool], sync_seconds: float, max_waiting: int) -> None:
+        self.path = Path(path)
+        if not self.path.absolute().parent.is_dir():
+            folder = self.path.absolute().parent
+            raise FileNotFoundError(f"cannot write {self.path}: the folder {folder} does not exist; make it first or name another place")
+        if self.path.is_dir():
+            raise IsADirectoryError(f"cannot write {self.path}: it is a folder; name a file in it")
+        if self.path.is_file():
+            _mend_tail(self.path, is_whole)
+        self.num_dropped = 0
+        self._waiting: deque[bytes] = deque()
+        self._max_waiting, self._sync_seconds = max_waiting, sync_seconds
+        self._synced = time.monotonic()
+        self._warned = False
+        self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 - it stays open for the whole run
+
+    @property
+    def num_waiting(self) -> int:
+        """Pieces that the disk has not taken yet."""
+        return len(self._waiting)
+
+    def append(self, text: str) -> None:
+        """Write whole lines, after any that still wait; never raises for lack of space.
+
+        Args:
+            text: ends with a newline.
+        """
+        self._waiting.append(text.encode())
+        while len(self._waiting) > self._max_waiting:
+            del self._waiting[1]  # the first may have been begun
+            self.num_dropped += 1
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._write_first()
+            if time.monotonic() - self._synced >= self._sync_seconds:
+                self._sync()
+        except OSError as error:
+            self._explain(error)
+
+    def _write_first(self) -> None:
+        """The first piece that waits; what a full disk left out of it stays in its place and follows later."""
+        piece = self._waiting[0]
+        done = self._file.write(piece) or 0
+        if done == len(piece):
+            self._waiting.popleft()
+            return
+        self._waiting[0] = piece[done:]
+        if not done:
+            raise OSError(errno.ENOSPC, "the file takes no more bytes")
+
+    def _sync(self) -> None:
+        self._synced = time.monotonic()
+        if self.path.is_file():  # pipes and devices have nothing to force
+            os.fsync(self._file.fileno())
+
+    def _explain(self, error: OSError) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"cannot write {self.path}: {error.strerror or error}. Training goes on. Make room or mend the place: up to "
+            f"{self._max_waiting} writes are kept in memory and tried again with every new one; beyond that the oldest are lost.",
+            SharpkitWarning,
+            stacklevel=2,
+        )
+
+    def close(self) -> None:
+        """Write what waits, force it to the disk, and say what was lost, if anything."""
+        if self._file.closed:
+            return
+        self._flush()
+        try:
+            self._sync()
+        except OSError as error:
+            self._explain(error)
+        lost = self.num_dropped + len(self._waiting)
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if lost:
+            warnings.warn(f"{lost} writes to {self.path} were lost: the disk did not take them", SharpkitWarning, stacklevel=2)
+
+
+def _mend_tail(path: Path, is_whole: Callable[[bytes], bool]) -> None:
+    """Cut off a last line that was torn by a killed process, or end it where only its newline is missing."""
+    with open(path, "rb+") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        start = _last_line_start(stream, size)
+        stream.seek(start)
+        tail = stream.read()
+        if not tail:
+            return
+        if is_whole(tail):
+            stream.write(b"\n")
+            return
+        stream.truncate(start)
+    warnings.warn(f"the last line of {path} was torn ({len(tail)} bytes of it were there): it was cut off", SharpkitWarning, stacklevel=4)
+
+
+def _last_line_start(stream: Any, size: int) -> int:
+    """Where the text after the last newline begins."""
+    end = size
+    while end > 0:
+        begin = max(0, end - 65536)
+        stream.seek(begin)
+        found = int(stream.read(end - begin).rfind(b"\n"))
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
+
+
+Document = Mapping[str, Any]
+
+_COLUMNS = ("step", "metric", "value", "stderr", "limit", "loss", "lr", "num_matvecs", "seconds", "converged", "method", "note")
+
+
+class Sink:
+    """Takes the header and the records of a run; made by the functions of this module.
+
+    A context manager that closes itself. A failure of the place behind it is warned of once and counted in ``num_failed``, never raised:
+    training goes on.
+
+    Attributes:
+        num_failed: writes that failed.
+    """
+
+    def __init__(self, name: str, write: Callable[[Document], Any], close: Callable[[], Any] | None = None) -> None:
+        self.name = name
+        self.num_failed = 0
+        self._write, self._close = write, close
+
+    def open_run(self, header: Document) -> None:
+        """Take the header of a run that begins or resumes."""
+        self.write(header)
+
+    def write(self, document: Document) -> None:
+        """Take one record, or a header."""
+        self._try(lambda: self._write(json_ready(document)))
+
+    def close(self) -> None:
+        """Write out what is held back and let go of the place; closing twice does nothing."""
+        close, self._close = self._close, None
+        if close is not None:
+            self._try(close)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.num_failed += 1
+            if self.num_failed == 1:
+                warnings.warn(
+                    f"the sink {self.name} failed: {type(error).__name__}: {error}. Training goes on; each later record is tried again, "
+                    "and further failures are counted in num_failed without another warning.",
+                    SharpkitWarning,
+                    stacklevel=4,
+                )
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Sink({self.name})"
+
+
+class FileSink(Sink):
+    """A sink whose lines go to a file.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, name: str, lines: LineFile, to_text: Callable[[Document], str]) -> None:
+        super().__init__(name, self._append, lines.close)
+        self.path = lines.path
+        self._lines, self._to_text = lines, to_text
+
+    def _append(self, document: Document) -> None:
+        if text := self._to_text(document):
+            self._lines.append(text)
+
+    @property
+    def num_waiting(self) -> int:
+        """Writes that a full disk has not taken yet; they are tried again with the next record."""
+        return self._lines.num_waiting
+
+    @property
+    def num_dropped(self) -> int:
+        """Writes that were lost because too many waited."""
+        return self._lines.num_dropped
+
+
+def jsonl(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting: int = 1000) -> FileSink:
+    """One JSON document a line: what ``sharpkit report`` and ``sharpkit watch`` read.
+
+    A killed process loses at most the last line; a file that ends in a torn line is mended when it is opened again. A full disk is warned
+    of once, and what it did not take is tried again with every record.
+
+    Args:
+        path: of the file, by custom ``run.jsonl``; its folder must exist. An existing run is continued.
+        sync_seconds: longest time between two forced writes to the disk.
+        max_waiting: documents kept while the disk takes none.
+
+    Raises:
+        ValueError: the file holds something else than sharpkit's JSON lines.
+        FileNotFoundError: the folder does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, jsonl(f"{folder}/run.jsonl") as sink:
+        ...     sink.open_run({"kind": "monitor_run", "version": 1})
+        ...     sink.write({"kind": "monitor_record", "version": 1, "step": 0, "values": {}})
+        ...     len(read_run(sink.path).records)
+        1
+    """
+    _refuse_foreign(Path(path), lambda line: "kind" in json.loads(line), '{"kind": ', "JSON lines of sharpkit")
+    lines = LineFile(path, is_whole=_is_json, sync_seconds=sync_seconds, max_waiting=max_waiting)
+    return FileSink(f"jsonl({str(path)!r})", lines, lambda document: to_json(document) + "\n")
+
+
+def csv(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting: int = 1000) -> FileSink:
+    """A table with one row for each step and metric; the header of the run is not in it.
+
+    Args:
+        path: of the file; its folder must exist. An existing table is continued.
+        sync_seconds: longest time between two forced writes to the disk.
+        max_waiting: records kept while the disk takes none.
+
+    Raises:
+        ValueError: the file is another table.
+        FileNotFoundError: the folder does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, csv(f"{folder}/run.csv") as sink:
+        ...     sink.write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        ...     print(sink.path.read_text().splitlines()[1])
+        3,trace,7.5,,,,,,,,,
+    """
+    head = ",".join(_COLUMNS)
+    _refuse_foreign(Path(path), lambda line: line.strip() == head, head, f"the columns {head}")
+    lines = LineFile(path, is_whole=lambda tail: tail.decode(errors="replace") == head, sync_seconds=sync_seconds, max_waiting=max_waiting)
+    if not lines.path.is_file() or lines.path.stat().st_size == 0:
+        lines.append(head + "\n")
+    return FileSink(f"csv({str(path)!r})", lines, _rows)
+
+
+def tensorboard(target: Any) -> Sink:
+    """Scalars ``sharpkit/<metric>`` with their errors, limits and ratios, and events as text.
+
+    Args:
+        target: a ``SummaryWriter``, or anything with ``add_scalar``; or the folder of a new one.
+
+    Raises:
+        ImportError: a folder was named and the tensorboard package is missing.
+        TypeError: neither a folder nor a writer.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> writer = SimpleNamespace(add_scalar=lambda tag, value, step: print(tag, value, step))
+        >>> tensorboard(writer).write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        sharpkit/trace 7.5 3
+    """
+    if isinstance(target, (str, os.PathLike)):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"sinks.tensorboard needs the tensorboard package: pip install tensorboard ({error})") from error
+        writer: Any = SummaryWriter(os.fspath(target))  # type: ignore[no-untyped-call]
+        return Sink(f"tensorboard({str(target)!r})", lambda document: _to_tensorboard(writer, document), writer.close)
+    if not callable(getattr(target, "add_scalar", None)):
+        raise TypeError(f"expected a SummaryWriter, anything with add_scalar(tag, value, step), or a folder; got {type(target).__name__}")
+    return Sink(f"tensorboard({type(target).__name__})", lambda document: _to_tensorboard(target, document), getattr(target, "flush", None))
+
+
+def wandb(run: Any) -> Sink:
+    """Scalars ``sharpkit/<metric>`` to a Weights & Biases run.
+
+    A run that knows ``define_metric`` gets the steps as the axis of these metrics and keeps its own step count; any other object is called
+    as ``run.log(scalars, step=step)``. The caller finishes the run.
+
+    Args:
+        run: ``wandb.init(...)``, or anything with ``log(dict, step=...)``.
+
+    Raises:
+        TypeError: it has no ``log``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> run = SimpleNamespace(log=lambda scalars, step: print(scalars, step))
+        >>> wandb(run).write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        {'sharpkit/trace': 7.5} 3
+    """
+    if not callable(getattr(run, "log", None)):
+        raise TypeError(f"expected a Weights & Biases run, or anything with log(dict, step=...); got {type(run).__name__}")
+    own_axis = callable(getattr(run, "define_metric", None))
+    held_at: list[Any] = [None]  # the run's own step at which our last record waits for company
+    if own_axis:
+        run.define_metric("sharpkit/step", hidden=True)
+        run.define_metric("sharpkit/*", step_metric="sharpkit/step")
+
+    def write(document: Document) -> None:
+        if document.get("kind") == RUN:
+            return
+        step = int(document["step"])
+        scalars = {f"sharpkit/{name}": value for name, value in _scalars(document).items()}
+        if not own_axis:
+            run.log(scalars, step=step)
+            return
+        if held_at[0] is not None and held_at[0] == getattr(run, "step", None):
+            run.log({}, commit=True)  # nobody logged in between: the next record would take the place of the last
+        run.log({"sharpkit/step": step, **scalars}, commit=False)  # to commit each would make the run refuse steps that its owner names
+        held_at[0] = getattr(run, "step", None)
+
+    return Sink(f"wandb({type(run).__name__})", write)
+
+
+def as_sink(place: Any) -> Any:
+    """What a user may pass as a sink, as a sink.
+
+    Args:
+        place: a sink; a path that ends in ``.jsonl`` or ``.csv``; a callable, which gets each record as a dictionary, but no header.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: a path with another ending.
+
+    Example:
+        >>> seen = []
+        >>> as_sink(seen.append).write({"kind": "monitor_record", "step": 1})
+        >>> seen
+        [{'kind': 'monitor_record', 'step': 1}]
+    """
+    if all(callable(getattr(place, name, None)) for name in ("open_run", "write", "close")):
+        return place
+    if isinstance(place, (str, os.PathLike)):
+        makers = {".jsonl": jsonl, ".csv": csv}
+        if (ending := Path(place).suffix) not in makers:
+            raise ValueError(f"cannot tell what to write to {place}: expected a name that ends in .jsonl or .csv, or an sk.sinks sink")
+        return makers[ending](place)
+    if callable(place):
+        return Sink(getattr(place, "__qualname__", repr(place)), lambda document: None if document.get("kind") == RUN else place(document))
+    raise TypeError(f"expected a sink of sk.sinks, a path or a callable that takes one record, got {type(place).__name__}")
+
+
+# -- what the places are given ------------------------------------------------------------------------------------------------------
+
+
+def _scalars(document: Document) -> dict[str, float]:
+    """The finite numbers of a record by name: metrics with their errors, limits and ratios, loss, learning rate, overhead."""
+    found: dict[str, float] = {name: number(document.get(name)) for name in ("loss", "lr", "overhead")}
+    for name, entry in document["values"].items():
+        value, limit = number(entry["value"]), number(entry.get("limit"))
+        found |= {name: value, f"{name}_stderr": number(entry.get("stderr")), f"{name}_limit": limit}
+        found[f"{name}_over_limit"] = value / limit if limit > 0 else math.nan
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _to_tensorboard(writer: Any, document: Document) -> None:
+    if document.get("kind") == RUN:
+        if callable(getattr(writer, "add_text", None)):
+            writer.add_text("sharpkit/run", "\n\n".join(f"{name}: {value}" for name, value in document.items()), 0)
+        return
+    step = int(document["step"])
+    for name, value in _scalars(document).items():
+        writer.add_scalar(f"sharpkit/{name}", value, step)
+    if callable(getattr(writer, "add_text", None)):
+        for event in document.get("events", ()):
+            writer.add_text("sharpkit/events", f"step {event['step']}: {event['text']}", step)
+
+
+def _rows(document: Document) -> str:
+    """The rows of one record; nothing for a header."""
+    if document.get("kind") == RUN:
+        return ""
+    common = {name: document.get(name) for name in ("step", "loss", "lr")}
+    rows: list[dict[str, Any]] = [{**entry, **common, "metric": name} for name, entry in document["values"].items()]
+    for name, text in document.get("failed", {}).items():
+        rows.append({**common, "metric": name, "note": f"failed: {' '.join(text.split())}"})
+    for event in document.get("events", ()):
+        rows.append({**common, "step": event["step"], "metric": f"event/{event['kind']}", "note": " ".join(event["text"].split())})
+    buffer = io.StringIO()
+    _csv.DictWriter(buffer, _COLUMNS, extrasaction="ignore", lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_foreign(path: Path, is_ours: Callable[[str], bool], begins: str, expected: str) -> None:
+    """An existing file of another kind is not written into."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        line = stream.readline()
+    try:
+        ours = is_ours(line) if line.endswith("\n") else line.startswith(begins) or begins.startswith(line)  # one torn line, or empty
+    except (ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} exists and does not begin with {expected}; name another file, or move that one away")

@@ -1,0 +1,545 @@
+"""The training batch of each step as an objective, made once in full and then only given other data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkit._errors import ObjectiveError
+from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
+from sharpkit.objective.distributed import Ranks, find_ranks
+from sharpkit.objective.guard import loader_generators, random_fingerprint, seed_everything, undisturbed, unwrap
+from sharpkit.objective.loss import KnownLoss, call_model, check_loss, own_loss, recognise_loss
+from sharpkit.objective.params import ParamSelector, select_params
+from sharpkit.objective.reduction import (
+    Look,
+    Piece,
+    Probe,
+    Survey,
+    candidate_counts,
+    conclude,
+    cut_batches,
+    cut_samples,
+    look_at,
+    samples_in,
+)
+
+Closure = Callable[[nn.Module, Batch], Tensor]
+
+
+class Objective:
+    """f(w) = (1/C) sum over batches of c_b L_b(w): one fixed function of the parameters, the same however the data is cut into batches.
+
+    A batch weighs what it counts (c_b): its targets, masked ones left out, or their class weights; a loss that sums is summed. How the
+    loss averages is read off a standard PyTorch loss and tried out on any other. Making an objective goes through the data once to count,
+    evaluates the first batch twice to see that the answer repeats, once more in two parts, and changes nothing in the model.
+
+    Args:
+        model: any module; wrappers (DistributedDataParallel, torch.compile) are taken off.
+        data: one batch, a list of batches, or a re-iterable loader. A tuple, a dict or a tensor is one batch; a list is a list of
+            batches, but with ``loss=`` a list of two tensors is one (input, target) batch.
+        loss: ``loss(output, target)`` on (input, target) batches. A dict input is passed as keywords, a tuple as positions; an output with
+            ``.logits`` is replaced by them. Without loss and closure, ``model(**batch).loss`` of dict batches is taken.
+        closure: ``closure(model, batch)`` returning the scalar loss, for everything else.
+        count: ``count(batch)`` -> what the loss of that batch averages over, when it cannot be found out.
+        params: which parameters; None for all trainable ones, a shell pattern such as ``"blocks.*.attn.*"``, several, or a predicate.
+        reduction: ``"mean"``, ``"sum"``, or ``"auto"`` to find out.
+        mode: ``"eval"`` or ``"train"``: dropout and batch statistics as in that mode. In train mode the random masks are fixed by ``seed``
+            and batch statistics make the function depend on the batches. Their Hessians differ widely; the mode is part of every result.
+        autocast: e.g. ``torch.bfloat16`` to run the forward pass under autocast; vectors stay in float32.
+        micro_batch_size: split batches into pieces of so many samples; ``"auto"`` splits only when memory asks for it; None never.
+        process_group: None sums over the default group where torch.distributed runs, each process holding its own batches (or none);
+            False measures on this process alone.
+        seed: of the randomness inside the model.
+        check: evaluate the first batch twice and try out how the loss averages; False skips both and trusts ``count`` and ``reduction``.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong kind, nothing to differentiate.
+        ObjectiveError: no data, a one-shot iterator, a loss that is not one number or does not depend on the parameters, weights of
+            batches that cannot be found out, processes that disagree.
+        NonDeterministicError: the loader shuffles or augments, or the loss does not repeat.
+        NonFiniteError: the loss is NaN or infinite.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+        >>> objective = sk.Objective(model, (x, y), loss=torch.nn.functional.mse_loss)
+        >>> objective.num_parameters, objective.num_samples
+        (4, 8)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        closure: Closure | None = None,
+        count: Callable[[Batch], float] | None = None,
+        params: ParamSelector = None,
+        reduction: str = "auto",
+        mode: str = "eval",
+        autocast: torch.dtype | None = None,
+        micro_batch_size: int | str | None = "auto",
+        process_group: Any = None,
+        seed: int = 0,
+        check: bool = True,
+    ) -> None:
+        check_arguments(
+            model=model, loss=loss, closure=closure, count=count, reduction=reduction, mode=mode, micro_batch_size=micro_batch_size
+        )
+        self.loss, self.mode, self.seed, self.autocast = loss, mode, seed, autocast
+        self._closure: Closure = closure or (self._pair_loss if loss is not None else own_loss)
+        self._count = count
+        self.micro_batch_size: int | None = None
+        self.ranks = find_ranks(process_group)
+        self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
+        probe = make_probe(self, check=check)
+        look = self.ranks.run_together(lambda: self._look(probe, reduction), device=self.device)
+        self._survey: Survey = conclude(look, self.ranks, probe=probe, reduction=reduction)
+        self.may_split = micro_batch_size is not None and self.may_separate and not self._survey.draws
+        if isinstance(micro_batch_size, int):
+            if not self.may_split:
+                raise ValueError(
+                    f"micro_batch_size={micro_batch_size} would change the function: {self._why_whole()}. Pass None, or mode='eval'"
+                )
+            self.micro_batch_size = micro_batch_size
+
+    def _prepare(self, model: nn.Module, data: Any, params: ParamSelector) -> None:
+        self.model = unwrap(model)
+        self.layout = select_params(self.model, params)
+        self._data_device = _device_of(self.model)
+        self._source = BatchSource(data, pair=self.loss is not None)
+
+    def _why_whole(self) -> str:
+        if self.couples_samples:
+            return "batch statistics are computed over whole batches"
+        if self._survey.draws:
+            return "it draws random numbers (dropout), others for every cut"
+        return "the loss of a batch is not the mean or sum over its samples"
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+    @property
+    def num_parameters(self) -> int:
+        """Length of the flat parameter vector."""
+        return self.layout.size
+
+    @property
+    def num_targets(self) -> float:
+        """What the objective averages over, on all processes: counted targets (or the sum of their class weights)."""
+        return self._survey.total
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all batches of all processes."""
+        return self._survey.num_samples
+
+    @property
+    def num_batches(self) -> int:
+        """Batches on this process."""
+        return len(self._survey.counts)
+
+    @property
+    def reduction(self) -> str:
+        """``"mean"`` or ``"sum"``."""
+        return self._survey.reduction
+
+    @property
+    def counted(self) -> str:
+        """What a batch is weighed by, in words."""
+        return self._survey.rule
+
+    @property
+    def device(self) -> torch.device:
+        return self.layout.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of parameter-space vectors, at least float32."""
+        return self.layout.dtype
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a sample's loss depends on the rest of its batch, through batch statistics."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return any(self.mode == "train" or m.running_mean is None for m in norms)
+
+    @property
+    def may_separate(self) -> bool:
+        """Whether the objective falls apart into samples, so that pieces and per-sample gradients mean something."""
+        return self._survey.additive and not self.couples_samples
+
+    def __repr__(self) -> str:
+        world = f", {self.ranks.size} processes" if self.ranks.size > 1 else ""
+        return (
+            f"Objective({type(self.model).__name__}, {self.num_parameters:,} parameters, {self.reduction} over {self.num_targets:g} "
+            f"{self.counted} "
+            f"in {self.num_batches} batch{'' if self.num_batches == 1 else 'es'}, {self.mode} mode, {self.dtype}, {self.device}{world})"
+        )
+
+    def with_params(self, params: ParamSelector) -> Objective:
+        """The same function of fewer parameters, the others held fixed."""
+        other = copy.copy(self)
+        picked, own = select_params(self.model, params), set(self.layout.names)
+        both = [name for name in picked.names if name in own]
+        if not both:
+            raise ValueError(
+                f"params= picks {', '.join(picked.names[:4])}, none of the objective's own parameters: {', '.join(self.layout.names[:8])}"
+            )
+        other.layout = select_params(self.model, lambda name, _: name in both)
+        return other
+
+    def with_data(self, batches: list[Batch], *, ranks: Ranks | None = None) -> Objective:
+        """The same function of the parameters over other batches, weighed by the rule found at the start; nothing is evaluated.
+
+        Args:
+            batches: of the same kind; may be empty on some processes.
+            ranks: the processes whose batches make up the objective, by default this objective's.
+
+        Raises:
+            ObjectiveError: no batch holds anything that counts.
+        """
+        other = copy.copy(self)
+        other.ranks = self.ranks if ranks is None else ranks
+        counts = tuple(self.count_of(batch) for batch in batches)
+        lengths = tuple(samples_in(batch, self.loss is not None) for batch in batches)
+        total, samples = other.ranks.sum_numbers([sum(counts), float(sum(lengths))], device=self.device)
+        if total <= 0:
+            raise ObjectiveError("a batch holds no counted target: all are masked, or it is empty; pass larger ones")
+        other._survey = replace(self._survey, counts=counts, lengths=lengths, total=total, num_samples=round(samples))
+        other._source = BatchSource(batches, pair=False)
+        return other
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """The guard to evaluate under: the model is left bit for bit as found.
+
+        Raises:
+            ObjectiveError: parameters were replaced or frozen since the objective was made.
+        """
+        self.layout.check_live(self.model)
+        return self._guard(training=self.mode == "train")
+
+    def _guard(self, *, training: bool) -> AbstractContextManager[None]:
+        return undisturbed(self.model, training=training, generators=loader_generators(self._source.data))
+
+    def pieces(self) -> Iterator[Piece]:
+        """The data, batch by batch or in slices of ``micro_batch_size``, with weights; pieces that count nothing are left out."""
+        return cut_batches(self._source, self._survey, self.count_of, size=self.micro_batch_size, device=self._data_device)
+
+    def samples_of(self, piece: Piece) -> list[Piece]:
+        """A piece cut into single samples, those that count nothing left out.
+
+        Raises:
+            ObjectiveError: the loss does not fall apart into samples.
+        """
+        if not self.may_separate or self._survey.draws:
+            raise ObjectiveError(
+                f"per-sample gradients would not add up to the gradient: {self._why_whole()}. Use mode='eval', or another loss"
+            )
+        return cut_samples(piece, self._survey, self.count_of, length=samples_in(piece.batch, self.loss is not None))
+
+    def count_of(self, batch: Batch) -> float:
+        """What a batch counts, by the rule found at the start."""
+        if self._count is not None:
+            return float(self._count(batch))
+        return self._candidate_counts(batch)[self._survey.rule]
+
+    def predict(self, batch: Batch) -> Tensor:
+        """The model's output on an (input, target) batch, as the loss receives it. To be called under :meth:`undisturbed`."""
+        with self._precision():
+            output: Tensor = call_model(self.model, batch[0])
+        return output
+
+    def output_loss(self, output: Tensor, target: Any) -> Tensor:
+        """The loss of a model output, in the objective's precision."""
+        if self.loss is None:
+            raise ObjectiveError(
+                "this needs the loss as a function of the model's output: make the Objective with loss= and (input, target) batches"
+            )
+        with self._precision():
+            return self.loss(output, target)
+
+    def evaluate(self, piece: Piece) -> Tensor:
+        """The loss of one piece, unweighted, with its graph. To be called under :meth:`undisturbed`.
+
+        Raises:
+            ObjectiveError: not one real number, or without a gradient.
+            NonFiniteError: NaN or infinite.
+        """
+        return self._evaluate(piece.batch, piece.key[0])
+
+    def _evaluate(self, batch: Batch, number: int) -> Tensor:
+        self.seed_for(number)
+        with self._precision():
+            loss = self._closure(self.model, batch)
+        return check_loss(loss, number)
+
+    def seed_for(self, number: int) -> None:
+        """Fix the randomness inside the model for a batch of this number. To be called under :meth:`undisturbed`."""
+        seed_everything(self.seed + number, self._data_device)
+
+    def _pair_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.output_loss(self.predict(batch), batch[1])
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        # without its cache: it may hold weights cast by the user under no_grad, cut off from the graph
+        return torch.autocast(self._data_device.type, dtype=self.autocast, cache_enabled=False)
+
+    def value(self) -> float:
+        """f(w)."""
+
+        def local() -> float:
+            with self.undisturbed(), torch.no_grad():
+                return sum(float(self.evaluate(piece)) * piece.weight for piece in self.pieces())
+
+        total = self.ranks.run_together(local, device=self.device)
+        return self.ranks.sum_numbers([total], device=self.device)[0]
+
+    def gradient(self) -> tuple[float, Tensor]:
+        """f(w) and its gradient, a flat vector of shape (num_parameters,)."""
+
+        def local() -> tuple[float, Tensor]:
+            with self.undisturbed():
+                total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+                for piece in self.pieces():
+                    loss = self.evaluate(piece)
+                    total += float(loss.detach()) * piece.weight
+                    self.layout.add_flat_(flat, torch.autograd.grad(loss, self.layout.params, allow_unused=True), piece.weight)
+            return total, flat
+
+        total, flat = self.ranks.run_together(local, device=self.device)
+        return self.ranks.sum_numbers([total], device=self.device)[0], self.ranks.sum_(flat)
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+    def _candidate_counts(self, batch: Batch) -> dict[str, float]:
+        if self._count is not None:
+            return {"counts": float(self._count(batch))}
+        return candidate_counts(batch, self._known_loss, self.loss is not None)
+
+    @property
+    def _known_loss(self) -> KnownLoss | None:
+        return recognise_loss(self.loss) if self.loss is not None else None
+
+    def _look(self, probe: Probe, reduction: str) -> Look:
+        with self.undisturbed():
+            return look_at(self._source, probe, reduction=reduction)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def make_probe(objective: Objective, *, check: bool) -> Probe:
+    """The probe of an objective that has its model, data and loss, but no weights yet."""
+    device = objective._data_device
+
+    def loss(batch: Batch, number: int) -> Tensor:
+        with objective._guard(training=False):
+            return objective._evaluate(to_device(batch, device), number).detach()
+
+    def loss_in_mode(batch: Batch, number: int) -> tuple[Tensor, bool]:
+        with objective.undisturbed():
+            objective.seed_for(number)
+            before = random_fingerprint(device)
+            found = objective._evaluate(to_device(batch, device), number).detach()
+            return found, before != random_fingerprint(device)
+
+    several = objective.ranks.size > 1
+    checksum = sum(float(p.detach().double().abs().sum()) for p in objective.layout.params) if several else 0.0
+    return Probe(
+        count=objective._candidate_counts,
+        loss=loss,
+        loss_in_mode=loss_in_mode,
+        known=objective._known_loss,
+        given_count=objective._count is not None,
+        pair=objective.loss is not None,
+        check=check,
+        draws=objective.mode == "train",
+        parameters=(objective.num_parameters, checksum),
+    )
+
+
+def twin_objective(objective: Objective, batches: list[Batch], *, dtype: torch.dtype | None = None) -> Objective:
+    """The same objective over given batches, on a deep copy of the model; weights follow the original's rule and nothing is evaluated.
+
+    Args:
+        objective: the original.
+        batches: data of the same kind.
+        dtype: convert model, data and a loss module to this type. Raises whatever the model raises for it.
+    """
+    model = copy.deepcopy(objective.model)
+    for original, twin in zip(objective.model.parameters(), model.parameters(), strict=True):
+        twin.requires_grad_(original.requires_grad)
+    loss = objective.loss
+    if dtype is not None:
+        model = model.to(dtype)
+        batches = [map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch) for batch in batches]
+        loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
+    return Objective(
+        model,
+        batches,
+        loss=loss,
+        closure=None if loss is not None else objective._closure,
+        count=objective.count_of,
+        params=list(objective.layout.names),
+        reduction=objective.reduction,
+        mode=objective.mode,
+        autocast=objective.autocast if dtype is None else None,
+        process_group=False,
+        seed=objective.seed,
+        check=False,
+    )
+
+
+_LEAST_SAMPLES = 32  # a batch is not cut below
+
+
+class ObjectiveMaker:
+    """Makes objectives over batches, by default of the parameters that an optimizer holds.
+
+    How the loss averages is found out on the first batch and again when the set of trained parameters changes.
+
+    Args:
+        model: unwrapped.
+        optimizer: whose parameters are meant.
+        params: other ones.
+        probe: data of a fixed second objective; None for none.
+        max_samples: measure on the first so many samples of a batch.
+        settings: further arguments of Objective.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        params: ParamSelector,
+        probe: Any,
+        max_samples: int | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.params: ParamSelector = params if params is not None else self._is_held
+        self._max_samples, self._probe_data = max_samples, probe
+        self._held: frozenset[int] = frozenset()
+        self._template: Objective | None = None
+        self.probe: Objective | None = None
+
+    def _is_held(self, _: str, parameter: Tensor) -> bool:
+        return id(parameter) in self._held
+
+    @property
+    def rank(self) -> int:
+        """Of this process, once known."""
+        return self._template.ranks.rank if self._template is not None else 0
+
+    def over(self, batch: Batch, *, part: float, seed: int) -> tuple[Objective, int]:
+        """The objective of one training batch, or of the first samples of it.
+
+        Args:
+            batch: or a list of micro-batches.
+            part: share of it that is measured.
+            seed: of dropout masks.
+
+        Returns:
+            the objective, and the samples of the whole batch on all processes.
+        """
+        batches = self._listed(batch)
+        held = frozenset(id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
+        if self._template is None or held != self._held:
+            self._held = held
+            self._template = Objective(self.model, batches, params=self.params, **self.settings)
+            if self._probe_data is not None:
+                self.probe = Objective(self.model, self._probe_data, params=self.params, **self.settings)
+        objective = self._template.with_data(self._cut(batches, part))
+        objective.seed = seed
+        samples = objective.ranks.sum_numbers([float(self._samples(batches))], device=objective.device)[0]
+        return objective, round(samples)
+
+    def samples_of(self, batch: Batch) -> int:
+        """Samples of a batch on this process; 0 where they cannot be counted."""
+        try:
+            return self._samples(self._listed(batch))
+        except Exception:  # said when it is measured
+            return 0
+
+    def agree(self, value: float) -> float:
+        """The largest of all processes' numbers, on every process."""
+        if self._template is None or self._template.ranks.size == 1:
+            return value
+        return float(max(self._template.ranks.gather(value)))
+
+    def may_halve(self, batch: Batch, part: float) -> bool:
+        """Whether half of what is measured now would still be enough samples."""
+        return self.samples_of(batch) * part >= 2 * _LEAST_SAMPLES
+
+    def _listed(self, batch: Batch) -> list[Batch]:
+        pairs = self.settings["loss"] is not None
+        if isinstance(batch, list):
+            found = [tuple(batch)] if pairs and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch) else batch
+        else:
+            found = [batch]
+        for one in found if pairs else ():
+            if not (isinstance(one, (tuple, list)) and len(one) == 2):
+                raise TypeError(
+                    f"with loss=, batches are (input, target), but this one is a {type(one).__name__}: pass closure=lambda model, batch: "
+                    "... instead"
+                )
+        return found
+
+    def _length(self, batch: Batch) -> int:
+        return samples_in(batch, self.settings["loss"] is not None)
+
+    def _samples(self, batches: list[Batch]) -> int:
+        return sum(self._length(b) for b in batches)
+
+    def _cut(self, batches: list[Batch], part: float) -> list[Batch]:
+        """The same share of each micro-batch, its first samples."""
+        total = self._samples(batches)
+        most = total if self._max_samples is None else min(self._max_samples, total)
+        wanted = max(min(most, _LEAST_SAMPLES), round(most * part))
+        if wanted >= total:
+            return batches
+        lengths = [self._length(b) for b in batches]
+        return [slice_batch(b, 0, max(1, round(n * wanted / total)), length=n) for b, n in zip(batches, lengths, strict=True)]
+
+
+MODES = ("eval", "train")
+
+
+def check_arguments(*, model: Any, loss: Any, closure: Any, count: Any, reduction: Any, mode: Any, micro_batch_size: Any) -> None:
+    """What an objective's arguments must be, apart from the data.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if loss is not None and closure is not None:
+        raise ValueError("pass loss= or closure=, not both")
+    for name, function, form in (
+        ("loss", loss, "loss(output, target)"),
+        ("closure", closure, "closure(model, batch)"),
+        ("count", count, "count(batch)"),
+    ):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function called as {form}, got {type(function).__name__}")
+    if isinstance(loss, type):
+        raise TypeError(f"loss is the class {loss.__name__}, not a loss: make one, loss={loss.__name__}()")
+    if reduction not in ("auto", "mean", "sum"):
+        raise ValueError(f"reduction must be 'auto', 'mean' or 'sum', got {reduction!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    whole = isinstance(micro_batch_size, int) and not isinstance(micro_batch_size, bool) and micro_batch_size > 0
+    if not (micro_batch_size is None or micro_batch_size == "auto" or whole):
+        raise ValueError(f"micro_batch_size must be a positive integer, 'auto' or None, got {micro_batch_size!r}")

@@ -1,0 +1,188 @@
+"""Which parameters are meant, and how they lie in one flat vector."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from sharpkit._errors import ObjectiveError, UnsupportedError
+
+ParamSelector = str | Iterable[str] | Callable[[str, Tensor], bool] | None
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """Named parameters, each once, laid end to end in one flat vector.
+
+    Attributes:
+        names: in the order of ``model.named_parameters()``; tied tensors appear once, under their first name.
+        params: the live parameters themselves.
+    """
+
+    names: tuple[str, ...]
+    params: tuple[nn.Parameter, ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries per parameter."""
+        return tuple(p.numel() for p in self.params)
+
+    @property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(self.sizes)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Type of the flat vector: the widest of the parameters', at least float32."""
+        dtype = torch.float32
+        for p in self.params:
+            dtype = torch.promote_types(dtype, p.dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flat vector lives: with the first parameter."""
+        return self.params[0].device
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The flat vector as one tensor per parameter, in its shape, type and device (views where possible)."""
+        pieces = torch.split(vector, list(self.sizes))
+        return [x.view(p.shape).to(dtype=p.dtype, device=p.device) for x, p in zip(pieces, self.params, strict=True)]
+
+    def add_flat_(self, total: Tensor, pieces: Sequence[Tensor | None], weight: float) -> None:
+        """``total += weight * pieces``, with None meaning zero."""
+        for target, piece in zip(torch.split(total, list(self.sizes)), pieces, strict=True):
+            if piece is not None:
+                target.add_(piece.reshape(-1).to(device=target.device), alpha=weight)
+
+    def flatten(self, pieces: Sequence[Tensor | None], weight: float = 1.0) -> Tensor:
+        """``weight * pieces`` as one flat vector, one tensor (or None, meaning zero) per parameter."""
+        flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        for target, piece in zip(torch.split(flat, list(self.sizes)), pieces, strict=True):
+            target.copy_(piece.reshape(-1)) if piece is not None else target.zero_()
+        return flat if weight == 1.0 else flat.mul_(weight)
+
+    def current(self) -> Tensor:
+        """The parameters' present values as a new flat vector."""
+        return self.flatten([p.detach() for p in self.params])
+
+    def indices(self, names: Iterable[str]) -> Tensor:
+        """Positions of the named parameters in the flat vector, (m,) int64."""
+        wanted, start, chunks = set(names), 0, []
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if name in wanted:
+                chunks.append(torch.arange(start, start + size))
+            start += size
+        return torch.cat(chunks).to(self.device)
+
+    def check_live(self, model: nn.Module) -> None:
+        """Make sure that these are still the model's own trainable parameters.
+
+        Raises:
+            ObjectiveError: one was replaced, frozen, or changed its type.
+        """
+        present = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+        for name, p in zip(self.names, self.params, strict=True):
+            if present.get(name) is not p:
+                cause = "is no longer part of the model: it was replaced, as load_state_dict(..., assign=True) does"
+            elif not p.requires_grad:
+                cause = "was frozen (requires_grad=False)"
+            elif torch.promote_types(self.dtype, p.dtype) != self.dtype:
+                cause = f"is now {p.dtype}"
+            else:
+                continue
+            raise ObjectiveError(f"parameter {name!r} {cause} after the objective was made: make a new Objective")
+
+    def layers(self) -> dict[str, list[str]]:
+        """Parameter names grouped by the module that owns them."""
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        return groups
+
+
+def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayout:
+    """The trainable parameters that the selector picks.
+
+    Args:
+        model: its ``named_parameters()`` are asked, tied tensors once.
+        selector: None for all; a shell pattern such as ``"blocks.*.attn.*"``, several of them, or a predicate (name, parameter) -> bool.
+
+    Raises:
+        ValueError: nothing is left, a pattern matches nothing, or a picked parameter is complex or not yet initialised.
+        TypeError: the selector is none of these.
+        UnsupportedError: parameters are sharded tensors.
+    """
+    selector = _checked_selector(selector)
+    everything = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+    for name, p in everything:
+        _check_not_sharded(name, p)
+    chosen = [(name, p) for name, p in everything if _matches(selector, name, p)]
+    shown = (", ".join(name for name, _ in everything[:8]) or "none at all") + (" ..." if len(everything) > 8 else "")
+    for pattern in selector if isinstance(selector, tuple) else ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in everything):
+            raise ValueError(f"params={pattern!r} picks no parameter; the model's parameters are: {shown}")
+    if not chosen:
+        raise ValueError("the model has no parameters" if selector is None else f"params= picks none of the model's parameters: {shown}")
+    trainable = [(name, p) for name, p in chosen if p.requires_grad]
+    if not trainable:
+        kinds = sorted({str(p.dtype) for _, p in chosen if not p.is_floating_point()})
+        frozen = f"of type {', '.join(kinds)}, which has no gradient" if kinds else "frozen (requires_grad=False)"
+        raise ValueError(f"all {len(chosen)} parameters picked are {frozen}: call requires_grad_(True) on those whose curvature is meant")
+    for name, p in trainable:
+        _check_param(name, p)
+    return ParamLayout(tuple(name for name, _ in trainable), tuple(p for _, p in trainable))
+
+
+def _checked_selector(selector: ParamSelector) -> tuple[str, ...] | Callable[[str, Tensor], bool] | None:
+    if selector is None or callable(selector):
+        return selector
+    patterns = (selector,) if isinstance(selector, str) else tuple(selector) if isinstance(selector, Iterable) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        came = type(selector).__name__ if patterns is None else f"a {type(selector).__name__} of {type(patterns[0]).__name__}"
+        raise TypeError(
+            f"params must be a name pattern such as 'blocks.*.attn.*', several of them, or a predicate (name, parameter) -> bool, got "
+            f"{came}. "
+            "For given tensors: params=lambda name, p: any(p is q for q in wanted)"
+        )
+    return patterns
+
+
+def _matches(selector: tuple[str, ...] | Callable[[str, Tensor], bool] | None, name: str, param: Tensor) -> bool:
+    if selector is None:
+        return True
+    if isinstance(selector, tuple):
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in selector)
+    return bool(selector(name, param))
+
+
+def _check_not_sharded(name: str, param: Tensor) -> None:
+    if any(type(t).__name__ in ("DTensor", "FlatParameter") for t in (param, param.data)):
+        raise UnsupportedError(
+            f"parameter {name!r} is sharded over processes (FSDP or tensor parallel), where second derivatives are silently wrong or fail. "
+            "Gather the model into plain tensors (full_tensor(), or a full state dict) and measure that copy"
+        )
+
+
+def _check_param(name: str, param: nn.Parameter) -> None:
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise ValueError(f"parameter {name!r} of a lazy module has no shape yet: run one forward pass first")
+    if param.is_complex():
+        raise ValueError(
+            f"parameter {name!r} is complex, and curvature here is of real parameters: store its real and imaginary parts as two "
+            "parameters, or "
+            "leave it out by params="
+        )
+    if param.is_inference():
+        raise ValueError(f"parameter {name!r} was made under torch.inference_mode() and can have no gradient: build the model outside it")
+
+
+def among(own: set[int]) -> Callable[[str, Tensor], bool]:
+    """Selects the parameters of these ``id``s."""
+    return lambda _, parameter: id(parameter) in own

@@ -1,0 +1,220 @@
+"""One self-contained HTML page from any results: figures, numbers with errors and cost, findings. No network needed to view it."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sharpkit
+from sharpkit.reporting.sections import Document, section_for
+
+_INK = "#010203"  # stands for the page's text colour
+
+
+def inline_svg(draw: Callable[[Any], Any], *, key: str, size: tuple[float, float]) -> str:
+    """Draw on fresh axes and return the SVG element.
+
+    Args:
+        draw: fills the axes it is given.
+        key: letters and digits that make ids unique within the page.
+        size: width and height in inches.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK)
+    settings: Any = {
+        **ink,
+        "svg.fonttype": "none",
+        "svg.hashsalt": key,
+        "font.size": 10,
+        "font.family": ["DejaVu Sans"],
+        "axes.facecolor": "none",
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        FigureCanvasSVG(figure)
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    return _adapt(buffer.getvalue(), key)
+
+
+def _adapt(text: str, key: str) -> str:
+    svg = text[text.index("<svg") :]
+    prefix = key
+    svg = re.sub(r"\bid=\"", f'id="{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    svg = re.sub(r"href=\"#", f'href="#{prefix}-', svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace(_INK, "currentColor")
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    return re.sub(
+        r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" xmlns="http://www.w3.org/2000/svg" aria-hidden="true">', svg, count=1
+    )
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine that a number depends on.
+
+    Example:
+        >>> sorted(environment())
+        ['numpy', 'platform', 'python', 'scipy', 'sharpkit', 'torch']
+    """
+    return {
+        "sharpkit": sharpkit.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": str(torch.__version__),  # says which build, the package's metadata does not
+        "numpy": metadata.version("numpy"),
+        "scipy": metadata.version("scipy"),
+    }
+
+
+def to_document(result: Any) -> Document:
+    """A result as a plain dictionary with its kind and findings.
+
+    Args:
+        result: anything with ``to_dict()`` that says its ``"kind"``, or such a dictionary.
+
+    Raises:
+        TypeError: neither.
+
+    Example:
+        >>> import sharpkit as sk
+        >>> to_document(sk.Estimate(1.0, 0.1))["kind"]
+        'estimate'
+    """
+    if isinstance(result, Mapping) and "kind" in result:
+        return dict(result)
+    if not hasattr(result, "to_dict"):
+        raise TypeError(
+            f"a report is made of sharpkit results (or of their to_dict()), got {type(result).__name__}; wrap a bare number as sk.Estimate"
+        )
+    document = dict(result.to_dict())
+    document.setdefault("kind", type(result).__name__.lower())
+    if "findings" not in document and callable(getattr(result, "findings", None)):
+        document["findings"] = list(result.findings())
+    return document
+
+
+def report(
+    path: str | os.PathLike[str],
+    results: Iterable[Any],
+    *,
+    title: str = "Curvature report",
+    command: str | None = None,
+    seed: int | None = None,
+    notes: Iterable[str] = (),
+    machine: Mapping[str, str] | None = None,
+) -> Path:
+    """Write results as one HTML page that needs no other file and no network.
+
+    The page is written beside its target and moved there when it is complete: on any failure an existing report stays as it was.
+
+    Args:
+        path: where the page goes; its folder must exist.
+        results: results, their ``to_dict()``, or ``(heading, result)`` pairs, in the order of the page.
+        title: of the page.
+        command: how to make it again; by default the running program's command line.
+        seed: shown in the footer.
+        notes: sentences shown under the title.
+        machine: versions to show in place of this process's, for results measured elsewhere.
+
+    Returns:
+        The absolute path of the page.
+
+    Raises:
+        TypeError: something that is no result.
+        ValueError: no results at all.
+        OSError: the page could not be written; the message says why.
+
+    Example:
+        >>> import tempfile, sharpkit as sk
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = sk.report(f"{folder}/out.html", [("Trace", sk.Estimate(3.0, 0.1, 40))])
+        ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
+        True
+    """
+    target = Path(os.path.realpath(path))
+    sections = []
+    for i, item in enumerate(results):
+        heading, result = item if isinstance(item, (tuple, list)) and len(item) == 2 else ("", item)
+        section = section_for(to_document(result), title=str(heading))
+        if section.draw is not None:
+            section.figure = inline_svg(section.draw, key=f"figure{i}", size=section.figure_size)
+        sections.append(section)
+    if not sections:
+        raise ValueError("a report needs at least one result, got none")
+    page = _render(
+        title=title,
+        sections=sections,
+        notes=list(notes),
+        command=command or _this_command(),
+        seed=seed,
+        environment=dict(machine or environment()),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    write_atomically(target, page)
+    return target
+
+
+def _this_command() -> str:
+    program, *rest = sys.orig_argv
+    return shlex.join([Path(program).name, *rest])
+
+
+def _render(**context: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    templates = Environment(
+        loader=PackageLoader("sharpkit.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.get_template("report.html.j2").render(**context)
+
+
+def write_atomically(target: Path, text: str) -> None:
+    """Write beside the target, then move: a reader sees the old file or the whole new one, never half of it.
+
+    Args:
+        target: the file to make or replace.
+        text: its contents, written as UTF-8.
+
+    Raises:
+        OSError: the folder is missing, the disk is full, the place is read-only ...; an existing target is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_atomically(Path(folder) / "a.txt", "hello")
+        ...     (Path(folder) / "a.txt").read_text()
+        'hello'
+    """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist; make it first or name another place")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {target}: it is a folder; name a file in it, such as {target / 'report.html'}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        kept = "; the file that was there is unchanged" if target.exists() else ""
+        raise OSError(error.errno, f"cannot write {target}: {error.strerror or error}{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,525 @@
+"""The section of a race on the report page: who trained how far, at what cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sharpkit._results import format_with_error, number
+from sharpkit.learner.baselines import LEARNER
+from sharpkit.learner.race import COUNTING, RaceResult
+from sharpkit.linalg.results import Estimate, SpectralDensity
+from sharpkit.measuring.history import CurvatureHistory
+from sharpkit.measuring.layers import LayerSharpness
+from sharpkit.monitor.findings import run_findings
+from sharpkit.monitor.schema import HISTORY, Reading, in_words, main_curvature, reading
+
+Document = dict[str, Any]
+
+
+@dataclass
+class Section:
+    """What the template shows of one result."""
+
+    title: str
+    intro: str = ""
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # name, value, remark
+    draw: Callable[[Any], Any] | None = None  # fills the given axes
+    figure_label: str = ""
+    figure_size: tuple[float, float] = (5.8, 3.6)  # inches
+    figure: str = ""  # inline SVG, once drawn
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    lists: list[tuple[str, list[str]]] = field(default_factory=list)  # heading, numbered sentences
+    cost: str = ""
+    wide: bool = False  # takes the page's whole width
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return {True: "yes", False: "no", None: "unknown"}.get(value, str(value)) if not isinstance(value, str) else value
+    return f"{float(value):.4g}" if isinstance(value, float) else str(value)
+
+
+def _estimate(document: Document) -> Estimate:
+    return Estimate(
+        number(document["value"]),
+        number(document["stderr"]),
+        int(document.get("num_matvecs", 0)),
+        number(document.get("seconds", 0.0)),
+        str(document.get("method", "")),
+        bool(document.get("converged", True)),
+    )
+
+
+def _flag(converged: bool) -> str:
+    return "yes" if converged else "NO"
+
+
+def _flagged(estimate: Estimate) -> str:
+    return f"{estimate}" if estimate.converged else f"{estimate} (not converged)"
+
+
+def _cost(document: Document) -> str:
+    parts = []
+    if document.get("num_matvecs") is not None:
+        parts.append(f"{document['num_matvecs']} matrix-vector products")
+    if document.get("seconds"):
+        parts.append(f"{number(document['seconds']):.3g} s")
+    return ", ".join(parts)
+
+
+# -- one function per kind ----------------------------------------------------------------------------------------------------
+
+
+def _estimate_section(document: Document, title: str) -> Section:
+    estimate = _estimate(document)
+    section = Section(
+        title or estimate.method or "Estimate",
+        tiles=[("value", f"{estimate.value:.4g}", f"+- {estimate.stderr:.2g}")],
+        cost=_cost(document),
+    )
+    section.columns = ["value +- standard error", "method", "products", "converged"]
+    section.rows = [[str(estimate), estimate.method, str(estimate.num_matvecs), _flag(estimate.converged)]]
+    return section
+
+
+def _eigenpairs_section(document: Document, title: str) -> Section:
+    section = Section(
+        title or f"Eigenvalues ({document['which']})",
+        "A true eigenvalue lies within the residual of each value.",
+        cost=_cost(document),
+        columns=["#", "eigenvalue", "residual", "converged"],
+    )
+    triples = zip(document["values"], document["residuals"], document["converged"], strict=True)
+    for i, (value, residual, converged) in enumerate(triples, start=1):
+        section.rows.append([str(i), f"{number(value):.6g}", f"{number(residual):.2g}", _flag(converged)])
+    if not all(document["converged"]):
+        section.findings.append(f"Not every pair reached tolerance {document['tol']:g}: {document['outcome']}.")
+    return section
+
+
+def _listed(values: list[float]) -> str:
+    if not values:
+        return "none"
+    shown = ", ".join(f"{v:.4g}" for v in values[:4])
+    return shown if len(values) <= 4 else f"{shown} ... ({len(values)} in all)"
+
+
+def density_from(document: Document) -> SpectralDensity:
+    """The result object back from its document."""
+    float64 = torch.float64
+    return SpectralDensity(
+        torch.tensor(document["nodes"], dtype=float64),
+        torch.tensor(document["weights"], dtype=float64),
+        int(document["size"]),
+        int(document["num_matvecs"]),
+        number(document["seconds"]),
+        torch.tensor(document["outliers"], dtype=float64),
+        bool(document["converged"]),
+    )
+
+
+def _density_section(document: Document, title: str, *, lr: float | None = None, limit: float | None = None) -> Section:
+    from sharpkit.plots.spectrum import plot_density
+
+    density = density_from(document)
+    limit = limit if limit is not None else document.get("limit")
+    label = title or "Spectral density"
+    intro = "How the Hessian's eigenvalues are distributed: the bulk as a smoothed density on a log scale, the outliers one by one."
+    if limit is not None or lr is not None:
+        intro += " An outlier beyond the dashed limit is a direction in which full-batch steps grow."
+    section = Section(
+        label,
+        intro,
+        draw=lambda ax: plot_density(density, ax=ax, lr=lr, limit=limit),
+        figure_label=label,
+        cost=_cost(document),
+        columns=["quantity", "value +- standard error"],
+    )
+    section.rows = [
+        ["trace", str(density.trace)],
+        ["Frobenius norm", str(density.frobenius_norm)],
+        ["share of eigenvalues clearly below zero", str(density.negative_mass)],
+        ["outliers", _listed(density.outliers.tolist())],
+        ["rows n, probes x steps", f"{density.size}, {density.num_probes} x {density.nodes.shape[1]}"],
+    ]
+    return section
+
+
+_QUANTITIES = {
+    "lambda_max": "lambda_max",
+    "lambda_min": "lambda_min",
+    "preconditioned_lambda_max": "lambda_max of D^-1 H (preconditioned)",
+    "trace": "trace",
+    "frobenius_norm": "Frobenius norm",
+    "effective_rank": "effective rank",
+}
+
+
+def _sharpness_section(document: Document, title: str) -> Section:
+    stable, top = document["stable_lr"], _estimate(document["lambda_max"])
+    section = Section(title or "Sharpness", str(stable["rule"]), findings=list(document["findings"]), cost=_cost(document))
+    section.tiles.append(("lambda_max", f"{top.value:.4g}", f"+- {top.stderr:.2g}"))
+    rate, low, high = (number(stable[name]) for name in ("value", "lower", "upper"))
+    if math.isfinite(rate):
+        span = f"{low:.4g} to {high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else ""
+        section.tiles.append(("largest stable learning rate", f"{rate:.4g}", span))
+    else:
+        section.tiles.append(("largest stable learning rate", "unbounded", "no positive curvature"))
+    lr = number(document["lr"]) if document["lr"] is not None else None
+    if lr is not None:
+        section.tiles.append(("learning rate in use", f"{lr:.4g}", f"{lr / rate:.0%} of the limit" if math.isfinite(rate) else ""))
+    section.columns = ["quantity", "value +- error", "method"]
+    for name, words in _QUANTITIES.items():
+        if document.get(name) is not None:
+            estimate = _estimate(document[name])
+            section.rows.append([words, _flagged(estimate), estimate.method])
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("mode", "mode of the model")):
+        section.rows.append([words, _text(document[name]), ""])
+    if document["density"] is not None:
+        # The Hessian's own limit; an adaptive optimizer's limit is on another matrix and has no place in this picture.
+        plain = lr and math.isfinite(rate) and document["preconditioned_lambda_max"] is None
+        limit = top.value * rate / lr if plain and lr else None
+        inner = _density_section(document["density"], "Spectral density of the Hessian", limit=limit)
+        section.draw, section.figure_label = inner.draw, inner.figure_label
+    return section
+
+
+def _history_section(document: Document, title: str) -> Section:
+    from sharpkit.plots.spectrum import plot_curvature
+
+    series = {name: tuple(number(x) for x in document[name]) for name in ("loss", "lambda_max", "residual", "limit", "lr")}
+    history = CurvatureHistory(
+        steps=tuple(document["steps"]),
+        **series,
+        name=document["name"],
+        limit_rule=document["limit_rule"],
+        full_batch=document["full_batch"],
+        converged=document["converged"],
+        num_matvecs=document["num_matvecs"],
+        seconds=document["seconds"],
+    )
+    section = Section(
+        title or f"Curvature over training: {history.name}",
+        "lambda_max of the full-batch loss at checkpoints. Above the dashed limit, gradient descent diverges along the sharpest direction.",
+        draw=lambda ax: plot_curvature(history, ax=ax),
+        figure_label=f"lambda_max over training, {history.name}",
+        findings=list(document["findings"]),
+        cost=_cost(document),
+        columns=["step", "loss", "lambda_max +- residual", "limit", "lambda_max / limit"],
+    )
+    rows = zip(history.steps, history.loss, history.lambda_max, history.residual, history.limit, history.ratios(), strict=True)
+    section.rows = [[str(s), f"{loss:.4g}", format_with_error(v, e), f"{lim:.4g}", f"{r:.2f}"] for s, loss, v, e, lim, r in rows]
+    return section
+
+
+def _layers_section(document: Document, title: str) -> Section:
+    from sharpkit.plots.spectrum import plot_layers
+
+    layers = LayerSharpness(
+        tuple(document["names"]),
+        tuple(document["num_parameters"]),
+        tuple(map(_estimate, document["lambda_max"])),
+        tuple(map(_estimate, document["trace"])),
+        document["num_matvecs"],
+        document["seconds"],
+        document["name"],
+    )
+    height = max(2.6, 1.3 + 0.42 * len(layers.names))
+    section = Section(
+        title or f"Layer by layer: {layers.name}",
+        "Each layer's own block of the Hessian. The traces add up to the whole trace; no block is sharper than the whole.",
+        draw=lambda ax: plot_layers(layers, ax=ax),
+        figure_size=(5.8, height),
+        figure_label=f"Layers of {layers.name}",
+        findings=list(document["findings"]),
+        cost=_cost(document),
+        columns=["layer", "parameters", "lambda_max +- residual", "trace +- standard error"],
+    )
+    rows = zip(layers.names, layers.num_parameters, layers.lambda_max, layers.trace, strict=True)
+    for name, size, top, total in rows:
+        section.rows.append([name, str(size), _flagged(top), _flagged(total)])
+    return section
+
+
+def _diagnosis_section(document: Document, title: str) -> Section:
+    section = Section(title or "Doctor", str(document.get("objective", "")), findings=list(document.get("findings", [])), wide=True)
+    section.columns = ["check", "status", "what was found", "what to do"]
+    section.rows = [[c["name"], c["status"], c["message"], c["remedy"]] for c in document["checks"]]
+    return section
+
+
+def _curve_section(document: Document, title: str) -> Section:
+    from sharpkit.plots.spectrum import plot_learning_rate_curve
+
+    section = Section(
+        title or f"Largest learning rate against batch size, {document['optimizer']}",
+        f"{document['condition']}. Sharpness {document['sharpness_at_start']:.3g} at the start, "
+        f"{document['sharpness_after_pilot']:.3g} after the pilot.",
+        draw=lambda ax: plot_learning_rate_curve(document, ax=ax),
+        figure_label="Largest stable learning rate against batch size",
+        findings=list(document["findings"]),
+        cost=f"{document['gradients']:.0f} full-data gradients, {document['seconds']:.3g} s",
+        columns=["batch size", "largest stable rate (interval)", "by curvature alone", "lambda_max of H_B (interval)", "lambda_min of H_B"],
+    )
+    for row in document["rows"]:
+        rate = f"{row['max_lr']:.3g} ({row['max_lr_lower']:.3g} - {row['max_lr_upper']:.3g})"
+        top = f"{row['lambda_max']:.3g} ({row['lambda_max_lower']:.3g} - {row['lambda_max_upper']:.3g})"
+        section.rows.append([str(row["batch_size"]), rate, f"{row['by_curvature']:.3g}", top, f"{row['lambda_min']:.3g}"])
+    return section
+
+
+def _monitor_section(document: Document, title: str) -> Section:
+
+    section = Section(title or f"Monitored run{': ' + document['name'] if document.get('name') else ''}")
+    fill_section(section, document)
+    return section
+
+
+def _learner_section(document: Document, title: str) -> Section:
+
+    section = Section(title)
+    fill_learner(section, document)
+    return section
+
+
+def _race_section(document: Document, title: str) -> Section:
+
+    section = Section(title)
+    fill_race(section, document)
+    return section
+
+
+def _transfer_section(document: Document, title: str) -> Section:
+    from sharpkit.reporting.transfer_sections import FILLERS
+
+    section = Section(title)
+    FILLERS[document["kind"]](section, document)
+    return section
+
+
+def _generic_section(document: Document, title: str) -> Section:
+    scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
+    return Section(
+        title or str(document["kind"]).replace("_", " ").capitalize(),
+        columns=["quantity", "value"],
+        rows=[[k, _text(v)] for k, v in scalars.items()],
+        findings=list(document.get("findings", [])),
+    )
+
+
+_SECTIONS: dict[str, Callable[[Document, str], Section]] = {
+    "estimate": _estimate_section,
+    "eigenpairs": _eigenpairs_section,
+    "spectral_density": _density_section,
+    "sharpness": _sharpness_section,
+    "curvature_history": _history_section,
+    "layer_sharpness": _layers_section,
+    "diagnosis": _diagnosis_section,
+    "learning_rate_curve": _curve_section,
+    HISTORY: _monitor_section,
+    "learner_history": _learner_section,
+    "learning_rate_race": _race_section,
+    **dict.fromkeys(("transfer_verdict", "coordinate_check", "learning_rate_transfer", "sharpness_transfer"), _transfer_section),
+}
+
+
+def section_for(document: Document, *, title: str = "") -> Section:
+    """The section of one result document.
+
+    Args:
+        document: a result's ``to_dict()``.
+        title: heading; by default one made from the kind of result.
+
+    Raises:
+        ValueError: a field that this kind of result must have is missing or malformed.
+    """
+    make = _SECTIONS.get(document["kind"], _generic_section)
+    try:
+        return make(document, title or str(document.get("title", "")))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {error!r}") from error
+
+
+Tile = tuple[str, str, str]
+
+_MOST_EVENTS = 60
+
+
+def describe(header: Document) -> str:
+    """A run's header as one sentence; empty for an empty header.
+
+    Example:
+        >>> describe({"model": "Sequential", "num_parameters": 12345, "optimizer": "SGD", "condition": "lambda_max(H) <= 2/lr",
+        ...           "budget": 0.05, "every": "auto", "mode": "train"})
+        'Sequential with 12,345 parameters, trained by SGD. Limit: lambda_max(H) <= 2/lr. Measured in train mode, within 5 % of the time.'
+    """
+    if not header:
+        return ""
+    size = header.get("num_parameters")
+    model = f"{header.get('model', 'model')}" + (f" with {int(size):,} parameters" if size is not None else "")
+    every, budget = header.get("every"), header.get("budget")
+    pace = f", every {every} steps" if isinstance(every, int) else f", within {100 * float(budget):.3g} % of the time" if budget else ""
+    parts = [f"{model}, trained by {header.get('optimizer', 'an optimizer that is not named')}."]
+    if header.get("condition"):
+        parts.append(f"Limit: {header['condition']}.")
+    parts.append(f"Measured in {header.get('mode', 'train')} mode{pace}.")
+    return " ".join(parts)
+
+
+def last_readings(records: Sequence[Document]) -> dict[str, tuple[Reading, Document]]:
+    """The last finite reading of every metric, with its entry in the record.
+
+    Args:
+        records: ``monitor_record`` documents, steps increasing.
+    """
+    found: dict[str, tuple[Reading, Document]] = {}
+    for record in records:
+        for name, entry in record["values"].items():
+            if (one := reading(record, name)) is not None:
+                found[name] = (one, entry)
+    return found
+
+
+def tiles_of(records: Sequence[Document]) -> list[Tile]:
+    """Where the run stands: curvature, limit, their ratio, overhead; (name, value, remark) each.
+
+    Args:
+        records: ``monitor_record`` documents, at least one.
+    """
+    tiles: list[Tile] = []
+    main, last = main_curvature(records), last_readings(records)
+    if main in last:
+        now, _ = last[main]
+        remark = f"+- {now.stderr:.2g} at step {now.step}" if math.isfinite(now.stderr) else f"error unknown, step {now.step}"
+        tiles.append((in_words(main), f"{now.value:.4g}", remark))
+        if now.limit > 0:
+            lr = number(records[-1].get("lr"))
+            tiles.append(("stability limit", f"{now.limit:.4g}", f"at learning rate {lr:.4g}" if math.isfinite(lr) else ""))
+            tiles.append(("share of the limit", f"{now.ratio:.2f}", _verdict(now)))
+    overhead = number(records[-1].get("overhead"))
+    if math.isfinite(overhead):
+        tiles.append(("overhead", f"{overhead:.1%}", "of training time"))
+    return tiles
+
+
+def _verdict(now: Reading) -> str:
+    if now.is_above():
+        return "above it, beyond the error"
+    return "below it, beyond the error" if now.is_below() else "at it, within the error"
+
+
+def rows_of(records: Sequence[Document]) -> list[list[str]]:
+    """The last value of each metric, for a table: metric, value, limit, share, step, how.
+
+    Args:
+        records: ``monitor_record`` documents.
+    """
+    rows = []
+    for name, (now, entry) in last_readings(records).items():
+        flag = "" if entry.get("converged", True) else " (not converged)"
+        limit, share = (f"{now.limit:.4g}", f"{now.ratio:.2f}") if now.limit > 0 else ("", "")
+        method = str(entry.get("method", ""))
+        products = entry.get("num_matvecs")
+        how = f"{method}, {products} product{'s' if products > 1 else ''}" if method and products else method
+        rows.append([in_words(name), format_with_error(now.value, now.stderr) + flag, limit, share, str(now.step), how])
+    return rows
+
+
+def fill_section(section: Any, document: Document) -> None:
+    """Put a monitored run into an empty section.
+
+    Args:
+        section: of the report.
+        document: ``to_dict()`` of a monitor's history, or of a file read by ``sk.sinks.read_run``.
+    """
+    from sharpkit.plots.runs import figure_size, plot_monitor
+
+    header, records = document.get("header", {}), document["records"]
+    section.intro, section.wide = describe(header), True
+    section.findings = list(document["findings"] if "findings" in document else run_findings(header, records))
+    if resumed := document.get("resumed_at"):
+        section.intro += f" Resumed at step {', '.join(map(str, resumed))}."
+    if not records:
+        return
+    section.tiles = tiles_of(records)
+    section.draw = lambda ax: plot_monitor(document, ax=ax)
+    section.figure_size = figure_size(document)
+    section.figure_label = "Curvature against the stability limit, other metrics and loss over optimizer steps"
+    events = [event for record in records for event in record.get("events", ())]
+    if events:
+        shown = [f"Step {event['step']}: {event['text']}" for event in events[:_MOST_EVENTS]]
+        rest = len(events) - len(shown)
+        shown += [f"{rest} more: see the file."] if rest else []
+        section.lists.append(("Events, numbered as in the figure", shown))
+    if failures := _failures(records):
+        section.lists.append(("Measurements that failed", failures))
+    section.columns = ["metric", "last value +- error", "limit", "share of limit", "step", "method"]
+    section.rows = rows_of(records)
+    seconds = sum(number(record.get("seconds", 0.0)) for record in records)
+    section.cost = f"{len(records)} measurements, {seconds:.3g} s"
+
+
+def _failures(records: Sequence[Document]) -> list[str]:
+    """Each kind of failure once, with the steps."""
+    steps: dict[str, list[int]] = {}
+    for record in records:
+        for name, reason in record.get("failed", {}).items():
+            steps.setdefault(f"{in_words(name)}: {reason}", []).append(record["step"])
+    return [f"{what} ({len(at)} x, steps {at[0]} to {at[-1]})" if len(at) > 1 else f"{what} (step {at[0]})" for what, at in steps.items()]
+
+
+_MOST_ROWS = 60
+
+
+def fill_learner(section: Any, document: Document) -> None:
+    """Fill a page section from a learner's history."""
+    from sharpkit.plots.runs import plot_learner
+
+    rows = document["decisions"]
+    section.title = section.title or "Learned learning rate"
+    section.intro = "The rate grows until it meets its share of the batch's stability limit, is held there, and decays."
+    if not rows:
+        section.findings = ["No decision was made yet."]
+        return
+    last, back = rows[-1], [row for row in rows if "the loss rose" in row["reason"]]
+    section.tiles = [("learned rate", f"{number(last['lr']):.3g}", f"at step {last['step']}")]
+    if math.isfinite(limit := number(last["max_lr"])):
+        section.tiles.append(("stability limit", f"{limit:.3g}", f"on a batch of {last['batch_size']}"))
+    section.tiles.append(("products", str(sum(int(row["num_matvecs"]) for row in rows)), f"in {len(rows)} decisions"))
+    section.findings = [f"Step {row['step']}: {row['reason']}." for row in back] or ["The run never had to go back."]
+    section.columns = ["step", "rate", "lambda_max", "limit", "loss", "reason"]
+    shown = ("lr", "lambda_max", "max_lr", "loss")
+    for row in rows[-_MOST_ROWS:]:
+        numbers = [f"{number(row[name]):.3g}" if math.isfinite(number(row[name])) else "" for name in shown]
+        section.rows.append([str(row["step"]), *numbers, str(row["reason"])])
+    section.draw, section.figure_label = lambda ax: plot_learner(document, ax=ax), section.title
+
+
+def fill_race(section: Any, document: Document) -> None:
+    """Fill a page section from a race."""
+    result = RaceResult.from_dict(document)
+    section.title = section.title or "Learning rates raced"
+    count = len(result.seeds)
+    section.intro = (
+        f"The same problem trained from scratch in every way, with {result.budget} gradients each, "
+        f"{count} seed{'' if count == 1 else 's'}. {COUNTING}"
+    )
+    section.findings = [*result.findings(), *(f"Not started: {name} ({why})." for name, why in result.skipped.items())]
+    section.columns = list(result.columns)
+    section.rows = [finish.cells() for finish in result.finishes]
+    best = result.finishes[0]
+    section.tiles = [("lowest training loss", f"{best.train_loss:.3g}", best.name)]
+    mine = [f for f in result.finishes if f.name == LEARNER]
+    if mine and math.isfinite(mine[0].train_loss):
+        place = result.finishes.index(mine[0]) + 1
+        section.tiles.append(("the learner", f"{mine[0].train_loss:.3g}", f"place {place} of {len(result.finishes)}"))
+    section.draw, section.figure_label = lambda ax: result.plot(ax=ax), "Training loss against gradients spent"
+    section.wide, section.figure_size = True, (9.0, 4.6)
+    section.cost = f"{number(document['seconds']):.3g} s"

@@ -1,0 +1,106 @@
+"""The loss of the best constant output, and what counts as trained against it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sharpkit as sk
+from sharpkit.batch_size.pilot import Trainer, _Search, constant_loss
+from sharpkit.objective.samples import SamplePool
+
+
+def _entropy(labels: torch.Tensor) -> float:
+    shares = torch.bincount(labels.flatten()).double() / labels.numel()
+    return float(-torch.xlogy(shares, shares).sum())
+
+
+def test_of_cross_entropy_it_is_the_entropy_of_the_labels() -> None:
+    g = torch.Generator().manual_seed(0)
+    y = torch.multinomial(torch.tensor([0.7, 0.2, 0.1, 0.0]), 90, replacement=True, generator=g)  # the fourth class never occurs
+    x, model = torch.randn(90, 5, generator=g), nn.Linear(5, 4)
+    assert constant_loss(sk.Objective(model, (x, y), loss=F.cross_entropy)) == pytest.approx(_entropy(y), rel=2e-3)
+    cut = sk.Objective(model, [(x[:50], y[:50]), (x[50:], y[50:])], loss=F.cross_entropy)
+    assert constant_loss(cut) == pytest.approx(_entropy(y), rel=2e-3)
+
+
+def test_of_squared_error_it_is_the_variance_of_the_targets() -> None:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(60, 3, generator=g, dtype=torch.float64) * torch.tensor([1.0, 2.0, 5.0]) + 4
+    objective = sk.Objective(nn.Linear(2, 3).double(), (torch.randn(60, 2, generator=g, dtype=torch.float64), y), loss=F.mse_loss)
+    assert constant_loss(objective) == pytest.approx(float(y.var(dim=0, correction=0).mean()), rel=1e-6)
+
+
+class _Text(nn.Module):
+    """Class scores of 7 characters at 6 positions, as cross_entropy takes them or with the characters last."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Embedding(7, 7), last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.inner(x)
+        return scores if self.last else scores.transpose(1, 2)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_one_vector_of_class_scores_serves_all_positions(last: bool) -> None:
+    """With one of its own, each position would fit the chance of its 12 characters, far below the entropy of all."""
+    tokens = torch.randint(7, (12, 6), generator=torch.Generator().manual_seed(0))
+
+    def flat(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(scores.flatten(0, 1), target.flatten())
+
+    objective = sk.Objective(_Text(last), (tokens, tokens), loss=flat if last else F.cross_entropy)
+    assert constant_loss(objective) == pytest.approx(_entropy(tokens), rel=1e-4)
+
+
+def test_it_is_nan_where_it_cannot_be_told() -> None:
+    x, y, model = torch.randn(8, 2), torch.randn(8, 1), nn.Linear(2, 1)
+    assert math.isnan(constant_loss(sk.Objective(model, (x, y), closure=lambda m, b: F.mse_loss(m(b[0]), b[1]))))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Linear(2, 3)
+    objective = sk.Objective(model, (torch.randn(20, 2), torch.randint(3, (20,))), loss=F.cross_entropy)
+    before, rng = [p.clone() for p in model.parameters()], torch.get_rng_state()
+    constant_loss(objective)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(rng, torch.get_rng_state())
+
+
+def test_getting_the_frequencies_right_is_not_training() -> None:
+    """Losses of a network on text: 4.7 before training, 1.0 at best, 2.8 by character frequencies, which any rate up to 2^3 reaches."""
+    losses = {-4: 1.4, -2: 1.0, 0: 1.5, 1: 1.9, 2: 2.1, 4: 2.7, 5: 2.8, 6: 2.8, 7: 30.0, 8: 40.0}
+    with_constant = _Search(lambda power: losses[power], initial=4.7, constant=2.8)
+    without = _Search(lambda power: losses[power], initial=4.7, constant=math.nan)
+    assert with_constant.from_below() == 1
+    assert without.from_below() == 6
+
+
+def test_runs_no_better_than_a_constant_are_judged_by_the_first_loss() -> None:
+    losses = {power: 3.0 + 0.1 * abs(power + 2) for power in range(-20, 3)} | dict.fromkeys(range(3, 9), 9.0)
+    search = _Search(lambda power: losses[power], initial=4.7, constant=2.8)
+    assert search.from_below() == 2
+    assert min(search.losses) == -8, "it looks a factor of 8 below the best for a better one, no further"
+
+
+def test_a_repeat_that_knows_the_best_loss_finds_the_same_in_a_few_runs() -> None:
+    losses = {power: 0.5 + 0.02 * power**2 if power < 6 else 4.0 for power in range(-20, 20)}
+    full = _Search(lambda power: losses[power], initial=2.3, constant=2.3)
+    assert full.from_below() == 5
+    for start in (3, 5, 8):
+        again = _Search(lambda power, start=start: losses[start + power], initial=2.3, constant=2.3, known=0.5)
+        assert start + (again.near() or 0) == 5 and len(again.losses) <= 4
+
+
+def test_a_search_without_an_answer_says_why() -> None:
+    x, model = torch.randn(16, 2), nn.Linear(2, 1)
+    flat = sk.Objective(model, (x, torch.zeros(16, 1)), loss=lambda z, t: (0.0 * z).sum() / len(z) + 1.0)
+    trainer = Trainer(SamplePool(flat), torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(sk.ObjectiveError, match="lowered the loss"):
+        trainer.largest_stable_rate(0.1, batch_size=4, steps=3)

@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import pytorch_lightning
-import sharpkit.integrations.lightning as hooks
 import torch
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from traces import same
 
+import sharpkit.integrations.lightning as hooks
 from sharpkit import SharpkitWarning
 from sharpkit.integrations.lightning import SharpnessCallback
 from sharpkit.monitor.runs import read_run

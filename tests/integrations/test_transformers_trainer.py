@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sharpkit.integrations.transformers as hooks
 import torch
 import transformers
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from traces import same
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+import sharpkit.integrations.transformers as hooks
 from sharpkit import SharpkitWarning
 from sharpkit.integrations.transformers import MONITOR_FILE, SharpnessCallback
 from sharpkit.monitor.runs import read_run

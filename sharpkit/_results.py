@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ErrorKind = Literal["standard error", "residual bound", "half bracket"]
 
 P = TypeVar("P", bound="State")
+T = TypeVar("T")
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------------
@@ -121,14 +122,31 @@ class _Saved:
         if "_layout" not in cls.__dict__:  # it is there already in the copy of the class that @dataclass(slots=True) makes
             cls._layout = _Layout(kind, version or int(bool(kind)), tuple(saved), strict)
 
-    @classmethod
-    def _entries(cls) -> list[tuple[str, str]]:
-        """(key, attribute) of all that is written, in order: by default the fields of the dataclass."""
-        names = cls._layout.saved or tuple(each.name for each in fields(cls))  # type: ignore[arg-type]
-        return [(key, path or key) for key, _, path in (name.partition("=") for name in names)]
+
+def _kept_by_class(function: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Finding out anew what a class holds takes ten times as long as writing a record; typed, since mypy takes no class as hashable."""
+    return cache(function)
 
 
-_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # evaluating the hints of a class takes longer than reading a record
+_hints = _kept_by_class(get_type_hints)
+
+
+@_kept_by_class
+def _entries(cls: Any) -> tuple[tuple[str, str], ...]:
+    """(key, attribute) of all that a class writes, in order: by default the fields of the dataclass."""
+    names = cls._layout.saved or tuple(each.name for each in fields(cls))
+    return tuple((key, path or key) for key, _, path in (name.partition("=") for name in names))
+
+
+@_kept_by_class
+def _arguments(cls: Any) -> tuple[tuple[str, str | None, bool, Any], ...]:
+    """What the constructor of a result takes: (name, its key or None if it is not saved, whether it has a default, type hint)."""
+    keys, hints = {path: key for key, path in _entries(cls)}, _hints(cls)
+    if issubclass(cls, Bounded):
+        names = ["value", *(name for name, hint in hints.items() if get_origin(hint) is not ClassVar)]
+        return tuple((name, keys.get(name), False, hints.get(name, float)) for name in names)
+    taken = [(f.name, not (f.default is MISSING and f.default_factory is MISSING)) for f in fields(cls) if f.init]
+    return tuple((name, keys.get(name), optional, hints[name]) for name, optional in taken)
 
 
 # -- results ------------------------------------------------------------------------------------------------------------------
@@ -160,15 +178,13 @@ class Result(_Saved):
         """A plain dictionary; JSON after :func:`json_ready`."""
         layout, hints = self._layout, _hints(type(self))
         document: dict[str, Any] = {"kind": layout.kind, "version": layout.version} if layout.kind else {}
-        for key, path in self._entries():
-            value = operator.attrgetter(path)(self)
+        for key, path in _entries(type(self)):
+            value = _attribute(self, path)
             if callable(value):
                 value = value()
-            hint = hints.get(path)
-            if isinstance(value, Bounded) and float not in (hint, *get_args(hint)):  # a plain number where the field says float
-                document[key] = value.to_dict()
-            else:
-                document[key] = _plain(value)
+            # a number with an interval is a plain one where the field says float
+            whole = isinstance(value, Bounded) and float not in (hints.get(path), *get_args(hints.get(path)))
+            document[key] = value.to_dict() if whole else _plain(value)
         return json_ready(document) if layout.strict else document  # type: ignore[no-any-return]
 
     @classmethod
@@ -185,23 +201,15 @@ class Result(_Saved):
             came = document.get("version", 1)
             if not isinstance(came, int) or came > layout.version:
                 raise DocumentError(f"{name} is read up to version {layout.version}, got {came!r} in field 'version': update sharpkit")
-        keys = {path: key for key, path in cls._entries()}
         arguments = {}
-        for argument, optional in cls._arguments().items():
-            if argument not in keys:  # a default in place of what was not written would be wrong and look right
+        for argument, key, optional, hint in _arguments(cls):
+            if key is None:  # a default in place of what was not written would be wrong and look right
                 raise DocumentError(f"{name} cannot be read back: field {argument!r} is not saved")
-            key = keys[argument]
             if key in document:
-                arguments[argument] = _read_field(_hints(cls).get(argument, float), document[key], key, name)
+                arguments[argument] = _read_field(hint, document[key], key, name)
             elif not optional:
                 raise DocumentError(f"field {key!r} of {name} is missing from the document, which has {', '.join(document) or 'none'}")
         return cls(**arguments)
-
-    @classmethod
-    def _arguments(cls) -> dict[str, bool]:
-        """What the constructor takes, each with whether it may be left out."""
-        own: Any = cls
-        return {f.name: not (f.default is MISSING and f.default_factory is MISSING) for f in fields(own) if f.init}
 
 
 class Bounded(float, Result, saved=("value", "lower", "upper")):
@@ -237,13 +245,18 @@ class Bounded(float, Result, saved=("value", "lower", "upper")):
     def __repr__(self) -> str:
         return f"Bounded({self})"
 
-    @classmethod
-    def _arguments(cls) -> dict[str, bool]:
-        return dict.fromkeys(["value", *(name for name, hint in _hints(cls).items() if get_origin(hint) is not ClassVar)], False)
+
+def _attribute(owner: Any, path: str) -> Any:
+    """An attribute by its dotted path; the owner itself for an empty one."""
+    for name in path.split(".") if path else ():
+        owner = getattr(owner, name)
+    return owner
 
 
 def _plain(value: Any) -> Any:
     """Lists, dictionaries with string keys, numbers and strings; NaN and infinities stay."""
+    if value is None or isinstance(value, (str, int)):  # first, since most are
+        return value
     if isinstance(value, float):  # before to_dict: a Bounded in a container is a plain number
         return float(value)
     if hasattr(value, "to_dict"):
@@ -264,6 +277,14 @@ def _read_field(hint: Any, value: Any, key: str, owner: str) -> Any:
 
 def _read(hint: Any, value: Any) -> Any:
     """A plain value as what a type hint says; what needs no conversion, or what has no class, comes back as it is."""
+    if hint is float:
+        return number(value)
+    if hint is int:  # 3.0 is a whole number in JSON
+        return int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    if hint in (str, bool):
+        if not isinstance(value, hint):
+            raise TypeError(f"expected {hint.__name__}, got {value!r}")
+        return value
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         if value is None and NoneType in parts:
@@ -273,14 +294,6 @@ def _read(hint: Any, value: Any) -> Any:
     if kind is Literal and value not in parts:
         raise ValueError(f"expected one of {', '.join(map(repr, parts))}, got {value!r}")
     if not isinstance(kind, type):
-        return value
-    if kind is float:
-        return number(value)
-    if kind is int:  # 3.0 is a whole number in JSON
-        return int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
-    if kind in (str, bool):
-        if not isinstance(value, kind):
-            raise TypeError(f"expected {kind.__name__}, got {value!r}")
         return value
     if issubclass(kind, Result):
         return kind.from_dict(value)
@@ -351,7 +364,7 @@ class State(_Saved):
         """All that a later process needs to go on: plain containers and tensors."""
         layout = self._layout
         state: dict[str, Any] = {"version": layout.version} if layout.version else {}
-        state |= {key: _kept(operator.attrgetter(path)(self)) for key, path in self._entries()}
+        state |= {key: _kept(_attribute(self, path)) for key, path in _entries(type(self))}
         return json_ready(state) if layout.strict else state  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -363,11 +376,11 @@ class State(_Saved):
         name, came, version = type(self).__name__, state.get("version"), self._layout.version
         if version and came != version:
             raise DocumentError(f"a {name} state of version {came!r} cannot be loaded: expected version {version}, got version {came!r}")
-        for key, path in self._entries():
+        for key, path in _entries(type(self)):
             if key not in state:
                 raise DocumentError(f"field {key!r} of {name} is missing from the state, which has {', '.join(state) or 'none'}")
             where, _, attribute = path.rpartition(".")
-            owner = operator.attrgetter(where)(self) if where else self
+            owner = _attribute(self, where)
             present: Any = getattr(owner, attribute, None)
             if state[key] is not None and hasattr(present, "load_state_dict"):
                 present.load_state_dict(state[key])

@@ -22,20 +22,37 @@ _DISTRIBUTIONS = ("normal", "rademacher")
 class SymmetricOperator(ABC):
     """A real symmetric n x n matrix known only through its products with vectors.
 
-    Subclasses implement :meth:`_multiply_vector`. Vectors are flat tensors of shape (n,), or (n, k) for k at once.
-    Where vectors are replicated over processes or sharded, subclasses override :meth:`dot` and :meth:`agree`, the one
-    place through which all inner products and all decisions go.
+    A subclass writes one method, :meth:`matvec`. Products are asked for as ``A @ v``, which checks and counts them, with flat tensors of
+    shape (n,), or (n, k) for k at once.
+
+    A subclass may write more: :meth:`matmat` where k products at once are cheaper than one by one; :meth:`block` where the matrix belongs
+    to named parameters; and, where vectors are replicated over processes or sharded, :meth:`dot` and :meth:`agree`, through which all
+    inner products and all decisions go.
+
+    Args:
+        size: number of rows, n.
+        dtype: floating-point type of the vectors.
+        device: where the vectors live.
 
     Attributes:
         num_matvecs: products made so far, one per column.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> class Averaging(sk.SymmetricOperator):
+        ...     def matvec(self, vector):
+        ...         return vector.mean().expand_as(vector)
+        >>> A = Averaging(5)
+        >>> round(sk.eigenpairs(A, k=1).values.item(), 6), round(sk.trace(A, num_matvecs=5).value, 6)
+        (1.0, 1.0)
     """
 
-    def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
         if size < 1:
             raise ValueError(f"an operator needs at least one row, got size={size}")
         self._size = size
         self._dtype = dtype
-        self._device = device
+        self._device = torch.device(device)
         self.num_matvecs = 0
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -64,14 +81,29 @@ class SymmetricOperator(ABC):
 
     # -- products -----------------------------------------------------------------------------------------------------
     @abstractmethod
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
-        """The product with one vector of shape (n,), as a new tensor."""
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product with one vector: the method that a subclass writes. To use an operator, write ``A @ v``, which checks and counts.
 
-    def _multiply_columns(self, columns: Tensor) -> Tensor:
-        """The product with (n, k) vectors. Override where k at once is cheaper than one by one."""
-        product = torch.empty_like(columns)
-        for j in range(columns.shape[1]):
-            product[:, j] = self._multiply_vector(columns[:, j].contiguous())
+        Args:
+            vector: (n,), of this operator's dtype and device; not to be written to.
+
+        Returns:
+            (n,).
+        """
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """The products with k vectors; a subclass overrides this where k at once are cheaper than one by one.
+
+        Args:
+            vectors: (n, k), of this operator's dtype and device; not to be written to.
+
+        Returns:
+            (n, k).
+        """
+        product = torch.empty_like(vectors)
+        for j in range(vectors.shape[1]):
+            column = vectors[:, j].contiguous()
+            product[:, j] = self._accepted(self.matvec(column), column)
         return product
 
     def multiply(self, vectors: Tensor) -> Tensor:
@@ -87,9 +119,21 @@ class SymmetricOperator(ABC):
         vectors = vectors.detach()
         if vectors.ndim == 1:
             self.num_matvecs += 1
-            return self._multiply_vector(vectors)
+            return self._accepted(self.matvec(vectors), vectors)
         self.num_matvecs += vectors.shape[1]
-        return self._multiply_columns(vectors)
+        return self._accepted(self.matmat(vectors), vectors)
+
+    def _accepted(self, product: Tensor, vectors: Tensor) -> Tensor:
+        """What a subclass returned, checked, as a tensor that algorithms may write to: it shares no memory with the vectors."""
+        if not isinstance(product, Tensor) or product.shape != vectors.shape:
+            came = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
+            raise ValueError(
+                f"a product must be a tensor of the vector's shape {tuple(vectors.shape)}, but that of {type(self).__name__} was {came}"
+            )
+        product = product.detach()
+        # A subclass may hand its argument back, or a tensor expanded from one entry, which cannot be written to.
+        shared = product.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr() or 0 in product.stride()
+        return product.to(dtype=self._dtype, device=self._device, copy=shared)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """The product ``A @ v`` with v of shape (n,) or (n, k).
@@ -221,8 +265,8 @@ def check_symmetric(operator: SymmetricOperator, *, seed: int = 0, rtol: float |
 
     Args:
         operator: what to test; two products are made.
-        seed: of the two vectors.
-        rtol: tolerance relative to ||A v|| ||u||; by default 1e-8 in float64, 1e-3 otherwise.
+        seed: seeds the two random vectors.
+        rtol: tolerance, relative to ||A v|| ||u||; by default 1e-8 in float64 and 1e-3 otherwise.
 
     Raises:
         NotSymmetricError: it is not symmetric.
@@ -232,6 +276,7 @@ def check_symmetric(operator: SymmetricOperator, *, seed: int = 0, rtol: float |
     left, right = float(operator.dot(probes[:, 0], products[:, 1])), float(operator.dot(probes[:, 1], products[:, 0]))
     norms = [float(operator.dot(x, x)) ** 0.5 for x in (probes[:, 0], products[:, 0], probes[:, 1], products[:, 1])]
     scale = max(norms[0] * norms[3], norms[2] * norms[1])
+    # By judgement: far above the rounding of a float64 or float32 sum over a large model, far below the asymmetry of a wrong derivative.
     tolerance = rtol if rtol is not None else (1e-8 if operator.dtype == torch.float64 else 1e-3)
     if abs(left - right) > tolerance * scale:
         raise NotSymmetricError(
@@ -247,11 +292,11 @@ class MatrixOperator(SymmetricOperator):
         super().__init__(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
         self.matrix = matrix
 
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
+    def matvec(self, vector: Tensor) -> Tensor:
         return self.matrix @ vector
 
-    def _multiply_columns(self, columns: Tensor) -> Tensor:
-        return self.matrix @ columns
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self.matrix @ vectors
 
 
 class CallableOperator(SymmetricOperator):
@@ -261,12 +306,8 @@ class CallableOperator(SymmetricOperator):
         super().__init__(size, dtype=dtype, device=device)
         self.function = function
 
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
-        product = self.function(vector)
-        if not isinstance(product, Tensor) or product.shape != vector.shape:
-            came = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
-            raise ValueError(f"the function must return a tensor of shape {tuple(vector.shape)}, it returned {came}")
-        return product.detach().to(dtype=self.dtype, device=self.device, copy=product.data_ptr() == vector.data_ptr())
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.function(vector)
 
 
 class _DerivedOperator(SymmetricOperator):
@@ -293,11 +334,11 @@ class ScaledOperator(_DerivedOperator):
         super().__init__(base)
         self.factor, self.shift = factor, shift
 
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
+    def matvec(self, vector: Tensor) -> Tensor:
         return self._combine(self.base.multiply(vector), vector)
 
-    def _multiply_columns(self, columns: Tensor) -> Tensor:
-        return self._combine(self.base.multiply(columns), columns)
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self._combine(self.base.multiply(vectors), vectors)
 
     def _combine(self, product: Tensor, vectors: Tensor) -> Tensor:
         scaled = product * self.factor
@@ -321,11 +362,11 @@ class SumOperator(_DerivedOperator):
         super().__init__(first)
         self.second = second
 
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
+    def matvec(self, vector: Tensor) -> Tensor:
         return self.base.multiply(vector) + self.second.multiply(vector)
 
-    def _multiply_columns(self, columns: Tensor) -> Tensor:
-        return self.base.multiply(columns) + self.second.multiply(columns)
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self.base.multiply(vectors) + self.second.multiply(vectors)
 
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
         return SumOperator(self.base.block(pattern), self.second.block(pattern))
@@ -343,11 +384,11 @@ class DeflatedOperator(_DerivedOperator):
         self.vectors = vectors.to(dtype=base.dtype, device=base.device)
         self.values = values.to(dtype=base.dtype, device=base.device)
 
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
+    def matvec(self, vector: Tensor) -> Tensor:
         return self.base.multiply(vector) - self.vectors @ (self.values * self.base.dot(self.vectors, vector))
 
-    def _multiply_columns(self, columns: Tensor) -> Tensor:
-        return self.base.multiply(columns) - self.vectors @ (self.values[:, None] * self.base.dot(self.vectors, columns))
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self.base.multiply(vectors) - self.vectors @ (self.values[:, None] * self.base.dot(self.vectors, vectors))
 
 
 def add(operator: SymmetricOperator, other: SymmetricOperator | float) -> SymmetricOperator:
@@ -386,9 +427,9 @@ def as_operator(
         matrix: a square torch tensor or NumPy array, a SciPy sparse matrix or ``LinearOperator``, a callable on flat (n,) tensors, or an
             operator (returned as it is).
         size: n; needed for a callable.
-        dtype: of the vectors; a tensor keeps its own, everything else defaults to float64.
-        device: of the vectors; a tensor keeps its own, everything else defaults to the CPU.
-        check: test symmetry with two products, not counted.
+        dtype: floating-point type of the vectors; a tensor keeps its own, everything else defaults to float64.
+        device: where the vectors live; a tensor stays where it is, everything else defaults to the CPU.
+        check: test symmetry with two products, which are not counted.
 
     Raises:
         TypeError: not something that multiplies vectors.

@@ -96,7 +96,7 @@ class CurvatureOperator(SymmetricOperator):
         """Build the graph of one piece and return its product."""
 
     # -- products -----------------------------------------------------------------------------------------------------
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
+    def matvec(self, vector: Tensor) -> Tensor:
         def local() -> Tensor:
             try:
                 with self.objective.undisturbed():

@@ -265,8 +265,8 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     The factor is 1/N, not 1/(N-1). For a loss that sums it is N times that.
     """
 
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
-        second_moment = super()._multiply_vector(vector)
+    def matvec(self, vector: Tensor) -> Tensor:
+        second_moment = super().matvec(vector)
         mean = self._mean_gradient()
         return second_moment - mean * (torch.dot(mean, vector) * self._mean_weight())
 

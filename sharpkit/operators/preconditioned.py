@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sharpkit._errors import UnsupportedError
 from sharpkit.objective.params import ParamLayout, ParamSelector
 from sharpkit.operators.base import SymmetricOperator, _DerivedOperator
+from sharpkit.optimizers import preconditioner_scale
 
 
 @runtime_checkable
@@ -29,7 +29,7 @@ class _DiagonalScaling(_DerivedOperator):
             raise ValueError("the diagonal contains NaN or infinity")
         self.scale = scale.detach().to(dtype=base.dtype, device=base.device)
 
-    def _multiply_vector(self, vector: Tensor) -> Tensor:
+    def matvec(self, vector: Tensor) -> Tensor:
         return self.base.multiply(self.scale * vector) * self.scale
 
     def _restricted_scale(self, pattern: ParamSelector) -> tuple[SymmetricOperator, Tensor]:
@@ -117,71 +117,3 @@ def layout_of(operator: SymmetricOperator) -> ParamLayout:
                 "diagonal="
             )
     return found.layout
-
-
-def preconditioner_scale(optimizer: torch.optim.Optimizer, layout: ParamLayout) -> Tensor:
-    """D^-1/2 from an optimizer's live state, with groups' learning rates relative to the first's.
-
-    Returns:
-        (n,) in the layout's order.
-    """
-    if type(optimizer) not in _DENOMINATORS:
-        raise UnsupportedError(
-            f"the state of {type(optimizer).__name__} is not known; supported: {', '.join(k.__name__ for k in _DENOMINATORS)}. Pass "
-            "diagonal= "
-            "with what it divides gradients by"
-        )
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    reference = float(optimizer.param_groups[0]["lr"])
-    if reference == 0 and any(float(group["lr"]) for group in optimizer.param_groups):
-        raise ValueError("the first group's learning rate is 0, and the others' are relative to it: measure after the warmup's first step")
-    if _DENOMINATORS[type(optimizer)] is not _sgd and not any(float(s.get("step", 0)) for s in optimizer.state.values()):
-        raise ValueError(f"{type(optimizer).__name__} has no state yet: measure after its first step")
-    pieces: list[Tensor | None] = []
-    for name, p in zip(layout.names, layout.params, strict=True):
-        if id(p) not in groups:
-            raise ValueError(f"parameter {name!r} is not in the optimizer; select the optimizer's parameters with params=, or add it")
-        group, state = groups[id(p)], optimizer.state.get(p, {})
-        if _DENOMINATORS[type(optimizer)] is not _sgd and not float(state.get("step", 0)):
-            pieces.append(None)  # without a gradient so far, it has never been moved
-            continue
-        denominator = _DENOMINATORS[type(optimizer)](state, group, p)
-        ratio = float(group["lr"]) / reference if reference else 1.0
-        pieces.append((ratio / denominator).sqrt())
-    return layout.flatten(pieces)
-
-
-def _adam(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
-    beta1, beta2 = group["betas"]
-    moment: Tensor = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    t = float(state["step"])
-    corrected = moment.double() / (1 - float(beta2) ** t)
-    divisor: Tensor = (corrected.sqrt() + group["eps"]) * (1 - float(beta1) ** t)
-    return divisor
-
-
-def _rmsprop(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
-    moment: Tensor = state["square_avg"].double()
-    if group.get("centered"):
-        moment = moment - state["grad_avg"].double().square()
-    divisor: Tensor = moment.clamp_min(0).sqrt() + group["eps"]
-    return divisor
-
-
-def _adagrad(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
-    total: Tensor = state["sum"].double()
-    divisor: Tensor = (total.sqrt() + group["eps"]) * (1 + (float(state["step"]) - 1) * group["lr_decay"])
-    return divisor
-
-
-def _sgd(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
-    return torch.ones_like(p, dtype=torch.float64)
-
-
-_DENOMINATORS: dict[type, Callable[[dict[str, Any], dict[str, Any], Tensor], Tensor]] = {
-    torch.optim.SGD: _sgd,
-    torch.optim.Adam: _adam,
-    torch.optim.AdamW: _adam,
-    torch.optim.RMSprop: _rmsprop,
-    torch.optim.Adagrad: _adagrad,
-}

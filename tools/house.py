@@ -391,12 +391,10 @@ class House:
         return [one for one in self.imports(type_checking=True) if one.type_checking and self._points_up(one)]
 
     def circles(self) -> list[list[str]]:
-        """Circles of modules that import each other at run time, also from within functions; what ``.plot()`` imports is left out."""
+        """Circles of modules that import each other at run time, also from within functions, be they methods that draw or not."""
         edges: dict[str, set[str]] = defaultdict(set)
-        drawing = set(self.upward(drawing=True))
         for one in self.imports():
-            if one not in drawing:
-                edges[one.importer].add(one.imported)
+            edges[one.importer].add(one.imported)
         return circles(edges)
 
     # -- private names

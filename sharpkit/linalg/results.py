@@ -273,6 +273,11 @@ class SpectralDensity:
     def num_probes(self) -> int:
         return int(self.nodes.shape[0])
 
+    @property
+    def bandwidth(self) -> float:
+        """Standard deviation of the Gaussians that smooth the nodes, unless another one is asked for: see :func:`default_bandwidth`."""
+        return default_bandwidth(self)
+
     def expectation(self, function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Estimate:
         """tr f(A) / n: the mean of ``function`` over the spectrum, with its standard error over the probes.
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.linalg.results import default_bandwidth
 from sharpkit.plots import BLUE, GREEN, GREY, ORANGE, finish, new_axes
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _bulk(density: SpectralDensity) -> tuple[np.ndarray[Any, Any], np.ndarray[An
     width = float(nodes.max() - nodes.min())
     inner = nodes[np.all(np.abs(nodes[:, None] - outliers[None, :]) > 1e-3 * width, axis=1)] if width else nodes
     inner = inner if len(inner) else nodes
-    bandwidth = default_bandwidth(density)
+    bandwidth = density.bandwidth
     grid = np.linspace(float(inner.min()) - 3 * bandwidth, float(inner.max()) + 3 * bandwidth, 800)
     return grid, density.density(grid, bandwidth=bandwidth), bandwidth
 

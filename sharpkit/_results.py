@@ -11,7 +11,7 @@ import math
 import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -97,6 +97,54 @@ def standard_error(samples: np.ndarray[Any, Any]) -> float:
     if len(samples) < 2:
         return math.inf
     return float(samples.std(ddof=1) / math.sqrt(len(samples))) * student_factor(len(samples))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a long call stands, handed to its ``callback`` after each step: the same for every call.
+
+    Attributes:
+        done: units of work done so far.
+        expected: units the whole call is expected to need, as far as known now; 0 if it cannot be told yet.
+        elapsed: seconds so far.
+        remaining: seconds the rest may take, from the cost of a unit so far; NaN if it cannot be told.
+        text: what is being done, in a few words.
+        unit: what is counted: ``"products"``, ``"gradients"``, ``"runs"``, ``"samples"``, ``"checks"``.
+
+    Example:
+        >>> print(Progress(12, 40, 3.0, 7.0, "search for missed eigenvalues"))
+        search for missed eigenvalues: 12 of about 40 products, 3 s, about 7 s left
+    """
+
+    done: int
+    expected: int
+    elapsed: float
+    remaining: float
+    text: str
+    unit: str = "products"
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products done; 0 where something else is counted."""
+        return self.done if self.unit == "products" else 0
+
+    @property
+    def expected_matvecs(self) -> int:
+        """Products expected in all; 0 where something else is counted."""
+        return self.expected if self.unit == "products" else 0
+
+    @property
+    def stage(self) -> str:
+        """The same as ``text``."""
+        return self.text
+
+    def __str__(self) -> str:
+        count = f"{self.done} of about {self.expected} {self.unit}" if self.expected else f"{self.done} {self.unit}"
+        rest = f", about {self.remaining:.3g} s left" if math.isfinite(self.remaining) else ""
+        return f"{self.text}: {count}, {self.elapsed:.3g} s{rest}"
+
+
+ProgressCallback = Callable[[Progress], None]
 
 
 # -- what a class saves -------------------------------------------------------------------------------------------------------

@@ -22,10 +22,14 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().cpu().numpy().tobytes()
+
+
 def same(a: Any, b: Any) -> bool:
     """Equal to the last bit, NaN included."""
     if isinstance(a, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
+        return a.dtype == b.dtype and a.shape == b.shape and _bytes(a) == _bytes(b)
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b))
     if isinstance(a, dict):
@@ -54,6 +58,7 @@ def snapshot(
         "parameter hooks": [(id(p._backward_hooks), list(p._backward_hooks or ())) for p in params],
         "module hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks)) for m in modules],
         "torch random": torch.get_rng_state(),
+        "CUDA random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy random": list(np.random.get_state()),  # noqa: NPY002
         "python random": random.getstate(),
         "generators": [g.get_state() for g in generators],
@@ -63,6 +68,8 @@ def snapshot(
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
             torch.is_autocast_cache_enabled(),
             torch.backends.cuda.math_sdp_enabled(),
             torch.backends.cuda.flash_sdp_enabled(),

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit._results import student_factor
+from sharpkit._results import Progress, ProgressCallback, student_factor
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.linalg.results import SCHEMA_VERSION, Progress, ProgressCallback
+from sharpkit.linalg.results import SCHEMA_VERSION
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator

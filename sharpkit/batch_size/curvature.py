@@ -13,11 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sharpkit._errors import NotSymmetricError
-from sharpkit._results import Bounded, standard_error
+from sharpkit._results import Bounded, ProgressCallback, standard_error
 from sharpkit.batch_size.pilot import Ledger
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import both_ends, spectral_overview
-from sharpkit.linalg.results import ProgressCallback
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator

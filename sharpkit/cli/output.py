@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from sharpkit.linalg.results import Progress
+from sharpkit._results import Progress
 from sharpkit.reporting.sections import Document, Section, section_for
 
 RUN_VERSION = 1

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit._results import student_factor
+from sharpkit._results import ProgressCallback, student_factor
 from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.results import SCHEMA_VERSION, Budget, Estimate, ProgressCallback
+from sharpkit.linalg.results import SCHEMA_VERSION, Budget, Estimate
 from sharpkit.linalg.trace import AdaptiveEstimate, Tolerance
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
@@ -71,7 +71,7 @@ def diagonal(
         seed: of the probes.
         max_matvecs: product budget.
         max_seconds: time budget in seconds.
-        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Raises:
         ValueError: fewer than two probes.
@@ -155,7 +155,7 @@ def frobenius_norm(
         seed: of the probes.
         max_matvecs: product budget; by default 2000.
         max_seconds: time budget in seconds.
-        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Raises:
         ValueError: rtol not positive.

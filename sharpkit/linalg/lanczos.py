@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
+from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
-from sharpkit.linalg.results import Budget, Eigenpairs, ProgressCallback
+from sharpkit.linalg.results import Budget, Eigenpairs
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _BUFFER = 2
@@ -245,7 +246,7 @@ def eigenpairs(
         max_seconds: time budget in seconds.
         basis_size: most basis vectors kept, at least k + 10 or n; by default max(2 k + 20, 80) or what half the free memory holds.
         offload: keep the basis in host memory.
-        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
         the pairs, by descending value (``"magnitude"``: by descending magnitude); what has not converged is flagged. Where a budget

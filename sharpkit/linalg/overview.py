@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit._results import standard_error
+from sharpkit._results import ProgressCallback, standard_error
 from sharpkit.linalg.krylov import Array, KrylovSpace
-from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, ProgressCallback, SpectralDensity
+from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity
 from sharpkit.linalg.slq import density_from_runs
 from sharpkit.operators.base import SymmetricOperator, as_operator
 

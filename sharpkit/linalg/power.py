@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import BasisRows, working_dtype
 from sharpkit.linalg.lanczos import check_arguments
-from sharpkit.linalg.results import Budget, Eigenpairs, ProgressCallback
+from sharpkit.linalg.results import Budget, Eigenpairs
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _DEFAULT_MATVECS = 1000
@@ -44,7 +45,7 @@ def power_iteration(
         initial: (n,) or (n, j) starts, used in order.
         max_matvecs: product budget; by default 1000 per pair.
         max_seconds: time budget in seconds.
-        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
         the pairs by descending magnitude; what has not converged is flagged.

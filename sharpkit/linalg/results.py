@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._results import format_with_error, standard_error
+from sharpkit._results import Progress, ProgressCallback, format_with_error, standard_error
 from sharpkit.linalg.krylov import Array
 from sharpkit.operators.base import SymmetricOperator
 
@@ -67,28 +67,6 @@ def default_bandwidth(density: SpectralDensity) -> float:
     inner = float(bulk.max() - bulk.min()) if len(bulk) > 1 else width
     scale = float(np.abs(nodes).max()) or 1.0
     return max(inner / density.nodes.shape[1], 1e-6 * scale)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a computation stands, handed to a ``callback`` after each step.
-
-    Attributes:
-        num_matvecs: products done.
-        expected_matvecs: products the whole computation is expected to need, as far as known now.
-        elapsed: seconds so far.
-        remaining: seconds the rest may take, from the cost of a product so far.
-        stage: what is being done, in a few words.
-    """
-
-    num_matvecs: int
-    expected_matvecs: int
-    elapsed: float
-    remaining: float
-    stage: str
-
-
-ProgressCallback = Callable[[Progress], None]
 
 
 class Budget:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from sharpkit._errors import ConvergenceWarning
+from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
-from sharpkit.linalg.results import _OUTLIER_RESIDUAL, Budget, ProgressCallback, SpectralDensity
+from sharpkit.linalg.results import _OUTLIER_RESIDUAL, Budget, SpectralDensity
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart
@@ -42,7 +43,7 @@ def spectral_density(
         distribution: ``"rademacher"`` or ``"normal"`` entries of the probes.
         max_matvecs: product budget.
         max_seconds: time budget in seconds.
-        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
         nodes, weights and outliers; where a budget ends, those of the probes so far, flagged.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
-from sharpkit._results import standard_error
+from sharpkit._results import ProgressCallback, standard_error
 from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
-from sharpkit.linalg.results import Budget, Estimate, ProgressCallback
+from sharpkit.linalg.results import Budget, Estimate
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 
@@ -395,7 +395,7 @@ def trace(
         num_matvecs: spend this many products instead of stopping at a tolerance.
         max_matvecs: product budget; by default 2000.
         max_seconds: time budget in seconds.
-        callback: called with a :class:`~sharpkit.linalg.progress.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
         the estimate; its ``stderr`` is 0 where it is exact to rounding.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sharpkit._results import ProgressCallback
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.linalg.results import SCHEMA_VERSION, Estimate, ProgressCallback
+from sharpkit.linalg.results import SCHEMA_VERSION, Estimate
 from sharpkit.linalg.trace import trace
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.hessian import HessianOperator

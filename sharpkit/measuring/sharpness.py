@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sharpkit._results import ProgressCallback
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import SpectralOverview, spectral_overview
-from sharpkit.linalg.results import SCHEMA_VERSION, Eigenpairs, Estimate, ProgressCallback, SpectralDensity
-from sharpkit.measuring.stability import StableLearningRate, stable_learning_rate, update_rule
+from sharpkit.linalg.results import SCHEMA_VERSION, Eigenpairs, Estimate, SpectralDensity
+from sharpkit.measuring.stability import StableLearningRate, stable_learning_rate
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import PreconditionedOperator
+from sharpkit.optimizers import gradient_decay, learning_rate, update_rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -234,7 +236,7 @@ def measure(
         loss=loss,
         grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,
         stable_lr=stable_learning_rate(preconditioned or top, optimizer=optimizer),
-        lr=float(optimizer.param_groups[0]["lr"]) if optimizer is not None else None,
+        lr=learning_rate(optimizer) if optimizer is not None else None,
         preconditioned_lambda_max=preconditioned,
         eigenpairs=overview.largest,
         density=overview.density,
@@ -260,10 +262,8 @@ def _end(pairs: Eigenpairs) -> Estimate:
 
 def preconditioned_hessian(hessian: SymmetricOperator, optimizer: torch.optim.Optimizer) -> PreconditionedOperator:
     """D^-1/2 H D^-1/2 from an optimizer's live state, with coupled weight decay, which is part of the gradient it divides, in H."""
-    settings = optimizer.param_groups[0]
-    decay = float(settings.get("weight_decay", 0.0))
-    decoupled = isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD)) or settings.get("decoupled_weight_decay")  # SGD: in its rule
-    return PreconditionedOperator(hessian if decoupled or not decay else hessian + decay, optimizer)
+    decay = gradient_decay(optimizer)
+    return PreconditionedOperator(hessian + decay if decay else hessian, optimizer)
 
 
 def _effective_rank(overview: SpectralOverview) -> Estimate:

@@ -24,6 +24,8 @@ from typing import Any
 
 from sharpkit._errors import SharpkitWarning
 from sharpkit._results import json_ready, number, to_json
+from sharpkit.monitor.runs import RunFile as RunFile
+from sharpkit.monitor.runs import read_run as read_run
 from sharpkit.monitor.schema import RUN
 
 

@@ -18,9 +18,9 @@ from sharpkit.batch_size.curvature import BatchCurvature, DirectPoint, extreme_v
 from sharpkit.batch_size.learning_rate_curve import Anchor, LearningRateCurve
 from sharpkit.batch_size.limits import short_form
 from sharpkit.batch_size.pilot import Ledger, Trainer
-from sharpkit.measuring.stability import UpdateRule
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.optimizers import UpdateRule
 
 
 def _regression(samples: int = 256, scale: float = 3.0) -> tuple[nn.Module, sk.Objective]:

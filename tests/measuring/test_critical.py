@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from traces import untouched
 
 import sharpkit as sk
-from sharpkit.measuring.critical import moved, next_update
+from sharpkit.measuring.critical import moved
+from sharpkit.optimizers import next_update
 
 BRACKET = 1 / 16
 H = torch.diag(torch.tensor([8.0, 3.0, 1.0, 0.5, 0.1, 0.01], dtype=torch.float64))

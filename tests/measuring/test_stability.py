@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sharpkit as sk
-from sharpkit.measuring.stability import UpdateRule, update_rule
+from sharpkit.optimizers import UpdateRule, update_rule
 
 CURVATURE = 7.0
 

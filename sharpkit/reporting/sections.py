@@ -1,4 +1,8 @@
-"""The section of a race on the report page: who trained how far, at what cost."""
+"""One result as one section of the report page: key numbers, figure, table, findings. Works on ``to_dict()`` documents alone.
+
+So a page made from results saved as JSON is the page made from the live objects. Each kind of result has one function here;
+:func:`register_section` adds one for a kind of your own.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +27,37 @@ Document = dict[str, Any]
 
 @dataclass
 class Section:
-    """What the template shows of one result."""
+    """What the report page, and the command line as text, show of one result.
+
+    Attributes:
+        title: the heading; a title given to :func:`sharpkit.report` takes its place.
+        intro: one or two sentences under the heading.
+        tiles: key numbers, each (name, value, remark).
+        draw: draws the figure on the axes it is given.
+        figure_label: what the figure shows, for readers who cannot see it.
+        figure_size: width and height in inches.
+        figure: the figure as inline SVG; the page fills it in.
+        columns: headings of the table.
+        rows: cells of the table.
+        findings: what the numbers say, in sentences.
+        lists: further numbered lists, each (heading, sentences).
+        cost: products and seconds spent.
+        wide: whether the section takes the page's whole width.
+    """
 
     title: str
     intro: str = ""
-    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # name, value, remark
-    draw: Callable[[Any], Any] | None = None  # fills the given axes
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)
+    draw: Callable[[Any], Any] | None = None
     figure_label: str = ""
-    figure_size: tuple[float, float] = (5.8, 3.6)  # inches
-    figure: str = ""  # inline SVG, once drawn
+    figure_size: tuple[float, float] = (5.8, 3.6)
+    figure: str = ""
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
-    lists: list[tuple[str, list[str]]] = field(default_factory=list)  # heading, numbered sentences
+    lists: list[tuple[str, list[str]]] = field(default_factory=list)
     cost: str = ""
-    wide: bool = False  # takes the page's whole width
+    wide: bool = False
 
 
 def _text(value: Any) -> str:
@@ -330,6 +350,39 @@ _SECTIONS: dict[str, Callable[[Document, str], Section]] = {
 }
 
 
+def register_section(kind: str, make: Callable[[Document], Section]) -> None:
+    """Tell the report page, and the tables of the command line, how to show one kind of result, for this process.
+
+    Args:
+        kind: what ``to_dict()["kind"]`` of the result says. A kind that sharpkit knows already is shown by ``make`` from now on.
+        make: a result's ``to_dict()``, perhaps read back from JSON -> its :class:`Section`.
+
+    Raises:
+        TypeError: make is no function.
+        ValueError: kind is empty or no string.
+
+    Example:
+        >>> import sharpkit as sk
+        >>> def coin_section(document):
+        ...     return sk.Section("A coin", tiles=[("heads", str(document["heads"]), f"of {document['throws']}")])
+        >>> sk.register_section("coin", coin_section)
+        >>> section_for({"kind": "coin", "heads": 4, "throws": 10}, title="My coin")
+        Section(title='My coin', intro='', tiles=[('heads', '4', 'of 10')], ...)
+    """
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(f"kind must be the text that to_dict()['kind'] of the result holds, got {kind!r}")
+    if not callable(make):
+        raise TypeError(f"make must be a function of a document that returns a Section, got {type(make).__name__}")
+
+    def titled(document: Document, title: str) -> Section:
+        section = make(document)
+        if title and isinstance(section, Section):
+            section.title = title
+        return section
+
+    _SECTIONS[kind] = titled
+
+
 def section_for(document: Document, *, title: str = "") -> Section:
     """The section of one result document.
 
@@ -339,12 +392,16 @@ def section_for(document: Document, *, title: str = "") -> Section:
 
     Raises:
         ValueError: a field that this kind of result must have is missing or malformed.
+        TypeError: a registered function returned something else than a section.
     """
     make = _SECTIONS.get(document["kind"], _generic_section)
     try:
-        return make(document, title or str(document.get("title", "")))
+        section = make(document, title or str(document.get("title", "")))
     except (KeyError, TypeError) as error:
         raise ValueError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {error!r}") from error
+    if not isinstance(section, Section):  # from a registered function
+        raise TypeError(f"the function registered for {document['kind']!r} must return a sharpkit.Section, got {type(section).__name__}")
+    return section
 
 
 Tile = tuple[str, str, str]

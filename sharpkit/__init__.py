@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from sharpkit.operators.hessian import HessianOperator as HessianOperator
     from sharpkit.operators.preconditioned import AdaptiveOperator as AdaptiveOperator
     from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
+    from sharpkit.optimizers import register_optimizer as register_optimizer
     from sharpkit.reporting import report as report
 
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
@@ -125,6 +126,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.operators.gauss_newton": ("GaussNewtonOperator",),
     "sharpkit.operators.hessian": ("HessianOperator",),
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
+    "sharpkit.optimizers": ("register_optimizer",),
     "sharpkit.reporting": ("report",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

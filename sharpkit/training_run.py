@@ -16,6 +16,7 @@ from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit.objective.batches import Batch, BatchSource, to_device
 from sharpkit.objective.loss import call_model, own_loss
 from sharpkit.objective.objective import Closure, Objective
+from sharpkit.optimizers import learning_rates, set_learning_rates
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 _LOST = 1e3  # times the first loss
@@ -94,7 +95,7 @@ class RaceRun:
             if not isinstance(self.model, nn.Module):
                 raise TypeError(f"model({seed}) must return a torch module, got {type(self.model).__name__}")
             self.optimizer = problem.make_optimizer(self.model, 1.0) if optimizer is None else optimizer(self.model.parameters())
-        self._ratios = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._ratios = learning_rates(self.optimizer)
         self._device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self._order: list[int] = []
         self._generator = torch.Generator().manual_seed(seed)
@@ -120,8 +121,7 @@ class RaceRun:
 
     def set_rate(self, rate: float) -> None:
         """Of all groups, in the ratios that the optimizer was made with."""
-        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
-            group["lr"] = rate * ratio
+        set_learning_rates(self.optimizer, [rate * ratio for ratio in self._ratios])
 
     def charge(self, gradients: int) -> None:
         """Count what was spent on anything but a step."""

@@ -19,9 +19,9 @@ from sharpkit.batch_size.curvature import BatchCurvature
 from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Trainer
 from sharpkit.linalg.results import SCHEMA_VERSION
-from sharpkit.measuring.stability import UpdateRule, update_rule
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
+from sharpkit.optimizers import UpdateRule, learning_rate, update_rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -338,7 +338,7 @@ def learning_rate_curve(
         limits,
         tuple(anchors),
         (start_lambda, curvature.lambda_max),
-        float(optimizer.param_groups[0]["lr"]),
+        learning_rate(optimizer),
         pool.size,
         trainer.ledger.samples / pool.size,
         time.perf_counter() - started,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharpkit.batch_size.curvature import BatchCurvature, measure_batch_curvature, top_and_noise
 from sharpkit.batch_size.pilot import Ledger
-from sharpkit.measuring.stability import UpdateRule
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.preconditioned import PreconditionedOperator
+from sharpkit.optimizers import UpdateRule, settled_preconditioner
 
 _GRID = 24
 _GROUPS = 64
@@ -76,8 +76,7 @@ def preconditioner(
     mean: Tensor, variance: Tensor, batch_size: int, optimizer: torch.optim.Optimizer
 ) -> Callable[[SymmetricOperator], SymmetricOperator]:
     """D^-1/2 A D^-1/2 with D = sqrt(g^2 + var / B) + eps: what an adaptive optimizer's second moment tends to at a batch size."""
-    epsilon = float(optimizer.param_groups[0].get("eps", 1e-8))
-    diagonal = (mean.square() + variance / batch_size).sqrt() + epsilon
+    diagonal = settled_preconditioner(optimizer, mean.square() + variance / batch_size)
     if not math.isfinite(float(diagonal.sum())):
         raise ValueError("the gradient's moments are not finite")
     return lambda operator: PreconditionedOperator(operator, diagonal=diagonal)

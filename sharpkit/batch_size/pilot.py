@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.measuring.stability import UpdateRule, matching, twin_optimizer
 from sharpkit.objective.objective import Objective, twin_objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.optimizers import UpdateRule, copy_optimizer, learning_rates, line_search_minimizer, set_learning_rates, step_with
 
 _ITERATIONS = 60  # of LBFGS, on the loss alone: no pass through the network
 _HISTORY = 10
@@ -68,7 +68,7 @@ def _shapes(output: Tensor, target: Any) -> Iterable[tuple[int, ...]]:
 
 def _best_constant(objective: Objective, pieces: list[tuple[Tensor, Any, float]], shape: tuple[int, ...]) -> float:
     constant = torch.zeros(shape, dtype=pieces[0][0].dtype, device=pieces[0][0].device, requires_grad=True)
-    search = torch.optim.LBFGS([constant], max_iter=_ITERATIONS, history_size=_HISTORY, line_search_fn="strong_wolfe")
+    search = line_search_minimizer([constant], max_iter=_ITERATIONS, history_size=_HISTORY)
     lowest = math.inf
 
     def loss() -> Tensor:
@@ -191,14 +191,13 @@ class Trainer:
             seed_offset: another order of the same data.
         """
         twin = twin_objective(self.pool.parent, self.pool.batches)
-        optimizer = twin_optimizer(self.optimizer, matching(self.pool.parent.model, twin.model), lr=1.0, reset=True)
-        ratios = [float(group["lr"]) for group in optimizer.param_groups]
+        optimizer = copy_optimizer(self.optimizer, _counterparts(self.pool.parent.model, twin.model), lr=1.0, reset=True)
+        ratios = learning_rates(optimizer)
         draws = SamplePool(twin).epochs(batch_size, generator=torch.Generator().manual_seed(self.seed + seed_offset))
         losses: list[float] = []
         self.ledger.runs += 1
         for step, batch in zip(range(steps), draws, strict=False):
-            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                group["lr"] = rate(step, twin) * ratio
+            set_learning_rates(optimizer, [rate(step, twin) * ratio for ratio in ratios])
             batch.seed = self.seed + step
             losses.append(self._step(batch, optimizer))
             if not losses[-1] <= _BLOWN_UP * max(abs(losses[0]), 1e-12):
@@ -212,9 +211,7 @@ class Trainer:
             loss, gradient = batch.gradient()
         except NonFiniteError:
             return math.inf
-        for p, g in zip(batch.layout.params, batch.layout.split(gradient), strict=True):
-            p.grad = g
-        type(optimizer).step(optimizer)
+        step_with(optimizer, batch.layout.params, batch.layout.split(gradient))
         optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -292,6 +289,11 @@ class Trainer:
 
     def _runs(self, start: float, *, batch_size: int, steps: int, seed_offset: int) -> Callable[[int], float]:
         return lambda power: self.final_loss(start * _STRIDE**power, batch_size=batch_size, steps=steps, seed_offset=seed_offset)
+
+
+def _counterparts(original: nn.Module, twin: nn.Module) -> dict[int, nn.Parameter]:
+    """The twin's parameter for each of the original's, by ``id`` of the original."""
+    return {id(p): t for p, t in zip(original.parameters(), twin.parameters(), strict=True)}
 
 
 @dataclass

@@ -23,6 +23,7 @@ from sharpkit.measuring.layers import LayerSharpness, per_layer
 from sharpkit.measuring.sharpness import Sharpness, measure
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.optimizers import gradient_descent
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 DATASETS = ("digits", "fashion-mnist")
@@ -258,7 +259,7 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = plan.build(images.side).to(images.train_x.device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=plan.lr)
+        self.optimizer = gradient_descent(self.model.parameters(), lr=plan.lr)
         self.batches = torch.Generator().manual_seed(seed)
         self.objective = Objective(self.model, (images.train_x, images.train_y), loss=half_squared_error)
         self._warm_start: Tensor | None = None

@@ -20,6 +20,7 @@ from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory, Record
 from sharpkit.monitor.schema import RUN
 from sharpkit.monitor.sinks import _scalars, as_sink
+from sharpkit.optimizers import restore_initial_rates
 
 Log = Callable[[dict[str, float]], None]
 
@@ -271,9 +272,7 @@ class LearnerRun(Gathering):
                 SharpkitWarning,
                 stacklevel=3,
             )
-        for group in optimizer.param_groups:  # a scheduler may have begun at 0, which says nothing about the groups' ratios
-            if "initial_lr" in group and not isinstance(group["lr"], Tensor):
-                group["lr"] = group["initial_lr"]
+        restore_initial_rates(optimizer)  # a scheduler may have begun at 0, which says nothing about the groups' ratios
         self.learner = CurvatureLearner(optimizer, model=model, **settings)
         if saved:
             self.learner.load_state_dict(saved)

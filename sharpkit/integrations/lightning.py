@@ -17,13 +17,13 @@ from sharpkit.integrations.attachment import Attachment, Gathering, LearnerRun, 
 from sharpkit.learner.history import LearnerHistory
 from sharpkit.learner.learner import CurvatureLearner
 from sharpkit.learner.schedules import Schedule
-from sharpkit.measuring.stability import plain_optimizer
 from sharpkit.monitor.metrics import MetricLike
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.objective import Closure
 from sharpkit.objective.params import ParamSelector
+from sharpkit.optimizers import unwrap_optimizer
 
 _MODULE_TABLES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: shared with the original
 _SILENCED = ("log", "log_dict", "print")
@@ -273,7 +273,7 @@ class LearnerCallback(BatchHooks):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._run.derives_loss:
             check_training_step(pl_module, callback="LearnerCallback")
-        optimizer = chosen_optimizer([plain_optimizer(o) for o in trainer.optimizers], self._which, callback="LearnerCallback")
+        optimizer = chosen_optimizer([unwrap_optimizer(o) for o in trainer.optimizers], self._which, callback="LearnerCallback")
         _refuse_scheduler(trainer, optimizer)
 
         def closure(model: nn.Module, batch: Batch) -> Tensor:
@@ -290,7 +290,7 @@ class LearnerCallback(BatchHooks):
         self._made = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self.learner is None or plain_optimizer(optimizer) is not self.learner.optimizer:
+        if self.learner is None or unwrap_optimizer(optimizer) is not self.learner.optimizer:
             return
         if self._batch is not None:
             self._made = self._run.take(scale=float(trainer.accumulate_grad_batches), mean=True)  # each loss came divided by that number
@@ -308,7 +308,7 @@ class LearnerCallback(BatchHooks):
 
 def _refuse_scheduler(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
     for config in trainer.lr_scheduler_configs:
-        if plain_optimizer(config.scheduler.optimizer) is optimizer:
+        if unwrap_optimizer(config.scheduler.optimizer) is optimizer:
             raise ValueError(
                 f"configure_optimizers returns the scheduler {type(config.scheduler).__name__}, which would overwrite the learned rate: "
                 "leave it out, and pass LearnerCallback(schedule=lambda optimizer: ...) to multiply the learned rate by it, or decay=..."
@@ -402,7 +402,7 @@ class SharpnessCallback(BatchHooks):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._run.derives_loss:
             check_training_step(pl_module, callback="SharpnessCallback")
-        optimizer = chosen_optimizer([plain_optimizer(o) for o in trainer.optimizers], self._which, callback="SharpnessCallback")
+        optimizer = chosen_optimizer([unwrap_optimizer(o) for o in trainer.optimizers], self._which, callback="SharpnessCallback")
 
         def closure(model: nn.Module, batch: Batch) -> Tensor:
             return training_step_loss(model, batch, self._batch_idx)
@@ -413,7 +413,7 @@ class SharpnessCallback(BatchHooks):
         self._run.start(pl_module, optimizer, closure=closure, log=log, main=trainer.is_global_zero)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self.monitor is None or plain_optimizer(optimizer) is not self.monitor.optimizer:
+        if self.monitor is None or unwrap_optimizer(optimizer) is not self.monitor.optimizer:
             return
         record = self._run.step(scale=float(trainer.accumulate_grad_batches), mean=True)  # each loss came divided by that number
         if record is not None:  # on every process, for callbacks that decide by it

@@ -18,7 +18,6 @@ from sharpkit.integrations.attachment import Attachment, Gathering, LearnerRun, 
 from sharpkit.learner.history import LearnerHistory
 from sharpkit.learner.learner import CurvatureLearner
 from sharpkit.learner.schedules import Schedule
-from sharpkit.measuring.stability import plain_optimizer
 from sharpkit.monitor.metrics import MetricLike
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory
@@ -26,6 +25,7 @@ from sharpkit.objective.batches import Batch
 from sharpkit.objective.loss import own_loss
 from sharpkit.objective.objective import Closure
 from sharpkit.objective.params import ParamSelector
+from sharpkit.optimizers import learning_rates, unwrap_optimizer
 
 _SCALING = "num_items_in_batch"  # tells the model to divide its loss by the tokens of the whole accumulated batch
 _SCALE = "sharpkit_scale"  # beside a batch's tensors: the trained loss over the mean over counted tokens
@@ -420,7 +420,7 @@ class LearnerCallback(TrainerHooks):
         def log(values: dict[str, float]) -> None:
             self.log_values(state, values)
 
-        plain = plain_optimizer(optimizer)
+        plain = unwrap_optimizer(optimizer)
         self._run.start(model, plain, expected=state.max_steps, done=state.global_step, closure=self.trained_loss, log=log)
         self._made = None
         self.watch(model, args)
@@ -440,7 +440,7 @@ class LearnerCallback(TrainerHooks):
         self._run.step(made[0], loss=made[1])
         for scheduler in (lr_scheduler, getattr(lr_scheduler, "scheduler", None)):  # accelerate's wrapper and what is in it
             if scheduler is not None and hasattr(scheduler, "_last_lr"):
-                scheduler._last_lr = [group["lr"] for group in self.learner.optimizer.param_groups]
+                scheduler._last_lr = learning_rates(self.learner.optimizer)
 
 
 def _refuse_metrics(args: Any, scheduler: Any) -> None:

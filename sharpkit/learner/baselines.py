@@ -14,7 +14,7 @@ import torch
 
 from sharpkit.learner.learner import CurvatureLearner
 from sharpkit.learner.schedules import DECAYS, Schedule
-from sharpkit.measuring.stability import update_rule
+from sharpkit.optimizers import averaging, is_adaptive, weight_decay
 from sharpkit.training_run import MakeOptimizer, RaceProblem, RaceRun
 
 LEARNER = "learner"
@@ -216,10 +216,10 @@ def _schedule_free(name: str, problem: RaceProblem) -> Entrant:
     def make(params: Any) -> torch.optim.Optimizer:
         import schedulefree
 
-        group = _first_group(problem)
-        decay = float(group.get("weight_decay", 0.0))
-        if "betas" in group:
-            made: torch.optim.Optimizer = schedulefree.AdamWScheduleFree(params, betas=group["betas"], weight_decay=decay, foreach=False)
+        like = _sample(problem)
+        betas, decay = averaging(like), weight_decay(like)
+        if betas is not None:
+            made: torch.optim.Optimizer = schedulefree.AdamWScheduleFree(params, betas=betas, weight_decay=decay, foreach=False)
         else:
             made = schedulefree.SGDScheduleFree(params, weight_decay=decay, foreach=False)
         made.train()  # type: ignore[attr-defined]
@@ -234,8 +234,7 @@ def _prodigy(name: str, problem: RaceProblem) -> Entrant:
     def make(params: Any) -> torch.optim.Optimizer:
         import prodigyopt
 
-        group = _first_group(problem)
-        made: torch.optim.Optimizer = prodigyopt.Prodigy(params, weight_decay=float(group.get("weight_decay", 0.0)))
+        made: torch.optim.Optimizer = prodigyopt.Prodigy(params, weight_decay=weight_decay(_sample(problem)))
         return made
 
     return Entrant(name, _own_rate(DECAYS["cosine"]), foreign=True, optimizer=make)
@@ -244,21 +243,21 @@ def _prodigy(name: str, problem: RaceProblem) -> Entrant:
 def _own_rate(schedule: Schedule) -> Callable[[RaceRun], float]:
     def train(run: RaceRun) -> float:
         run.train(1.0, run.remaining, schedule=schedule)  # times the package's own
-        group = run.optimizer.param_groups[0]
-        return float(group["d"]) if "d" in group else run.own_rate
+        distance = run.optimizer.param_groups[0].get("d")  # Prodigy's estimate of the rate
+        return run.own_rate if distance is None else float(distance)
 
     return train
 
 
-def _first_group(problem: RaceProblem) -> dict[str, Any]:
-    made: dict[str, Any] = problem.optimizer([torch.nn.Parameter(torch.zeros(1))], 1.0).param_groups[0]
-    return made
+def _sample(problem: RaceProblem) -> torch.optim.Optimizer:
+    """The problem's optimizer over a single number, to read its kind and settings from."""
+    return problem.optimizer([torch.nn.Parameter(torch.zeros(1))], 1.0)
 
 
-def is_adaptive(problem: RaceProblem) -> bool:
+def has_adaptive_optimizer(problem: RaceProblem) -> bool:
     """Whether the problem's optimizer scales gradients by their own size.
 
     Raises:
         UnsupportedError: an optimizer that the learner does not know.
     """
-    return update_rule(problem.optimizer([torch.nn.Parameter(torch.zeros(1))], 1.0)).adaptive
+    return is_adaptive(_sample(problem))

@@ -17,6 +17,7 @@ from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import among
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.optimizers import held_parameters
 
 BULKS = ("median", "weighted median", "mean")
 
@@ -114,8 +115,8 @@ class Gauge:
             ratios: kept for groups without parameters in it.
         """
         tops: list[float] = []
-        for index, group in enumerate(self._optimizer.param_groups):
-            own = {id(p) for p in group["params"]}
+        for index, params in enumerate(held_parameters(self._optimizer)):
+            own = {id(p) for p in params}
             if self._matrix is None or not any(id(p) in own for p in objective.layout.params):
                 tops.append(math.nan)
                 continue

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,21 @@ from sharpkit.learner.rate import LearnedRate, Pace
 from sharpkit.learner.rollback import LossWatch
 from sharpkit.learner.schedules import DECAYS, Schedule, multiplier_of
 from sharpkit.linalg.results import Estimate
-from sharpkit.measuring.stability import plain_optimizer, update_rule
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import unwrap
 from sharpkit.objective.objective import Closure, ObjectiveMaker
 from sharpkit.objective.params import ParamSelector
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.optimizers import (
+    current_momentum,
+    held_parameters,
+    learning_rate,
+    relative_rates,
+    set_learning_rates,
+    set_momentum,
+    unwrap_optimizer,
+    update_rule,
+)
 from sharpkit.training_run import Snapshot
 
 
@@ -137,7 +147,7 @@ class CurvatureLearner:
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
-        self.optimizer, self.model = plain_optimizer(optimizer), unwrap(model)
+        self.optimizer, self.model = unwrap_optimizer(optimizer), unwrap(model)
         adaptive = update_rule(self.optimizer).adaptive
         check_learner_settings(total_steps, interval, budget, safety, warmup, decay)
         check_momentum(momentum, bulk, adaptive=adaptive)
@@ -147,10 +157,9 @@ class CurvatureLearner:
         self._polyak, self._bulk, self._per_group = momentum == "polyak", bulk, per_group
         settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
         settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
-        self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=None, max_samples=None, settings=settings)
-        first = float(self.optimizer.param_groups[0]["lr"])
-        self._given = first
-        self._ratios = [float(group["lr"]) / first if first > 0 else 1.0 for group in self.optimizer.param_groups]
+        held = partial(held_parameters, self.optimizer)
+        self._maker = ObjectiveMaker(self.model, held, params=params, probe=None, max_samples=None, settings=settings)
+        self._given, self._ratios = learning_rate(self.optimizer), relative_rates(self.optimizer)
         self._pace = Pace(total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=adaptive)
         self._gauge = Gauge(self.optimizer, adaptive=adaptive, seed=seed)
         self._losses = LossWatch()
@@ -247,8 +256,7 @@ class CurvatureLearner:
         if momentum is None:
             return "; no positive curvature to read a momentum from"
         before = self._limit_at(largest)
-        for group in self.optimizer.param_groups:
-            group["momentum"] = momentum
+        set_momentum(self.optimizer, momentum)
         self._rate.scale(self._limit_at(largest) / before)
         return f"; momentum {momentum:.3g}, with the rate at the same share of its limit, {self._rate.value:.3g}"
 
@@ -283,22 +291,15 @@ class CurvatureLearner:
     # -- small parts -----------------------------------------------------------------------------------------------------------------
     def _apply(self) -> None:
         factor = self._decay(min(self._step / self.total_steps, 1.0)) * self._multiplier.value
-        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
-            rate = self._rate.value * ratio * factor
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        set_learning_rates(self.optimizer, [self._rate.value * ratio * factor for ratio in self._ratios])
 
     def _record(self, found: Estimate | None, limit: float, reason: str) -> Decision:
-        group = self.optimizer.param_groups[0]
         self._apply()
-        momentum = group["betas"][0] if "betas" in group else group.get("momentum", math.nan)
         decision = Decision(
             self._step,
             self._rate.value,
-            float(group["lr"]),
-            float(momentum),
+            learning_rate(self.optimizer),
+            current_momentum(self.optimizer),
             math.nan if found is None else found.value,
             math.nan if found is None else found.stderr,
             limit,

@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 from sharpkit._results import format_with_error, number
-from sharpkit.learner.baselines import LEARNER, Entrant, entrants, is_adaptive
+from sharpkit.learner.baselines import LEARNER, Entrant, entrants, has_adaptive_optimizer
 from sharpkit.training_run import RaceProblem, RaceRun
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def default_rates(problem: RaceProblem, *, points: int = 9) -> list[float]:
         >>> default_rates(RaceProblem(lambda seed: torch.nn.Linear(1, 1), torch.optim.Adam, [torch.ones(1, 1)]), points=3)
         [1e-05, 0.001, 0.1]
     """
-    low, high = _RATES[is_adaptive(problem)]
+    low, high = _RATES[has_adaptive_optimizer(problem)]
     return [float(f"{low * (high / low) ** (i / (points - 1)):.3g}") for i in range(points)]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sharpkit.optimizers import gradient_descent, learning_rate, set_learning_rates
+
 Schedule = Callable[[float], float]
 
 DECAYS: dict[str, Schedule] = {"linear": lambda z: 1 - z, "cosine": lambda z: 0.5 * (1 + math.cos(math.pi * z)), "constant": lambda z: 1.0}
@@ -18,13 +20,13 @@ class Multiplier:
     """A torch scheduler run on a stand-in of rate 1: what it makes of it multiplies the learned rate."""
 
     def __init__(self, make: Callable[[torch.optim.Optimizer], Any] | None) -> None:
-        self._optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        self._optimizer = gradient_descent([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         self._scheduler = None if make is None else make(self._optimizer)
 
     @property
     def value(self) -> float:
         """The present factor."""
-        return float(self._optimizer.param_groups[0]["lr"])
+        return learning_rate(self._optimizer)
 
     def advance(self) -> None:
         """One step."""
@@ -40,7 +42,7 @@ class Multiplier:
         """Go on from a saved scheduler."""
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-        self._optimizer.param_groups[0]["lr"] = float(state["value"])
+        set_learning_rates(self._optimizer, [float(state["value"])])
 
 
 def multiplier_of(schedule: Callable[[torch.optim.Optimizer], Any] | None) -> Multiplier:

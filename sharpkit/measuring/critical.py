@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpkit._errors import NonFiniteError, UnsupportedError
+from sharpkit._errors import NonFiniteError
 from sharpkit.linalg.results import SCHEMA_VERSION
-from sharpkit.measuring.stability import twin_optimizer
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamLayout
+from sharpkit.optimizers import learning_rate, next_update
 
 _PRECISION = 15 / 16
 _MAX_DOUBLINGS = 60
-_COUNTERS = ("step", "mu_product")  # scalars beside the moments, kept in their own type
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def critical_learning_rate(
     References:
         arXiv 2601.16979, for the critical sharpness 2 / eta_c.
     """
-    start = float(optimizer.param_groups[0]["lr"]) if guess is None else guess
+    start = learning_rate(optimizer) if guess is None else guess
     if not (math.isfinite(start) and start > 0):
         raise ValueError(f"the guess must be a positive number, got {start}: pass guess= where the optimizer's rate is 0")
     if not 0 < rtol < 1:
@@ -162,36 +161,3 @@ def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iter
     finally:
         for p, here in zip(layout.params, originals, strict=True):
             p.data = here
-
-
-def next_update(optimizer: torch.optim.Optimizer, layout: ParamLayout, gradient: Tensor) -> Tensor:
-    """u in w <- w - eta u for the step that the optimizer would make with this gradient, groups' rates relative to the first's.
-
-    The optimizer is copied with its state, in float64; the original and its hooks are not touched.
-
-    Returns:
-        (n,) in the layout's order; 0 for parameters the optimizer does not hold.
-
-    Raises:
-        UnsupportedError: LBFGS, whose step searches.
-        ValueError: the optimizer holds none of these parameters.
-    """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedError("LBFGS evaluates the loss several times within a step, so it has no next update to look at; use another one")
-    copies = {id(p): torch.nn.Parameter(p.detach().double().clone()) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in copies for p in layout.params):
-        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
-    before = {key: p.detach().clone() for key, p in copies.items()}
-    present = float(optimizer.param_groups[0]["lr"])
-    twin = twin_optimizer(optimizer, copies, lr=None if present else 1.0)
-    for values in twin.state.values():
-        moments = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in _COUNTERS}
-        values.update({k: v.double() for k, v in moments.items()})
-    for group in twin.param_groups:
-        group.update({key: False for key in ("fused", "foreach", "capturable") if key in group})
-    for p, g in zip(layout.params, layout.split(gradient), strict=True):
-        if id(p) in copies:
-            copies[id(p)].grad = g.double()
-    type(twin).step(twin)
-    steps = [before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params]
-    return layout.flatten(steps, 1.0 / (present or 1.0))

@@ -14,10 +14,10 @@ from torch import Tensor
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
 from sharpkit._results import standard_error
 from sharpkit.linalg.results import Estimate
-from sharpkit.measuring.critical import next_update
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.optimizers import has_velocity, next_update, velocity
 
 _MIN_BATCHES, _MAX_BATCHES = 20, 1000
 Measure = Callable[[Objective], float]
@@ -197,12 +197,9 @@ def momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None)
     """g -> g + beta v, each parameter with its own group's beta."""
     if optimizer is None:
         return None
-    if not isinstance(optimizer, torch.optim.SGD):
+    if not has_velocity(optimizer):
         raise TypeError(
             f"batch sharpness along the step is defined for torch.optim.SGD, got {type(optimizer).__name__}; leave optimizer out"
         )
-    beta = {id(p): float(group["momentum"]) for group in optimizer.param_groups for p in group["params"]}
-    buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in objective.layout.params]
-    pushes = [None if v is None else beta[id(p)] * v for p, v in zip(objective.layout.params, buffers, strict=True)]
-    velocity = objective.layout.flatten(pushes)
-    return lambda g: g + velocity
+    push = velocity(optimizer, objective.layout)
+    return lambda g: g + push

@@ -32,12 +32,21 @@ from sharpkit.measuring.directional import (
 )
 from sharpkit.measuring.layers import layer_of
 from sharpkit.measuring.sharpness import preconditioned_hessian
-from sharpkit.measuring.stability import UpdateRule, update_rule
 from sharpkit.monitor.records import Measurement
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import among
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.optimizers import (
+    UpdateRule,
+    has_velocity,
+    held_parameters,
+    is_adaptive,
+    known_rule,
+    learning_rate,
+    learning_rates,
+    update_rules,
+)
 
 _WINDOW = 16  # batches that a mean over batches looks back on
 
@@ -110,15 +119,12 @@ class Situation:
     @property
     def lr(self) -> float:
         """Of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return learning_rate(self.optimizer)
 
     @cached_property
     def rule(self) -> UpdateRule | None:
         """Of the first parameter group; None for an optimizer whose limits are not known."""
-        try:
-            return update_rule(self.optimizer)
-        except UnsupportedError:
-            return None
+        return known_rule(self.optimizer)
 
     @property
     def awaits_state(self) -> bool:
@@ -151,7 +157,7 @@ class Situation:
 
     def hessian_limit(self) -> float | None:
         """The largest stable lambda_max(H): none for an adaptive optimizer, or where groups have other rates."""
-        same = len({float(group["lr"]) for group in self.optimizer.param_groups}) == 1
+        same = len(set(learning_rates(self.optimizer))) == 1
         return self.curvature_limit() if self.rule is not None and not self.rule.adaptive and same else None
 
     def step_limit(self) -> float | None:
@@ -240,16 +246,15 @@ def _groups(s: Situation) -> Values:
     """The block of each parameter group against that group's own limit."""
     found: Values = {}
     live = preconditioned_hessian(s.hessian, s.optimizer) if s.rule is not None and s.rule.adaptive else s.hessian
-    reference = s.lr
-    for index, group in enumerate(s.optimizer.param_groups):
-        own = {id(p) for p in group["params"]}
+    rules = update_rules(s.optimizer) if s.rule is not None else None
+    for index, (params, lr) in enumerate(zip(held_parameters(s.optimizer), learning_rates(s.optimizer), strict=True)):
+        own = {id(p) for p in params}
         if not any(id(p) in own for p in s.objective.layout.params):
             continue
         block: SymmetricOperator = live.block(among(own))
-        rule = update_rule(s.optimizer, group=index) if s.rule is not None else None
-        lr, name = float(group["lr"]), f"lambda_max/group{index}"
+        rule, name = rules[index] if rules is not None else None, f"lambda_max/group{index}"
         # the live matrix carries each group's rate relative to the first's, so that all are held against the first's
-        at = reference if rule is not None and rule.adaptive else lr
+        at = s.lr if rule is not None and rule.adaptive else lr
         found[name] = _tracked(s, name, block, rule.max_curvature(at) if rule is not None and at > 0 else None)
     return found
 
@@ -261,20 +266,16 @@ def _in_layer(layer: str) -> Callable[[str, torch.Tensor], bool]:
 # -- along the steps ------------------------------------------------------------------------------------------------------------
 def _batch_sharpness(s: Situation) -> Values:
     """Over batches drawn from the probe set, or over the last training batches, each at its own step."""
-    name, sgd = "batch_sharpness", isinstance(s.optimizer, torch.optim.SGD)
+    name, stepper = "batch_sharpness", s.optimizer if has_velocity(s.optimizer) else None
     started, size = time.perf_counter(), s.batch_size
     if s.probe is not None and size <= s.probe.num_samples:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             estimate = batch_sharpness(
-                by_samples(s.probe),
-                batch_size=size,
-                optimizer=s.optimizer if sgd else None,
-                max_batches=_MEAN_BATCHES,
-                seed=s.memory.seed + s.step,
+                by_samples(s.probe), batch_size=size, optimizer=stepper, max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
             )
         return {name: Measurement.of(estimate, limit=s.step_limit(), method=f"{estimate.method} from the probe set")}
-    gradient, along, product = gradient_and_product(s.objective, momentum_step(s.objective, s.optimizer if sgd else None))
+    gradient, along, product = gradient_and_product(s.objective, momentum_step(s.objective, stepper))
     dot = s.hessian.dot
     below, above = float(dot(along, gradient)), float(dot(along, product))
     if not below > 0 or not math.isfinite(above):
@@ -379,6 +380,8 @@ class Metric:
     needs_probe: bool = False
 
 
+# By name. The numbers are what a first measurement costs in gradients of the batch, as counted on small networks; the planner replaces them
+# by what it measures.
 METRICS: dict[str, Metric] = {
     "lambda_max": Metric(_lambda_max, 11),
     "preconditioned_lambda_max": Metric(_preconditioned, 11, live=True),
@@ -396,40 +399,92 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def custom(function: Callable[[Objective, torch.optim.Optimizer], float | Estimate]) -> Metric:
-    """A user's own ``function(objective, optimizer)`` as a metric under its own name."""
-    name = getattr(function, "__name__", type(function).__name__)
+MetricFunction = Callable[[Objective, torch.optim.Optimizer], float | Estimate]
+MetricLike = str | MetricFunction
+
+# Gradients of the batch that a metric of one's own is expected to cost, by judgement: as much as batch sharpness. Its first measurement
+# replaces the guess.
+_GUESSED_GRADIENTS = 4.0
+
+
+def custom(
+    function: MetricFunction,
+    *,
+    name: str | None = None,
+    gradients: float = _GUESSED_GRADIENTS,
+    limit: Callable[[torch.optim.Optimizer], float | None] | None = None,
+) -> Metric:
+    """A user's own ``function(objective, optimizer)`` as a metric, by default under the function's name."""
+    called = name or name_of(function)
 
     def compute(s: Situation) -> Values:
-        started, found = time.perf_counter(), function(s.objective, s.optimizer)
+        started, value = time.perf_counter(), function(s.objective, s.optimizer)
         seconds = time.perf_counter() - started
-        if isinstance(found, Estimate):
-            return {name: Measurement.of(found)}
-        return {name: Measurement(float(found), 0.0, 0, seconds, f"{name}()")}
+        bound = limit(s.optimizer) if limit is not None else None
+        if isinstance(value, Estimate):
+            return {called: Measurement.of(value, limit=bound)}
+        return {called: Measurement(float(value), 0.0, 0, seconds, f"{name_of(function)}()", limit=bound)}
 
-    return Metric(compute, 4)
+    return Metric(compute, gradients)
 
 
-MetricLike = str | Callable[[Objective, torch.optim.Optimizer], float | Estimate]
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function, or of the class of a callable object."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def register_metric(
+    name: str,
+    function: MetricFunction,
+    *,
+    gradients: float = _GUESSED_GRADIENTS,
+    limit: Callable[[torch.optim.Optimizer], float | None] | None = None,
+) -> None:
+    """Give a metric of your own a name that ``metrics=[...]`` of the monitor and its callbacks knows, for this process.
+
+    A function can be passed in ``metrics=[...]`` as it is; registering it adds a name, a cost to plan with, and a limit.
+
+    Args:
+        name: what records, plots and pages call it. A metric that sharpkit knows by this name already is replaced.
+        function: (objective over the training batch, optimizer, which is only read) -> a number, or an :class:`Estimate` where the number
+            has an error.
+        gradients: about what one measurement costs, in gradients of the batch; only the first one is planned with it.
+        limit: optimizer -> the value that the metric is held against, None where there is none.
+
+    Raises:
+        TypeError: function or limit is no function.
+        ValueError: name is empty or no string, or gradients is not positive.
+
+    Example:
+        >>> import sharpkit as sk
+        >>> def gradient_norm(objective, optimizer):
+        ...     return float(objective.gradient()[1].norm())
+        >>> sk.register_metric("gradient_norm", gradient_norm, gradients=1)
+        >>> "gradient_norm" in METRICS
+        True
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a text such as 'gradient_norm', got {name!r}")
+    for what, given in (("function", function), ("limit", limit)):
+        if given is not None and not callable(given) or (what == "function" and given is None):
+            raise TypeError(f"{what} must be a function, got {type(given).__name__}")
+    if not gradients > 0:
+        raise ValueError(f"gradients must be positive, got {gradients}")
+    METRICS[name] = custom(function, name=name, gradients=gradients, limit=limit)
 
 
 def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.Optimizer, probe: Any) -> dict[str, Metric]:
     """The metrics asked for by name, the main one first; defaults by the kind of optimizer."""
     if metrics is None:
-        try:
-            rule = update_rule(optimizer)
-            adaptive = rule.adaptive
-        except UnsupportedError:
-            adaptive = False
-        several = len({float(group["lr"]) for group in optimizer.param_groups}) > 1
-        main = ["preconditioned_lambda_max", "lambda_max"] if adaptive or several else ["lambda_max"]
+        several = len(set(learning_rates(optimizer))) > 1
+        main = ["preconditioned_lambda_max", "lambda_max"] if several or is_adaptive(optimizer, unknown=False) else ["lambda_max"]
         metrics = [*main, "batch_sharpness", "critical_sharpness"]
     if isinstance(metrics, str) or not metrics:
         raise ValueError(f"metrics must be a list of at least one of {', '.join(METRICS)}, or functions; got {metrics!r}")
     chosen: dict[str, Metric] = {}
     for metric in metrics:
         if callable(metric):
-            chosen[getattr(metric, "__name__", type(metric).__name__)] = custom(metric)
+            chosen[name_of(metric)] = custom(metric)
         elif metric in METRICS:
             chosen[metric] = METRICS[metric]
         else:

@@ -10,13 +10,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitWarning, UnsupportedError
-from sharpkit.measuring.stability import plain_optimizer, update_rule
 from sharpkit.monitor.events import Event, EventDetector
 from sharpkit.monitor.metrics import Memory, MetricLike, Situation, check_settings, chosen_metrics
 from sharpkit.monitor.planner import Planner
@@ -27,6 +27,7 @@ from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import unwrap
 from sharpkit.objective.objective import Closure, ObjectiveMaker
 from sharpkit.objective.params import ParamSelector
+from sharpkit.optimizers import held_parameters, learning_rate, unwrap_optimizer, update_rule
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Monitor:
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.optimizer = unwrap(model), plain_optimizer(optimizer)
+        self.model, self.optimizer = unwrap(model), unwrap_optimizer(optimizer)
         check_settings(every, budget, tol, max_samples, max_interval)
         self.metrics = chosen_metrics(metrics, self.optimizer, probe)
         self.every, self.budget, self.seed, self.mode = every, budget, seed, mode
@@ -124,7 +125,8 @@ class Monitor:
             "process_group": process_group,
             "seed": seed,
         }
-        self._maker = ObjectiveMaker(self.model, self.optimizer, params=params, probe=probe, max_samples=max_samples, settings=settings)
+        held = partial(held_parameters, self.optimizer)
+        self._maker = ObjectiveMaker(self.model, held, params=params, probe=probe, max_samples=max_samples, settings=settings)
         self._top_k = top_k
         places = [sinks] if callable(sinks) or hasattr(sinks, "write") or isinstance(sinks, (str, os.PathLike)) else list(sinks)
         self._sinks = [as_sink(place) for place in places]
@@ -257,7 +259,7 @@ class Monitor:
 
     # -- small parts -----------------------------------------------------------------------------------------------------------
     def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return learning_rate(self.optimizer)
 
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(p.is_cuda for p in self.model.parameters()):

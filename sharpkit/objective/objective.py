@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -411,7 +411,7 @@ class ObjectiveMaker:
 
     Args:
         model: unwrapped.
-        optimizer: whose parameters are meant.
+        held: gives the parameters of every group of an optimizer; asked again for every batch.
         params: other ones.
         probe: data of a fixed second objective; None for none.
         max_samples: measure on the first so many samples of a batch.
@@ -421,14 +421,14 @@ class ObjectiveMaker:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        held: Callable[[], Iterable[Iterable[nn.Parameter]]],
         *,
         params: ParamSelector,
         probe: Any,
         max_samples: int | None,
         settings: dict[str, Any],
     ) -> None:
-        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.model, self._trained, self.settings = model, held, settings
         self.params: ParamSelector = params if params is not None else self._is_held
         self._max_samples, self._probe_data = max_samples, probe
         self._held: frozenset[int] = frozenset()
@@ -455,7 +455,7 @@ class ObjectiveMaker:
             the objective, and the samples of the whole batch on all processes.
         """
         batches = self._listed(batch)
-        held = frozenset(id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
+        held = frozenset(id(p) for group in self._trained() for p in group if p.requires_grad)
         if self._template is None or held != self._held:
             self._held = held
             self._template = Objective(self.model, batches, params=self.params, **self.settings)

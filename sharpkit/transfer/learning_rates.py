@@ -18,6 +18,7 @@ from sharpkit._errors import SharpkitError
 from sharpkit._results import json_ready
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.batches import fingerprint as batch_fingerprint
+from sharpkit.optimizers import held_parameters, learning_rate, plain_settings
 from sharpkit.transfer.fits import Curve, Evaluate, Optimum, Slope, log_slope, loss_at, optimum, search, sensitivity
 from sharpkit.transfer.setup import Build, Family, MakeOptimizer, Run, check_sizes
 
@@ -122,11 +123,7 @@ def fingerprint(run: Run, *, data: str, first_loss: float, **settings: Any) -> s
         False
     """
     shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in run.model.named_parameters()]
-    groups = [
-        {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str, tuple, bool, type(None)))}
-        for group in run.optimizer.param_groups
-    ]
-    counts = [len(group["params"]) for group in run.optimizer.param_groups]
+    groups, counts = plain_settings(run.optimizer), [len(params) for params in held_parameters(run.optimizer)]
     parts = (type(run.optimizer).__name__, groups, counts, shapes, data, f"{first_loss:.5e}", run.size, run.seed, sorted(settings.items()))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
@@ -174,7 +171,7 @@ class Sweep:
             BudgetEnded: max_runs have been made.
         """
         run = self.family.start(curve.size, seed=seed, lr_factor=2.0**x)
-        self.rates[curve.size] = float(run.optimizer.param_groups[0]["lr"]) / 2.0**x
+        self.rates[curve.size] = learning_rate(run.optimizer) / 2.0**x
         initial = first_loss(run)
         key = fingerprint(run, data=self._data, first_loss=initial, steps=self.steps, log2_factor=x, criterion=CRITERION)
         known = self.store.get(key)

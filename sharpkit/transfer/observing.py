@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sharpkit.objective.batches import Batch, batch_length, slice_batch, to_device
 from sharpkit.objective.guard import undisturbed, unwrap
 from sharpkit.objective.loss import call_model
+from sharpkit.optimizers import decoupled_decays, held_parameters, is_adaptive, learning_rates
 from sharpkit.transfer.setup import Family, Run
 
 Numbers = dict[int, list[list[float]]]  # size -> a list for each seed: one number for each step 0 .. num_steps
@@ -436,7 +437,7 @@ class _Observer:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.probe = to_device(probe_batch(run.family), device)
         self.signals: dict[str, list[float]] = {}
-        found.adaptive = not isinstance(run.optimizer, torch.optim.SGD)
+        found.adaptive = is_adaptive(run.optimizer, unknown=True)
 
     def observe(self, *, effects: bool) -> None:
         start = {id(p): p.detach().clone() for p in self.model.parameters()}
@@ -574,12 +575,8 @@ def forward(family: Family, model: nn.Module, batch: Batch) -> None:
 
 def group_settings(optimizer: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
     """id of a parameter -> its learning rate and decoupled weight decay, which is 0 where decay enters the gradient instead."""
-    found = {}
-    for group in optimizer.param_groups:
-        decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
-        decay = float(group.get("weight_decay") or 0.0) if decoupled else 0.0
-        found.update({id(p): (float(group["lr"]), decay) for p in group["params"]})
-    return found
+    groups = zip(held_parameters(optimizer), learning_rates(optimizer), decoupled_decays(optimizer), strict=True)
+    return {id(p): (lr, decay) for params, lr, decay in groups for p in params}
 
 
 @contextmanager

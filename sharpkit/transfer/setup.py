@@ -14,6 +14,7 @@ from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit.objective.batches import Batch, BatchSource, to_device
 from sharpkit.objective.loss import call_model, own_loss
 from sharpkit.objective.objective import Closure, Objective
+from sharpkit.optimizers import learning_rates, set_learning_rates
 
 Build = Callable[[int], nn.Module]
 MakeOptimizer = Callable[[nn.Module, int], torch.optim.Optimizer]
@@ -78,8 +79,7 @@ class Family:
             optimizer = self.optimizer(model, size)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer(model, {size}) must return a torch optimizer, got {type(optimizer).__name__}")
-        for group in optimizer.param_groups:
-            group["lr"] = float(group["lr"]) * lr_factor
+        set_learning_rates(optimizer, [rate * lr_factor for rate in learning_rates(optimizer)])
         return Run(self, model, optimizer, size, seed)
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:

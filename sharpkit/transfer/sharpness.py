@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from sharpkit._errors import NonFiniteError, UnsupportedError
+from sharpkit._errors import NonFiniteError
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
 from sharpkit.measuring.sharpness import preconditioned_hessian
-from sharpkit.measuring.stability import UpdateRule, update_rule
 from sharpkit.objective.batches import Batch, batch_length, slice_batch
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.gauss_newton import GaussNewtonOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import PreconditionedOperator
+from sharpkit.optimizers import UpdateRule, known_rule, learning_rate, learning_rates
 from sharpkit.transfer.fits import Slope, log_slope
 from sharpkit.transfer.setup import Build, Family, MakeOptimizer, Run, check_sizes
 
@@ -119,20 +118,11 @@ class Track:
         return now
 
 
-def known_rule(optimizer: Optimizer) -> UpdateRule | None:
-    """The optimizer's update rule, None where its stability limit is not known."""
-    try:
-        return update_rule(optimizer)
-    except UnsupportedError:
-        return None
-
-
 def scales(family: Family, sizes: Sequence[int], rule: UpdateRule | None) -> bool:
     """Whether the optimizer divides its gradients by something, or gives its groups different rates."""
     if rule is None:
         return False
-    groups = [family.start(size).optimizer.param_groups for size in sizes]
-    return rule.adaptive or any(len({float(g["lr"]) for g in found}) > 1 for found in groups)
+    return rule.adaptive or any(len(set(learning_rates(family.start(size).optimizer))) > 1 for size in sizes)
 
 
 SAME, DIFFERENT = 0.15, 0.5  # spread after warm-up: up to the first the sizes agree, from the second on they do not
@@ -357,7 +347,7 @@ def sharpness_transfer(
     for size in sizes:
         for seed in range(seeds):
             run = family.start(size, seed=seed, lr_factor=lr_factor)
-            limits[size] = rule.max_curvature(float(run.optimizer.param_groups[0]["lr"])) if rule is not None else math.nan
+            limits[size] = rule.max_curvature(learning_rate(run.optimizer)) if rule is not None else math.nan
             tracks[size].append(_follow(run, what, times))
             last = tracks[size][-1].series["lambda_max"][-1]
             if callback is not None:

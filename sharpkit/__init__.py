@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sharpkit import transfer as transfer
     from sharpkit._errors import ConvergenceWarning as ConvergenceWarning
+    from sharpkit._errors import DocumentError as DocumentError
     from sharpkit._errors import NonDeterministicError as NonDeterministicError
     from sharpkit._errors import NonFiniteError as NonFiniteError
     from sharpkit._errors import NotSymmetricError as NotSymmetricError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sharpkit._errors import SharpkitWarning as SharpkitWarning
     from sharpkit._errors import UnsupportedError as UnsupportedError
     from sharpkit._results import Bounded as Bounded
+    from sharpkit._results import Progress as Progress
     from sharpkit.batch_size.bracket import SharpnessBracket as SharpnessBracket
     from sharpkit.batch_size.bracket import sharpness_bracket as sharpness_bracket
     from sharpkit.batch_size.learning_rate_curve import LearningRateCurve as LearningRateCurve
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from sharpkit.linalg.power import power_iteration as power_iteration
     from sharpkit.linalg.results import Eigenpairs as Eigenpairs
     from sharpkit.linalg.results import Estimate as Estimate
-    from sharpkit.linalg.results import Progress as Progress
     from sharpkit.linalg.results import SpectralDensity as SpectralDensity
     from sharpkit.linalg.slq import spectral_density as spectral_density
     from sharpkit.linalg.trace import trace as trace
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from sharpkit.measuring.stability import StableLearningRate as StableLearningRate
     from sharpkit.measuring.stability import stable_learning_rate as stable_learning_rate
     from sharpkit.monitor import sinks as sinks
+    from sharpkit.monitor.metrics import register_metric as register_metric
     from sharpkit.monitor.monitor import Monitor as Monitor
     from sharpkit.monitor.records import Measurement as Measurement
     from sharpkit.monitor.records import MonitorHistory as MonitorHistory
@@ -81,12 +83,15 @@ if TYPE_CHECKING:
     from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
     from sharpkit.optimizers import register_optimizer as register_optimizer
     from sharpkit.reporting import report as report
+    from sharpkit.reporting.sections import Section as Section
+    from sharpkit.reporting.sections import register_section as register_section
 
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
 _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit": ("transfer",),
     "sharpkit._errors": (
         "ConvergenceWarning",
+        "DocumentError",
         "NonDeterministicError",
         "NonFiniteError",
         "NotSymmetricError",
@@ -97,7 +102,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "SharpkitWarning",
         "UnsupportedError",
     ),
-    "sharpkit._results": ("Bounded",),
+    "sharpkit._results": ("Bounded", "Progress"),
     "sharpkit.batch_size.bracket": ("SharpnessBracket", "sharpness_bracket"),
     "sharpkit.batch_size.learning_rate_curve": ("LearningRateCurve", "learning_rate_curve"),
     "sharpkit.batch_size.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
@@ -107,7 +112,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),
     "sharpkit.linalg.lanczos": ("eigenpairs",),
     "sharpkit.linalg.power": ("power_iteration",),
-    "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "Progress", "SpectralDensity"),
+    "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "SpectralDensity"),
     "sharpkit.linalg.slq": ("spectral_density",),
     "sharpkit.linalg.trace": ("trace",),
     "sharpkit.measuring.critical": ("CriticalLearningRate", "critical_learning_rate"),
@@ -118,6 +123,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.measuring.sharpness": ("Sharpness", "measure"),
     "sharpkit.measuring.stability": ("StableLearningRate", "stable_learning_rate"),
     "sharpkit.monitor": ("sinks",),
+    "sharpkit.monitor.metrics": ("register_metric",),
     "sharpkit.monitor.monitor": ("Monitor",),
     "sharpkit.monitor.records": ("Measurement", "MonitorHistory", "Record"),
     "sharpkit.objective.objective": ("Objective",),
@@ -128,19 +134,23 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
     "sharpkit.optimizers": ("register_optimizer",),
     "sharpkit.reporting": ("report",),
+    "sharpkit.reporting.sections": ("Section", "register_section"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_ARE_MODULES = {"sinks", "transfer"}  # public names that are modules themselves
 
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    module = _HOME.get(name)
-    if module is None:
-        raise AttributeError(f"module 'sharpkit' has no attribute {name!r}")
-    value = import_module(f"{module}.{name}") if module == __name__ else getattr(import_module(module), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker reads the imports above; with this it would take any misspelt name for Any
+
+    def __getattr__(name: str) -> Any:
+        module = _HOME.get(name)
+        if module is None:
+            raise AttributeError(f"module 'sharpkit' has no attribute {name!r}")
+        value = import_module(f"{module}.{name}") if name in _ARE_MODULES else getattr(import_module(module), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -380,8 +380,7 @@ class Metric:
     needs_probe: bool = False
 
 
-# By name. The numbers are what a first measurement costs in gradients of the batch, as counted on small networks; the planner replaces them
-# by what it measures.
+# By name. The numbers, by judgement, are what a first measurement costs in gradients of the batch; all later plans rest on measured costs.
 METRICS: dict[str, Metric] = {
     "lambda_max": Metric(_lambda_max, 11),
     "preconditioned_lambda_max": Metric(_preconditioned, 11, live=True),
@@ -402,8 +401,7 @@ METRICS: dict[str, Metric] = {
 MetricFunction = Callable[[Objective, torch.optim.Optimizer], float | Estimate]
 MetricLike = str | MetricFunction
 
-# Gradients of the batch that a metric of one's own is expected to cost, by judgement: as much as batch sharpness. Its first measurement
-# replaces the guess.
+# What a metric of one's own is expected to cost in gradients of the batch: by judgement as much as batch sharpness.
 _GUESSED_GRADIENTS = 4.0
 
 
@@ -465,9 +463,10 @@ def register_metric(
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a text such as 'gradient_norm', got {name!r}")
-    for what, given in (("function", function), ("limit", limit)):
-        if given is not None and not callable(given) or (what == "function" and given is None):
-            raise TypeError(f"{what} must be a function, got {type(given).__name__}")
+    if not callable(function):
+        raise TypeError(f"function must be a function of (objective, optimizer), got {type(function).__name__}")
+    if limit is not None and not callable(limit):
+        raise TypeError(f"limit must be a function of the optimizer, got {type(limit).__name__}")
     if not gradients > 0:
         raise ValueError(f"gradients must be positive, got {gradients}")
     METRICS[name] = custom(function, name=name, gradients=gradients, limit=limit)

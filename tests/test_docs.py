@@ -1,14 +1,20 @@
-"""What the README and the guide show runs as it stands."""
+"""What the README and the pages show runs as it stands."""
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
 import pytest
 
 import sharpkit as sk
+from sharpkit import optimizers
+from sharpkit.monitor import metrics
+from sharpkit.reporting import sections
 
+# What the examples register, they register for the test alone.
+REGISTERED = ((metrics, "METRICS"), (optimizers, "_KINDS"), (sections, "_SECTIONS"))
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
@@ -26,6 +32,19 @@ def test_the_readmes_examples_run_one_after_another(
         exec(compile(block, "README.md", "exec"), names)
     assert "lambda_max" in capsys.readouterr().out
     assert (tmp_path / "sharpness.html").read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_the_examples_of_the_page_on_extending_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, table in REGISTERED:
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
+    page = ROOT / "docs" / "extending.md"
+    blocks = "\n".join(_python_blocks(page))
+    examples = doctest.DocTestParser().get_doctest(blocks, {}, page.name, str(page), 0)
+    assert len(examples.examples) == blocks.count(">>> ")
+    said: list[str] = []
+    failed, _ = doctest.DocTestRunner().run(examples, out=said.append)
+    assert not failed, "".join(said)
 
 
 @pytest.mark.parametrize("page", ["README.md", *PAGES])

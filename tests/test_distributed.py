@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import built, conv, gaussian, labels, mlp, relative_error, tied
+from problems import Problem, built, conv, gaussian, labels, mlp, relative_error, tied
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,12 +161,19 @@ def wrappers() -> dict[str, Callable[[int], Any]]:
     def fully_sharded(rank: int) -> Any:
         from torch.distributed.fsdp import fully_shard
 
-        problem = mlp()
-        fully_shard(problem.model)
-        x, y = problem.batches[0]
-        said = _outcome(lambda _: sk.Objective(problem.model, (x, y), loss=F.cross_entropy), rank)[0]
-        F.cross_entropy(problem.model(x), y).backward()
-        return said, all(p.grad is not None for p in problem.model.parameters())
+        def trains(problem: Problem) -> Any:
+            x, y = problem.batches[0]
+            try:
+                F.cross_entropy(problem.model(x), y).backward()
+            except AttributeError as error:
+                return str(error)
+            return all(p.grad is not None for p in problem.model.parameters())
+
+        refused, untouched = mlp(), mlp()
+        for problem in (refused, untouched):
+            fully_shard(problem.model)
+        said = _outcome(lambda _: sk.Objective(refused.model, refused.batches[0], loss=F.cross_entropy), rank)[0]
+        return said, trains(refused), trains(untouched)
 
     def tensor_parallel(rank: int) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
@@ -299,9 +306,10 @@ def test_data_parallel_wrappers_are_measured_and_sharded_models_refused(tmp_path
             assert relative_error(dense, expected) < 1e-12
             assert names == ("0.weight", "0.bias", "2.weight", "2.bias")
             assert gradient_error < 1e-12, "training through the wrapper goes on with the right gradients"
-        said, trains = found["fsdp"]
+        said, trains, untouched_trains = found["fsdp"]
         assert said.startswith("UnsupportedError: parameter '0.weight' is sharded over processes"), said
-        assert trains
+        # torch 2.6 itself cannot run a fully sharded model on the CPU: then the refused one fails exactly as an untouched one does
+        assert trains is True or trains == untouched_trains == "'Stream' object has no attribute 'record_event'", trains
         for name in ("tensor parallel", "one sharded part"):
             assert found[name][0].startswith("UnsupportedError: parameter '0.weight' is sharded over processes"), found[name]
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
 from sharpkit.objective.memory import available_memory, graph_nodes, human_bytes, is_out_of_memory
@@ -269,7 +270,7 @@ def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
     """
     for node in graph_nodes(outputs):
         function = getattr(node, "_forward_cls", None)
-        if function is torch.utils.checkpoint.CheckpointFunction:
+        if function is CheckpointFunction:
             raise UnsupportedError(_REENTRANT)
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if code is not None and code is _ONCE_CODE:

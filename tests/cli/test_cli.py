@@ -250,9 +250,10 @@ def test_report_of_a_target_measures_and_examines(target: Path, tmp_path: Path, 
     assert (tmp_path / "all.html").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("ctrl_c_reaches_what_is_started")
 def test_ctrl_c_exits_130_without_a_traceback(target: Path) -> None:
     command = [sys.executable, "-m", "sharpkit", "spectrum", f"{target}:slow"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:

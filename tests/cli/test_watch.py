@@ -120,7 +120,7 @@ class Watching:
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "sharpkit", "watch", str(path), "--interval", "0.05"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         self.out: queue.Queue[str] = queue.Queue()
         self.err: queue.Queue[str] = queue.Queue()
@@ -147,7 +147,7 @@ class Watching:
 
 
 @pytest.fixture
-def watching(tmp_path: Path) -> Iterator[Watching]:
+def watching(tmp_path: Path, ctrl_c_reaches_what_is_started: None) -> Iterator[Watching]:
     started = Watching(tmp_path / "run.jsonl")
     yield started
     started.process.kill()

@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from sharpkit.operators.hessian import HessianOperator as HessianOperator
     from sharpkit.operators.preconditioned import AdaptiveOperator as AdaptiveOperator
     from sharpkit.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
+    from sharpkit.optimizers import UpdateRule as UpdateRule
     from sharpkit.optimizers import register_optimizer as register_optimizer
     from sharpkit.reporting import report as report
     from sharpkit.reporting.sections import Section as Section
@@ -132,7 +133,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.operators.gauss_newton": ("GaussNewtonOperator",),
     "sharpkit.operators.hessian": ("HessianOperator",),
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
-    "sharpkit.optimizers": ("register_optimizer",),
+    "sharpkit.optimizers": ("UpdateRule", "register_optimizer"),
     "sharpkit.reporting": ("report",),
     "sharpkit.reporting.sections": ("Section", "register_section"),
 }

@@ -28,6 +28,8 @@ from sharpkit.monitor.runs import RunFile as RunFile
 from sharpkit.monitor.runs import read_run as read_run
 from sharpkit.monitor.schema import RUN
 
+__all__ = ["FileSink", "RunFile", "Sink", "as_sink", "csv", "jsonl", "read_run", "tensorboard", "wandb"]
+
 
 class LineFile:
     """A text file that only grows, whole lines at a time.

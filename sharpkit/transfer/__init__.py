@@ -2,44 +2,31 @@
 
     check = sk.transfer.coordinate_check(build, [64, 128, 256], optimizer=optimizer, data=data, loss=loss)
     sk.transfer.find_culprits(build, [64, 128, 256], optimizer=optimizer, data=data, loss=loss)
-
-Each name is imported from its module when it is first used.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from sharpkit.transfer.coordinates import Coordinate, CoordinateCheck, coordinate_check
+from sharpkit.transfer.culprits import Culprit, find_culprits
+from sharpkit.transfer.fits import Slope, log_slope
+from sharpkit.transfer.learning_rates import LearningRateTransfer, learning_rate_transfer
+from sharpkit.transfer.setup import Family
+from sharpkit.transfer.sharpness import SharpnessTransfer, sharpness_transfer
+from sharpkit.transfer.verdict import Verdict, diagnose
 
-if TYPE_CHECKING:
-    from sharpkit.transfer.coordinates import CoordinateCheck, coordinate_check
-    from sharpkit.transfer.culprits import Culprit, find_culprits
-    from sharpkit.transfer.fits import Slope, log_slope
-    from sharpkit.transfer.setup import Family
-
-# Where each public name lives.
-_MODULES: dict[str, tuple[str, ...]] = {
-    "sharpkit.transfer.coordinates": ("CoordinateCheck", "coordinate_check"),
-    "sharpkit.transfer.culprits": ("Culprit", "find_culprits"),
-    "sharpkit.transfer.learning_rates": ("learning_rate_transfer",),
-    "sharpkit.transfer.setup": ("Family",),
-    "sharpkit.transfer.sharpness": ("sharpness_transfer",),
-    "sharpkit.transfer.slopes": ("Slope", "log_slope"),
-    "sharpkit.transfer.verdict": ("diagnose",),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    module = _HOME.get(name)
-    if module is None:
-        raise AttributeError(f"module 'sharpkit.transfer' has no attribute {name!r}")
-    value = getattr(import_module(module), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__all__ = [
+    "Coordinate",
+    "CoordinateCheck",
+    "Culprit",
+    "Family",
+    "LearningRateTransfer",
+    "SharpnessTransfer",
+    "Slope",
+    "Verdict",
+    "coordinate_check",
+    "diagnose",
+    "find_culprits",
+    "learning_rate_transfer",
+    "log_slope",
+    "sharpness_transfer",
+]

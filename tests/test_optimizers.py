@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -380,3 +382,65 @@ def test_without_adaptivity_only_the_groups_rates_scale() -> None:
     for optimizer in (SGD(groups), cls(groups, {"lr": 1.0, "momentum": 0.9})):
         scale: Tensor = optimizers.preconditioner_scale(optimizer, layout)
         assert scale.unique().tolist() == [1.0, 2.0]
+
+
+# -- the only place that knows optimizers -------------------------------------------------------------------------------------------
+CLASSES = {name for name, value in vars(torch.optim).items() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}
+CLASSES = CLASSES - {"Optimizer"} | {key for key in optimizers._KINDS if isinstance(key, str)}
+SETTINGS = {
+    "betas", "momentum", "dampening", "nesterov", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "amsgrad", "centered",
+    "lr_decay", "initial_lr", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg",
+}  # fmt: skip
+ALLOWED = {
+    "batch_size/scaling.py": {"betas", "eps", "weight_decay"},  # the arguments of scale_learning_rate, which names them as torch does
+    "integrations/attachment.py": {"momentum"},  # the learner's argument, "keep" or "polyak"
+    "learner/baselines.py": {"SGDScheduleFree", "param_groups"},  # rivals in the race construct their own package's optimizer
+}
+
+
+def knowledge_of_optimizers(source: str) -> set[str]:
+    """Optimizer classes, parameter groups, and settings or state read by name; docstrings may speak of them."""
+    known: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        keys: list[ast.expr] = []
+        if isinstance(node, ast.Attribute):
+            known |= {node.attr} & (CLASSES | {"param_groups"})
+        elif isinstance(node, ast.Name):
+            known |= {node.id} & CLASSES
+        elif isinstance(node, ast.alias):
+            known |= {node.name} & CLASSES
+        elif isinstance(node, ast.Subscript):
+            keys = [node.slice]
+        elif isinstance(node, ast.Compare):
+            keys = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop", "setdefault"):
+            keys = node.args[:1]
+        known |= {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)} & (CLASSES | SETTINGS)
+    return known
+
+
+def test_no_other_module_knows_an_optimizer() -> None:
+    package = Path(sk.__file__).parent
+    knowing = {}
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        if known := knowledge_of_optimizers(path.read_text(encoding="utf-8")) - ALLOWED.get(name, set()):
+            knowing[name] = known
+    assert set(knowing) == {"optimizers.py"}, f"ask sharpkit.optimizers instead: {knowing}"
+
+
+@pytest.mark.parametrize(
+    ("source", "known"),
+    [
+        ("isinstance(o, torch.optim.SGD)", {"SGD"}),
+        ("from torch.optim import AdamW", {"AdamW"}),
+        ("type(o).__name__ == 'Adam'", {"Adam"}),
+        ("group['betas'][0]", {"betas"}),
+        ("group.get('momentum', 0.0)", {"momentum"}),
+        ("'dampening' in group", {"dampening"}),
+        ("for group in optimizer.param_groups: pass", {"param_groups"}),
+        ("def f(o: torch.optim.Optimizer, momentum=0.0):\n    'As torch.optim.SGD.'\n    return f(o, momentum=momentum)", set()),
+    ],
+)
+def test_what_counts_as_knowing_one(source: str, known: set[str]) -> None:
+    assert knowledge_of_optimizers(source) == known

@@ -99,7 +99,7 @@ def _check_linear(hessian: HessianOperator, seed: int) -> Verdict:
 
 def float64_twin(objective: Objective) -> Objective:
     """The same objective on a float64 copy of the model and of the first batches. Raises whatever the model raises in float64."""
-    batches = list(itertools.islice(iter(objective._source), _MAX_COPIED_BATCHES))
+    batches = list(itertools.islice(objective.batches(), _MAX_COPIED_BATCHES))
     return twin_objective(objective, batches, dtype=torch.float64)
 
 
@@ -280,13 +280,13 @@ def _check_weights(hessian: HessianOperator, seed: int) -> Verdict:
 
 def _check_memory(hessian: HessianOperator, seed: int) -> Verdict:
     hessian @ _probes(hessian, seed, 1)[:, 0]
-    held, free = hessian._bytes_kept(), available_memory(hessian.device)
+    held, free = hessian.bytes_kept(), available_memory(hessian.device)
     start = time.perf_counter()
     hessian @ _probes(hessian, seed, 1)[:, 0]
     seconds = time.perf_counter() - start
     kept = (
         f"graphs of {human_bytes(held)} are kept between products"
-        if hessian._all_kept
+        if hessian.all_kept
         else "graphs do not all fit and are rebuilt for each product"
     )
     text = f"{kept}, {human_bytes(free)} free; one product takes {seconds:.2g} s, so measure() about {200 * seconds:.2g} s"
@@ -297,7 +297,7 @@ def _check_memory(hessian: HessianOperator, seed: int) -> Verdict:
             f"{text}; a Lanczos basis of 40 vectors needs {human_bytes(basis)}",
             "select parameters with params=, or eigenpairs(..., offload=True)",
         )
-    return ("ok" if hessian._all_kept else "note"), text
+    return ("ok" if hessian.all_kept else "note"), text
 
 
 ALL: tuple[tuple[str, Callable[[HessianOperator, int], Verdict]], ...] = (

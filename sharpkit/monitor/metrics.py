@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -165,16 +164,6 @@ class Situation:
         return 2 / self.lr if self.lr > 0 else None
 
 
-def by_samples(objective: Objective) -> Objective:
-    """The objective in eval mode where train mode ties the samples of a batch together."""
-    if objective.may_separate and not objective._survey.draws:
-        return objective
-    other = copy.copy(objective)
-    other.mode = "eval"
-    other._survey = replace(objective._survey, draws=False)
-    return other
-
-
 Values = dict[str, Measurement]
 _NOISE_GROUPS = 8
 _MEAN_BATCHES = 24  # drawn from a probe set at a time
@@ -272,7 +261,7 @@ def _batch_sharpness(s: Situation) -> Values:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             estimate = batch_sharpness(
-                by_samples(s.probe), batch_size=size, optimizer=stepper, max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
+                s.probe.by_samples(), batch_size=size, optimizer=stepper, max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
             )
         return {name: Measurement.of(estimate, limit=s.step_limit(), method=f"{estimate.method} from the probe set")}
     gradient, along, product = gradient_and_product(s.objective, momentum_step(s.objective, stepper))
@@ -294,7 +283,7 @@ def _gradient_noise_interaction(s: Situation) -> Values:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         estimate = gradient_noise_interaction(
-            by_samples(s.probe), batch_size=min(s.batch_size, s.probe.num_samples), max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
+            s.probe.by_samples(), batch_size=min(s.batch_size, s.probe.num_samples), max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
         )
     return {"gradient_noise_interaction": Measurement.of(estimate, limit=s.step_limit())}
 
@@ -340,7 +329,7 @@ def _trace_limit(s: Situation) -> float | None:
 
 def _noise_scale(s: Situation) -> Values:
     """tr Sigma and |G|^2 are averaged over the last batches first, then divided."""
-    name, objective = "noise_scale", by_samples(s.objective)
+    name, objective = "noise_scale", s.objective.by_samples()
     started = time.perf_counter()
     size = max(1, objective.num_samples // _NOISE_GROUPS)
     found = gradient_noise_scale(objective, group_size=size, max_groups=_NOISE_GROUPS, seed=s.memory.seed + s.step)

@@ -147,6 +147,16 @@ class Objective:
         return len(self._survey.counts)
 
     @property
+    def batch_lengths(self) -> tuple[int, ...]:
+        """Samples in each batch on this process."""
+        return self._survey.lengths
+
+    @property
+    def batch_counts(self) -> tuple[float, ...]:
+        """What each batch on this process is weighted by: its number of targets, or the sum of their class weights."""
+        return self._survey.counts
+
+    @property
     def reduction(self) -> str:
         """``"mean"`` or ``"sum"``."""
         return self._survey.reduction
@@ -175,6 +185,11 @@ class Objective:
     def may_separate(self) -> bool:
         """Whether the objective falls apart into samples, so that pieces and per-sample gradients mean something."""
         return self._survey.additive and not self.couples_samples
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether the loss draws random numbers, as dropout does in train mode."""
+        return self._survey.draws
 
     def __repr__(self) -> str:
         world = f", {self.ranks.size} processes" if self.ranks.size > 1 else ""
@@ -217,6 +232,15 @@ class Objective:
         other._source = BatchSource(batches, pair=False)
         return other
 
+    def by_samples(self) -> Objective:
+        """The same objective, in eval mode where train mode ties the samples of a batch together or draws random numbers."""
+        if self.may_separate and not self._survey.draws:
+            return self
+        other = copy.copy(self)
+        other.mode = "eval"
+        other._survey = replace(self._survey, draws=False)
+        return other
+
     # -- evaluation ---------------------------------------------------------------------------------------------------
     def undisturbed(self) -> AbstractContextManager[None]:
         """The guard to evaluate under: the model is left bit for bit as found.
@@ -229,6 +253,10 @@ class Objective:
 
     def _guard(self, *, training: bool) -> AbstractContextManager[None]:
         return undisturbed(self.model, training=training, generators=loader_generators(self._source.data))
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's batches as they were given."""
+        return iter(self._source)
 
     def pieces(self) -> Iterator[Piece]:
         """The data, batch by batch or in slices of ``micro_batch_size``, with weights; pieces that count nothing are left out."""

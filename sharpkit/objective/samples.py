@@ -32,10 +32,9 @@ class SamplePool:
         if objective.ranks.size > 1:
             raise UnsupportedError("drawing mini-batches works on one process: make the Objective with process_group=False")
         self.parent = objective
-        batches = [
-            to_device(batch, objective.device) for batch, count in zip(objective._source, objective._survey.counts, strict=True) if count
-        ]
-        lengths = [length for length, count in zip(objective._survey.lengths, objective._survey.counts, strict=True) if count]
+        counts = objective.batch_counts
+        batches = [to_device(batch, objective.device) for batch, count in zip(objective.batches(), counts, strict=True) if count]
+        lengths = [length for length, count in zip(objective.batch_lengths, counts, strict=True) if count]
         self._batches, self._lengths = (_joined(batches), [sum(lengths)]) if _joinable(batches) else (batches, lengths)
 
     @property

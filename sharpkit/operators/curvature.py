@@ -72,6 +72,9 @@ class CurvatureOperator(SymmetricOperator):
         retain: keep graphs between products: ``"auto"`` while memory lasts, True always, False never.
         memory_limit: bytes for retained graphs; by default half of what is free when the first is built.
 
+    Attributes:
+        all_kept: whether the graphs of all pieces are retained, so that the next product rebuilds none.
+
     Raises:
         OutOfMemoryError: a single sample does not fit.
         UnsupportedError: PyTorch cannot differentiate this model twice; the message names the remedy.
@@ -87,7 +90,7 @@ class CurvatureOperator(SymmetricOperator):
         self.layout = objective.layout
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}
-        self._all_kept = False
+        self.all_kept = False
         self._kept_for: tuple[int | None, list[Tensor]] = (None, [])
         self._kept_versions: list[int] = []
 
@@ -122,11 +125,11 @@ class CurvatureOperator(SymmetricOperator):
 
     def _sum_over_pieces(self, vector: Tensor) -> Tensor:
         parts = self.layout.split(vector)
-        if self._all_kept and len(self._kept) == 1:
+        if self.all_kept and len(self._kept) == 1:
             (product,) = self._kept.values()
             return self.layout.flatten(product.multiply(parts), product.weight)
         total = torch.zeros_like(vector, requires_grad=False)
-        if self._all_kept:
+        if self.all_kept:
             for product in self._kept.values():
                 self.layout.add_flat_(total, product.multiply(parts), product.weight)
             return total
@@ -137,26 +140,27 @@ class CurvatureOperator(SymmetricOperator):
             product = self._kept.get(piece.key) or self._build(piece)
             self.layout.add_flat_(total, product.multiply(parts), product.weight)
             every_one_kept = self._keep(piece.key, product, found) and every_one_kept
-        self._all_kept = every_one_kept
+        self.all_kept = every_one_kept
         return total
 
     # -- graphs: kept, dropped, forecast ------------------------------------------------------------------------------------
     def _keep(self, key: tuple[int, int], product: PieceProduct, found: list[Tensor]) -> bool:
         if key in self._kept:
             return True
-        if self._retain is False or (self._retain == "auto" and self._bytes_kept() + product.bytes_held > self._limit()):
+        if self._retain is False or (self._retain == "auto" and self.bytes_kept() + product.bytes_held > self._limit()):
             return False
         self._kept_for = (self.objective.micro_batch_size, found)
         self._kept_versions = self._versions()
         self._kept[key] = product
         return True
 
-    def _bytes_kept(self) -> int:
+    def bytes_kept(self) -> int:
+        """Memory that the retained graphs hold, as far as it is known."""
         return sum(product.bytes_held for product in self._kept.values())
 
     def _limit(self) -> float:
         if self._memory_limit is None:
-            self._memory_limit = _GRAPH_SHARE * (available_memory(self.device) + self._bytes_kept())
+            self._memory_limit = _GRAPH_SHARE * (available_memory(self.device) + self.bytes_kept())
         return self._memory_limit
 
     def _watched(self) -> list[Tensor]:
@@ -180,7 +184,7 @@ class CurvatureOperator(SymmetricOperator):
         """Free all retained graphs; the next product builds them anew."""
         self._kept.clear()
         self._kept_for = (None, [])
-        self._all_kept = False
+        self.all_kept = False
 
     def _shrink(self, cause: BaseException) -> None:
         """After a failed allocation: first drop what is retained, then cut the pieces in halves."""
@@ -194,7 +198,7 @@ class CurvatureOperator(SymmetricOperator):
         logger.warning("a product ran out of memory; going on with pieces of %s samples", self.objective.micro_batch_size or "all")
 
     def _does_not_fit(self) -> str:
-        samples = self.objective.micro_batch_size or max(self.objective._survey.lengths, default=0)
+        samples = self.objective.micro_batch_size or max(self.objective.batch_lengths, default=0)
         return (
             f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, "
             f"pieces of {samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. "
@@ -203,7 +207,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _halve_pieces(self) -> bool:
         objective = self.objective
-        present = objective.micro_batch_size or max(objective._survey.lengths, default=0)
+        present = objective.micro_batch_size or max(objective.batch_lengths, default=0)
         if not objective.may_split or present <= 1:
             return False
         self.forget_graphs()
@@ -213,7 +217,7 @@ class CurvatureOperator(SymmetricOperator):
     def _forecast(self) -> None:
         """Cut a batch whose graph would not fit *before* building it: an out-of-memory kill on the host cannot be caught."""
         objective = self.objective
-        longest = max(objective._survey.lengths, default=0)
+        longest = max(objective.batch_lengths, default=0)
         if self._kept or objective.micro_batch_size is not None or not objective.may_split or longest < _FORECAST_FROM:
             return
         objective.micro_batch_size = sample = max(1, longest // 32)

@@ -66,7 +66,7 @@ class FisherOperator(CurvatureOperator):
         error: ObjectiveError | None = None
         for class_dim in self._class_dims(jacobian):
             draws = _Draws(
-                self.likelihood, jacobian, self._known, whole=self.objective._survey.lengths[index], first=first, class_dim=class_dim
+                self.likelihood, jacobian, self._known, whole=self.objective.batch_lengths[index], first=first, class_dim=class_dim
             )
             try:
                 residuals, slopes = self._scores(jacobian, draws, number=index, seed=seed)

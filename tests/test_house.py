@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -207,6 +208,22 @@ def test_the_readme_names_every_room(real) -> None:  # type: ignore[no-untyped-d
     tree = re.search(r"## Where things are\n+```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert tree is not None
     assert [room for room in real.rooms() if room != "__main__" and not re.search(rf"^  {room}(/|\.py)", tree[1], flags=re.MULTILINE)] == []
+
+
+def test_what_linalg_may_not_know_is_listed_in_full(real) -> None:  # type: ignore[no-untyped-def]
+    """import-linter has no "all but": the contract lists every module of objective and operators that knows a model, data or a matrix."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (forbidden,) = (set(c["forbidden_modules"]) for c in contracts if c["type"] == "forbidden")
+    inside = {m.name for room in ("objective", "operators") for m in real.in_room(room) if not m.is_package}
+    assert forbidden == inside - {"sharpkit.objective.memory", "sharpkit.operators.base"} | {"sharpkit.optimizers"}
+
+
+def test_nothing_is_ignored_but_what_plot_methods_import() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    ignored = {one for contract in contracts for one in contract.get("ignore_imports", [])}
+    assert {one for one in ignored if not one.endswith("-> sharpkit.plots.*")} == set()
+    assert not any("(" in layer for contract in contracts for layer in contract.get("layers", [])), "no layer is optional"
+    assert all(contract["exhaustive"] for contract in contracts if contract["type"] == "layers")
 
 
 def test_no_rule_of_the_house_is_broken(real) -> None:  # type: ignore[no-untyped-def]

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, cast
 
 from sharpkit._errors import SharpkitWarning
 from sharpkit._results import json_ready, number, to_json
@@ -371,7 +371,18 @@ def wandb(run: Any) -> Sink:
     return Sink(f"wandb({type(run).__name__})", write)
 
 
-def as_sink(place: Any) -> Any:
+class SinkLike(Protocol):
+    """What a monitor writes to: a :class:`Sink`, or any object with these three methods."""
+
+    def open_run(self, header: Document, /) -> None: ...
+    def write(self, document: Document, /) -> None: ...
+    def close(self) -> None: ...
+
+
+SinkPlace = SinkLike | str | os.PathLike[str] | Callable[[Document], Any]
+
+
+def as_sink(place: SinkPlace) -> SinkLike:
     """What a user may pass as a sink, as a sink.
 
     Args:
@@ -388,7 +399,7 @@ def as_sink(place: Any) -> Any:
         [{'kind': 'monitor_record', 'step': 1}]
     """
     if all(callable(getattr(place, name, None)) for name in ("open_run", "write", "close")):
-        return place
+        return cast(SinkLike, place)
     if isinstance(place, (str, os.PathLike)):
         makers = {".jsonl": jsonl, ".csv": csv}
         if (ending := Path(place).suffix) not in makers:

@@ -19,7 +19,7 @@ from sharpkit.monitor.metrics import check_settings
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory, Record
 from sharpkit.monitor.schema import RUN
-from sharpkit.monitor.sinks import _scalars, as_sink
+from sharpkit.monitor.sinks import as_sink, scalars_of
 from sharpkit.optimizers import restore_initial_rates
 
 Log = Callable[[dict[str, float]], None]
@@ -193,7 +193,7 @@ class LogSink:
 
 def logged(document: dict[str, Any]) -> dict[str, float]:
     """The finite numbers of a record that a trainer does not log itself, as ``sharpkit/<name>``."""
-    return {f"sharpkit/{name}": value for name, value in _scalars(document).items() if name not in _KNOWN_TO_TRAINERS}
+    return {f"sharpkit/{name}": value for name, value in scalars_of(document).items() if name not in _KNOWN_TO_TRAINERS}
 
 
 def own_containers(owner: Any) -> None:

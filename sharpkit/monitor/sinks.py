@@ -359,7 +359,7 @@ def wandb(run: Any) -> Sink:
         if document.get("kind") == RUN:
             return
         step = int(document["step"])
-        scalars = {f"sharpkit/{name}": value for name, value in _scalars(document).items()}
+        scalars = {f"sharpkit/{name}": value for name, value in scalars_of(document).items()}
         if not own_axis:
             run.log(scalars, step=step)
             return
@@ -413,7 +413,7 @@ def as_sink(place: SinkPlace) -> SinkLike:
 # -- what the places are given ------------------------------------------------------------------------------------------------------
 
 
-def _scalars(document: Document) -> dict[str, float]:
+def scalars_of(document: Document) -> dict[str, float]:
     """The finite numbers of a record by name: metrics with their errors, limits and ratios, loss, learning rate, overhead."""
     found: dict[str, float] = {name: number(document.get(name)) for name in ("loss", "lr", "overhead")}
     for name, entry in document["values"].items():
@@ -429,7 +429,7 @@ def _to_tensorboard(writer: Any, document: Document) -> None:
             writer.add_text("sharpkit/run", "\n\n".join(f"{name}: {value}" for name, value in document.items()), 0)
         return
     step = int(document["step"])
-    for name, value in _scalars(document).items():
+    for name, value in scalars_of(document).items():
         writer.add_scalar(f"sharpkit/{name}", value, step)
     if callable(getattr(writer, "add_text", None)):
         for event in document.get("events", ()):

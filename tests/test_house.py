@@ -128,6 +128,14 @@ def test_a_figure_may_be_imported_by_the_method_that_draws_it(toy: Path) -> None
     assert allowed.scope == ("Oven", "plot")
 
 
+def test_a_comment_that_names_no_source_is_listed_but_no_fault(toy: Path) -> None:
+    oven = toy / "toy" / "kitchen" / "oven.py"
+    oven.write_text(oven.read_text().replace("# from the toy's manual\n", "# degrees\n"))
+    house_of_toys = built(toy)
+    assert [str(one) for one in house_of_toys.vague_constants()] == ["toy.kitchen.oven:14 HOT"]
+    assert house_of_toys.broken()["constants without a source"] == ["toy.kitchen.oven:16 COLD"]
+
+
 def test_imports_for_type_checkers_are_listed_apart(toy: Path) -> None:
     (only_types,) = built(toy).upward_types()
     assert (only_types.importer, only_types.imported) == ("toy.kitchen.oven", "toy.shop.counter")

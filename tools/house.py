@@ -30,6 +30,8 @@ BEGIN, END = "<!-- house: written by `make house` -->", "<!-- house: end -->"
 # A comment that only speaks to a tool, and a ruler that only divides the page, say nothing about why.
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:\s*ignore|pragma|pyright|mypy|ruff|fmt)\b(:?\s*[A-Z]+\d+(,\s*[A-Z]+\d+)*)?(\[[^\]]*\])?")
 _RULER = re.compile(r"#\s*[-=*#]{2,}.*")
+# Words by which a comment says where a number comes from: an experiment, a paper, a convention, or judgement.
+_SOURCE = re.compile(r"judg|experiment|arxiv|et al|\b(19|20)\d\d\b|docs/|convention|format|definition|by theory", re.IGNORECASE)
 _CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
 _PRIVATE = re.compile(r"_(?!_)\w*[^_]|_")
 _NUMBER_MAKERS = {"frozenset", "set", "tuple", "range", "float", "int", "math.sqrt", "math.log", "math.log2", "math.exp"}
@@ -86,7 +88,8 @@ class Module:
     comments: int = 0
     docstrings: int = 0
     imports: list[Import] = field(default_factory=list)
-    bare_constants: list[Place] = field(default_factory=list)
+    bare_constants: list[Place] = field(default_factory=list)  # without a comment
+    vague_constants: list[Place] = field(default_factory=list)  # with one that names no source
     own_private: set[str] = field(default_factory=set)
     private_reads: list[tuple[str, int]] = field(default_factory=list)  # (attribute, line), the object being neither self nor cls
 
@@ -110,14 +113,14 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
     return lines
 
 
-def line_kinds(source: str, tree: ast.Module) -> tuple[set[int], set[int], set[int]]:
-    """Line numbers of code, of comments that say something, and of docstrings. A line with a trailing comment is code and comment."""
-    docstrings, code, comments = _docstring_lines(tree), set[int](), set[int]()
+def line_kinds(source: str, tree: ast.Module) -> tuple[set[int], dict[int, str], set[int]]:
+    """Line numbers of code, of comments that say something, with their text, and of docstrings. A line may hold code and a comment."""
+    docstrings, code, comments = _docstring_lines(tree), set[int](), dict[int, str]()
     layout = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             if _says_something(token.string):
-                comments.add(token.start[0])
+                comments[token.start[0]] = token.string
         elif token.type not in layout:
             code.update(range(token.start[0], token.end[0] + 1))
     return code - docstrings, comments, docstrings
@@ -162,6 +165,14 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
         names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
         if names and all(map(_CONSTANT.fullmatch, names)) and _is_numeric(value):
             yield ", ".join(names), statement
+
+
+def _said_of(statement: ast.stmt, code: set[int], comments: Mapping[int, str]) -> str:
+    """The comments on a statement's lines and directly above it."""
+    first = statement.lineno
+    while first - 1 in comments and first - 1 not in code:
+        first -= 1
+    return " ".join(comments[line] for line in range(first, (statement.end_lineno or statement.lineno) + 1) if line in comments)
 
 
 class _Reader(ast.NodeVisitor):
@@ -269,10 +280,10 @@ def read_package(folder: Path) -> dict[str, Module]:
         module.lines, module.code = len(source.splitlines()), len(code)
         module.comments, module.docstrings = len(comments), len(docstrings)
         for constant, statement in _constants(tree):
-            lines = set(range(statement.lineno - 1, (statement.end_lineno or statement.lineno) + 1))
-            above = statement.lineno - 1
-            if not comments & (lines - {above}) and not (above in comments and above not in code):
-                module.bare_constants.append(Place(module.name, statement.lineno, constant))
+            said = _said_of(statement, code, comments)
+            if not said or not _SOURCE.search(said):
+                places = module.vague_constants if said else module.bare_constants
+                places.append(Place(module.name, statement.lineno, constant))
         _Reader(module, set(modules)).visit(tree)
     return modules
 
@@ -433,6 +444,10 @@ class House:
         """Numbers with a name and without a comment on their line or directly above it."""
         return [constant for module in self.modules.values() for constant in module.bare_constants]
 
+    def vague_constants(self) -> list[Place]:
+        """Numbers whose comment says what they are but not where they come from."""
+        return [constant for module in self.modules.values() for constant in module.vague_constants]
+
     # -- sums
     def counts(self) -> dict[str, float]:
         """The figures of the picture."""
@@ -453,6 +468,7 @@ class House:
             "private_imports": len(self.private_imports()),
             "private_attributes": len(self.private_attributes()),
             "constants_without_a_source": len(self.bare_constants()),
+            "constants_whose_comment_names_no_source": len(self.vague_constants()),
             "modules_without_a_layer": len(self.unlayered()),
             "layers_without_a_module": len(self.missing()),
         }
@@ -481,6 +497,7 @@ class House:
             "counts": self.counts(),
             "plot_imports": [str(one) for one in self.upward(drawing=True)],
             "type_checking_imports_up": [str(one) for one in self.upward_types()],
+            "vague_constants": [str(one) for one in self.vague_constants()],
             "broken": self.broken(),
         }
 
@@ -505,11 +522,13 @@ def draw(house: House) -> str:
                 indent = "    " if room and (len(modules) > 1 or module.is_package) else "  "
                 rows.append(_row(f"{indent}{inside or room}", module.code, module.comments, module.docstrings, module.idea))
     counts = house.counts()
-    rows += ["", *(f"{name.replace('_', ' '):34}{value:>7g}" for name, value in counts.items())]
+    rows += ["", *(f"{name.replace('_', ' '):40}{value:>7g}" for name, value in counts.items())]
     allowed = house.upward(drawing=True)
     rows += ["", "imports that point up, allowed in methods that draw", *(f"  {one}" for one in allowed)] if allowed else []
     typed = house.upward_types()
     rows += ["", "imports that point up for type checkers alone", *(f"  {one}" for one in typed)] if typed else []
+    vague = house.vague_constants()
+    rows += ["", "constants whose comment names no source", *(f"  {one}" for one in vague)] if vague else []
     return "\n".join([*rows, "", *_complaints(house)])
 
 

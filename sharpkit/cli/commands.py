@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 Answer = tuple[list[Document], Document, int]
+# Exit codes: 1 and 2 by convention, 130 as shells report an interrupt (128 + SIGINT); 3 is ours, for done but not converged.
 OK, FAILED, USAGE, NOT_CONVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -283,9 +284,10 @@ _RACE_EXAMPLE = """a TARGET of race is file.py:function, where the function take
         return make_model, make_optimizer, data, loss      # make_model(seed), make_optimizer(params, lr), batches, loss(output, target)
 or a dict with the keys model, optimizer, data, loss or closure, and test_data, or a sharpkit.training_run.RaceProblem"""
 _RACE_KEYS = ("model", "optimizer", "data", "loss", "closure", "test_data")
+# By judgement: three seeds show the scatter of a race; a quick one shows within minutes on a laptop that the problem runs.
 _STEPS, _QUICK_STEPS = 1000, 200
-_SEEDS, _QUICK_SEEDS = 3, 1
-_QUICK_RATES = 5
+_SEEDS, _QUICK_SEEDS = 3, 1  # by judgement, as above
+_QUICK_RATES = 5  # in a grid, by judgement
 
 
 def add_race_arguments(command: argparse.ArgumentParser, *, count: Callable[[str], Any], amount: Callable[[str], Any]) -> None:
@@ -365,9 +367,11 @@ def _checked_race(returned: Any, target: str) -> RaceProblem:
     raise UsageError(f"{target} returned {came}.\n{_RACE_EXAMPLE}")
 
 
+# Exit codes: a negative verdict is an answer, not a failure, so by convention of this command line it is 3, not 1.
 TRANSFERS, DOES_NOT = 0, 3
 
-_TRANSFER_EXAMPLE = """a TARGET of transfer is file.py:function, where the function takes no arguments and returns a family of networks, for example
+_TRANSFER_EXAMPLE = """a TARGET of transfer is file.py:function, where the function takes no arguments and returns a family of networks,
+for example
     def build():
         return make_model, make_optimizer, data, loss  # make_model(width), make_optimizer(model, width), batches, loss(output, target)
 or a dict with the keys build, optimizer, data and loss or closure, or a sk.transfer.Family"""

@@ -27,7 +27,7 @@ from sharpkit.optimizers import gradient_descent
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 DATASETS = ("digits", "fashion-mnist")
-_IDX_UINT8 = 0x08
+_IDX_UINT8 = 0x08  # third byte of an IDX file of unsigned bytes, by the format's definition
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from sharpkit._results import Progress
 from sharpkit.reporting.sections import Document, Section, section_for
 
-RUN_VERSION = 1
+RUN_VERSION = 1  # of the JSON document's format: counts up when a field changes its meaning
 
 
 def all_converged(document: Any) -> bool:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 Answer = tuple[list[Document], Document, int]
 
-_HEAD_EVERY = 20  # rows
+_HEAD_EVERY = 20  # rows, by judgement: fits a terminal of 24 lines
+# Of the columns in characters, by judgement: a value with its error fits, and a row is 106 characters wide.
 _WIDTHS = (8, 10, 10, 24, 10, 23, 9)
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Document = Mapping[str, Any]
 Array = np.ndarray[Any, Any]
 
-_MOST_PANELS = 6
-_MOST_POINTS = 600  # of a line; beyond it the lowest and highest of each stretch are drawn
-_MOST_BARS = 80  # error bars; beyond it a band
+_MOST_PANELS = 6  # by judgement: more are too flat to read on a page
+_MOST_POINTS = 600  # of a line, by judgement about one a pixel; beyond it the lowest and highest of each stretch are drawn
+_MOST_BARS = 80  # error bars, by judgement; more run into each other, and a band is drawn
 _ON_STEPS = ("critical_sharpness", "directional_sharpness", "batch_sharpness")  # along the optimizer's own steps
 _PLAIN = ("lambda_max", "probe_lambda_max", "gradient_noise_interaction", "lambda_min")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sharpkit.measuring.layers import LayerSharpness
 
 
-_MOST_LABELS = 6
+_MOST_LABELS = 6  # outliers with their value, by judgement: more overlap
 
 
 def plot_density(

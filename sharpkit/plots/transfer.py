@@ -98,8 +98,8 @@ def _means(values: dict[int, list[list[float]]], step: int) -> dict[int, float]:
 
 
 Document = Mapping[str, Any]
-_SHADES = ((0.56, 0.71, 0.90), (0.20, 0.13, 0.42))  # narrow to wide: light to dark blue
-_MOST_SHARE = 4.0  # of the limit: early spikes beyond are cut
+_SHADES = ((0.56, 0.71, 0.90), (0.20, 0.13, 0.42))  # by judgement; narrow to wide: light to dark blue
+_MOST_SHARE = 4.0  # of the limit, by judgement: early spikes beyond it are cut
 
 
 def size_colours(count: int) -> list[tuple[float, float, float]]:

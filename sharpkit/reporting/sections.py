@@ -406,7 +406,7 @@ def section_for(document: Document, *, title: str = "") -> Section:
 
 Tile = tuple[str, str, str]
 
-_MOST_EVENTS = 60
+_MOST_EVENTS = 60  # on a page, by judgement: the run's file holds them all
 
 
 def describe(header: Document) -> str:
@@ -532,7 +532,7 @@ def _failures(records: Sequence[Document]) -> list[str]:
     return [f"{what} ({len(at)} x, steps {at[0]} to {at[-1]})" if len(at) > 1 else f"{what} (step {at[0]})" for what, at in steps.items()]
 
 
-_MOST_ROWS = 60
+_MOST_ROWS = 60  # decisions on a page, the last ones, by judgement
 
 
 def fill_learner(section: Any, document: Document) -> None:

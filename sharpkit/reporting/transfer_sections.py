@@ -11,7 +11,7 @@ from sharpkit.transfer.coordinates import CoordinateCheck
 from sharpkit.transfer.fits import Slope
 
 Document = Mapping[str, Any]
-_MOST_ROWS = 40
+_MOST_ROWS = 40  # of a table, by judgement: the document holds them all
 _PASSED = {True: "yes", False: "NO", None: "undecided"}
 _WORDS = {True: "transfers", False: "does not transfer", None: "undecided"}
 

@@ -17,7 +17,7 @@ def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
     """What the run showed: the course of the curvature against its limit, failures, cost.
 
     Args:
-        header: of the run; may be empty.
+        header: header of the run; may be empty.
         records: ``monitor_record`` documents, steps increasing.
 
     Returns:
@@ -26,18 +26,18 @@ def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
     Example:
         >>> def record(step, value):
         ...     return {"step": step, "overhead": 0.03, "values": {"lambda_max": {"value": value, "stderr": 0.1, "limit": 20.0}}}
-        >>> print(run_findings({"budget": 0.05}, [record(0, 5.0), record(100, 20.4)])[0])
-        lambda_max went from 5 +- 0.1 (step 0) to 20.4 +- 0.1 (step 100), 1.02 times the limit 20; it first reached it at step 100.
+        >>> print(run_findings({"budget": 0.05}, [record(0, 5.0), record(100, 15.0)])[0])
+        lambda_max went from 5 +- 0.1 (step 0) to 15 +- 0.1 (step 100), 0.75 times the limit 20; lambda_max never reached the limit.
     """
     if not records:
         return ["Nothing was measured yet."]
     main = main_curvature(records)
     readings = [r for r in (reading(record, main) for record in records) if r is not None] if main else []
-    found = _course(main, readings) if readings else ["No curvature was measured, so nothing can be held against the stability limit."]
-    found += _settled(main, readings)
-    if main != "batch_sharpness":
-        found += _settled("batch_sharpness", [r for r in (reading(record, "batch_sharpness") for record in records) if r is not None])
-    return found + _failures(records) + _unconverged(main, records) + _cost(header, records)
+    said = _course(main, readings) if readings else ["No curvature was measured, so nothing can be compared with the stability limit."]
+    # batch sharpness has a limit of its own, at which SGD settles while lambda_max stays below its limit
+    along = [r for r in (reading(record, "batch_sharpness") for record in records) if r is not None]
+    said += [*_settled(main, readings), *_settled("batch_sharpness", along)]
+    return [*said, *_failures(records), *_unconverged(main, records), *_cost(header, records)]
 
 
 def _course(main: str, readings: list[Reading]) -> list[str]:
@@ -48,20 +48,22 @@ def _course(main: str, readings: list[Reading]) -> list[str]:
     else:
         start = format_with_error(first.value, first.stderr)
         sentence = f"{name} went from {start} (step {first.step}) to {shown} (step {last.step})"
+    # a value within one error of the limit counts as having reached it
     reached = next((r for r in readings if r.limit > 0 and r.value + r.stderr >= r.limit), None)
     if last.limit > 0:
         sentence += f", {last.ratio:.2f} times the limit {last.limit:.4g}"
-        sentence += f"; it first reached it at step {reached.step}" if reached else "; it never reached it"
+        sentence += f"; {name} first reached the limit at step {reached.step}" if reached else f"; {name} never reached the limit"
     elif not any(r.limit > 0 for r in readings):
         sentence += "; no stability limit is known for this optimizer"
-    found = [sentence + "."]
-    if len(readings) > 2 and peak.value > 1.2 * max(first.value, last.value):
-        found.append(f"Its highest value was {format_with_error(peak.value, peak.stderr)} at step {peak.step}.")
-    return found
+    sentences = [sentence + "."]
+    if len(readings) > 2 and peak.value > 1.2 * max(first.value, last.value):  # by judgement: a peak that the two ends do not tell of
+        sentences.append(f"Its highest value was {format_with_error(peak.value, peak.stderr)} at step {peak.step}.")
+    return sentences
 
 
 def _settled(name: str, readings: list[Reading]) -> list[str]:
-    """Where it lay over the last third, against its limit."""
+    """Mean ratio to the limit over the last third of the readings."""
+    # nine readings at least, so that a third of them has a standard deviation
     tail = [r for r in readings[-(len(readings) // 3) :] if math.isfinite(r.ratio)] if len(readings) >= 9 else []
     if len(tail) < 3:
         return []
@@ -91,7 +93,7 @@ def _unconverged(main: str, records: Sequence[Document]) -> list[str]:
     loose = sum(not entry.get("converged", True) for entry in entries)
     if not loose:
         return []
-    return [f"{loose} of {len(entries)} values of {in_words(main)} stopped before their tolerance: their error bars are wider for it."]
+    return [f"{loose} of {len(entries)} values of {in_words(main)} were not computed to the tolerance; their error bars are wider."]
 
 
 def _cost(header: Document, records: Sequence[Document]) -> list[str]:
@@ -101,5 +103,6 @@ def _cost(header: Document, records: Sequence[Document]) -> list[str]:
     sentence = f"Measuring took {overhead:.1%} of the training time"
     if budget is None:
         return [sentence + "."]
+    # a tenth of tolerance, by judgement: the last measurement is paid for by the steps that follow it
     verdict = "within" if overhead <= 1.1 * float(budget) else "ABOVE"
     return [f"{sentence}, {verdict} the budget of {float(budget):.1%}."]

@@ -12,30 +12,32 @@ from typing import Any
 
 import torch
 
-from sharpkit.objective.distributed import Ranks, find_ranks
+from sharpkit._results import Parts, State
+from sharpkit.objective.distributed import find_ranks
 
-_PAUSE = 5.0  # a gap of so many typical steps is a pause (validation, a checkpoint) and counts as one step
-_RECENT = 32
-_REFRESH = 8
+# All by judgement. What they are compared with, steps of 0.3 to 10 ms, is in experiments/monitor_overhead.py.
+_PAUSE = 5.0  # a gap longer than so many typical steps is a pause (validation, a checkpoint) and counts as so many
+_RECENT = 32  # gaps whose median is the typical step
+_REFRESH = 8  # gaps between two computations of that median, which takes longer than all else on a step without measurement
 
 
 @dataclass
-class Stopwatch:
+class Stopwatch(State, saved=("training", "measuring", "gaps=_gaps")):
     """Time spent training and time spent measuring, from the gaps between the monitor's calls.
 
     Attributes:
-        training: seconds of training steps; a pause counts as a typical step.
+        training: seconds of training steps; a pause counts as five typical steps.
         measuring: seconds inside the monitor.
+        entered: time of the last call, in seconds of ``mark``.
     """
 
     training: float = 0.0
     measuring: float = 0.0
+    entered: float = 0.0
     _gaps: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
     _left: float | None = None
     _typical: float = math.nan
     _since: int = 0
-
-    entered: float = 0.0
 
     def mark(self) -> float:
         """The time."""
@@ -48,7 +50,7 @@ class Stopwatch:
             gap = now - self._left
             self._gaps.append(gap)
             self._since += 1
-            if self._since >= _REFRESH or math.isnan(self._typical):  # the median is too slow for every step
+            if self._since >= _REFRESH or math.isnan(self._typical):
                 self._typical, self._since = statistics.median(self._gaps), 0
             self.training += min(gap, _PAUSE * self._typical)
         return now
@@ -65,37 +67,32 @@ class Stopwatch:
 
     @property
     def step_seconds(self) -> float:
-        """Of a typical recent training step; NaN before the first."""
+        """Duration of a typical recent training step; NaN before the first."""
         return self._typical
 
     @property
     def overhead(self) -> float:
-        """Time measuring over time training; NaN before the first step was timed."""
+        """Time spent measuring over time spent training; NaN before the first step was timed."""
         return self.overhead_with(0.0)
 
     def overhead_with(self, seconds: float) -> float:
-        """The same once so many seconds of measuring more have been counted."""
+        """The overhead with some more seconds of measuring added."""
         return (self.measuring + seconds) / self.training if self._gaps else math.nan
 
-    def state_dict(self) -> dict[str, Any]:
-        """Totals; the time between two processes is not training."""
-        return {"training": self.training, "measuring": self.measuring, "gaps": list(self._gaps)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from saved totals."""
-        self.training, self.measuring, self._left = float(state["training"]), float(state["measuring"]), None
-        self._gaps = deque((float(g) for g in state["gaps"]), maxlen=_RECENT)
-        self._typical = statistics.median(self._gaps) if self._gaps else math.nan
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        # the time between two processes is not training
+        self._left, self._typical = None, statistics.median(self._gaps) if self._gaps else math.nan
 
 
 @dataclass
-class Account:
+class Account(State, saved=("spent", "forecast", "last=_last")):
     """What one metric may spend and has spent.
 
     Attributes:
-        share: of training time.
-        spent: seconds so far.
-        forecast: seconds that the next measurement will take; the larger of the last two, so that a dear one is not forgotten at once.
+        share: share of the training time that it may spend.
+        spent: seconds spent so far.
+        forecast: predicted seconds of the next measurement: the larger of the last two, so that an expensive one is spread over more steps.
     """
 
     share: float
@@ -107,8 +104,8 @@ class Account:
         """Charge a measurement.
 
         Args:
-            seconds: what it took.
-            typical: whether the next will be like it (a cold start is not).
+            seconds: duration of the measurement.
+            typical: whether the next one will take about as long (after a cold start it will not).
         """
         self.spent += seconds
         if typical:
@@ -124,32 +121,25 @@ class Account:
         missing = (self.spent + self.forecast) / self.share - training
         return max(1, math.ceil(missing / step_seconds)) if step_seconds > 0 else 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was spent and is forecast."""
-        return {"spent": self.spent, "forecast": self.forecast, "last": self._last}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved account."""
-        self.spent, self.forecast, self._last = (float(state[name]) for name in ("spent", "forecast", "last"))
-
-
-_PRIMARY_SHARE = 0.6  # of the budget goes to the first metric
-_FIRST_LOOK = 8  # steps timed before the first plan
-_SETUP_GRADIENTS = 3  # of making the first objective
-# Factors on the cost of what was never measured, the main metric and others: small models pay for calls more than for arithmetic.
+_PRIMARY_SHARE = 0.6  # of the budget goes to the first metric; by judgement
+_FIRST_LOOK = 8  # steps timed before the first plan; by judgement: enough for a median that a slow first step does not decide
+_SETUP_GRADIENTS = 3  # cost of making the first objective, which evaluates the loss a few times; by judgement
+# Factors on the predicted cost of what was never measured, the main metric and others, by judgement: small models pay for calls more than
+# for arithmetic, so gradients predict too little there.
 _FIRST_CAUTION, _CAUTION = 1.5, 2.5
-_PRODUCT = 1.6  # Hessian product over training step, about
-_LEAST_MATVECS = 6  # fewer leave a cold start tens of per cent off
+_PRODUCT = 1.6  # Hessian product over training step, about: the lower end of what experiments/product_cost.py measured, 1.6 to 2.4
+_LEAST_MATVECS = 6  # with three, experiments/monitor_overhead.py had the curvature of a GPT off by a fifth in the median
 
 
-class Planner:
+class Planner(State, saved=("next=_next", "planned=_planned", "part", "watch", "accounts=_accounts")):
     """Decides at each measurement when the next one is, so that between them a step costs nothing and all processes agree.
 
     Args:
-        gradients: by metric, the main one first, about what one measurement costs in gradients of the batch.
+        gradients: approximate cost of one measurement of each metric, in gradients of the batch; the main metric first.
         every: steps between measurements, or ``"auto"``.
-        budget: share of training time.
-        max_interval: steps between measurements from which on a smaller part of the batch is measured.
+        budget: share of the training time that measuring may take.
+        max_interval: longest interval between measurements in steps; if the budget asks for a longer one, less of each batch is measured.
         process_group: as in Objective.
 
     Attributes:
@@ -166,7 +156,9 @@ class Planner:
         self._main = next(iter(self._gradients))
         others = len(self._gradients) - 1
         first = _PRIMARY_SHARE if others else 1.0
-        self._accounts = {name: Account(budget * (first if name == self._main else (1 - first) / others)) for name in self._gradients}
+        shares = {name: first if name == self._main else (1 - first) / others for name in self._gradients}
+        # accounts of metrics that a resumed run no longer measures are dropped on loading
+        self._accounts = Parts(parts={name: Account(budget * share) for name, share in shares.items()})
         self._planned = every != "auto"
         self._next = 0 if self._planned else _FIRST_LOOK
 
@@ -189,11 +181,12 @@ class Planner:
         return bool(self._agree(account.allows(self.watch.training)))
 
     def matvecs(self, name: str) -> int | None:
-        """Products that a metric's account has room for; None without a bound."""
+        """Number of products that a metric's account can pay for; None if there is no bound."""
         if self.every != "auto":
             return None
         account, each = self._accounts[name], _PRODUCT * self.watch.step_seconds
         room = account.share * self.watch.training - account.spent
+        # one less than there is room for: the graph costs about a product too
         return round(self._agree(max(_LEAST_MATVECS, int(room / each) - 1) if each > 0 else _LEAST_MATVECS))
 
     def pay(self, name: str, seconds: float, *, cold: bool) -> None:
@@ -204,7 +197,7 @@ class Planner:
         """Fix the next measurement.
 
         Args:
-            step: the present one.
+            step: number of the present step.
             may_halve: whether the part of the batch that is measured may still be halved.
         """
         if self.every != "auto":
@@ -217,6 +210,7 @@ class Planner:
             account.forecast = _FIRST_CAUTION * (self._gradients[self._main] + (0 if self._planned else _SETUP_GRADIENTS)) * typical
         self._planned = True
         wait = round(self._agree(account.steps_until(self.watch.training, typical)))
+        # The interval in the long run. Debts of the past also make the next wait long, but pass; half a batch for good would be no remedy.
         steady = round(self._agree(account.forecast / account.share / typical if typical > 0 else 0.0))
         if min(wait, steady) > self._max_interval and may_halve:
             self.part /= 2
@@ -226,27 +220,6 @@ class Planner:
 
     def _agree(self, value: float) -> float:
         """The first process's number, on every process."""
-        ranks: Ranks = find_ranks(self._group)
-        return ranks.agree(float(value), device=torch.device("cuda") if ranks.size > 1 and _on_gpu(ranks) else torch.device("cpu"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
-        return {
-            "next": self._next,
-            "planned": self._planned,
-            "part": self.part,
-            "watch": self.watch.state_dict(),
-            "accounts": {name: account.state_dict() for name, account in self._accounts.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved plan; accounts of metrics that are no longer measured are dropped."""
-        self._next, self._planned, self.part = int(state["next"]), bool(state["planned"]), float(state["part"])
-        self.watch.load_state_dict(state["watch"])
-        for name, saved in state["accounts"].items():
-            if name in self._accounts:
-                self._accounts[name].load_state_dict(saved)
-
-
-def _on_gpu(ranks: Ranks) -> bool:
-    return bool(torch.distributed.get_backend(ranks.group) == "nccl")
+        ranks = find_ranks(self._group)
+        on_gpu = ranks.size > 1 and torch.distributed.get_backend(ranks.group) == "nccl"  # which sends from GPUs only
+        return ranks.agree(float(value), device=torch.device("cuda" if on_gpu else "cpu"))

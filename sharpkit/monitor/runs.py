@@ -9,20 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sharpkit._results import Result
+from sharpkit.monitor.findings import run_findings
 from sharpkit.monitor.schema import HISTORY, RECORD, RUN, VERSION
 
 Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class RunFile:
+class RunFile(Result, kind=HISTORY, version=VERSION, saved=("name", "header", "resumed_at", "records", "findings")):
     """A monitored run as its file tells it; made by :func:`read_run`.
 
     Attributes:
-        headers: of the run and of each time it was resumed, oldest first.
+        headers: headers of the run and of each time it was resumed, oldest first.
         records: one for each step, steps increasing.
         notes: what a reader should know about the file, in sentences.
-        name: of the file.
+        name: the file's name without its folder.
     """
 
     headers: tuple[Document, ...]
@@ -32,8 +34,13 @@ class RunFile:
 
     @property
     def header(self) -> Document:
-        """Of the run as it began; empty where the file has none."""
+        """The header of the run as it began; empty if the file has none."""
         return self.headers[0] if self.headers else {}
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """Steps at which the run was resumed."""
+        return [header["resumed_at"] for header in self.headers[1:]]
 
     @property
     def events(self) -> tuple[Document, ...]:
@@ -42,8 +49,6 @@ class RunFile:
 
     def findings(self) -> list[str]:
         """What the run showed, in plain sentences."""
-        from sharpkit.monitor.findings import run_findings
-
         return [*run_findings(self.header, self.records), *self.notes]
 
     def plot(self, ax: Any = None) -> Any:
@@ -51,18 +56,6 @@ class RunFile:
         from sharpkit.plots.runs import plot_monitor
 
         return plot_monitor(self.to_dict(), ax=ax)
-
-    def to_dict(self) -> Document:
-        """Header, records, findings, JSON-ready."""
-        return {
-            "kind": HISTORY,
-            "version": VERSION,
-            "name": self.name,
-            "header": self.header,
-            "resumed_at": [header["resumed_at"] for header in self.headers[1:]],
-            "records": list(self.records),
-            "findings": self.findings(),
-        }
 
     def __repr__(self) -> str:
         steps = f", steps {self.records[0]['step']} to {self.records[-1]['step']}" if self.records else ""
@@ -91,7 +84,7 @@ class RunBuilder:
         """Take the next document."""
         if document["kind"] == RUN:
             resumed_at = document.get("resumed_at")
-            if resumed_at is None and (self.headers or self.records):
+            if resumed_at is None and (self.headers or self.records):  # another run appended to the same file
                 self.num_earlier_runs += 1
                 self.headers, self.records, self.num_replaced = [], [], 0
             elif resumed_at is not None:
@@ -108,14 +101,14 @@ class RunBuilder:
 
     def notes(self) -> list[str]:
         """What was left out, in sentences."""
-        found = []
+        notes = []
         if self.num_earlier_runs:
-            found.append(f"The file holds {self.num_earlier_runs + 1} runs; the last one is shown.")
+            notes.append(f"The file holds {self.num_earlier_runs + 1} runs; the last one is shown.")
         if self.records and not self.headers:
-            found.append("The file has no header, so the optimizer and its limit are not named.")
+            notes.append("The file has no header, so the optimizer and its limit are not named.")
         if self.num_replaced:
-            found.append(f"The run was resumed: {self.num_replaced} records that it repeated were replaced by the later ones.")
-        return found
+            notes.append(f"The run was resumed: {self.num_replaced} records that it repeated were replaced by the later ones.")
+        return notes
 
 
 def read_run(path: str | os.PathLike[str]) -> RunFile:
@@ -125,7 +118,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFile:
     holds several runs, the last one.
 
     Args:
-        path: of the file.
+        path: the file to read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -145,7 +138,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFile:
             try:
                 documents = parse_lines([line], path, first=index)
             except ValueError:
-                if line.endswith(b"\n"):
+                if line.endswith(b"\n"):  # written whole, and yet no document
                     raise
                 notes.append(f"The last line of {path.name} is incomplete and was left out: the run was killed, or is writing it.")
                 break
@@ -158,8 +151,8 @@ def parse_lines(lines: Iterable[bytes], path: Path, *, first: int) -> list[Docum
     """Documents of whole lines, blank ones skipped.
 
     Args:
-        lines: of the file.
-        path: for messages.
+        lines: lines of the file.
+        path: named in messages.
         first: number of the first of these lines in the file, from 1.
 
     Raises:
@@ -200,13 +193,13 @@ def is_run_file(path: Path) -> bool:
     """Whether the file begins as a monitored run does.
 
     Args:
-        path: of any file.
+        path: any file.
     """
     try:
         with open(path, "rb") as stream:
-            begin = stream.readline(65536)
+            begin = stream.readline(65536)  # the file may be anything, without a newline in the first gigabyte
         document = json.loads(begin)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # a run of which not even the header was written whole
         return path.suffix == ".jsonl"
     return isinstance(document, dict) and document.get("kind") in (RUN, RECORD)
 
@@ -215,7 +208,7 @@ class RunFollower:
     """New documents of a file that grows, is replaced, or is not there yet.
 
     Args:
-        path: of the file.
+        path: the file to follow.
 
     Attributes:
         was_replaced: whether the last :meth:`poll` began a file anew.
@@ -224,6 +217,8 @@ class RunFollower:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.was_replaced = False
+        # A file may be replaced by another of the same name. Device and inode tell, unless the inode was given out again: then the new one
+        # is shorter, or begins with other bytes.
         self._identity: tuple[int, int] | None = None
         self._head = b""
         self._offset = self._lines = 0
@@ -249,6 +244,7 @@ class RunFollower:
             self._identity = identity
             stream.seek(self._offset)
             fresh = stream.read()
+        # the last line may be half written: it is read again with the next call
         whole = fresh[: fresh.rfind(b"\n") + 1]
         self._head = self._head or whole[:256]
         self._offset += len(whole)

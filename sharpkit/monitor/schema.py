@@ -14,9 +14,10 @@ from sharpkit._results import number
 Document = Mapping[str, Any]
 
 RUN, RECORD, HISTORY = "monitor_run", "monitor_record", "monitor_history"
-VERSION = 1
+VERSION = 1  # of the layout; files of a newer one are refused by sharpkit.monitor.runs
 
-# The curvature that is held against the limit, the most telling first: for an adaptive optimizer the limit is one on D^-1 H.
+# The curvature that is held against the limit, the most telling first: for an adaptive optimizer the limit is one on D^-1 H, and the batch
+# that a step is made on says more about that step than a fixed probe set.
 CURVATURES = ("preconditioned_lambda_max", "lambda_max", "probe_lambda_max")
 
 WORDS = {
@@ -48,9 +49,9 @@ class Reading(NamedTuple):
     Attributes:
         step: optimizer steps done.
         value: what was measured.
-        stderr: its standard error; infinite where unknown.
-        limit: where training becomes unstable; NaN where there is none.
-        loss: at the same step.
+        stderr: error of the value; infinite if unknown.
+        limit: value from which training is unstable; NaN if there is none.
+        loss: loss at the same step.
     """
 
     step: int
@@ -70,11 +71,11 @@ class Reading(NamedTuple):
         return self.stderr / self.limit if self.limit > 0 else math.nan
 
     def is_above(self, factor: float = 1.0, *, num_errors: float = 2.0) -> bool:
-        """Whether the value lies above ``factor`` times its limit by more than ``num_errors`` of its error; never without a limit."""
+        """Whether the value exceeds ``factor`` times its limit by more than ``num_errors`` errors; never without a limit."""
         return self.value - num_errors * self.stderr > factor * self.limit
 
     def is_below(self, factor: float = 1.0, *, num_errors: float = 2.0) -> bool:
-        """Whether the value lies below ``factor`` times its limit by more than ``num_errors`` of its error; never without a limit."""
+        """Whether the value lies below ``factor`` times its limit by more than ``num_errors`` errors; never without a limit."""
         return self.value + num_errors * self.stderr < factor * self.limit
 
 
@@ -95,7 +96,7 @@ def reading(record: Document, metric: str) -> Reading | None:
     value, error = number(entry["value"]), number(entry.get("stderr"))
     if not math.isfinite(value):
         return None
-    error = math.inf if math.isnan(error) else error
+    error = math.inf if math.isnan(error) else error  # so that no comparison finds it significant
     return Reading(int(record["step"]), value, error, number(entry.get("limit")), number(record.get("loss")))
 
 
@@ -112,9 +113,9 @@ def main_curvature(records: Iterable[Document]) -> str:
     present: set[str] = set()
     limited: set[str] = set()
     for record in records:
-        for name in CURVATURES:
-            if name in record["values"]:
-                present.add(name)
-                if record["values"][name].get("limit") is not None:
-                    limited.add(name)
+        for name in record["values"].keys() & CURVATURES:
+            present.add(name)
+            if record["values"][name].get("limit") is not None:
+                limited.add(name)
+    # one without a limit is taken only where no record has one: there is nothing to hold it against
     return next((name for name in CURVATURES if name in (limited or present)), "")

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit._results import ProgressCallback, student_factor
+from sharpkit._results import ProgressCallback, Result, student_factor
 from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.results import SCHEMA_VERSION, Budget, Estimate
-from sharpkit.linalg.trace import AdaptiveEstimate, Tolerance
+from sharpkit.linalg.results import Budget, Estimate
+from sharpkit.linalg.trace import DEFAULT_MATVECS, AdaptiveEstimate, Tolerance
 from sharpkit.operators.base import SymmetricOperator, as_operator
-
-_DEFAULT_MATVECS = 2000
 
 
 @dataclass(frozen=True)
-class DiagonalEstimate:
+class DiagonalEstimate(Result, kind="diagonal"):
     """The diagonal of a matrix with a standard error for each entry.
 
     Attributes:
@@ -29,7 +27,7 @@ class DiagonalEstimate:
         stderr: (n,) one standard error of each entry; 0 where it is exact to rounding.
         num_matvecs: products spent.
         seconds: wall time spent.
-        converged: False where a budget ended it before all probes were done.
+        converged: False where a budget was exhausted before all probes were done.
     """
 
     value: Tensor = field(repr=False)
@@ -37,18 +35,6 @@ class DiagonalEstimate:
     num_matvecs: int
     seconds: float = 0.0
     converged: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Lists and numbers, JSON-ready."""
-        return {
-            "kind": "diagonal",
-            "version": SCHEMA_VERSION,
-            "value": self.value.tolist(),
-            "stderr": self.stderr.tolist(),
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
-            "converged": self.converged,
-        }
 
 
 def diagonal(
@@ -68,9 +54,9 @@ def diagonal(
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
         num_probes: products to spend, at least 2.
-        seed: of the probes.
-        max_matvecs: product budget.
-        max_seconds: time budget in seconds.
+        seed: seeds the probes.
+        max_matvecs: most products.
+        max_seconds: most seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Raises:
@@ -92,7 +78,7 @@ def diagonal(
     generator = torch.Generator().manual_seed(seed)
     if num_probes >= operator.size and budget.allows(operator.size):
         exact = _exact_diagonal(operator, generator, budget)
-        if exact is not None:
+        if exact is not None:  # None if the time was up
             return exact
     mean = squares = None
     done = 0
@@ -121,16 +107,13 @@ def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, bud
     while not space.is_complete:
         if not space.add_random(generator):
             return None
-    total = None
+    total = torch.zeros_like(space.rows.row(0))
     for index in range(space.size):
         if not budget.allows():
             return None
         vector = space.rows.row(index)
-        term = vector * (operator @ vector.to(operator.dtype)).to(vector.dtype)
-        total = term if total is None else total + term
+        total += vector * (operator @ vector.to(operator.dtype)).to(vector.dtype)
         budget.report(operator.size, "diagonal, exact")
-    if total is None:
-        return None
     value = total.to(operator.dtype)
     return DiagonalEstimate(value, torch.zeros_like(value), budget.num_matvecs, budget.seconds)
 
@@ -146,15 +129,15 @@ def frobenius_norm(
 ) -> Estimate:
     """||A||_F to a relative standard error of ``rtol``.
 
-    E ||A z||^2 = ||A||_F^2 for random z. Where few probes do not settle it, a Krylov basis Q takes the leading eigenvalues out exactly:
+    E ||A z||^2 = ||A||_F^2 for random z. If few probes do not settle it, a Krylov basis Q computes the leading eigenvalues exactly:
     ||A||_F^2 = ||A Q||_F^2 + E ||A P z||^2 with P = 1 - Q Q^T, as in :func:`sharpkit.trace`.
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
-        rtol: asked relative standard error of the norm.
-        seed: of the probes.
-        max_matvecs: product budget; by default 2000.
-        max_seconds: time budget in seconds.
+        rtol: relative standard error of the norm to reach.
+        seed: seeds the probes.
+        max_matvecs: most products, by default 2000.
+        max_seconds: most seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Raises:
@@ -169,18 +152,17 @@ def frobenius_norm(
     operator = as_operator(operator)
     if not rtol > 0:
         raise ValueError(f"rtol must be positive, got {rtol}")
-    budget = Budget(operator, max_matvecs=max_matvecs or _DEFAULT_MATVECS, max_seconds=max_seconds, callback=callback)
-    limit = max_matvecs or _DEFAULT_MATVECS
-    run = AdaptiveEstimate(operator, Tolerance(2 * rtol), budget, seed=seed, limit=limit, squared=True)
-    squared, stderr, how = run.estimate("auto")
-    norm = math.sqrt(max(squared, 0.0))
-    error = stderr / (2 * norm) if norm > 0 else (0.0 if stderr == 0 else math.sqrt(stderr))
-    converged = error <= rtol * norm
+    limit = max_matvecs or DEFAULT_MATVECS
+    budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
+    # the relative error of a root is half that of the square
+    value, stderr, how = AdaptiveEstimate(operator, Tolerance(2 * rtol), budget, seed=seed, limit=limit, squared=True).estimate("auto")
+    norm = Estimate(value, stderr, budget.num_matvecs, budget.seconds, how).root()
+    converged = norm.stderr <= rtol * norm.value
     if not converged:
         warnings.warn(
-            f"||A||_F = {norm:.4g} has a standard error of {error:.2g} after {budget.num_matvecs} products, {rtol * norm:.2g} was asked: "
-            "raise max_matvecs or rtol.",
+            f"||A||_F = {norm.value:.4g} has a standard error of {norm.stderr:.2g} after {budget.num_matvecs} products, "
+            f"{rtol * norm.value:.2g} was asked: raise max_matvecs or rtol.",
             ConvergenceWarning,
             stacklevel=2,
         )
-    return Estimate(norm, error, budget.num_matvecs, budget.seconds, how, converged)
+    return replace(norm, converged=converged)

@@ -1,21 +1,25 @@
-"""Orthonormal vectors in memory and the Krylov space they span: the matrix projected on it, Ritz pairs, residuals."""
+"""Orthonormal vectors in memory, the Krylov space they span, its Ritz pairs with their residuals, and the Lanczos run that grows it."""
 
 from __future__ import annotations
 
-import os
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sharpkit._errors import NonFiniteError, NotSymmetricError
+from sharpkit.linalg.results import Array, Budget
 from sharpkit.operators.base import SymmetricOperator
 
-Array = np.ndarray[Any, Any]
-
-_FIRST_CHUNK = 16
-_PASSES = 2
+_FIRST_CHUNK = 16  # rows of the first chunk, by judgement: most iterations end within one or two chunks
+_PASSES = 2  # "twice is enough": Giraud, Langou, Rozloznik and van den Eshof, Numerische Mathematik 101 (2005)
+_MIXING_BLOCK = 2**22  # numbers mixed at a time when the basis is replaced, 32 MB in float64: by judgement
+_UNKNOWN_MEMORY = 4e9  # bytes taken to be free where the system does not tell: by judgement, what any machine with torch has
+_FIRST_SIZE = 16  # rows of the projected matrix before it first grows
+_BREAKDOWN = 20  # a remainder below so many roundings is nothing but rounding: by judgement, ten for each Gram-Schmidt pass
 
 
 def working_dtype(operator: SymmetricOperator) -> torch.dtype:
@@ -23,21 +27,11 @@ def working_dtype(operator: SymmetricOperator) -> torch.dtype:
     return operator.dtype if operator.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def affordable_rows(operator: SymmetricOperator, length: int, *, share: float = 0.5, host: bool = False) -> int:
-    """How many basis vectors of ``length`` local entries fit into a share of the free memory, the same on every process."""
-    if operator.device.type == "cuda" and not host:
-        free = float(torch.cuda.mem_get_info(operator.device)[0])
-    else:
-        free = _free_host_memory()
-    itemsize = torch.empty(0, dtype=working_dtype(operator)).element_size()
-    return int(operator.agree(share * free / (length * itemsize)))
-
-
-def _free_host_memory() -> float:
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):
-        return 4e9
+def affordable_rows(operator: SymmetricOperator, length: int, *, host: bool = False) -> int:
+    """How many basis vectors of ``length`` local entries fit into half the free memory, the same on every process."""
+    free = operator.free_memory(host=host)
+    free = free if math.isfinite(free) else _UNKNOWN_MEMORY
+    return int(operator.agree(0.5 * free / (length * working_dtype(operator).itemsize)))
 
 
 class BasisRows:
@@ -87,8 +81,8 @@ class BasisRows:
 
     def coefficients(self, vectors: Tensor) -> Tensor:
         """Inner products with every stored vector: (size,) or (size, k)."""
-        found = [self.operator.dot(part.to(self.operator.device).T, vectors) for part in self.parts()]
-        return torch.cat(found) if found else vectors.new_zeros((0, *vectors.shape[1:]))
+        products = [self.operator.dot(part.to(self.operator.device).T, vectors) for part in self.parts()]
+        return torch.cat(products) if products else vectors.new_zeros((0, *vectors.shape[1:]))
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """The linear combinations with (size,) or (size, k) coefficients: (n,) or (n, k)."""
@@ -111,9 +105,9 @@ class BasisRows:
         rest = vectors
         if self.size:
             for _ in range(_PASSES):
-                found = self.coefficients(rest)
-                rest = rest - self.combine(found)
-                total += found
+                inside = self.coefficients(rest)
+                rest = rest - self.combine(inside)
+                total += inside
         return rest, total
 
     def replace(self, mixing: Array) -> None:
@@ -121,7 +115,7 @@ class BasisRows:
         weights = torch.as_tensor(mixing.T, dtype=self.dtype, device=self.storage_device)
         parts = self.parts()
         length = parts[0].shape[1]
-        block = max(1, min(length, 2**22 // max(1, self.size)))
+        block = max(1, min(length, _MIXING_BLOCK // max(1, self.size)))  # columns, so that no second basis is ever in memory
         for start in range(0, length, block):
             columns = slice(start, start + block)
             mixed = weights @ torch.cat([part[:, columns] for part in parts])
@@ -134,8 +128,35 @@ class BasisRows:
         self.size = weights.shape[0]
 
 
-_FIRST_SIZE = 16
-_BREAKDOWN = 20  # a remainder below so many roundings is nothing but rounding
+@dataclass(frozen=True)
+class Ritz:
+    """Eigenpairs of the projected matrix.
+
+    Attributes:
+        values: (m,), ascending.
+        coordinates: (m, m), column j is pair j in the multiplied vectors.
+        outward: (m,), how far the products lead out of the space: the residuals in exact arithmetic.
+        floor: what rounding and the noise of the products leave uncertain in a residual.
+    """
+
+    values: Array
+    coordinates: Array
+    outward: Array
+    floor: float
+
+    @property
+    def residuals(self) -> Array:
+        """||A v - theta v||, (m,): some eigenvalue lies within it of theta."""
+        return np.hypot(self.outward, self.floor)
+
+    @property
+    def scale(self) -> float:
+        """The largest magnitude."""
+        return float(np.abs(self.values).max())
+
+    def pick(self, order: Array) -> Ritz:
+        """Some of the pairs, in this order."""
+        return Ritz(self.values[order], self.coordinates[:, order], self.outward[order], self.floor)
 
 
 class KrylovSpace:
@@ -235,6 +256,13 @@ class KrylovSpace:
         block = self._matrix[np.ix_(chosen, chosen)]
         return (block + block.T) / 2
 
+    def ritz(self, indices: list[int] | None = None) -> Ritz:
+        """The Ritz pairs over some expanded vectors (default all), ascending."""
+        chosen = self.expanded if indices is None else indices
+        values, coordinates = np.linalg.eigh(self.projected(chosen))
+        outward = np.linalg.norm(self._matrix[np.ix_(self.pending, chosen)] @ coordinates, axis=0)  # 0 where nothing is pending
+        return Ritz(values, coordinates, outward, self.floor())
+
     def outward(self) -> Array:
         """H: the products of the expanded vectors in the basis, (size, len(expanded))."""
         return self._matrix[: self.size, self.expanded]
@@ -302,3 +330,38 @@ class KrylovSpace:
                 f"{self.scale:.6g}; {self.operator!r} is not symmetric, or its products are not deterministic. Pass (A + A^T) / 2 if the "
                 "matrix is not symmetric; fix the data, put dropout into eval mode if it changes between products."
             )
+
+
+def lanczos_run(
+    space: KrylovSpace,
+    budget: Budget,
+    enough: Callable[[], bool],
+    progress: Callable[[], tuple[int, str]],
+    *,
+    choose: Callable[[], int] | None = None,
+    refill: Callable[[], bool] | None = None,
+    least: int = 0,
+) -> bool:
+    """Multiply pending vectors one after another: the Lanczos iteration that eigenpairs, quadrature and tracking share.
+
+    Args:
+        space: with a start pending; it grows.
+        budget: stops the run when exhausted.
+        enough: asked after each product, whether to stop.
+        progress: products expected in all, and what is being done, for the budget's callback.
+        choose: picks the pending vector to multiply next, by its basis index; by default the first.
+        refill: adds a pending vector where none is left, and says whether there was one to add; by default the run ends there.
+        least: products made whatever the budget says.
+
+    Returns:
+        False if the budget ended it.
+    """
+    while space.pending or (refill is not None and refill()):
+        if len(space.expanded) >= least and not budget.allows():
+            return False
+        space.expand(choose() if choose is not None else space.pending[0])
+        done = enough()
+        budget.report(*progress())
+        if done:
+            break
+    return True

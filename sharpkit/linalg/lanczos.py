@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,204 +12,16 @@ from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
-from sharpkit.linalg.results import Budget, Eigenpairs
+from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
+from sharpkit.linalg.results import Array, Budget, Eigenpairs
 from sharpkit.operators.base import SymmetricOperator, as_operator
-
-_BUFFER = 2
-_PERSISTENCE = 2
-_SWEEP_STEPS = 4
-
-
-@dataclass
-class Ritz:
-    """Ritz pairs in order of preference, best first."""
-
-    values: Array
-    coordinates: Array
-    residuals: Array
-    ranks: Array  # what is compared: value, -value or |value|
-
-
-class Search:
-    """The iteration: which vector to multiply next, when to restart, sweep and stop."""
-
-    def __init__(
-        self, space: KrylovSpace, k: int, which: str, tol: float, generator: torch.Generator, capacity: int, *, warm: bool
-    ) -> None:
-        self.space, self.k, self.which, self.tol, self.generator, self.capacity = space, k, which, tol, generator, capacity
-        self.ritz: Ritz | None = None
-        self.passes = 0
-        # A single pair has no search for missed ones behind it; a warm start is near what it looks for.
-        self.persistence = _PERSISTENCE + (1 if k == 1 and not warm else 0)
-
-    def run(self, budget: Budget) -> str:
-        while True:
-            outcome = self._until_converged(budget)
-            if outcome != "converged" or self.k == 1 or (self.space.is_complete and not self.space.pending):
-                return outcome
-            outcome = self._sweep(budget)
-            self.passes = 0
-            if outcome == "unsettled":
-                return self._until_converged(budget)
-            if outcome != "intruder":
-                return outcome
-
-    def _until_converged(self, budget: Budget) -> str:
-        while True:
-            if not self.space.pending and not self.space.add_random(self.generator):
-                self._update()
-                return "converged"
-            if not budget.allows():
-                return "product or time budget used up"
-            self._make_room(1)
-            self.space.expand(self._most_useful())
-            self._update()
-            budget.report(self._forecast(budget), f"Lanczos, {self._num_accepted()} of {self.k} pairs")
-            self.passes = self.passes + 1 if self._is_settled() else 0
-            if self.passes >= self.persistence:
-                return "converged"
-
-    def _sweep(self, budget: Budget) -> str:
-        """Look for what was missed: 'intruder' where something comes in above the k-th pair.
-
-        What the basis does not span may hide in the vector that is still pending, or outside: so that one is multiplied, and then Lanczos
-        runs from a fresh random start in the complement. It goes on while the complement's best Ritz value might still climb among the
-        wanted, up to half the products made.
-        """
-        space = self.space
-        most = max(_SWEEP_STEPS + 2, min(budget.num_matvecs // 2, self.capacity - self.k - 5))
-        self._make_room(most + 2)
-        if self.capacity < space.operator.size:
-            most = max(1, min(most, self.capacity - space.size - 2))
-        assert self.ritz is not None
-        before, queue, strand = self.ritz.ranks[: self.k].copy(), space.pending[-1:], list[int]()
-        if space.add_random(self.generator):
-            queue.append(space.size - 1)
-        for index in queue:
-            if not budget.allows():
-                return "product or time budget used up before the search for missed eigenvalues ended"
-            grew = space.expand(index)
-            self._update()
-            budget.report(budget.num_matvecs + max(1, _SWEEP_STEPS - len(strand)), "search for missed eigenvalues")
-            if np.any(self.ritz.ranks[: self.k] > before + self.tol * self.size_of_spectrum):
-                return "intruder"
-            if index != queue[0] or len(queue) == 1:
-                strand.append(index)
-                done = len(strand) >= most or (len(strand) >= _SWEEP_STEPS and self._clear_of_wanted(strand))
-                if grew and not done:
-                    queue.append(space.size - 1)
-        return "converged" if self._is_settled() else "unsettled"
-
-    def _clear_of_wanted(self, strand: list[int]) -> bool:
-        """Whether the complement's best eigenvalue will not reach the k-th wanted one.
-
-        A random start underestimates the top of a spectrum of width w by order w (log n / steps)^2 (Kuczynski and Wozniakowski, 1992);
-        the factor 1/4 was chosen so that no eigenvalue was missed on clustered reference spectra.
-        """
-        values, coordinates = np.linalg.eigh(self.space.projected(strand))
-        ranks = self._rank(values)
-        best = int(np.argmax(ranks))
-        positions = [self.space.expanded.index(index) for index in strand]
-        residual = float(np.linalg.norm(self.space.couplings()[:, positions] @ coordinates[:, best]))
-        assert self.ritz is not None
-        unseen = float(np.ptp(values)) * (np.log(self.space.operator.size) / (4 * len(strand))) ** 2
-        return bool(ranks[best] + residual + unseen < self.ritz.ranks[self.k - 1])
-
-    @property
-    def size_of_spectrum(self) -> float:
-        assert self.ritz is not None
-        return float(np.abs(self.ritz.values).max())
-
-    def _rank(self, values: Array) -> Array:
-        return np.abs(values) if self.which == "magnitude" else -values if self.which == "smallest" else values
-
-    def _update(self) -> None:
-        values, coordinates = np.linalg.eigh(self.space.projected())
-        order = np.argsort(-self._rank(values), kind="stable")
-        values, coordinates = values[order], coordinates[:, order]
-        residuals = np.linalg.norm(self.space.couplings() @ coordinates, axis=0) if self.space.pending else np.zeros(len(values))
-        self.ritz = Ritz(values, coordinates, residuals, self._rank(values))
-
-    def _threshold(self) -> float:
-        return max(self.tol * self.size_of_spectrum, self.space.floor())
-
-    def _num_accepted(self) -> int:
-        return 0 if self.ritz is None else int((self.ritz.residuals[: self.k] <= self._threshold()).sum())
-
-    def _is_settled(self) -> bool:
-        """All wanted pairs within tolerance, and the next ones too or clear of the wanted."""
-        ritz, k = self.ritz, self.k
-        assert ritz is not None
-        if len(ritz.values) < min(k + _BUFFER, self.space.operator.size):
-            return False
-        buffer = slice(k, k + _BUFFER)
-        clear = ritz.ranks[buffer] + ritz.residuals[buffer] < ritz.ranks[k - 1]
-        within = ritz.residuals[: k + _BUFFER] <= self._threshold()
-        return bool(within[:k].all() and (within[buffer] | clear).all())
-
-    def _most_useful(self) -> int:
-        """The pending vector that carries most of the residuals of the wanted pairs."""
-        pending = self.space.pending
-        if len(pending) == 1 or self.ritz is None or len(self.ritz.values) < self.k:
-            return pending[0]
-        wanted = self.ritz.coordinates[:, : self.k + _BUFFER]
-        shares = self.space.couplings() @ wanted
-        shares[:, self.ritz.residuals[: self.k + _BUFFER] <= self._threshold()] *= 1e-3
-        return pending[int(np.argmax(np.linalg.norm(shares, axis=1)))]
-
-    def _make_room(self, rows: int) -> None:
-        if self.space.size + rows <= self.capacity or self.capacity >= self.space.operator.size or self.ritz is None:
-            return
-        room = self.capacity - len(self.space.pending) - rows
-        keep = max(1, min(self.k + _BUFFER + (self.capacity - self.k) // 3, room))
-        self.space.compress(self.ritz.values[:keep], self.ritz.coordinates[:, :keep])
-        self._update()
-
-    def _forecast(self, budget: Budget) -> int:
-        """Products the whole will need, by the usual cost while nothing has converged and the share accepted afterwards."""
-        done, usual = budget.num_matvecs, 10 + 2 * self.k + (_SWEEP_STEPS if self.k > 1 else 0)
-        return max(usual, done + 2 * (self.k - self._num_accepted()) + (_SWEEP_STEPS if self.k > 1 else 0))
-
-    def result(self, budget: Budget, outcome: str) -> Eigenpairs:
-        space, k = self.space, self.k
-        found = 0 if self.ritz is None else min(k, len(self.ritz.values))
-        values, residuals = np.full(k, np.nan), np.full(k, np.inf)
-        pieces: list[Tensor] = []
-        if self.ritz is not None:
-            order = slice(0, found)
-            values[:found] = self.ritz.values[order]
-            residuals[:found] = np.hypot(self.ritz.residuals[order], space.floor())
-            pieces.append(space.vectors(self.ritz.coordinates[:, order]))
-        while space.size < k and space.add_random(self.generator):
-            pass
-        for index in space.pending[: k - found]:
-            pieces.append(space.rows.row(index)[:, None].to(space.operator.dtype))
-        vectors = torch.cat(pieces, dim=1)
-        accuracy = self.tol * (self.size_of_spectrum if self.ritz is not None else 0.0)
-        converged = (residuals <= max(accuracy, 1.5 * space.floor())) & (outcome == "converged")
-        if outcome == "converged" and accuracy < space.floor():
-            converged[:] = False
-            outcome = f"stopped at the rounding of {space.dtype}: tol={self.tol:g} is out of reach"
-        if self.which == "smallest":
-            flip = np.concatenate([np.arange(found)[::-1], np.arange(found, k)])
-            values, residuals, converged, vectors = values[flip], residuals[flip], converged[flip], vectors[:, flip.tolist()]
-        return Eigenpairs(
-            torch.from_numpy(values),
-            vectors,
-            torch.from_numpy(residuals),
-            torch.from_numpy(converged),
-            budget.num_matvecs,
-            budget.seconds,
-            self.which,
-            self.tol,
-            outcome,
-        )
-
 
 Which = Literal["largest", "smallest", "magnitude"]
 
-_WARM_NOISE = 0.2
+_BUFFER = 2  # pairs beyond the k-th that must be out of the way, so that a Ritz value still rising is noticed: by judgement
+_PERSISTENCE = 2  # checks in a row that must pass: one alone passes by chance, before a hidden eigenvalue enters the space
+_SWEEP_STEPS = 4  # least products of the search for missed eigenvalues; with it none of 10 was missed in 50 starts (eigen_products.jsonl)
+_WARM_NOISE = 0.2  # share of noise in a warm start: less leaves the start in a trap, more costs products; by judgement
 
 
 def eigenpairs(
@@ -229,9 +41,9 @@ def eigenpairs(
     """The k extreme eigenpairs of a symmetric operator, multiplicities included.
 
     The Lanczos iteration ends when all k residuals ||A v - theta v|| are below ``tol`` times the largest eigenvalue magnitude and no
-    further Ritz value can reach in among them, twice in a row. For k >= 2 a few more products from a fresh random start orthogonal
-    to everything found then look for copies of multiple eigenvalues and members of clusters; what they find is merged. Where the
-    memory for the basis ends, the iteration restarts from the best Ritz vectors.
+    unconverged Ritz value can enter the wanted set, at two consecutive checks. For k >= 2 a few more products from a fresh random start,
+    orthogonal to the whole basis, then look for copies of multiple eigenvalues and members of clusters, which are merged. When the
+    memory for the basis is full, the iteration restarts from the best Ritz vectors.
 
     The eigenvalue's own error is about residual^2 / gap, far below ``tol`` for separated eigenvalues.
 
@@ -240,17 +52,17 @@ def eigenpairs(
         k: how many pairs, 1 <= k <= n.
         which: ``"largest"`` or ``"smallest"`` algebraic, or largest ``"magnitude"``.
         tol: largest residual, relative to the largest eigenvalue magnitude.
-        seed: of the random vectors.
+        seed: seeds the random vectors.
         initial: (n,) or (n, j) vectors near the wanted eigenvectors, for instance those of an earlier call.
-        max_matvecs: product budget; by default 1000 + 50 k.
-        max_seconds: time budget in seconds.
+        max_matvecs: most products, by default 1000 + 50 k.
+        max_seconds: most seconds.
         basis_size: most basis vectors kept, at least k + 10 or n; by default max(2 k + 20, 80) or what half the free memory holds.
         offload: keep the basis in host memory.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
-        the pairs, by descending value (``"magnitude"``: by descending magnitude); what has not converged is flagged. Where a budget
-        ends before k products, the missing pairs have the value NaN and an infinite residual.
+        the pairs, by descending value (``"magnitude"``: by descending magnitude); what has not converged is flagged. If a budget is
+        exhausted before k products, the missing pairs have the value NaN and an infinite residual.
 
     Raises:
         ValueError: k outside 1..n, or another argument out of range.
@@ -274,10 +86,9 @@ def eigenpairs(
     budget = Budget(operator, max_matvecs=1000 + 50 * k if max_matvecs is None else max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(seed)
     space = KrylovSpace(operator, offload=offload)
-    _add_starts(space, initial, generator)
+    _add_start(space, initial, generator)
     capacity = _capacity(operator, k, basis_size, offload, space.rows.row(0).shape[0])
-    search = Search(space, k, which, tol, generator, capacity, warm=initial is not None)
-    pairs = search.result(budget, search.run(budget))
+    pairs = _Iteration(space, budget, k, which, tol, generator, capacity, warm=initial is not None).run()
     if not bool(pairs.converged.all()):
         warnings.warn(
             f"{int(pairs.converged.sum())} of {k} eigenpairs converged after {pairs.num_matvecs} products: {pairs.outcome}. The result "
@@ -307,28 +118,205 @@ def _capacity(operator: SymmetricOperator, k: int, basis_size: int | None, offlo
     least = min(operator.size, k + 10)
     if basis_size is None:
         affordable = affordable_rows(operator, length, host=offload)
+        # 80 rows hold a usual run of ten pairs (28 to 52 products, eigen_products.jsonl) whole; 2 k + 20 is Wu and Simon's for many pairs
         return max(least, min(operator.size, affordable, max(2 * k + 20, 80)))
     if basis_size < least:
         raise ValueError(f"basis_size must be at least {least} for k={k} (k + 10, or n where that is less), got {basis_size}")
     return min(operator.size, basis_size)
 
 
-def _add_starts(space: KrylovSpace, initial: Tensor | None, generator: torch.Generator) -> None:
+def _add_start(space: KrylovSpace, initial: Tensor | None, generator: torch.Generator) -> None:
     """The start: a random vector, or the sum of the given ones with some noise, so that an invariant subspace is no trap.
 
     Several vectors enter as their sum: as a block each needs products of its own to improve, which measured slower than a cold start.
     """
     operator = space.operator
     if initial is not None:
-        given = initial if initial.ndim == 2 else initial[:, None]
-        given = given.to(device=operator.device, dtype=space.dtype)
-        noise = operator.random_vectors(1, generator=generator).to(space.dtype)
+        given = (initial if initial.ndim == 2 else initial[:, None]).to(device=operator.device, dtype=space.dtype)  # (n, j)
+        noise = operator.random_vectors(1, generator=generator)[:, 0].to(space.dtype)
         if len(noise) != len(given):
-            raise ValueError(f"initial must have {noise.shape[0]} rows, got shape {tuple(initial.shape)}")
+            raise ValueError(f"initial must have {len(noise)} rows, got shape {tuple(initial.shape)}")
         squares = torch.stack([operator.dot(vector, vector) for vector in given.T])
-        start = given @ squares.clamp_min(torch.finfo(space.dtype).tiny).rsqrt()
-        noise = noise[:, 0]
+        start = given @ squares.clamp_min(torch.finfo(space.dtype).tiny).rsqrt()  # each of length 1: (n,)
         level = _WARM_NOISE * (operator.dot(start, start) / operator.dot(noise, noise)).sqrt()
         space.add_start(start + level * noise)
     if not space.pending:
         space.add_random(generator)
+
+
+class _Iteration:
+    """Which vector to multiply next, when to restart, to look for missed eigenvalues, and to stop."""
+
+    def __init__(
+        self, space: KrylovSpace, budget: Budget, k: int, which: str, tol: float, generator: torch.Generator, capacity: int, *, warm: bool
+    ) -> None:
+        self.space, self.budget, self.k, self.which, self.tol = space, budget, k, which, tol
+        self.generator, self.capacity = generator, capacity
+        self.ritz: Ritz | None = None  # best first; None before the first product
+        self.passes = 0
+        # A single pair has no search for missed ones behind it: with three checks none was missed in 800 starts. A warm start is near
+        # what it looks for.
+        self.persistence = _PERSISTENCE + (1 if k == 1 and not warm else 0)
+
+    def run(self) -> Eigenpairs:
+        """Iterate and search in turns until nothing new comes in."""
+        while True:
+            if not self._converge():
+                return self._result("product or time budget used up")
+            if self.k == 1 or (self.space.is_complete and not self.space.pending):
+                return self._result("converged")
+            outcome = self._sweep()
+            if outcome == "unsettled":  # once more to convergence, but no second search: nothing had come in
+                return self._result("converged" if self._converge() else "product or time budget used up")
+            if outcome != "intruder":
+                return self._result(outcome)
+
+    def _converge(self) -> bool:
+        """Multiply until the wanted pairs are settled; False if the budget ended it."""
+        self.passes = 0
+
+        def enough() -> bool:
+            self._update()
+            self.passes = self.passes + 1 if self._is_settled() else 0
+            return self.passes >= self.persistence
+
+        def choose() -> int:
+            self._make_room(1)
+            return self._most_useful()
+
+        def progress() -> tuple[int, str]:
+            # by the usual cost while nothing has converged, and by the number accepted afterwards
+            left, search = self.k - self._num_accepted(), _SWEEP_STEPS if self.k > 1 else 0
+            expected = max(10 + 2 * self.k + search, self.budget.num_matvecs + 2 * left + search)
+            return expected, f"Lanczos, {self._num_accepted()} of {self.k} pairs"
+
+        # After a breakdown a random vector goes on: the rest of the space has not been seen.
+        refill = partial(self.space.add_random, self.generator)
+        return lanczos_run(self.space, self.budget, enough, progress, choose=choose, refill=refill)
+
+    def _sweep(self) -> str:
+        """Look for what was missed: 'intruder' if something comes in above the k-th pair.
+
+        What the basis does not span may hide in the vector that is still pending, or outside: so that one is multiplied, and then Lanczos
+        runs from a fresh random start in the complement. It goes on while the complement's best Ritz value might still climb among the
+        wanted, up to half the products made.
+        """
+        space, wanted = self.space, slice(self.k)
+        most = max(_SWEEP_STEPS + 2, min(self.budget.num_matvecs // 2, self.capacity - self.k - 5))
+        self._make_room(most + 2)
+        if self.capacity < space.operator.size:
+            most = max(1, min(most, self.capacity - space.size - 2))
+        assert self.ritz is not None
+        before, queue, strand = self._ranks(self.ritz)[wanted].copy(), space.pending[-1:], list[int]()
+        if space.add_random(self.generator):
+            queue.append(space.size - 1)
+        left_over = queue[0] if len(queue) == 2 else None  # pending since the iteration; its growth belongs to no strand
+        intruder, size = False, space.size
+
+        def enough() -> bool:
+            nonlocal intruder, size
+            index, grew, size = queue.pop(0), space.size > size, space.size
+            ritz = self._update()
+            intruder = bool(np.any(self._ranks(ritz)[wanted] > before + self.tol * ritz.scale))
+            if index != left_over:
+                strand.append(index)
+                done = len(strand) >= most or (len(strand) >= _SWEEP_STEPS and self._clear_of_wanted(strand))
+                if grew and not done:
+                    queue.append(space.size - 1)
+            return intruder or not queue
+
+        def progress() -> tuple[int, str]:
+            return self.budget.num_matvecs + max(1, _SWEEP_STEPS - len(strand)), "search for missed eigenvalues"
+
+        if queue and not lanczos_run(space, self.budget, enough, progress, choose=lambda: queue[0]):
+            return "product or time budget used up before the search for missed eigenvalues ended"
+        return "intruder" if intruder else "converged" if self._is_settled() else "unsettled"
+
+    def _clear_of_wanted(self, strand: list[int]) -> bool:
+        """Whether the complement's best eigenvalue will not reach the k-th wanted one.
+
+        A random start underestimates the top of a spectrum of width w by order w (log n / steps)^2 (Kuczynski and Wozniakowski, 1992);
+        the factor 1/4 was chosen so that no eigenvalue was missed on clustered reference spectra.
+        """
+        assert self.ritz is not None
+        outside = self.space.ritz(strand)
+        best = int(np.argmax(self._ranks(outside)))
+        unseen = float(np.ptp(outside.values)) * (np.log(self.space.operator.size) / (4 * len(strand))) ** 2
+        return bool(self._ranks(outside)[best] + outside.outward[best] + unseen < self._ranks(self.ritz)[self.k - 1])
+
+    def _ranks(self, ritz: Ritz) -> Array:
+        """What pairs are compared by: value, -value or |value|."""
+        return np.abs(ritz.values) if self.which == "magnitude" else -ritz.values if self.which == "smallest" else ritz.values
+
+    def _update(self) -> Ritz:
+        ritz = self.space.ritz()
+        self.ritz = ritz.pick(np.argsort(-self._ranks(ritz), kind="stable"))
+        return self.ritz
+
+    def _threshold(self) -> float:
+        return max(self.tol * self.ritz.scale if self.ritz is not None else 0.0, self.space.floor())
+
+    def _num_accepted(self) -> int:
+        return 0 if self.ritz is None else int((self.ritz.outward[: self.k] <= self._threshold()).sum())
+
+    def _is_settled(self) -> bool:
+        """All wanted pairs within tolerance, and the next ones too or clear of the wanted."""
+        ritz, k = self.ritz, self.k
+        assert ritz is not None
+        if len(ritz.values) < min(k + _BUFFER, self.space.operator.size):
+            return False
+        buffer, ranks = slice(k, k + _BUFFER), self._ranks(ritz)
+        clear = ranks[buffer] + ritz.outward[buffer] < ranks[k - 1]
+        within = ritz.outward[: k + _BUFFER] <= self._threshold()
+        return bool(within[:k].all() and (within[buffer] | clear).all())
+
+    def _most_useful(self) -> int:
+        """The pending vector that carries most of the residuals of the wanted pairs."""
+        pending = self.space.pending
+        if len(pending) == 1 or self.ritz is None or len(self.ritz.values) < self.k:
+            return pending[0]
+        shares = self.space.couplings() @ self.ritz.coordinates[:, : self.k + _BUFFER]  # (pending, pairs)
+        shares[:, self.ritz.outward[: self.k + _BUFFER] <= self._threshold()] *= 1e-3  # converged pairs decide only between equals
+        return pending[int(np.argmax(np.linalg.norm(shares, axis=1)))]
+
+    def _make_room(self, rows: int) -> None:
+        """Thick restart where so many rows more would not fit."""
+        if self.space.size + rows <= self.capacity or self.capacity >= self.space.operator.size or self.ritz is None:
+            return
+        room = self.capacity - len(self.space.pending) - rows
+        # A third of what is left over is kept beside the wanted, by judgement: enough to go on from, and seldom another restart.
+        keep = max(1, min(self.k + _BUFFER + (self.capacity - self.k) // 3, room))
+        self.space.compress(self.ritz.values[:keep], self.ritz.coordinates[:, :keep])
+        self._update()
+
+    def _result(self, outcome: str) -> Eigenpairs:
+        space, k, ritz = self.space, self.k, self.ritz
+        known = 0 if ritz is None else min(k, len(ritz.values))
+        values, residuals = np.full(k, np.nan), np.full(k, np.inf)
+        columns: list[Tensor] = []
+        if ritz is not None:
+            values[:known], residuals[:known] = ritz.values[:known], ritz.residuals[:known]
+            columns.append(space.vectors(ritz.coordinates[:, :known]))
+        while space.size < k and space.add_random(self.generator):  # pairs that are missing still have orthonormal vectors
+            pass
+        columns += [space.rows.row(index)[:, None].to(space.operator.dtype) for index in space.pending[: k - known]]
+        vectors = torch.cat(columns, dim=1)
+        accuracy = self.tol * (ritz.scale if ritz is not None else 0.0)
+        converged = (residuals <= max(accuracy, 1.5 * space.floor())) & (outcome == "converged")
+        if outcome == "converged" and accuracy < space.floor():
+            converged[:] = False
+            outcome = f"stopped at the rounding of {space.dtype}: tol={self.tol:g} is out of reach"
+        if self.which == "smallest":  # the results are by descending value
+            flip = np.concatenate([np.arange(known)[::-1], np.arange(known, k)])
+            values, residuals, converged, vectors = values[flip], residuals[flip], converged[flip], vectors[:, flip.tolist()]
+        return Eigenpairs(
+            torch.from_numpy(values),
+            vectors,
+            torch.from_numpy(residuals),
+            torch.from_numpy(converged),
+            self.budget.num_matvecs,
+            self.budget.seconds,
+            self.which,
+            self.tol,
+            outcome,
+        )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,15 @@ from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ProgressCallback, standard_error
-from sharpkit.linalg.krylov import Array, KrylovSpace
-from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity
-from sharpkit.linalg.slq import density_from_runs
-from sharpkit.operators.base import SymmetricOperator, as_operator
+from sharpkit.linalg.krylov import KrylovSpace
+from sharpkit.linalg.results import Array, Budget, Eigenpairs, Estimate, SpectralDensity
+from sharpkit.linalg.slq import ProbeRun, density_from, probe_run
+from sharpkit.operators.base import as_operator
 
-_CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control variate
-_MAX_CONTROLS = 30
+_CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control variate; by judgement
+_MAX_CONTROLS = 30  # as many vectors as fit beside a basis of the default 32 steps: by judgement
 _MOMENTS: tuple[Callable[[Array], Array], ...] = (lambda x: x, np.square, np.abs)
-_FIRST_RUN_LIMIT = 4  # times num_steps: how long the first run may go on until both ends have converged
+_FIRST_RUN_LIMIT = 4  # times num_steps: how long the first run may go on until both ends have converged; by judgement
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ def spectral_overview(
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
-        num_probes: Lanczos runs, at least 3: all errors of sums come from their spread.
+        num_probes: Lanczos runs, at least 3, since the errors of all sums come from their spread.
         num_steps: products per run.
         tol: residual of the extreme pairs relative to the largest magnitude.
-        seed: of the probes.
-        max_matvecs, max_seconds: budgets; what is there when one ends comes back flagged.
+        seed: seeds the probes.
+        max_matvecs, max_seconds: if one is exhausted, the partial result is returned with ``converged=False``.
         callback: called after each product.
 
     Raises:
@@ -92,29 +91,29 @@ def spectral_overview(
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(seed)
     steps, expected = min(num_steps, operator.size), num_probes * min(num_steps, operator.size)
-    first = _run(operator, generator, budget, _ends_converged(steps, tol), expected, "both ends of the spectrum")
-    pairs = _Ritz(first.space)
-    values, vectors = pairs.controls()
-    runs, moments = [first.quadrature()], []
+    settings: dict[str, Any] = {"steps": steps, "expected": expected}
+    first = probe_run(operator, generator, budget, text="both ends of the spectrum", enough=_ends_converged(steps, tol), **settings)
+    values, vectors = _controls(first)
+    rules, moments = [first.quadrature], []
     for probe in range(1, num_probes):
         if not budget.allows():
             break
-        run = _run(operator, generator, budget, lambda space: len(space.expanded) >= steps, expected, f"probe {probe + 1} of {num_probes}")
+        run = probe_run(operator, generator, budget, text=f"probe {probe + 1} of {num_probes}", **settings)
         if run.complete:
-            runs.append(run.quadrature())
+            rules.append(run.quadrature)
             moments.append(_moments(run, values, vectors))
-    complete = len(runs) == num_probes
+    complete = len(rules) == num_probes
     if not complete:
         warnings.warn(
-            f"the budget ended after {budget.num_matvecs} of about {expected} products, {len(runs)} of {num_probes} probes: "
-            f"errors are wider, or unknown",
+            f"the budget ended after {budget.num_matvecs} of about {expected} products, {len(rules)} of {num_probes} probes: errors are "
+            "wider, or unknown.",
             ConvergenceWarning,
             stacklevel=2,
         )
-    density = density_from_runs(runs, max(len(nodes) for nodes, _, _ in runs), operator.size, budget, complete)
+    density = density_from(rules, max(len(rule.nodes) for rule in rules), operator.size, budget, complete)
     trace, squared, absolute = _sums(np.array(moments).reshape(-1, len(_MOMENTS)), density, budget)
-    ends = [pairs.extreme(which, tol, budget) for which in ("largest", "smallest")]
-    return SpectralOverview(ends[0], ends[1], density, trace, _root(squared), absolute, budget.num_matvecs, budget.seconds)
+    largest, smallest = (_extreme(first, which, tol, budget) for which in ("largest", "smallest"))
+    return SpectralOverview(largest, smallest, density, trace, squared.root(), absolute, budget.num_matvecs, budget.seconds)
 
 
 def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int = 12) -> tuple[Eigenpairs, Eigenpairs]:
@@ -122,9 +121,9 @@ def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
-        tol: of both residuals, relative to the largest magnitude.
-        seed: of the start vector.
-        num_steps: products at least.
+        tol: residual of both, relative to the largest magnitude.
+        seed: seeds the start vector.
+        num_steps: least number of products.
 
     Example:
         >>> import torch
@@ -133,108 +132,62 @@ def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int
         (9.0, -1.0)
     """
     operator = as_operator(operator)
-    budget, steps = Budget(operator), min(num_steps, operator.size)
-    run = _run(operator, torch.Generator().manual_seed(seed), budget, _ends_converged(steps, tol), steps, "both ends of the spectrum")
-    pairs = _Ritz(run.space)
-    return pairs.extreme("largest", tol, budget), pairs.extreme("smallest", tol, budget)
+    budget, steps, text = Budget(operator), min(num_steps, operator.size), "both ends of the spectrum"
+    generator = torch.Generator().manual_seed(seed)
+    run = probe_run(operator, generator, budget, steps=steps, text=text, expected=steps, enough=_ends_converged(steps, tol))
+    return _extreme(run, "largest", tol, budget), _extreme(run, "smallest", tol, budget)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One Lanczos run: its probe z (||z||^2 = n), its Krylov space, and whether it went as far as it was to go."""
-
-    probe: Tensor
-    space: KrylovSpace
-    complete: bool
-
-    def quadrature(self) -> tuple[Array, Array, Array]:
-        """Nodes, weights (summing to 1) and residuals."""
-        nodes, coordinates = np.linalg.eigh(self.space.projected())
-        residuals = np.linalg.norm(self.space.couplings() @ coordinates, axis=0) if self.space.pending else np.zeros(len(nodes))
-        return nodes, coordinates[0] ** 2, residuals
-
-
-def _run(operator: SymmetricOperator, generator: torch.Generator, budget: Budget, done: Any, expected: int, stage: str) -> _Run:
-    probe = operator.random_vectors(1, generator=generator, distribution="rademacher")[:, 0]
-    space = KrylovSpace(operator)
-    space.add_start(probe)
-    complete = True
-    while space.pending and not done(space):
-        if space.expanded and not budget.allows():
-            complete = False
-            break
-        space.expand(space.pending[0])
-        budget.report(expected, stage)
-    return _Run(probe, space, complete)
-
-
-def _ends_converged(steps: int, tol: float) -> Any:
+def _ends_converged(steps: int, tol: float) -> Callable[[KrylovSpace], bool]:
     """At least ``steps`` steps, and both extreme Ritz pairs within tolerance at two checks in a row."""
     streak = 0
 
-    def done(space: KrylovSpace) -> bool:
+    def enough(space: KrylovSpace) -> bool:
         nonlocal streak
         if len(space.expanded) < steps:
             return False
-        ritz = _Ritz(space)
+        ritz = space.ritz()
         ends = ritz.residuals[[0, -1]] <= max(tol * ritz.scale, space.floor())
         streak = streak + 1 if bool(ends.all()) else 0
         return streak >= 2 or len(space.expanded) >= _FIRST_RUN_LIMIT * steps
 
-    return done
+    return enough
 
 
-class _Ritz:
-    """The Ritz pairs of a space, ascending, with residuals."""
-
-    def __init__(self, space: KrylovSpace) -> None:
-        self.space = space
-        self.values, self.coordinates = np.linalg.eigh(space.projected())
-        outward = np.linalg.norm(space.couplings() @ self.coordinates, axis=0) if space.pending else np.zeros(len(self.values))
-        self.residuals = np.hypot(outward, space.floor())
-        self.scale = float(np.abs(self.values).max())
-
-    def controls(self) -> tuple[Array, Tensor]:
-        """Values and vectors of the good pairs, largest magnitude first, (m,) and (n, m)."""
-        good = np.flatnonzero(self.residuals <= _CONTROL_RESIDUAL * self.scale)
-        good = good[np.argsort(-np.abs(self.values[good]))][:_MAX_CONTROLS]
-        return self.values[good], self.space.vectors(self.coordinates[:, good])
-
-    def extreme(self, which: str, tol: float, budget: Budget) -> Eigenpairs:
-        index = -1 if which == "largest" else 0
-        residual = float(self.residuals[index])
-        converged = residual <= max(tol * self.scale, 2 * self.space.floor())
-        vectors = self.space.vectors(self.coordinates[:, [index]])
-        return Eigenpairs(
-            torch.tensor([self.values[index]], dtype=torch.float64),
-            vectors,
-            torch.tensor([residual], dtype=torch.float64),
-            torch.tensor([converged]),
-            budget.num_matvecs,
-            budget.seconds,
-            which,
-            tol,
-            "converged" if converged else "ended before convergence",
-        )
+def _controls(run: ProbeRun) -> tuple[Array, Tensor]:
+    """Values and vectors of the run's good pairs, largest magnitude first, (m,) and (n, m)."""
+    good = np.flatnonzero(run.ritz.residuals <= _CONTROL_RESIDUAL * run.ritz.scale)
+    good = good[np.argsort(-np.abs(run.ritz.values[good]))][:_MAX_CONTROLS]
+    return run.ritz.values[good], run.space.vectors(run.ritz.coordinates[:, good])
 
 
-def _moments(run: _Run, values: Array, vectors: Tensor) -> list[float]:
+def _extreme(run: ProbeRun, which: str, tol: float, budget: Budget) -> Eigenpairs:
+    pair = run.ritz.pick(np.array([-1 if which == "largest" else 0]))
+    # A residual holds the floor: that of a pair settled to rounding is up to sqrt(2) floors.
+    converged = pair.residuals <= max(tol * run.ritz.scale, 2 * pair.floor)
+    return Eigenpairs(
+        torch.from_numpy(pair.values),
+        run.space.vectors(pair.coordinates),
+        torch.from_numpy(pair.residuals),
+        torch.from_numpy(converged),
+        budget.num_matvecs,
+        budget.seconds,
+        which,
+        tol,
+        "converged" if bool(converged) else "ended before convergence",
+    )
+
+
+def _moments(run: ProbeRun, values: Array, vectors: Tensor) -> list[float]:
     """z^T f(A) z for each f of _MOMENTS, with the controls' noise taken out."""
-    nodes, weights, _ = run.quadrature()
+    nodes, weights, _ = run.quadrature
     along = run.space.operator.dot(vectors, run.probe).double().cpu().numpy() ** 2 - 1 if len(values) else np.zeros(0)
     return [run.space.operator.size * float(weights @ f(nodes)) - float(f(values) @ along) for f in _MOMENTS]
 
 
 def _sums(moments: Array, density: SpectralDensity, budget: Budget) -> list[Estimate]:
     """n times the mean of each f of _MOMENTS over the spectrum."""
-    if len(moments) < 2:
-        means = [density.expectation(f) for f in _MOMENTS]
-        return [replace(m, value=m.value * density.size, stderr=m.stderr * density.size) for m in means]
+    if len(moments) < 2:  # no spread over the later probes: the plain quadrature of all of them
+        return [density.total(f) for f in _MOMENTS]
     how = "Lanczos probes, outliers taken out"
     return [Estimate(float(c.mean()), standard_error(c), budget.num_matvecs, budget.seconds, how, density.converged) for c in moments.T]
-
-
-def _root(squared: Estimate) -> Estimate:
-    """The norm from its square, the error by the delta method."""
-    norm = math.sqrt(max(squared.value, 0.0))
-    return replace(squared, value=norm, stderr=squared.stderr / (2 * norm) if norm > 0 else math.sqrt(squared.stderr))

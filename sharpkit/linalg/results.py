@@ -5,72 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._results import Progress, ProgressCallback, format_with_error, standard_error
-from sharpkit.linalg.krylov import Array
+from sharpkit._results import ErrorKind, Progress, ProgressCallback, Result, format_with_error, standard_error
 from sharpkit.operators.base import SymmetricOperator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Array = np.ndarray[Any, Any]
 
-_OUTLIER_RESIDUAL = 1e-2  # relative to the width: what counts as a converged Ritz value
-
-
-def smooth_density(density: SpectralDensity, grid: Array, bandwidth: float | None = None) -> Array:
-    """The density on a grid: a Gaussian on every node, integrating to 1 over the real line.
-
-    The default bandwidth is the resolution of the quadrature: m Lanczos steps resolve the bulk no finer than about its width / m (the
-    spacing of the nodes there), so narrower Gaussians would show the nodes and wider ones would smear the spectrum. The width is that of
-    the bulk, without the outliers: a far outlier does not blur the bulk.
-
-    Args:
-        density: the quadrature.
-        grid: (m,) points.
-        bandwidth: standard deviation of each Gaussian, in units of the eigenvalues.
-
-    Returns:
-        (m,) densities, per unit of eigenvalue.
-
-    Example:
-        >>> import numpy as np, torch, sharpkit as sk
-        >>> density = sk.spectral_density(torch.diag(torch.linspace(0, 1, 50)), num_probes=2, num_steps=20)
-        >>> grid = np.linspace(-1, 2, 301)
-        >>> round(float(smooth_density(density, grid).sum() * 0.01), 3)
-        1.0
-    """
-    nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
-    if bandwidth is None:
-        bandwidth = default_bandwidth(density)
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth must be positive, got {bandwidth}")
-    total = np.zeros(len(grid))
-    for first in range(0, len(nodes), 256):  # blocks keep the (grid x nodes) table small
-        distance = (grid[:, None] - nodes[None, first : first + 256]) / bandwidth
-        total += np.exp(-0.5 * distance**2) @ weights[first : first + 256]
-    return total / (bandwidth * math.sqrt(2 * math.pi))
-
-
-def default_bandwidth(density: SpectralDensity) -> float:
-    """Width of the bulk (outliers left out) / number of steps."""
-    nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
-    nodes = nodes[weights > 0]
-    width = float(nodes.max() - nodes.min())
-    tolerance = 2 * _OUTLIER_RESIDUAL * width
-    bulk = nodes[np.all(np.abs(nodes[:, None] - density.outliers.numpy()[None, :]) > tolerance, axis=1)]
-    inner = float(bulk.max() - bulk.min()) if len(bulk) > 1 else width
-    scale = float(np.abs(nodes).max()) or 1.0
-    return max(inner / density.nodes.shape[1], 1e-6 * scale)
+# Residual, relative to the width of the spectrum, up to which a Ritz value at an end counts as converged, so that it may be an outlier.
+# By judgement: ten times finer than anything a density plot shows, and reached within the default 80 steps by every isolated eigenvalue.
+OUTLIER_RESIDUAL = 1e-2
 
 
 class Budget:
-    """Counts the products and seconds of one computation and says when either runs out.
+    """Counts the products and seconds of one computation and says when either is exhausted.
 
     Decisions go through ``operator.agree``, so that every process of a distributed run stops at the same product.
     """
@@ -108,7 +64,7 @@ class Budget:
             return False
         return self._max_seconds is None or self._operator.agree(self.seconds) < self._max_seconds
 
-    def report(self, expected_matvecs: int, stage: str) -> None:
+    def report(self, expected_matvecs: int, text: str) -> None:
         """Tell the callback, if there is one."""
         if self._callback is None:
             return
@@ -116,24 +72,23 @@ class Budget:
         expected = max(expected_matvecs, done)
         if self._max_matvecs is not None:
             expected = min(expected, max(self._max_matvecs, done))
-        remaining = elapsed / done * (expected - done) if done else float("nan")
-        self._callback(Progress(done, expected, elapsed, remaining, stage))
-
-
-SCHEMA_VERSION = 1
+        remaining = elapsed / done * (expected - done) if done else math.nan
+        self._callback(Progress(done, expected, elapsed, remaining, text))
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error and cost.
+class Estimate(Result, kind="estimate"):
+    """A number with its error and cost.
 
     Attributes:
         value: the estimate.
-        stderr: one standard error of ``value``; 0 where it is exact up to rounding.
+        stderr: the error of ``value``, of the kind that ``error_kind`` names; 0 where it is exact up to rounding.
         num_matvecs: products spent.
         seconds: wall time spent.
         method: how it was made.
         converged: whether the asked tolerance was reached.
+        error_kind: ``"standard error"`` of a random estimate, ``"residual bound"`` of an eigenvalue (one lies within it), or ``"half
+            bracket"`` of a bisection.
     """
 
     value: float
@@ -142,6 +97,7 @@ class Estimate:
     seconds: float = 0.0
     method: str = ""
     converged: bool = True
+    error_kind: ErrorKind = field(default="standard error", kw_only=True)
 
     def __float__(self) -> float:
         return self.value
@@ -150,36 +106,32 @@ class Estimate:
         return format_with_error(self.value, self.stderr)
 
     def __repr__(self) -> str:
-        flag = "" if self.converged else ", NOT converged"
+        # a standard error is what a reader expects: only the other kinds are named
+        number = format_with_error(self.value, self.stderr, None if self.error_kind == "standard error" else self.error_kind)
         how = f", {self.method}" if self.method else ""
-        return f"Estimate({self}, {self.num_matvecs} products{how}{flag})"
+        return f"Estimate({number}, {self.num_matvecs} products{how}{'' if self.converged else ', NOT converged'})"
 
     @property
     def interval(self) -> tuple[float, float]:
-        """value -+ 2 standard errors."""
+        """value -+ 2 errors."""
         return (self.value - 2 * self.stderr, self.value + 2 * self.stderr)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, JSON-ready."""
-        return {
-            "kind": "estimate",
-            "version": SCHEMA_VERSION,
-            "value": self.value,
-            "stderr": self.stderr,
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
-            "method": self.method,
-            "converged": self.converged,
-        }
+    def root(self) -> Self:
+        """The square root, its error by the delta method: d sqrt(x) = dx / (2 sqrt(x))."""
+        root = math.sqrt(max(self.value, 0.0))
+        # At 0 the derivative is infinite; sqrt(stderr) is as far from 0 as the root may lie.
+        return replace(self, value=root, stderr=self.stderr / (2 * root) if root > 0 else math.sqrt(self.stderr))
 
 
 @dataclass(frozen=True)
-class Eigenpairs:
+class Eigenpairs(
+    Result, kind="eigenpairs", saved=("which", "values", "residuals", "converged", "num_matvecs", "seconds", "tol", "outcome")
+):
     """Eigenvalues with eigenvectors, each with its residual: some eigenvalue lies within ``residuals[j]`` of ``values[j]``.
 
     Attributes:
         values: (k,) float64 on the CPU, descending.
-        vectors: (n, k) orthonormal, on the operator's device.
+        vectors: (n, k) orthonormal, on the operator's device; not part of the document.
         residuals: (k,) float64 on the CPU, ||A v - value v||.
         converged: (k,) bool on the CPU, residual within tolerance and no sign of a missed eigenvalue.
         num_matvecs: products spent.
@@ -207,24 +159,13 @@ class Eigenpairs:
         more = f", ... {len(self.values)} in all" if len(self.values) > 10 else ""
         return f"Eigenpairs({self.which}: {shown}{more}; {self.num_matvecs} products, {self.outcome})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the vectors, JSON-ready."""
-        return {
-            "kind": "eigenpairs",
-            "version": SCHEMA_VERSION,
-            "which": self.which,
-            "values": self.values.tolist(),
-            "residuals": self.residuals.tolist(),
-            "converged": self.converged.tolist(),
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
-            "tol": self.tol,
-            "outcome": self.outcome,
-        }
-
 
 @dataclass(frozen=True)
-class SpectralDensity:
+class SpectralDensity(
+    Result,
+    kind="spectral_density",
+    saved=("size", "nodes", "weights", "outliers", "trace", "frobenius_norm", "negative_mass", "num_matvecs", "seconds", "converged"),
+):
     """The spectrum as a weighted set of nodes (stochastic Lanczos quadrature), per random probe.
 
     Any trace of a function of the matrix is n times a weighted sum over the nodes; the spread over the probes is its error.
@@ -236,7 +177,7 @@ class SpectralDensity:
         num_matvecs: products spent.
         seconds: wall time spent.
         outliers: converged extreme eigenvalues seen by every probe, (m,) float64, descending; they stand apart from the bulk.
-        converged: False where a budget ended it before all probes were done.
+        converged: False where a budget was exhausted before all probes were done.
     """
 
     nodes: Tensor
@@ -251,12 +192,8 @@ class SpectralDensity:
     def num_probes(self) -> int:
         return int(self.nodes.shape[0])
 
-    @property
-    def bandwidth(self) -> float:
-        """Standard deviation of the Gaussians that smooth the nodes, unless another one is asked for: see :func:`default_bandwidth`."""
-        return default_bandwidth(self)
-
-    def expectation(self, function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Estimate:
+    # -- sums over the spectrum -----------------------------------------------------------------------------------------
+    def expectation(self, function: Callable[[Array], Array]) -> Estimate:
         """tr f(A) / n: the mean of ``function`` over the spectrum, with its standard error over the probes.
 
         Args:
@@ -266,29 +203,24 @@ class SpectralDensity:
             values = np.asarray(function(self.nodes.numpy()), dtype=np.float64)
         except TypeError:
             values = np.asarray(function(self.nodes), dtype=np.float64)  # type: ignore[arg-type]
-        per_probe = (values * self.weights.numpy()).sum(axis=1) * self.num_probes
-        return self._over_probes(per_probe)
+        per_probe = (values * self.weights.numpy()).sum(axis=1) * self.num_probes  # each row's weights sum to 1 / num_probes
+        how, error = "stochastic Lanczos quadrature", standard_error(per_probe)
+        return Estimate(float(per_probe.mean()), error, self.num_matvecs, self.seconds, how, self.converged)
 
-    def _over_probes(self, per_probe: np.ndarray[Any, Any]) -> Estimate:
-        stderr = standard_error(per_probe)
-        return Estimate(float(per_probe.mean()), stderr, self.num_matvecs, self.seconds, "stochastic Lanczos quadrature", self.converged)
-
-    def _sum(self, function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Estimate:
+    def total(self, function: Callable[[Array], Array]) -> Estimate:
+        """tr f(A): n times the mean of ``function`` over the spectrum."""
         mean = self.expectation(function)
-        return Estimate(mean.value * self.size, mean.stderr * self.size, self.num_matvecs, self.seconds, mean.method, self.converged)
+        return replace(mean, value=mean.value * self.size, stderr=mean.stderr * self.size)
 
     @property
     def trace(self) -> Estimate:
         """tr A."""
-        return self._sum(lambda x: x)
+        return self.total(lambda x: x)
 
     @property
     def frobenius_norm(self) -> Estimate:
-        """||A||_F, its error by the delta method from that of the squared norm."""
-        squared = self._sum(np.square)
-        norm = math.sqrt(max(squared.value, 0.0))
-        stderr = squared.stderr / (2 * norm) if norm > 0 else 0.0
-        return Estimate(norm, stderr, self.num_matvecs, self.seconds, squared.method, self.converged)
+        """||A||_F."""
+        return self.total(np.square).root()
 
     @property
     def negative_mass(self) -> Estimate:
@@ -296,15 +228,46 @@ class SpectralDensity:
         floor = -1e-3 * float(self.nodes.abs().max())
         return self.expectation(lambda x: (x < floor).astype(np.float64))
 
-    def density(self, grid: Tensor | np.ndarray[Any, Any], bandwidth: float | None = None) -> np.ndarray[Any, Any]:
-        """The smoothed density on a grid: Gaussians of width ``bandwidth`` on the nodes; integrates to 1.
+    # -- the picture ----------------------------------------------------------------------------------------------------
+    @property
+    def bandwidth(self) -> float:
+        """Standard deviation of the Gaussians that smooth the nodes: width of the bulk (outliers left out) / number of steps.
+
+        That is the resolution of the quadrature: m Lanczos steps resolve the bulk no finer than the spacing of the nodes there, so narrower
+        Gaussians would show the nodes and wider ones would smear the spectrum. A far outlier does not blur the bulk.
+        """
+        nodes, weights = self.nodes.numpy().ravel(), self.weights.numpy().ravel()
+        nodes = nodes[weights > 0]  # the others are padding
+        width = float(nodes.max() - nodes.min())
+        apart = np.abs(nodes[:, None] - self.outliers.numpy()[None, :]) > 2 * OUTLIER_RESIDUAL * width
+        bulk = nodes[np.all(apart, axis=1)]
+        inner = float(bulk.max() - bulk.min()) if len(bulk) > 1 else width
+        scale = float(np.abs(nodes).max()) or 1.0
+        # A multiple of the identity has no width: 1e-6 of its eigenvalue is narrow in any picture, and no division by 0.
+        return max(inner / self.nodes.shape[1], 1e-6 * scale)
+
+    def density(self, grid: Tensor | Array, bandwidth: float | None = None) -> Array:
+        """The density on a grid, per unit of eigenvalue: a Gaussian on every node, integrating to 1 over the real line.
 
         Args:
             grid: (m,) points.
-            bandwidth: standard deviation of each Gaussian; by default the resolution of the quadrature,
-                (largest node - smallest node) / number of steps.
+            bandwidth: standard deviation of each Gaussian, by default :attr:`bandwidth`.
+
+        Example:
+            >>> import numpy as np, torch, sharpkit as sk
+            >>> density = sk.spectral_density(torch.diag(torch.linspace(0, 1, 50)), num_probes=2, num_steps=20)
+            >>> round(float(density.density(np.linspace(-1, 2, 301)).sum() * 0.01), 3)
+            1.0
         """
-        return smooth_density(self, np.asarray(grid, dtype=np.float64), bandwidth)
+        nodes, weights, points = self.nodes.numpy().ravel(), self.weights.numpy().ravel(), np.asarray(grid, dtype=np.float64)
+        width = self.bandwidth if bandwidth is None else bandwidth
+        if not width > 0:
+            raise ValueError(f"bandwidth must be positive, got {width}")
+        total = np.zeros(len(points))
+        for first in range(0, len(nodes), 256):  # blocks keep the (grid x nodes) table small
+            distance = (points[:, None] - nodes[None, first : first + 256]) / width
+            total += np.exp(-0.5 * distance**2) @ weights[first : first + 256]
+        return total / (width * math.sqrt(2 * math.pi))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Log density with the outliers marked; see :func:`sharpkit.plots.plot_density`."""
@@ -319,19 +282,5 @@ class SpectralDensity:
             f"{self.num_probes} probes, {self.num_matvecs} products)"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Nodes, weights and the derived numbers, JSON-ready."""
-        return {
-            "kind": "spectral_density",
-            "version": SCHEMA_VERSION,
-            "size": self.size,
-            "nodes": self.nodes.tolist(),
-            "weights": self.weights.tolist(),
-            "outliers": self.outliers.tolist(),
-            "trace": self.trace.to_dict(),
-            "frobenius_norm": self.frobenius_norm.to_dict(),
-            "negative_mass": self.negative_mass.to_dict(),
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
-            "converged": self.converged,
-        }
+
+SCHEMA_VERSION = 1  # of documents that are still written by hand

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
-from sharpkit.linalg.results import _OUTLIER_RESIDUAL, Budget, SpectralDensity
+from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
+from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDensity
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
-_OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart
+_OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart: by judgement, a bulk shows none (tested)
+_AGREEMENT = 0.9  # share of the probes that must see an outlier: by judgement, one probe in ten may miss it
 
 
 def spectral_density(
@@ -39,14 +44,14 @@ def spectral_density(
         operator: anything :func:`sharpkit.as_operator` takes.
         num_probes: random probes; the standard errors come from their spread, so at least 2.
         num_steps: Lanczos steps per probe: the resolution is about spectral width / num_steps.
-        seed: of the probes.
+        seed: seeds the probes.
         distribution: ``"rademacher"`` or ``"normal"`` entries of the probes.
-        max_matvecs: product budget.
-        max_seconds: time budget in seconds.
+        max_matvecs: most products.
+        max_seconds: most seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
-        nodes, weights and outliers; where a budget ends, those of the probes so far, flagged.
+        nodes, weights and outliers; if a budget is exhausted, those of the probes so far, with ``converged=False``.
 
     Raises:
         ValueError: fewer than one probe or step.
@@ -70,93 +75,140 @@ def spectral_density(
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(seed)
     steps = min(num_steps, operator.size)
-    runs: list[tuple[Array, Array, Array]] = []
+    rules: list[Quadrature] = []
     complete = True
     for probe in range(num_probes):
-        run, ended = _one_probe(operator, steps, distribution, generator, budget, f"probe {probe + 1} of {num_probes}", num_probes * steps)
-        complete = complete and ended
-        if run is not None and (ended or not runs):
-            runs.append(run)
-        if not ended:
+        if rules and not budget.allows():
+            complete = False
+            break
+        text = f"probe {probe + 1} of {num_probes}"
+        run = probe_run(operator, generator, budget, steps=steps, text=text, expected=num_probes * steps, distribution=distribution)
+        complete = run.complete
+        if complete or not rules:  # part of a run is better than nothing
+            rules.append(run.quadrature)
+        if not complete:
             break
     if not complete:
         warnings.warn(
-            f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(runs)} of "
+            f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(rules)} of "
             f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes.",
             ConvergenceWarning,
             stacklevel=2,
         )
-    return density_from_runs(runs, steps, operator.size, budget, complete)
+    return density_from(rules, steps, operator.size, budget, complete)
 
 
-def density_from_runs(runs: list[tuple[Array, Array, Array]], steps: int, size: int, budget: Budget, complete: bool) -> SpectralDensity:
-    """The quadrature over finished Lanczos runs, each given as nodes (ascending), weights and residuals."""
-    nodes, weights = (torch.from_numpy(array) for array in _padded(runs, steps))
-    outliers = torch.from_numpy(_outliers(runs))
-    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete)
+class Quadrature(NamedTuple):
+    """The rule of one probe: nodes (ascending), weights (summing to 1) and the nodes' residuals, (m,) each."""
+
+    nodes: Array
+    weights: Array
+    residuals: Array
 
 
-def _one_probe(
-    operator: SymmetricOperator, steps: int, distribution: str, generator: torch.Generator, budget: Budget, stage: str, expected: int
-) -> tuple[tuple[Array, Array, Array] | None, bool]:
-    """Nodes, weights and residuals of one Lanczos run, and whether it was carried through."""
+@dataclass(frozen=True)
+class ProbeRun:
+    """One Lanczos run from a random probe.
+
+    Attributes:
+        probe: z, (n,), with ||z||^2 = n (on average, for normal entries).
+        space: grown from it.
+        complete: False if the budget ended it.
+    """
+
+    probe: Tensor
+    space: KrylovSpace
+    complete: bool
+
+    @cached_property
+    def ritz(self) -> Ritz:
+        """The Ritz pairs of its space."""
+        return self.space.ritz()
+
+    @property
+    def quadrature(self) -> Quadrature:
+        """Gauss quadrature of z's spectral measure: a weight is the squared share of its Ritz vector in z."""
+        return Quadrature(self.ritz.values, self.ritz.coordinates[0] ** 2, self.ritz.outward)
+
+
+def probe_run(
+    operator: SymmetricOperator,
+    generator: torch.Generator,
+    budget: Budget,
+    *,
+    steps: int,
+    text: str,
+    expected: int,
+    distribution: str = "rademacher",
+    enough: Callable[[KrylovSpace], bool] | None = None,
+) -> ProbeRun:
+    """Lanczos from a new probe, one product at least.
+
+    Args:
+        operator: A.
+        generator: draws the probe.
+        budget: stops the run when exhausted.
+        steps: products, unless ``enough`` decides.
+        text: what is being done, for the callback.
+        expected: products of all runs, for the callback.
+        distribution: entries of the probe.
+        enough: asked after each product, whether to stop.
+    """
     probe = operator.random_vectors(1, generator=generator, distribution=distribution)[:, 0]
     space = KrylovSpace(operator, offload=steps > affordable_rows(operator, len(probe)))
     space.add_start(probe)
-    ended = True
-    while space.pending and len(space.expanded) < steps:
-        if not budget.allows():
-            ended = False
-            break
-        space.expand(space.pending[0])
-        budget.report(expected, stage)
-    if not space.expanded:
-        return None, ended
-    nodes, coordinates = np.linalg.eigh(space.projected())
-    residuals = np.linalg.norm(space.couplings() @ coordinates, axis=0) if space.pending else np.zeros(len(nodes))
-    return (nodes, coordinates[0] ** 2, residuals), ended
+
+    def done() -> bool:
+        return enough(space) if enough is not None else len(space.expanded) >= steps
+
+    return ProbeRun(probe, space, lanczos_run(space, budget, done, lambda: (expected, text), least=1))
 
 
-def _padded(runs: list[tuple[Array, Array, Array]], steps: int) -> tuple[Array, Array]:
-    nodes, weights = np.zeros((len(runs), steps)), np.zeros((len(runs), steps))
-    for row, (found, share, _) in enumerate(runs):
-        nodes[row, : len(found)], nodes[row, len(found) :] = found, found[-1]
-        weights[row, : len(found)] = share / share.sum() / len(runs)
+def density_from(rules: list[Quadrature], steps: int, size: int, budget: Budget, complete: bool) -> SpectralDensity:
+    """The density as the mean of the probes' rules, padded with weight 0 to ``steps`` nodes."""
+    nodes, weights = (torch.from_numpy(array) for array in _padded(rules, steps))
+    outliers = torch.from_numpy(_outliers(rules))
+    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete)
+
+
+def _padded(rules: list[Quadrature], steps: int) -> tuple[Array, Array]:
+    nodes, weights = np.zeros((len(rules), steps)), np.zeros((len(rules), steps))
+    for row, rule in enumerate(rules):
+        known = len(rule.nodes)
+        nodes[row, :known], nodes[row, known:] = rule.nodes, rule.nodes[-1]
+        weights[row, :known] = rule.weights / rule.weights.sum() / len(rules)
     return nodes, weights
 
 
-def _outliers(runs: list[tuple[Array, Array, Array]]) -> Array:
+def _outliers(rules: list[Quadrature]) -> Array:
     """Converged Ritz values at either end that nearly every probe sees and that stand apart from the bulk, descending."""
-    if not runs:
+    width = max(float(rule.nodes[-1] - rule.nodes[0]) for rule in rules)
+    scale = max(float(np.abs(rule.nodes).max()) for rule in rules)
+    if width <= 1e-6 * scale:  # a multiple of the identity, up to rounding
         return np.zeros(0)
-    width = max(float(nodes[-1] - nodes[0]) for nodes, _, _ in runs)
-    scale = max(float(np.abs(nodes).max()) for nodes, _, _ in runs)
-    if width <= 1e-6 * scale:
-        return np.zeros(0)
-    top = [_apart(nodes[::-1], residuals[::-1], width) for nodes, _, residuals in runs]
-    bottom = [_apart(nodes, residuals, width) for nodes, _, residuals in runs]
+    top = [_apart(rule.nodes[::-1], rule.residuals[::-1], width) for rule in rules]
+    bottom = [_apart(rule.nodes, rule.residuals, width) for rule in rules]
     return np.sort(np.concatenate([_agreed(top, width), _agreed(bottom, width)]))[::-1].copy()
 
 
 def _apart(nodes: Array, residuals: Array, width: float) -> Array:
     """From one end inwards: the converged nodes before the last wide gap ahead of the bulk."""
     gaps = np.abs(np.diff(nodes))
-    inner = gaps[len(gaps) // 4 : max(1, 3 * len(gaps) // 4)]
+    inner = gaps[len(gaps) // 4 : max(1, 3 * len(gaps) // 4)]  # the middle half: the bulk's own spacing
     if len(nodes) < 8 or len(inner) == 0:
         return np.zeros(0)
-    wide = max(_OUTLIER_GAP * float(np.median(inner)), _OUTLIER_RESIDUAL * width)
-    converged = np.cumprod(residuals <= _OUTLIER_RESIDUAL * width).astype(bool)
+    wide = max(_OUTLIER_GAP * float(np.median(inner)), OUTLIER_RESIDUAL * width)
+    converged = np.cumprod(residuals <= OUTLIER_RESIDUAL * width).astype(bool)
     candidates = [j for j in range(len(gaps) // 2) if gaps[j] > wide and converged[j]]
     return nodes[: candidates[-1] + 1] if candidates else np.zeros(0)
 
 
 def _agreed(per_probe: list[Array], width: float) -> Array:
-    """The outliers that at least 9 in 10 probes share, each the mean over the probes."""
-    reference = max(per_probe, key=len)
-    found = []
-    for value in reference:
+    """The outliers that nearly all probes share, each the mean over the probes."""
+    shared = []
+    for value in max(per_probe, key=len):
         nearest = [float(seen[np.argmin(np.abs(seen - value))]) for seen in per_probe if len(seen)]
-        near = [x for x in nearest if abs(x - value) <= 2 * _OUTLIER_RESIDUAL * width]
-        if len(near) >= 0.9 * len(per_probe):
-            found.append(float(np.mean(near)))
-    return np.array(found)
+        near = [x for x in nearest if abs(x - value) <= 2 * OUTLIER_RESIDUAL * width]  # each is off by one residual at most
+        if len(near) >= _AGREEMENT * len(per_probe):
+            shared.append(float(np.mean(near)))
+    return np.array(shared)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,9 +15,241 @@ from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
 from sharpkit._results import ProgressCallback, standard_error
-from sharpkit.linalg.krylov import Array, KrylovSpace, affordable_rows
-from sharpkit.linalg.results import Budget, Estimate
+from sharpkit.linalg.krylov import KrylovSpace, affordable_rows, lanczos_run
+from sharpkit.linalg.results import Array, Budget, Estimate
 from sharpkit.operators.base import SymmetricOperator, as_operator
+
+Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
+
+DEFAULT_MATVECS = 2000  # by judgement: a trace to 1 % takes 8 to 330 products where outliers dominate, 2000 where none do
+
+# XTrace's leave-one-out estimates share most of their basis, so their spread understates the error: by 1.0 to 1.3 over reference spectra.
+_SHARED_BASIS = 1.25
+_LEAST_TESTS = 5  # by judgement: leave-one-out estimates below which their spread says nothing
+
+# Chosen so that the stated error is right in 95 of 100 cases and the mean cost at most 1.1 times that of the cheaper of plain and deflated
+# probes on four matrices of networks (experiments/trace_calibration.py, results/trace_calibration.jsonl); the rest by judgement.
+_PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares
+_KEPT = 16  # probes that are kept for a larger basis
+_PATIENCE = 3  # products spent on the leading subspace without the forecast falling,
+_SHARE = 0.04  # or this share of it
+_NOTICED = 0.995  # a lower score counts only if it falls by half a percent
+_WORTH = 0.75  # the fall in the forecast, from spreads of a few probes, that is taken for real
+_PERSISTENCE = {False: 4, True: 6}  # steps with enough probes in a row; squares are more skewed: a few samples look better than they are
+_SURPRISE = 1.5  # probes needed, relative to the forecast, that reopen the choice
+_HOPELESS = 4.0  # give up if the forecast exceeds the budget this many times,
+_HOPELESS_AFTER = 100  # and so many probes have been drawn
+
+
+def trace(
+    operator: Any,
+    *,
+    rtol: float = 0.01,
+    atol: float = 0.0,
+    method: Method = "auto",
+    seed: int = 0,
+    num_matvecs: int | None = None,
+    max_matvecs: int | None = None,
+    max_seconds: float | None = None,
+    callback: ProgressCallback | None = None,
+) -> Estimate:
+    """tr A from random products, until its standard error is at most ``rtol`` |tr A| (or ``atol``).
+
+    ``"auto"`` draws a few plain probes z^T A z and forecasts from their spread what the plain estimator would cost. If that is much, it
+    computes the leading subspace exactly with a Krylov basis Q, one product per vector, as long as a product spent there saves more than
+    one probe; the probes already made are reused on the complement, tr A = tr Q^T A Q + E z^T P A P z with P = 1 - Q Q^T. If n products
+    are cheaper than either, the trace is exact.
+
+    The standard error is widened by Student's factor for the number of probes, so that the truth lies within two of them in about 95 of
+    100 cases. A matrix whose trace nearly cancels has no reachable relative error: set ``atol``. Without ``max_matvecs``, a computation
+    that the forecast puts beyond reach ends early and is flagged.
+
+    Args:
+        operator: anything :func:`sharpkit.as_operator` takes.
+        rtol: asked standard error relative to the estimate.
+        atol: asked absolute standard error; the looser of the two counts.
+        method: ``"auto"``, ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
+        seed: seeds the probes.
+        num_matvecs: spend this many products instead of stopping at a tolerance.
+        max_matvecs: most products, by default 2000.
+        max_seconds: most seconds.
+        callback: called with a :class:`~sharpkit.Progress` after each product.
+
+    Returns:
+        the estimate; its ``stderr`` is 0 where it is exact to rounding.
+
+    Raises:
+        ValueError: an argument out of range.
+        NonFiniteError: a product is not finite.
+
+    References:
+        Meyer, Musco, Musco and Woodruff, "Hutch++", arXiv 2010.09649; Persson, Cortinovis and Kressner, "Improved variants of the Hutch++
+        algorithm", arXiv 2109.10659; Epperly, Tropp and Webber, "XTrace", arXiv 2301.07825.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> estimate = sk.trace(torch.diag(torch.arange(1.0, 101.0)))
+        >>> abs(estimate.value - 5050) <= 3 * estimate.stderr + 0.01
+        True
+    """
+    operator = as_operator(operator)
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    if rtol < 0 or atol < 0 or not rtol + atol > 0:
+        raise ValueError(f"rtol and atol must not be negative and not both 0, got rtol={rtol}, atol={atol}")
+    if num_matvecs is not None and num_matvecs < 2:
+        raise ValueError(f"num_matvecs must be at least 2, got {num_matvecs}")
+    limit = num_matvecs or max_matvecs or DEFAULT_MATVECS
+    budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
+    run = AdaptiveEstimate(operator, Tolerance(rtol, atol), budget, seed=seed, limit=limit, fixed=num_matvecs is not None)
+    run.may_give_up = num_matvecs is None and max_matvecs is None  # a budget that was asked for is spent
+    value, stderr, how = run.estimate(method)
+    target = run.target(value)
+    converged = stderr <= target
+    if not converged and num_matvecs is None:
+        warnings.warn(
+            f"the trace {value:.4g} has a standard error of {stderr:.2g} after {budget.num_matvecs} products, {target:.2g} was "
+            "asked: raise max_matvecs or rtol, or set atol where positive and negative eigenvalues nearly cancel.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return Estimate(value, stderr, budget.num_matvecs, budget.seconds, how, converged)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The asked standard error: the looser of ``rtol`` times the estimate and ``atol``."""
+
+    rtol: float
+    atol: float = 0.0
+
+    def __call__(self, value: float) -> float:
+        return max(self.atol, self.rtol * abs(value))
+
+
+class AdaptiveEstimate:
+    """tr A, or ||A||_F^2, to a tolerance.
+
+    Args:
+        operator: A.
+        target: the asked standard error, given the estimate.
+        budget: stops the estimate when exhausted.
+        seed: seeds the probes.
+        limit: the product budget as a number.
+        fixed: spend the whole budget instead of stopping at the tolerance.
+        squared: ||A||_F^2 instead of tr A.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        target: Tolerance,
+        budget: Budget,
+        *,
+        seed: int,
+        limit: int,
+        fixed: bool = False,
+        squared: bool = False,
+    ) -> None:
+        self.operator, self.target, self.budget, self.limit, self.fixed = operator, target, budget, limit, fixed
+        self.may_give_up = False
+        self.pilot = _PILOT[squared]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.probes = DeflatedProbes(operator, self.generator, squared=squared)
+
+    def estimate(self, method: str) -> tuple[float, float, str]:
+        """Value, standard error and the way it was made."""
+        n = self.operator.size
+        if n <= self.limit and (n <= self.pilot or self.fixed):
+            return self._exact()
+        if method == "xtrace":
+            return xtrace(self.operator, self.target, self.budget, self.generator, fixed=self.fixed)
+        if method == "hutch++":
+            self._sketch()
+            if not self.fixed and self._forecast() > n - len(self.probes.space.expanded) and self._can_complete():
+                return self._exact()
+            return self._probe("Hutch++", adapt=False)
+        for _ in range(self.pilot):
+            if self.budget.allows():
+                self.probes.draw(keep=method == "auto")
+                self.budget.report(self.pilot, "pilot probes")
+        return self._probe("Hutchinson", adapt=method == "auto")
+
+    def _exact(self) -> tuple[float, float, str]:
+        """The trace over a complete basis, if the budget allows it."""
+        space, progress = self.probes.space, lambda: (self.operator.size, "all basis vectors")
+        complete = lanczos_run(space, self.budget, lambda: False, progress, refill=partial(space.add_random, self.generator))
+        return self.probes.known, 0.0 if complete else math.inf, "exact" if complete else "incomplete"
+
+    def _forecast(self) -> float:
+        """Probes the tolerance will need in all with the present basis."""
+        value, spread = self.probes.mean_and_spread()
+        target = self.target(value)
+        if spread == 0.0:  # two probes that agree exactly: nothing more to learn
+            return 2.0
+        return (spread / target) ** 2 + 2.0 if target > 0 else math.inf
+
+    def _can_complete(self) -> bool:
+        # n products are more than the budget, but may still be fewer than the probes needed: up to 4 times, as for a hopeless case
+        return self.operator.size <= min(_HOPELESS * self.limit, self._most_rows())
+
+    def _most_rows(self) -> int:
+        space = self.probes.space
+        return affordable_rows(self.operator, len(space.rows.row(0))) if space.size else self.operator.size
+
+    def _deflate(self) -> None:
+        """Grow the basis while that lowers the forecast: of the cost, or of the error where the cost is fixed."""
+        probes, space, n = self.probes, self.probes.space, self.operator.size
+        made = probes.num_kept
+        best, best_at, enough, start = math.inf, 0, 0, math.inf
+        while self.budget.allows(1 + self.pilot) and (space.pending or space.add_random(self.generator)):
+            steps, needed = len(space.expanded), self._forecast()
+            score = probes.mean_and_spread()[1] ** 2 / max(1, self.limit - steps) if self.fixed else steps + needed
+            start = min(start, score) if start == math.inf else start
+            if score < _NOTICED * best and (best == math.inf or score < _WORTH * start):
+                best, best_at = score, steps
+            patience = max(_PATIENCE, _SHARE * (self.limit if self.fixed else best))
+            enough = enough + 1 if needed <= made and not self.fixed else 0
+            finish = needed >= n - steps and self._can_complete()
+            if enough >= _PERSISTENCE[probes.squared] or (not finish and steps - best_at >= patience) or space.size >= self._most_rows():
+                return
+            probes.deflate_one()
+            self.budget.report(int(min(steps + needed, self.limit)), "leading subspace")
+
+    def _sketch(self) -> None:
+        """A third of the products sketch the range, a third multiply it, a third probe the complement."""
+        probes = self.probes
+        while self.budget.num_matvecs < self.limit * 2 // 3 and self.budget.allows(4):
+            sketched = len(probes.space.expanded)
+            if not self.fixed and sketched >= 4 and sketched % 2 == 0:
+                while len(probes) < min(_KEPT, max(4, sketched // 2)) and self.budget.allows():
+                    probes.draw(keep=True)
+                if self._forecast() <= max(4, sketched):
+                    return
+            if not probes.sketch_one():
+                return
+            self.budget.report(min(self.limit, 3 * sketched + 12), "range sketch")
+
+    def _probe(self, how: str, *, adapt: bool) -> tuple[float, float, str]:
+        """Probes until the tolerance is reached; where they disappoint the forecast, the basis is looked at again."""
+        probes, space = self.probes, self.probes.space
+        expected = 2.0 * self.pilot if not self.fixed else 0.0
+        while True:
+            sunk = probes.num_late
+            if adapt and (needed := self._forecast()) > expected and needed - len(probes) > 2 * sunk:
+                self._deflate()
+                expected = max(_SURPRISE * self._forecast(), needed if not space.expanded else 0.0) + self.pilot
+                adapt = not self.fixed
+            if space.is_complete and not space.pending and space.expanded:
+                return probes.known, 0.0, "exact"
+            value, stderr = probes.estimate()
+            settled = not self.fixed and len(probes) >= self.pilot and stderr <= self.target(value)
+            hopeless = self.may_give_up and len(probes) >= _HOPELESS_AFTER and self._forecast() > _HOPELESS * self.limit
+            if settled or hopeless or not self.budget.allows():
+                return value, stderr, f"{how}, deflated" if space.expanded and how == "Hutchinson" else how
+            probes.draw(keep=adapt and probes.num_kept < _KEPT)
+            done = self.budget.num_matvecs
+            self.budget.report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")
 
 
 class DeflatedProbes:
@@ -141,11 +374,6 @@ class DeflatedProbes:
         return self.mean_and_spread()[0], standard_error(self.samples())
 
 
-# The leave-one-out estimates share most of their basis, so their spread understates the error: by 1.0 to 1.3 over reference spectra.
-_SHARED_BASIS = 1.25
-_LEAST_TESTS = 5
-
-
 def xtrace(
     operator: SymmetricOperator, target: Callable[[float], float], budget: Budget, generator: torch.Generator, *, fixed: bool
 ) -> tuple[float, float, str]:
@@ -154,9 +382,9 @@ def xtrace(
     Args:
         operator: A.
         target: the asked standard error, given the estimate.
-        budget: ends it.
-        generator: of the Gaussian test vectors.
-        fixed: use the whole product budget.
+        budget: stops the estimate when exhausted.
+        generator: draws the Gaussian test vectors.
+        fixed: spend the whole product budget.
 
     References:
         Epperly, Tropp and Webber, arXiv 2301.07825, section 2.2 (with its scaling for Gaussian test vectors).
@@ -203,236 +431,3 @@ def _leave_one_out(space: KrylovSpace, tests: list[Tensor], images: list[Array])
     scaling = (n - m + 1) / np.maximum(norms - (reduced**2).sum(axis=0), np.finfo(float).tiny)
     estimates = np.trace(inner) - (dual * (inner @ dual)).sum(axis=0) + scaling * rest
     return float(estimates.mean()), _SHARED_BASIS * standard_error(estimates)
-
-
-_PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares
-_KEPT = 16  # probes that are kept for a larger basis
-_PATIENCE = 3  # products spent on the leading subspace without the forecast falling,
-_SHARE = 0.04  # or this share of it
-_WORTH = 0.75  # the fall in the forecast, from spreads of a few probes, that is taken for real
-_PERSISTENCE = {False: 4, True: 6}  # steps with enough probes in a row; squares are more skewed: a few samples look better than they are
-_SURPRISE = 1.5  # probes needed, relative to the forecast, that reopen the choice
-_HOPELESS = 4.0  # give up where the forecast exceeds the budget this many times
-_HOPELESS_AFTER = 100
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """The asked standard error: the looser of ``rtol`` times the estimate and ``atol``."""
-
-    rtol: float
-    atol: float = 0.0
-
-    def __call__(self, value: float) -> float:
-        return max(self.atol, self.rtol * abs(value))
-
-
-class AdaptiveEstimate:
-    """tr A, or ||A||_F^2, to a tolerance.
-
-    Args:
-        operator: A.
-        target: the asked standard error, given the estimate.
-        budget: ends it.
-        seed: of the probes.
-        limit: the product budget as a number.
-        fixed: spend the whole budget instead of stopping at the tolerance.
-        squared: ||A||_F^2 instead of tr A.
-    """
-
-    def __init__(
-        self,
-        operator: SymmetricOperator,
-        target: Tolerance,
-        budget: Budget,
-        *,
-        seed: int,
-        limit: int,
-        fixed: bool = False,
-        squared: bool = False,
-    ) -> None:
-        self.operator, self.target, self.budget, self.limit, self.fixed = operator, target, budget, limit, fixed
-        self.may_give_up = False
-        self.pilot = _PILOT[squared]
-        self.generator = torch.Generator().manual_seed(seed)
-        self.probes = DeflatedProbes(operator, self.generator, squared=squared)
-
-    def estimate(self, method: str) -> tuple[float, float, str]:
-        """Value, standard error and the way it was made."""
-        n = self.operator.size
-        if n <= self.limit and (n <= self.pilot or self.fixed):
-            complete = self._fill()
-            return self.probes.known, 0.0 if complete else math.inf, "exact" if complete else "incomplete"
-        if method == "xtrace":
-            return xtrace(self.operator, self.target, self.budget, self.generator, fixed=self.fixed)
-        if method == "hutch++":
-            self._sketch()
-            if not self.fixed and self._forecast() > n - len(self.probes.space.expanded) and self._can_complete():
-                complete = self._fill()
-                return self.probes.known, 0.0 if complete else math.inf, "exact" if complete else "incomplete"
-            return self._probe("Hutch++", adapt=False)
-        for _ in range(self.pilot):
-            if self.budget.allows():
-                self.probes.draw(keep=method == "auto")
-                self.budget.report(self.pilot, "pilot probes")
-        return self._probe("Hutchinson", adapt=method == "auto")
-
-    def _fill(self) -> bool:
-        """Expand until the basis is complete; whether the budget allowed it."""
-        space = self.probes.space
-        while space.pending or space.add_random(self.generator):
-            if not self.budget.allows():
-                return False
-            space.expand(space.pending[0])
-            self.budget.report(self.operator.size, "all basis vectors")
-        return True
-
-    def _forecast(self) -> float:
-        """Probes the tolerance will need in all with the present basis."""
-        value, spread = self.probes.mean_and_spread()
-        target = self.target(value)
-        if spread == 0.0:
-            return 2.0
-        return (spread / target) ** 2 + 2.0 if target > 0 else math.inf
-
-    def _can_complete(self) -> bool:
-        n = self.operator.size
-        return n <= 4 * self.limit and n <= self._most_rows()
-
-    def _most_rows(self) -> int:
-        space = self.probes.space
-        return affordable_rows(self.operator, len(space.rows.row(0))) if space.size else self.operator.size
-
-    def _deflate(self) -> None:
-        """Grow the basis while that lowers the forecast: of the cost, or of the error where the cost is fixed."""
-        probes, space, n = self.probes, self.probes.space, self.operator.size
-        made = probes.num_kept
-        best, best_at, enough, start = math.inf, 0, 0, math.inf
-        while self.budget.allows(1 + self.pilot) and (space.pending or space.add_random(self.generator)):
-            steps, needed = len(space.expanded), self._forecast()
-            score = probes.mean_and_spread()[1] ** 2 / max(1, self.limit - steps) if self.fixed else steps + needed
-            start = min(start, score) if start == math.inf else start
-            if score < 0.995 * best and (best == math.inf or score < _WORTH * start):
-                best, best_at = score, steps
-            patience = max(_PATIENCE, _SHARE * (self.limit if self.fixed else best))
-            enough = enough + 1 if needed <= made and not self.fixed else 0
-            finish = needed >= n - steps and self._can_complete()
-            if enough >= _PERSISTENCE[probes.squared] or (not finish and steps - best_at >= patience) or space.size >= self._most_rows():
-                return
-            probes.deflate_one()
-            self.budget.report(int(min(steps + needed, self.limit)), "leading subspace")
-
-    def _sketch(self) -> None:
-        """A third of the products sketch the range, a third multiply it, a third probe the complement."""
-        probes = self.probes
-        while self.budget.num_matvecs < self.limit * 2 // 3 and self.budget.allows(4):
-            sketched = len(probes.space.expanded)
-            if not self.fixed and sketched >= 4 and sketched % 2 == 0:
-                while len(probes) < min(_KEPT, max(4, sketched // 2)) and self.budget.allows():
-                    probes.draw(keep=True)
-                if self._forecast() <= max(4, sketched):
-                    return
-            if not probes.sketch_one():
-                return
-            self.budget.report(min(self.limit, 3 * sketched + 12), "range sketch")
-
-    def _probe(self, how: str, *, adapt: bool) -> tuple[float, float, str]:
-        """Probes until the tolerance is reached; where they disappoint the forecast, the basis is looked at again."""
-        probes, space = self.probes, self.probes.space
-        expected = 2.0 * self.pilot if not self.fixed else 0.0
-        while True:
-            sunk = probes.num_late
-            if adapt and (needed := self._forecast()) > expected and needed - len(probes) > 2 * sunk:
-                self._deflate()
-                expected = max(_SURPRISE * self._forecast(), needed if not space.expanded else 0.0) + self.pilot
-                adapt = not self.fixed
-            if space.is_complete and not space.pending and space.expanded:
-                return probes.known, 0.0, "exact"
-            value, stderr = probes.estimate()
-            settled = not self.fixed and len(probes) >= self.pilot and stderr <= self.target(value)
-            hopeless = self.may_give_up and len(probes) >= _HOPELESS_AFTER and self._forecast() > _HOPELESS * self.limit
-            if settled or hopeless or not self.budget.allows():
-                return value, stderr, f"{how}, deflated" if space.expanded and how == "Hutchinson" else how
-            probes.draw(keep=adapt and probes.num_kept < _KEPT)
-            done = self.budget.num_matvecs
-            self.budget.report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")
-
-
-Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
-
-_DEFAULT_MATVECS = 2000
-
-
-def trace(
-    operator: Any,
-    *,
-    rtol: float = 0.01,
-    atol: float = 0.0,
-    method: Method = "auto",
-    seed: int = 0,
-    num_matvecs: int | None = None,
-    max_matvecs: int | None = None,
-    max_seconds: float | None = None,
-    callback: ProgressCallback | None = None,
-) -> Estimate:
-    """tr A from random products, until its standard error is at most ``rtol`` |tr A| (or ``atol``).
-
-    ``"auto"`` draws a few plain probes z^T A z, and from their spread forecasts what the plain estimator would cost. Where that is much,
-    it takes the leading subspace out exactly with a Krylov basis Q, one product per vector, as long as a product spent there saves more
-    than one probe; the probes already made are reused on the complement, tr A = tr Q^T A Q + E z^T P A P z with P = 1 - Q Q^T. Where n
-    products are cheaper than either, the trace is exact.
-
-    The standard error is widened by Student's factor for the number of probes, so that the truth lies within two of them in about 95 of
-    100 cases. A matrix whose trace nearly cancels has no reachable relative error: set ``atol``. Without ``max_matvecs``, a computation
-    that the forecast puts beyond reach ends early and is flagged.
-
-    Args:
-        operator: anything :func:`sharpkit.as_operator` takes.
-        rtol: asked standard error relative to the estimate.
-        atol: asked absolute standard error; the looser of the two counts.
-        method: ``"auto"``, ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
-        seed: of the probes.
-        num_matvecs: spend this many products instead of stopping at a tolerance.
-        max_matvecs: product budget; by default 2000.
-        max_seconds: time budget in seconds.
-        callback: called with a :class:`~sharpkit.Progress` after each product.
-
-    Returns:
-        the estimate; its ``stderr`` is 0 where it is exact to rounding.
-
-    Raises:
-        ValueError: an argument out of range.
-        NonFiniteError: a product is not finite.
-
-    References:
-        Meyer, Musco, Musco and Woodruff, "Hutch++", arXiv 2010.09649; Persson, Cortinovis and Kressner, "Improved variants of the Hutch++
-        algorithm", arXiv 2109.10659; Epperly, Tropp and Webber, "XTrace", arXiv 2301.07825.
-
-    Example:
-        >>> import torch, sharpkit as sk
-        >>> estimate = sk.trace(torch.diag(torch.arange(1.0, 101.0)))
-        >>> abs(estimate.value - 5050) <= 3 * estimate.stderr + 0.01
-        True
-    """
-    operator = as_operator(operator)
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
-    if rtol < 0 or atol < 0 or not rtol + atol > 0:
-        raise ValueError(f"rtol and atol must not be negative and not both 0, got rtol={rtol}, atol={atol}")
-    if num_matvecs is not None and num_matvecs < 2:
-        raise ValueError(f"num_matvecs must be at least 2, got {num_matvecs}")
-    limit = num_matvecs or max_matvecs or _DEFAULT_MATVECS
-    budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
-    run = AdaptiveEstimate(operator, Tolerance(rtol, atol), budget, seed=seed, limit=limit, fixed=num_matvecs is not None)
-    run.may_give_up = num_matvecs is None and max_matvecs is None
-    value, stderr, how = run.estimate(method)
-    target = run.target(value)
-    converged = stderr <= target
-    if not converged and num_matvecs is None:
-        warnings.warn(
-            f"the trace {value:.4g} has a standard error of {stderr:.2g} after {budget.num_matvecs} products, {target:.2g} was "
-            "asked: raise max_matvecs or rtol, or set atol where positive and negative eigenvalues nearly cancel.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    return Estimate(value, stderr, budget.num_matvecs, budget.seconds, how, converged)

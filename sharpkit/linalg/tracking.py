@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.results import Estimate
+from sharpkit._results import State
+from sharpkit.linalg.krylov import KrylovSpace, Ritz, lanczos_run
+from sharpkit.linalg.results import Budget, Estimate
 from sharpkit.operators.base import SymmetricOperator
 
-_COLD_MATVECS = 24
+# By judgement, unless the comment says otherwise; together they keep lambda_max of a training run within 1 % at one to two products an
+# update (tests/linalg/test_tracking.py, docs/monitor_results.md).
+_COLD_MATVECS = 24  # twice what a cold start of one pair usually takes (12)
 _MEMORY = 3  # values kept to extrapolate from
 _SKIP_SHARE = 0.5  # of the tolerance may be spent by an extrapolation that has held so far
-_MAX_SKIP = 4
+_MAX_SKIP = 4  # steps extrapolated at most from one update
 _PROOF = 3  # extrapolations in a row that must hold before the first is relied on: where values jump about, single ones hold by chance
 _LEAST_SECOND = 0.5  # short runs see the second eigenvalue too low: it is taken to be at least this share of the first
 _LONG = 6  # products of a run that shows the second eigenvalue
@@ -27,7 +28,7 @@ _MOVED = 5.0  # tolerances by which the value must have moved since the last upd
 
 
 @dataclass
-class EigenvalueTracker:
+class EigenvalueTracker(State, saved=("vector", "second", "updates", "points", "hits")):
     """The largest eigenvalue of a slowly changing operator, warm-started from where it was last.
 
     Each update is a short Lanczos run from the last Ritz vector, moved by its residual along the first direction outside (which costs
@@ -37,10 +38,10 @@ class EigenvalueTracker:
 
     Attributes:
         tol: error to reach, relative to the eigenvalue.
-        max_matvecs: products of a warm update.
-        cold_matvecs: products of the first update.
+        max_matvecs: most products of a warm update.
+        cold_matvecs: most products of the first update.
         check_every: updates between searches for another top eigenvalue.
-        seed: of the random starts.
+        seed: seeds the random starts.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -80,15 +81,13 @@ class EigenvalueTracker:
         Raises:
             NonFiniteError, NotSymmetricError: from the products.
         """
-        started = time.perf_counter()
         generator = torch.Generator().manual_seed(self.seed + self.updates)
         space = KrylovSpace(operator)
-        cold = self.vector is None or self.vector.shape[0] != operator.size
-        if cold:
-            self.second = math.inf
+        if self.vector is None or self.vector.shape[0] != operator.size:
+            cold, self.second = True, math.inf
             space.add_random(generator)
         else:
-            assert self.vector is not None
+            cold = False
             space.add_start(self.vector.to(device=operator.device))
             if self.check_every and self.updates % self.check_every == self.check_every - 1:
                 space.add_random(generator)
@@ -96,53 +95,51 @@ class EigenvalueTracker:
         allowed = self.cold_matvecs if cold or searches else self.max_matvecs
         if max_matvecs is not None:
             allowed = min(allowed, max(1, max_matvecs))
-        value, error = self._run(space, allowed, least=_SEARCH if searches else 2 if cold else 1)
+        budget = Budget(operator, max_matvecs=allowed)
+        value, error = self._run(space, budget, least=_SEARCH if searches else 2 if cold else 1)
         self.updates += 1
         converged = error <= self.tol * abs(value)
         if step is not None:
             self._remember(step, value, converged)
         how = "Lanczos" if cold else "Lanczos from the last vector"
-        return Estimate(value, error, len(space.expanded), time.perf_counter() - started, how, converged)
+        return Estimate(value, error, budget.num_matvecs, budget.seconds, how, converged, error_kind="residual bound")
 
-    def _run(self, space: KrylovSpace, allowed: int, *, least: int) -> tuple[float, float]:
-        passes, last = 0, self.points[-1][1] if self.points else None
-        while True:
-            several = len(space.pending) > 1  # the followed vector first, then the random one and what grows from it
-            space.expand(space.pending[-1] if space.expanded else space.pending[0])
-            values, coordinates = np.linalg.eigh(space.projected())
-            top, ritz = coordinates[:, -1], float(values[-1])
-            residual = float(np.linalg.norm(space.couplings() @ top)) if space.pending else 0.0
-            residual = max(residual, space.floor())
-            error = self._error(values, residual)
-            done = len(space.expanded)
-            passes = passes + 1 if error <= self.tol * abs(ritz) else 0
-            unlike = least > 1 or several or (last is not None and abs(ritz - last) > _MOVED * self.tol * abs(ritz))
-            if not space.pending or done >= allowed or (done >= least and passes >= (2 if unlike else 1)):
-                break
-        if len(values) > 1 and ritz > 0:
-            share = max(float(values[-2]) / ritz, _LEAST_SECOND)
-            if done >= _LONG:
+    def _run(self, space: KrylovSpace, budget: Budget, *, least: int) -> tuple[float, float]:
+        """The top Ritz value and its error; the next update's vector and second eigenvalue are kept."""
+        last = self.points[-1][1] if self.points else None
+        ritz, error, passes, several = space.ritz(), math.inf, 0, False
+
+        def choose() -> int:  # the followed vector first, then the random one and what grows from it
+            nonlocal several
+            several = len(space.pending) > 1
+            return space.pending[-1] if space.expanded else space.pending[0]
+
+        def enough() -> bool:
+            nonlocal ritz, error, passes
+            ritz = space.ritz()
+            top, error = float(ritz.values[-1]), self._error(ritz)
+            passes = passes + 1 if error <= self.tol * abs(top) else 0
+            # One check is enough only for the vector followed so far, in a matrix that has hardly changed.
+            unlike = least > 1 or several or (last is not None and abs(top - last) > _MOVED * self.tol * abs(top))
+            return len(space.expanded) >= least and passes >= (2 if unlike else 1)
+
+        lanczos_run(space, budget, enough, lambda: (0, ""), choose=choose)
+        top = float(ritz.values[-1])
+        if len(ritz.values) > 1 and top > 0:
+            share = max(float(ritz.values[-2]) / top, _LEAST_SECOND)
+            if len(space.expanded) >= _LONG:
                 self.second = share
             elif math.isfinite(self.second):
                 self.second = max(share, self.second)
-        self.vector = self._advanced(space, top, ritz, residual)
-        return ritz, error
+        self.vector = _advanced(space, ritz)
+        return top, error
 
-    def _error(self, values: np.ndarray[Any, Any], residual: float) -> float:
+    def _error(self, ritz: Ritz) -> float:
         """min(r, r^2 / gap), the gap by the nearest second eigenvalue seen now or before."""
-        ritz = float(values[-1])
-        second = max(self.second * ritz, float(values[-2]) if len(values) > 1 else -math.inf)
-        gap = ritz - second - residual
-        return min(residual, residual**2 / gap) if ritz > 0 and gap > 0 else residual
-
-    def _advanced(self, space: KrylovSpace, top: np.ndarray[Any, Any], ritz: float, residual: float) -> Tensor:
-        """The Ritz vector, and one power step: A x / theta = x + r / theta, whose r is known without a product."""
-        full = np.zeros((space.size, 1))
-        full[space.expanded, 0] = top
-        if space.pending and ritz > 0:
-            full[space.pending, 0] = (space.couplings() @ top) / max(ritz, residual)
-        vector = space.rows.combine(torch.from_numpy(full)).to(space.operator.dtype)[:, 0]
-        return vector.detach()
+        top, residual = float(ritz.values[-1]), float(ritz.residuals[-1])
+        second = max(self.second * top, float(ritz.values[-2]) if len(ritz.values) > 1 else -math.inf)
+        gap = top - second - residual
+        return min(residual, residual**2 / gap) if top > 0 and gap > 0 else residual
 
     # -- between updates ------------------------------------------------------------------------------------------------
     def _remember(self, step: int, value: float, converged: bool) -> None:
@@ -162,21 +159,21 @@ class EigenvalueTracker:
         return b + (b - a) / (s1 - s0) * (step - s1) if s1 > s0 else None
 
     def extrapolate(self, step: int) -> Estimate | None:
-        """The value a few steps after the last update without any product, where extrapolation has proved exact enough; else None.
+        """The value a few steps after the last update, without any product, after three consecutive extrapolations within tolerance.
 
-        Its error is the tolerance: what the last extrapolations stayed within by half.
+        None before that. Its error is the tolerance, which stands for the residual bound: the last extrapolations stayed within half of it.
         """
         value = self._line(step)
         if value is None or not 0 < step - self.points[-1][0] <= self.hits - _PROOF + 1:
             return None
-        return Estimate(value, self.tol * abs(value), 0, 0.0, "extrapolated from the last two", True)
+        return Estimate(value, self.tol * abs(value), 0, 0.0, "extrapolated from the last two", True, error_kind="residual bound")
 
-    # -- saving -----------------------------------------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on."""
-        return {"vector": self.vector, "second": self.second, "updates": self.updates, "points": list(self.points), "hits": self.hits}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.vector, self.second, self.updates = state["vector"], float(state["second"]), int(state["updates"])
-        self.points, self.hits = [(int(s), float(v)) for s, v in state["points"]], int(state["hits"])
+def _advanced(space: KrylovSpace, ritz: Ritz) -> Tensor:
+    """The top Ritz vector after one power step: A x / theta = x + r / theta, whose r is known without a product."""
+    top, coordinates = float(ritz.values[-1]), ritz.coordinates[:, -1]
+    full = np.zeros((space.size, 1))
+    full[space.expanded, 0] = coordinates
+    if space.pending and top > 0:
+        full[space.pending, 0] = (space.couplings() @ coordinates) / max(top, float(ritz.residuals[-1]))
+    return space.rows.combine(torch.from_numpy(full)).to(space.operator.dtype)[:, 0].detach()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import NonFiniteError, NotSymmetricError
+from sharpkit.objective.memory import available_memory
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -183,6 +184,10 @@ class SymmetricOperator(ABC):
     def agree(self, value: float) -> float:
         """The same number on every process (the first one's), for decisions such as a time budget running out."""
         return value
+
+    def free_memory(self, *, host: bool = False) -> float:
+        """Bytes that can still be allocated where the vectors live, or in host memory; inf if the system does not tell."""
+        return available_memory(torch.device("cpu") if host else self._device)
 
     def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
         """Independent random probes of shape (n, k), drawn on the CPU so that a seed means the same on every device.

@@ -10,7 +10,6 @@ from scipy.stats import wasserstein_distance
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning
-from sharpkit.linalg.results import default_bandwidth
 
 UNIFORM = np.random.default_rng(0).random(500)
 NETWORK = network_like(500)
@@ -95,8 +94,8 @@ def test_a_far_outlier_does_not_widen_the_bandwidth() -> None:
     near, far = (
         sk.spectral_density(operator_with(np.concatenate([[top], UNIFORM[:399]])), num_probes=4, num_steps=40) for top in (3.0, 300.0)
     )
-    assert default_bandwidth(far) <= 1.2 * default_bandwidth(near)
-    assert 0.5 / 40 <= default_bandwidth(far) <= 1.2 / 40
+    assert far.bandwidth <= 1.2 * near.bandwidth
+    assert 0.5 / 40 <= far.bandwidth <= 1.2 / 40
 
 
 def test_the_same_seed_gives_the_same_density() -> None:

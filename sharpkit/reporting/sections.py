@@ -21,6 +21,8 @@ from sharpkit.measuring.history import CurvatureHistory
 from sharpkit.measuring.layers import LayerSharpness
 from sharpkit.monitor.findings import run_findings
 from sharpkit.monitor.schema import HISTORY, Reading, in_words, main_curvature, reading
+from sharpkit.transfer.coordinates import CoordinateCheck
+from sharpkit.transfer.fits import Slope
 
 Document = dict[str, Any]
 
@@ -97,21 +99,19 @@ def _cost(document: Document) -> str:
 # -- one function per kind ----------------------------------------------------------------------------------------------------
 
 
-def _estimate_section(document: Document, title: str) -> Section:
+def _estimate_section(document: Document) -> Section:
     estimate = _estimate(document)
     section = Section(
-        title or estimate.method or "Estimate",
-        tiles=[("value", f"{estimate.value:.4g}", f"+- {estimate.stderr:.2g}")],
-        cost=_cost(document),
+        estimate.method or "Estimate", tiles=[("value", f"{estimate.value:.4g}", f"+- {estimate.stderr:.2g}")], cost=_cost(document)
     )
     section.columns = ["value +- standard error", "method", "products", "converged"]
     section.rows = [[str(estimate), estimate.method, str(estimate.num_matvecs), _flag(estimate.converged)]]
     return section
 
 
-def _eigenpairs_section(document: Document, title: str) -> Section:
+def _eigenpairs_section(document: Document) -> Section:
     section = Section(
-        title or f"Eigenvalues ({document['which']})",
+        f"Eigenvalues ({document['which']})",
         "A true eigenvalue lies within the residual of each value.",
         cost=_cost(document),
         columns=["#", "eigenvalue", "residual", "converged"],
@@ -145,12 +145,12 @@ def density_from(document: Document) -> SpectralDensity:
     )
 
 
-def _density_section(document: Document, title: str, *, lr: float | None = None, limit: float | None = None) -> Section:
+def _density_section(document: Document, *, lr: float | None = None, limit: float | None = None) -> Section:
     from sharpkit.plots.spectrum import plot_density
 
     density = density_from(document)
     limit = limit if limit is not None else document.get("limit")
-    label = title or "Spectral density"
+    label = "Spectral density"
     intro = "How the Hessian's eigenvalues are distributed: the bulk as a smoothed density on a log scale, the outliers one by one."
     if limit is not None or lr is not None:
         intro += " An outlier beyond the dashed limit is a direction in which full-batch steps grow."
@@ -182,9 +182,9 @@ _QUANTITIES = {
 }
 
 
-def _sharpness_section(document: Document, title: str) -> Section:
+def _sharpness_section(document: Document) -> Section:
     stable, top = document["stable_lr"], _estimate(document["lambda_max"])
-    section = Section(title or "Sharpness", str(stable["rule"]), findings=list(document["findings"]), cost=_cost(document))
+    section = Section("Sharpness", str(stable["rule"]), findings=list(document["findings"]), cost=_cost(document))
     section.tiles.append(("lambda_max", f"{top.value:.4g}", f"+- {top.stderr:.2g}"))
     rate, low, high = (number(stable[name]) for name in ("value", "lower", "upper"))
     if math.isfinite(rate):
@@ -206,12 +206,11 @@ def _sharpness_section(document: Document, title: str) -> Section:
         # The Hessian's own limit; an adaptive optimizer's limit is on another matrix and has no place in this picture.
         plain = lr and math.isfinite(rate) and document["preconditioned_lambda_max"] is None
         limit = top.value * rate / lr if plain and lr else None
-        inner = _density_section(document["density"], "Spectral density of the Hessian", limit=limit)
-        section.draw, section.figure_label = inner.draw, inner.figure_label
+        section.draw, section.figure_label = _density_section(document["density"], limit=limit).draw, "Spectral density of the Hessian"
     return section
 
 
-def _history_section(document: Document, title: str) -> Section:
+def _history_section(document: Document) -> Section:
     from sharpkit.plots.spectrum import plot_curvature
 
     series = {name: tuple(number(x) for x in document[name]) for name in ("loss", "lambda_max", "residual", "limit", "lr")}
@@ -226,7 +225,7 @@ def _history_section(document: Document, title: str) -> Section:
         seconds=document["seconds"],
     )
     section = Section(
-        title or f"Curvature over training: {history.name}",
+        f"Curvature over training: {history.name}",
         "lambda_max of the full-batch loss at checkpoints. Above the dashed limit, gradient descent diverges along the sharpest direction.",
         draw=lambda ax: plot_curvature(history, ax=ax),
         figure_label=f"lambda_max over training, {history.name}",
@@ -239,7 +238,7 @@ def _history_section(document: Document, title: str) -> Section:
     return section
 
 
-def _layers_section(document: Document, title: str) -> Section:
+def _layers_section(document: Document) -> Section:
     from sharpkit.plots.spectrum import plot_layers
 
     layers = LayerSharpness(
@@ -253,7 +252,7 @@ def _layers_section(document: Document, title: str) -> Section:
     )
     height = max(2.6, 1.3 + 0.42 * len(layers.names))
     section = Section(
-        title or f"Layer by layer: {layers.name}",
+        f"Layer by layer: {layers.name}",
         "Each layer's own block of the Hessian. The traces add up to the whole trace; no block is sharper than the whole.",
         draw=lambda ax: plot_layers(layers, ax=ax),
         figure_size=(5.8, height),
@@ -268,18 +267,18 @@ def _layers_section(document: Document, title: str) -> Section:
     return section
 
 
-def _diagnosis_section(document: Document, title: str) -> Section:
-    section = Section(title or "Doctor", str(document.get("objective", "")), findings=list(document.get("findings", [])), wide=True)
+def _diagnosis_section(document: Document) -> Section:
+    section = Section("Doctor", str(document.get("objective", "")), findings=list(document.get("findings", [])), wide=True)
     section.columns = ["check", "status", "what was found", "what to do"]
     section.rows = [[c["name"], c["status"], c["message"], c["remedy"]] for c in document["checks"]]
     return section
 
 
-def _curve_section(document: Document, title: str) -> Section:
+def _curve_section(document: Document) -> Section:
     from sharpkit.plots.spectrum import plot_learning_rate_curve
 
     section = Section(
-        title or f"Largest learning rate against batch size, {document['optimizer']}",
+        f"Largest learning rate against batch size, {document['optimizer']}",
         f"{document['condition']}. Sharpness {document['sharpness_at_start']:.3g} at the start, "
         f"{document['sharpness_after_pilot']:.3g} after the pilot.",
         draw=lambda ax: plot_learning_rate_curve(document, ax=ax),
@@ -295,116 +294,7 @@ def _curve_section(document: Document, title: str) -> Section:
     return section
 
 
-def _monitor_section(document: Document, title: str) -> Section:
-
-    section = Section(title or f"Monitored run{': ' + document['name'] if document.get('name') else ''}")
-    fill_section(section, document)
-    return section
-
-
-def _learner_section(document: Document, title: str) -> Section:
-
-    section = Section(title)
-    fill_learner(section, document)
-    return section
-
-
-def _race_section(document: Document, title: str) -> Section:
-
-    section = Section(title)
-    fill_race(section, document)
-    return section
-
-
-def _transfer_section(document: Document, title: str) -> Section:
-    from sharpkit.reporting.transfer_sections import FILLERS
-
-    section = Section(title)
-    FILLERS[document["kind"]](section, document)
-    return section
-
-
-def _generic_section(document: Document, title: str) -> Section:
-    scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
-    return Section(
-        title or str(document["kind"]).replace("_", " ").capitalize(),
-        columns=["quantity", "value"],
-        rows=[[k, _text(v)] for k, v in scalars.items()],
-        findings=list(document.get("findings", [])),
-    )
-
-
-_SECTIONS: dict[str, Callable[[Document, str], Section]] = {
-    "estimate": _estimate_section,
-    "eigenpairs": _eigenpairs_section,
-    "spectral_density": _density_section,
-    "sharpness": _sharpness_section,
-    "curvature_history": _history_section,
-    "layer_sharpness": _layers_section,
-    "diagnosis": _diagnosis_section,
-    "learning_rate_curve": _curve_section,
-    HISTORY: _monitor_section,
-    "learner_history": _learner_section,
-    "learning_rate_race": _race_section,
-    **dict.fromkeys(("transfer_verdict", "coordinate_check", "learning_rate_transfer", "sharpness_transfer"), _transfer_section),
-}
-
-
-def register_section(kind: str, make: Callable[[Document], Section]) -> None:
-    """Tell the report page, and the tables of the command line, how to show one kind of result, for this process.
-
-    Args:
-        kind: what ``to_dict()["kind"]`` of the result says. A kind that sharpkit knows already is shown by ``make`` from now on.
-        make: a result's ``to_dict()``, perhaps read back from JSON -> its :class:`Section`.
-
-    Raises:
-        TypeError: make is no function.
-        ValueError: kind is empty or no string.
-
-    Example:
-        >>> import sharpkit as sk
-        >>> def coin_section(document):
-        ...     return sk.Section("A coin", tiles=[("heads", str(document["heads"]), f"of {document['throws']}")])
-        >>> sk.register_section("coin", coin_section)
-        >>> section_for({"kind": "coin", "heads": 4, "throws": 10}, title="My coin")
-        Section(title='My coin', intro='', tiles=[('heads', '4', 'of 10')], ...)
-    """
-    if not isinstance(kind, str) or not kind:
-        raise ValueError(f"kind must be the text that to_dict()['kind'] of the result holds, got {kind!r}")
-    if not callable(make):
-        raise TypeError(f"make must be a function of a document that returns a Section, got {type(make).__name__}")
-
-    def titled(document: Document, title: str) -> Section:
-        section = make(document)
-        if title and isinstance(section, Section):
-            section.title = title
-        return section
-
-    _SECTIONS[kind] = titled
-
-
-def section_for(document: Document, *, title: str = "") -> Section:
-    """The section of one result document.
-
-    Args:
-        document: a result's ``to_dict()``.
-        title: heading; by default one made from the kind of result.
-
-    Raises:
-        ValueError: a field that this kind of result must have is missing or malformed.
-        TypeError: a registered function returned something else than a section.
-    """
-    make = _SECTIONS.get(document["kind"], _generic_section)
-    try:
-        section = make(document, title or str(document.get("title", "")))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {error!r}") from error
-    if not isinstance(section, Section):  # from a registered function
-        raise TypeError(f"the function registered for {document['kind']!r} must return a sharpkit.Section, got {type(section).__name__}")
-    return section
-
-
-Tile = tuple[str, str, str]
+# -- a monitored run, a learner's run, a race -------------------------------------------------------------------------------------
 
 _MOST_EVENTS = 60  # on a page, by judgement: the run's file holds them all
 
@@ -444,13 +334,13 @@ def last_readings(records: Sequence[Document]) -> dict[str, tuple[Reading, Docum
     return found
 
 
-def tiles_of(records: Sequence[Document]) -> list[Tile]:
+def tiles_of(records: Sequence[Document]) -> list[tuple[str, str, str]]:
     """Where the run stands: curvature, limit, their ratio, overhead; (name, value, remark) each.
 
     Args:
         records: ``monitor_record`` documents, at least one.
     """
-    tiles: list[Tile] = []
+    tiles: list[tuple[str, str, str]] = []
     main, last = main_curvature(records), last_readings(records)
     if main in last:
         now, _ = last[main]
@@ -489,22 +379,17 @@ def rows_of(records: Sequence[Document]) -> list[list[str]]:
     return rows
 
 
-def fill_section(section: Any, document: Document) -> None:
-    """Put a monitored run into an empty section.
-
-    Args:
-        section: of the report.
-        document: ``to_dict()`` of a monitor's history, or of a file read by ``sk.sinks.read_run``.
-    """
+def _monitor_section(document: Document) -> Section:
+    """A monitored run: ``to_dict()`` of a monitor's history, or of a file read by ``sk.sinks.read_run``."""
     from sharpkit.plots.runs import figure_size, plot_monitor
 
     header, records = document.get("header", {}), document["records"]
-    section.intro, section.wide = describe(header), True
+    section = Section(f"Monitored run{': ' + document['name'] if document.get('name') else ''}", describe(header), wide=True)
     section.findings = list(document["findings"] if "findings" in document else run_findings(header, records))
     if resumed := document.get("resumed_at"):
         section.intro += f" Resumed at step {', '.join(map(str, resumed))}."
     if not records:
-        return
+        return section
     section.tiles = tiles_of(records)
     section.draw = lambda ax: plot_monitor(document, ax=ax)
     section.figure_size = figure_size(document)
@@ -521,6 +406,7 @@ def fill_section(section: Any, document: Document) -> None:
     section.rows = rows_of(records)
     seconds = sum(number(record.get("seconds", 0.0)) for record in records)
     section.cost = f"{len(records)} measurements, {seconds:.3g} s"
+    return section
 
 
 def _failures(records: Sequence[Document]) -> list[str]:
@@ -535,16 +421,16 @@ def _failures(records: Sequence[Document]) -> list[str]:
 _MOST_ROWS = 60  # decisions on a page, the last ones, by judgement
 
 
-def fill_learner(section: Any, document: Document) -> None:
-    """Fill a page section from a learner's history."""
+def _learner_section(document: Document) -> Section:
     from sharpkit.plots.runs import plot_learner
 
     rows = document["decisions"]
-    section.title = section.title or "Learned learning rate"
-    section.intro = "The rate grows until it meets its share of the batch's stability limit, is held there, and decays."
+    section = Section(
+        "Learned learning rate", "The rate grows until it meets its share of the batch's stability limit, is held there, and decays."
+    )
     if not rows:
         section.findings = ["No decision was made yet."]
-        return
+        return section
     last, back = rows[-1], [row for row in rows if "the loss rose" in row["reason"]]
     section.tiles = [("learned rate", f"{number(last['lr']):.3g}", f"at step {last['step']}")]
     if math.isfinite(limit := number(last["max_lr"])):
@@ -557,16 +443,16 @@ def fill_learner(section: Any, document: Document) -> None:
         numbers = [f"{number(row[name]):.3g}" if math.isfinite(number(row[name])) else "" for name in shown]
         section.rows.append([str(row["step"]), *numbers, str(row["reason"])])
     section.draw, section.figure_label = lambda ax: plot_learner(document, ax=ax), section.title
+    return section
 
 
-def fill_race(section: Any, document: Document) -> None:
-    """Fill a page section from a race."""
+def _race_section(document: Document) -> Section:
     result = RaceResult.from_dict(document)
-    section.title = section.title or "Learning rates raced"
     count = len(result.seeds)
-    section.intro = (
+    section = Section(
+        "Learning rates raced",
         f"The same problem trained from scratch in every way, with {result.budget} gradients each, "
-        f"{count} seed{'' if count == 1 else 's'}. {COUNTING}"
+        f"{count} seed{'' if count == 1 else 's'}. {COUNTING}",
     )
     section.findings = [*result.findings(), *(f"Not started: {name} ({why})." for name, why in result.skipped.items())]
     section.columns = list(result.columns)
@@ -580,3 +466,202 @@ def fill_race(section: Any, document: Document) -> None:
     section.draw, section.figure_label = lambda ax: result.plot(ax=ax), "Training loss against gradients spent"
     section.wide, section.figure_size = True, (9.0, 4.6)
     section.cost = f"{number(document['seconds']):.3g} s"
+    return section
+
+
+# -- transfer across sizes ----------------------------------------------------------------------------------------------------
+
+_MOST_COORDINATES = 40  # of a table, by judgement: the document holds them all
+_PASSED = {True: "yes", False: "NO", None: "undecided"}
+_VERDICTS = {True: "transfers", False: "does not transfer", None: "undecided"}
+
+
+def _transfer_verdict_section(document: Document) -> Section:
+    """The verdict with its culprits; the picture only where the measurements are in the same document."""
+    section = Section(f"Do hyperparameters transfer? {_VERDICTS[document['passed']].capitalize()}")
+    section.intro = f"The rule ({document['mode']} mode): {document['rule']}."
+    section.findings, section.wide = list(document["findings"]), True
+    section.findings += [sentence for part in document.get("parts", ()) for sentence in part["findings"]]
+    section.tiles = [("verdict", _VERDICTS[document["passed"]], f"widths {document['widths'][0]} to {document['widths'][-1]}")]
+    if found := document["reach"]:
+        cap = number(found["cap"])
+        value, low = number(found["value"]), number(found["lower"])
+        remark = f"95 %: at least {low:.0f}" + (f"; no claim beyond {cap:.0f}" if value >= cap else "")
+        section.tiles.append(("learning rate transfers up to width", f"{value:.0f}{' or more' if value >= cap else ''}", remark))
+    section.tiles.append(("broken rules", str(len(document["culprits"])), ""))
+    if document["culprits"]:
+        section.columns = ["broken rule", "exponent", "expected", "confidence", "where"]
+        for c in document["culprits"]:
+            slope = str(Slope.from_dict(c["slope"]))
+            section.rows.append([c["rule"], slope, f"{c['expected']:g}", f"{c['confidence']:.1%}", ", ".join(c["where"][:4])])
+    if document.get("parts"):
+        from sharpkit.plots.transfer import plot_transfer_verdict, verdict_size
+
+        section.draw, section.figure_size = lambda ax: plot_transfer_verdict(document, ax=ax), verdict_size(document)
+        section.figure_label = "Coordinates, sharpness and learning rates across sizes"
+    section.cost = f"{number(document['seconds']):.3g} s"
+    return section
+
+
+def _coordinates_section(document: Document) -> Section:
+    """Exponents of every module's output."""
+    check = CoordinateCheck.from_dict(document)
+    size = check.dimension
+    section = Section(f"Coordinate check over {size}s")
+    section.intro = (
+        f"How the outputs of modules, and their changes in the first {check.num_steps} steps, grow with {size} {check.sizes[0]} to "
+        f"{check.sizes[-1]} ({check.num_seeds} seeds): exponents with standard errors. Where rates transfer, all are 0; outputs and "
+        "attention logits may be smaller at initialisation."
+    )
+    section.findings = [f"{s[0].upper()}{s[1:]}{'' if s.endswith('.') else '.'}" for s in document["findings"]]
+    section.draw = lambda ax: check.plot(ax=ax)
+    section.figure_label, section.wide, section.figure_size = f"Updates of coordinates against {size}", True, (9.0, 3.8)
+    section.columns = ["coordinate", "at initialisation", "while training", "its updates", "verdict"]
+    shown = sorted(check.coordinates, key=lambda c: c.verdict not in ("grows", "vanishes", "unclear"))
+    section.rows = [[c.name, str(c.initial), str(c.level), str(c.update), c.verdict] for c in shown[:_MOST_COORDINATES]]
+    if len(shown) > _MOST_COORDINATES:
+        section.findings.append(f"{len(shown) - _MOST_COORDINATES} further coordinates are in the document only.")
+    return section
+
+
+def _transferred_rates_section(document: Document) -> Section:
+    """Optimum and sensitivity at each size."""
+    from sharpkit.plots.transfer import plot_learning_rate_transfer
+
+    size = document["dimension"]
+    section = Section(f"Best learning rate across {size}s")
+    section.intro = (
+        f"Loss against one factor on all learning rates. Loss: mean training loss of the last quarter of {document['steps']} steps, "
+        f"{document['num_seeds']} seeds around each optimum; diverged runs count as the loss they started from."
+    )
+    section.findings = list(document["findings"])
+    section.draw = lambda ax: plot_learning_rate_transfer(document, ax=ax)
+    section.figure_label = f"Loss against learning rate by {size}"
+    section.tiles = [("transfers", _PASSED[document["passed"]], "")]
+    drift, half = number(document["drift"]["value"]), number(document["drift"]["half_width"])
+    section.tiles.append(("drift, octaves per doubling", f"{drift:+.2f}", f"+- {half:.2f} (95 %)" if math.isfinite(half) else ""))
+    section.columns = [size, "best factor", "95 % interval", "rate of the first group", "lowest loss", "sensitivity"]
+    for best, rate, sensitivity in zip(document["optima"], document["rates"], document["sensitivity"], strict=True):
+        factor, low, high = (2.0 ** number(best[key]) for key in ("log2", "lower", "upper"))
+        section.rows.append(
+            [
+                str(best["size"]),
+                f"{factor:.3g}" if best["interior"] else f"{factor:.3g} (edge)",
+                f"{low:.3g} - {high:.3g}",
+                f"{factor * number(rate):.3g}",
+                f"{number(best['loss']):.4g}",
+                f"{number(sensitivity):.3g}",
+            ]
+        )
+    section.cost = f"{document['num_runs']} runs ({document['num_reused']} more from the store), {number(document['seconds']):.3g} s"
+    return section
+
+
+def _transferred_sharpness_section(document: Document) -> Section:
+    """Sharpness at each size at the end."""
+    from sharpkit.plots.transfer import plot_sharpness_transfer
+
+    size = document["dimension"]
+    section = Section(f"Sharpness across {size}s")
+    section.intro = (
+        f"{document['matrix']} on a fixed batch along training, as a share of the stability limit."
+        if document["condition"]
+        else f"{document['matrix']} on a fixed batch along training."
+    )
+    section.findings = list(document["findings"])
+    section.draw, section.figure_size = lambda ax: plot_sharpness_transfer(document, ax=ax), (5.8, 4.6)
+    section.figure_label = f"Sharpness over time by {size}"
+    section.tiles = [("spread after warm-up", f"{number(document['spread_after']):.1%}", f"from step {document['warmup']} on")]
+    section.columns = [size, f"lambda_max at step {document['steps'][-1]}", "limit", "loss"]
+    for name in map(str, document["sizes"]):
+        top, loss = (_last_mean(document[key][name]) for key in ("lambda_max", "loss"))
+        section.rows.append([name, f"{top:.4g}", f"{number(document['limit'][name]):.4g}", f"{loss:.4g}"])
+    section.cost = f"{document['num_matvecs']} matrix-vector products, {number(document['seconds']):.3g} s"
+    return section
+
+
+def _last_mean(runs: list[list[Any]]) -> float:
+    return sum(number(run[-1]) for run in runs) / len(runs)
+
+
+# -- the table ------------------------------------------------------------------------------------------------------------------
+
+
+def _generic_section(document: Document) -> Section:
+    scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
+    return Section(
+        str(document["kind"]).replace("_", " ").capitalize(),
+        columns=["quantity", "value"],
+        rows=[[k, _text(v)] for k, v in scalars.items()],
+        findings=list(document.get("findings", [])),
+    )
+
+
+_SECTIONS: dict[str, Callable[[Document], Section]] = {
+    "estimate": _estimate_section,
+    "eigenpairs": _eigenpairs_section,
+    "spectral_density": _density_section,
+    "sharpness": _sharpness_section,
+    "curvature_history": _history_section,
+    "layer_sharpness": _layers_section,
+    "diagnosis": _diagnosis_section,
+    "learning_rate_curve": _curve_section,
+    HISTORY: _monitor_section,
+    "learner_history": _learner_section,
+    "learning_rate_race": _race_section,
+    "transfer_verdict": _transfer_verdict_section,
+    "coordinate_check": _coordinates_section,
+    "learning_rate_transfer": _transferred_rates_section,
+    "sharpness_transfer": _transferred_sharpness_section,
+}
+
+
+def register_section(kind: str, make: Callable[[Document], Section]) -> None:
+    """Tell the report page, and the tables of the command line, how to show one kind of result, for this process.
+
+    Args:
+        kind: what ``to_dict()["kind"]`` of the result says. A kind that sharpkit knows already is shown by ``make`` from now on.
+        make: a result's ``to_dict()``, perhaps read back from JSON -> its :class:`Section`.
+
+    Raises:
+        TypeError: make is no function.
+        ValueError: kind is empty or no string.
+
+    Example:
+        >>> import sharpkit as sk
+        >>> def coin_section(document):
+        ...     return sk.Section("A coin", tiles=[("heads", str(document["heads"]), f"of {document['throws']}")])
+        >>> sk.register_section("coin", coin_section)
+        >>> section_for({"kind": "coin", "heads": 4, "throws": 10}, title="My coin")
+        Section(title='My coin', intro='', tiles=[('heads', '4', 'of 10')], ...)
+    """
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(f"kind must be the text that to_dict()['kind'] of the result holds, got {kind!r}")
+    if not callable(make):
+        raise TypeError(f"make must be a function of a document that returns a Section, got {type(make).__name__}")
+    _SECTIONS[kind] = make
+
+
+def section_for(document: Document, *, title: str = "") -> Section:
+    """The section of one result document.
+
+    Args:
+        document: a result's ``to_dict()``.
+        title: heading in place of the section's own.
+
+    Raises:
+        ValueError: a field that this kind of result must have is missing or malformed.
+        TypeError: a registered function returned something else than a section.
+    """
+    make = _SECTIONS.get(document["kind"], _generic_section)
+    try:
+        section = make(document)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {error!r}") from error
+    if not isinstance(section, Section):  # from a registered function
+        raise TypeError(f"the function registered for {document['kind']!r} must return a sharpkit.Section, got {type(section).__name__}")
+    if heading := title or str(document.get("title", "")):
+        # a figure that is labelled by the heading follows it
+        section.figure_label = heading if section.figure_label == section.title else section.figure_label
+        section.title = heading
+    return section

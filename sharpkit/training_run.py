@@ -1,37 +1,263 @@
-"""A problem to race on, and one model trained on it from scratch within a budget of gradients."""
+"""One problem, one run: the only training loop, which the pilot of a learning-rate curve, transfer checks and races all use."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import NonFiniteError, ObjectiveError
+from sharpkit._results import State
 from sharpkit.objective.batches import Batch, BatchSource, to_device
 from sharpkit.objective.loss import call_model, own_loss
 from sharpkit.objective.objective import Closure, Objective
 from sharpkit.optimizers import learning_rates, set_learning_rates
 
+Loss = Callable[[Any, Any], Tensor]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
-_LOST = 1e3  # times the first loss
+_DIVERGED = 1e3  # times the first loss, by judgement: spikes that training recovers from stay far below
+_MASK_STRIDE = 7919  # a prime (the 1000th), so that the dropout masks of neighbouring seeds do not repeat each other's from step to step
 
 
+def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """The seeds of several runs: an int n means 0, 1, ..., n - 1; a sequence is taken as it is.
+
+    Raises:
+        TypeError: a seed that is no whole number.
+        ValueError: no seed, or a negative one.
+
+    Example:
+        >>> as_seeds(3), as_seeds([7, 11])
+        ((0, 1, 2), (7, 11))
+    """
+    several = isinstance(seeds, Iterable) and not isinstance(seeds, (str, bytes))
+    chosen: list[Any] = list(seeds) if isinstance(seeds, Iterable) and several else [seeds]
+    try:
+        if any(isinstance(seed, bool) for seed in chosen):
+            raise TypeError
+        numbers = tuple(operator.index(seed) for seed in chosen)
+    except TypeError:
+        raise TypeError(f"seeds must be a whole number of runs or a sequence of whole numbers, got {seeds!r}") from None
+    if not several:
+        numbers = tuple(range(numbers[0]))
+    if not numbers or min(numbers) < 0:
+        raise ValueError(f"seeds must be at least one: a positive number of runs or a sequence of numbers from 0 on, got {seeds!r}")
+    return numbers
+
+
+# -- data and loss ---------------------------------------------------------------------------------------------------------------
+def training_batches(data: Any, *, loss: Loss | None, closure: Closure | None) -> list[Batch]:
+    """All batches of a problem, in the order of the data.
+
+    Args:
+        data: a batch, a list of batches or a re-iterable loader.
+        loss, closure: as :func:`training_loss` takes them.
+
+    Raises:
+        ValueError: both loss and closure.
+        ObjectiveError: no batch, or data that can be gone through only once.
+    """
+    if loss is not None and closure is not None:
+        raise ValueError("pass loss= for (input, target) batches or closure= for everything else, not both")
+    batches = list(BatchSource(data, pair=loss is not None))
+    if not batches:
+        raise ObjectiveError("data gave no batch: pass a batch, a list of batches or a re-iterable loader")
+    return batches
+
+
+def training_loss(model: nn.Module, batch: Batch, *, loss: Loss | None, closure: Closure | None) -> Tensor:
+    """The scalar loss of a batch, with its graph: ``closure(model, batch)``, ``loss(output, target)``, or else ``model(**batch).loss``."""
+    if closure is not None:
+        return closure(model, batch)
+    return own_loss(model, batch) if loss is None else loss(call_model(model, batch[0]), batch[1])
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Batch], *, loss: Loss | None, closure: Closure | None) -> float:
+    """Mean loss over batches in eval mode; infinite where it is not finite."""
+    try:
+        return float(Objective(model, list(batches), loss=loss, closure=closure, mode="eval", process_group=False).value())
+    except NonFiniteError:
+        return math.inf
+
+
+class GradientSource(Protocol):
+    """Where a run's gradients come from."""
+
+    def batch_at(self, number: int) -> Any:
+        """The batch at a position of the run's order; positions are asked for one after another, some again."""
+
+    def backward(self, batch: Any, number: int) -> float:
+        """The loss of a batch at step ``number``, its gradient left in the parameters' ``.grad``; infinite where there is none."""
+
+
+class ShuffledBatches:
+    """The gradients of a model's loss on given batches in train mode, each batch once an epoch in an order that the seed decides.
+
+    Args:
+        model: in training.
+        loss_of: (model, batch) -> the scalar loss, with its graph.
+        batches: all of them.
+        seed: seeds the order of batches and the dropout masks.
+    """
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], batches: Sequence[Batch], *, seed: int) -> None:
+        self._model, self._loss_of, self._batches, self._seed = model, loss_of, batches, seed
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order: list[int] = []  # kept, so that a trial can be repeated on the same batches
+
+    def batch_at(self, number: int) -> Batch:
+        """On the model's device."""
+        while number >= len(self._order):
+            self._order += torch.randperm(len(self._batches), generator=self._generator).tolist()
+        return to_device(self._batches[self._order[number]], self._device)
+
+    def backward(self, batch: Batch, number: int) -> float:
+        """With the global random state as it was afterwards."""
+        self._model.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed + _MASK_STRIDE * number)  # dropout masks
+            loss = self._loss_of(self._model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------------------
+class TrainingRun:
+    """A model and its optimizer, stepped from batch to batch; every gradient is counted.
+
+    Args:
+        model, optimizer: its own.
+        source: gives batches and gradients.
+        halts: whether a run that diverged stays where it is, so that what is measured on it is not NaN throughout. A race's runs go on: the
+            learner may go back to an earlier point.
+
+    Attributes:
+        losses: of the batch of each step, before it; without those of trials.
+        position: in the order of batches.
+        spent, searched: gradients spent so far, and those of them in trials.
+        curve: (gradients spent, batch loss) of every step outside trials.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, source: GradientSource, *, halts: bool = True) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._source, self._halts, self._in_trial = source, halts, False
+        self._ratios = learning_rates(optimizer)
+        self.losses: list[float] = []
+        self.position, self.spent, self.searched = 0, 0, 0
+        self.curve: list[tuple[int, float]] = []
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss is NaN, infinite, or more than a thousand times the first."""
+        # written with `not ... <=` so that NaN counts; the floor is for a first loss of 0, at a point that was fitted already
+        return bool(self.losses) and not self.losses[-1] <= _DIVERGED * max(abs(self.losses[0]), 1e-12)
+
+    def set_rate(self, rate: float) -> None:
+        """Multiply the rates that the optimizer was made with, which keeps the ratios of its groups."""
+        set_learning_rates(self.optimizer, [rate * ratio for ratio in self._ratios])
+
+    def next_batch(self) -> Any:
+        """The batch of the next step; the position advances."""
+        self.position += 1
+        return self._source.batch_at(self.position - 1)
+
+    def step(self, batch: Any = None) -> float:
+        """One optimizer step, on the next batch if none is given; the loss before it, infinite if the run had halted."""
+        if self._halts and self.diverged:
+            return math.inf
+        batch = self.next_batch() if batch is None else batch
+        self.optimizer.zero_grad()
+        loss = self._source.backward(batch, len(self.losses))
+        self.losses.append(loss)
+        self.spent += 1
+        if self._in_trial:
+            self.searched += 1
+        else:
+            self.curve.append((self.spent, loss))
+        if not (self._halts and self.diverged):
+            self.optimizer.step()
+        return loss
+
+    def follow(self, rates: Iterable[float]) -> list[float]:
+        """A step at each rate; ends early when it diverges.
+
+        Args:
+            rates: as for :meth:`set_rate`; each is asked for after the step before it was made, so it may depend on the model.
+
+        Returns:
+            the losses.
+        """
+        before = len(self.losses)
+        for rate in rates:
+            self.set_rate(rate)
+            self.step()
+            if self.diverged:
+                break
+        return self.losses[before:]
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Steps within count as searching; afterwards model, optimizer and data are where they were."""
+        snapshot, position, steps = Snapshot(self.model, self.optimizer), self.position, len(self.losses)
+        self._in_trial = True
+        try:
+            yield
+        finally:
+            self._in_trial = False
+            snapshot.restore(self.model, self.optimizer)
+            self.position = position
+            del self.losses[steps:]
+
+
+class Snapshot(State, saved=("tensors", "state")):
+    """Copies of parameters, buffers and optimizer state, to go back to."""
+
+    tensors: dict[str, Tensor]
+    state: dict[Any, Any]
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.tensors = {name: t.detach().clone() for name, t in _tensors(model).items()}
+        self.state = copy.deepcopy(optimizer.state_dict()["state"])
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write the copies back in place; learning rates and other settings of the optimizer stay as they are."""
+        with torch.no_grad():
+            for name, t in _tensors(model).items():
+                t.copy_(self.tensors[name])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": copy.deepcopy(self.state), "param_groups": groups})  # it would keep the copies themselves
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
+        """The snapshot back from its state."""
+        snapshot = cls.__new__(cls)
+        snapshot.load_state_dict(state)
+        return snapshot
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **{f"buffer {name}": b for name, b in model.named_buffers()}}
+
+
+# -- races -----------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RaceProblem:
-    """What all entrants train.
+    """What all entrants of :func:`sharpkit.race` train.
 
     Attributes:
         model: seed -> a new model.
         optimizer: (params, lr) -> the optimizer whose rate is in question; a list of groups keeps their ratios.
         data: training batches: one, a list or a re-iterable loader.
-        loss: of (output, target).
-        closure: of (model, batch), instead of loss; without both, the model's own loss.
+        loss: ``loss(output, target)`` on (input, target) batches.
+        closure: ``closure(model, batch)``, instead of loss; without both, the model's own loss.
         test_data: batches for the test loss.
 
     Raises:
@@ -43,7 +269,7 @@ class RaceProblem:
     model: Callable[[int], nn.Module]
     optimizer: MakeOptimizer
     data: Any
-    loss: Callable[[Any, Any], Tensor] | None = None
+    loss: Loss | None = None
     closure: Closure | None = None
     test_data: Any = None
     batches: list[Batch] = field(init=False, default_factory=list, repr=False)
@@ -52,17 +278,22 @@ class RaceProblem:
         for name, kind in (("model", "seed"), ("optimizer", "params, lr")):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a function of ({kind}), got {type(getattr(self, name)).__name__}")
-        if self.loss is not None and self.closure is not None:
-            raise ValueError("pass loss= for (input, target) batches or closure= for everything else, not both")
-        self.batches.extend(BatchSource(self.data, pair=self.loss is not None))
-        if not self.batches:
-            raise ObjectiveError("data gave no batch: pass a batch, a list of batches or a re-iterable loader")
+        self.batches.extend(training_batches(self.data, loss=self.loss, closure=self.closure))
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
         """The scalar loss of a batch, with its graph."""
-        if self.closure is not None:
-            return self.closure(model, batch)
-        return own_loss(model, batch) if self.loss is None else self.loss(call_model(model, batch[0]), batch[1])
+        return training_loss(model, batch, loss=self.loss, closure=self.closure)
+
+    def make_model(self, seed: int) -> nn.Module:
+        """A new model, drawn from the present global random state.
+
+        Raises:
+            TypeError: it is none.
+        """
+        made = self.model(seed)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"model({seed}) must return a torch module, got {type(made).__name__}")
+        return made
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A new optimizer for all parameters of a model.
@@ -76,37 +307,27 @@ class RaceProblem:
         return made
 
 
-class RaceRun:
-    """One model, trained from the initialisation of a seed; every gradient is counted.
+class RaceRun(TrainingRun):
+    """One entrant's run from the initialisation of a seed, within a budget of gradients; the order of batches is the same for all entrants.
 
-    Attributes:
-        model, optimizer: its own.
+    Args:
+        problem: what is trained.
+        seed: seeds the model, the order of batches and the dropout masks.
         budget: gradients it may spend.
-        spent, searched: gradients spent so far, and those of them on finding a rate.
-        curve: (gradients spent, batch loss) of every step that counts as training.
-        position: number of the next batch; the order is the same for all entrants of a seed.
+        optimizer: params -> its own optimizer; by default the problem's, made with rate 1.
     """
 
     def __init__(self, problem: RaceProblem, *, seed: int, budget: int, optimizer: MakeOptimizer | None = None) -> None:
         self.problem, self.seed, self.budget = problem, seed, budget
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.model = problem.model(seed)
-            if not isinstance(self.model, nn.Module):
-                raise TypeError(f"model({seed}) must return a torch module, got {type(self.model).__name__}")
-            self.optimizer = problem.make_optimizer(self.model, 1.0) if optimizer is None else optimizer(self.model.parameters())
-        self._ratios = learning_rates(self.optimizer)
-        self._device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._order: list[int] = []
-        self._generator = torch.Generator().manual_seed(seed)
-        self._searching = False
-        self.position, self.spent, self.searched = 0, 0, 0
-        self.first, self.last = math.nan, math.nan
-        self.curve: list[tuple[int, float]] = []
+            model = problem.make_model(seed)
+            made = problem.make_optimizer(model, 1.0) if optimizer is None else optimizer(model.parameters())
+        super().__init__(model, made, ShuffledBatches(model, problem.loss_of, problem.batches, seed=seed), halts=False)
 
     @property
     def own_rate(self) -> float:
-        """That the optimizer was made with."""
+        """The rate that the optimizer was made with."""
         return self._ratios[0]
 
     @property
@@ -114,109 +335,22 @@ class RaceRun:
         """Gradients left."""
         return self.budget - self.spent
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the last loss is not finite or a thousand times the first."""
-        return self.spent > 0 and not self.last <= _LOST * max(abs(self.first), 1e-12)
-
-    def set_rate(self, rate: float) -> None:
-        """Of all groups, in the ratios that the optimizer was made with."""
-        set_learning_rates(self.optimizer, [rate * ratio for ratio in self._ratios])
-
     def charge(self, gradients: int) -> None:
         """Count what was spent on anything but a step."""
         self.spent += gradients
         self.searched += gradients
 
-    def next_batch(self) -> Batch:
-        """That the next step is made on."""
-        while self.position >= len(self._order):
-            self._order += torch.randperm(len(self.problem.batches), generator=self._generator).tolist()
-        return to_device(self.problem.batches[self._order[self.position]], self._device)
-
-    def step(self) -> float:
-        """One optimizer step: one gradient; the loss before it."""
-        batch = self.next_batch()
-        self.model.train()
-        self.optimizer.zero_grad()
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed + 7919 * self.position)  # dropout masks
-            loss = self.problem.loss_of(self.model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        self.position, self.spent, self.last = self.position + 1, self.spent + 1, float(loss.detach())
-        if math.isnan(self.first):
-            self.first = self.last
-        if self._searching:
-            self.searched += 1
-        else:
-            self.curve.append((self.spent, self.last))
-        self.optimizer.step()
-        return self.last
-
     def train(self, rate: float, steps: int, *, schedule: Callable[[float], float]) -> list[float]:
-        """Steps with ``rate * schedule(share done)``; ends early when lost.
+        """Steps with ``rate * schedule(share done)``; ends early when it diverges.
 
         Returns:
             the losses.
         """
-        losses: list[float] = []
-        for done in range(steps):
-            self.set_rate(rate * schedule(done / steps))
-            losses.append(self.step())
-            if self.is_lost:
-                break
-        return losses
-
-    @contextlib.contextmanager
-    def trial(self) -> Iterator[None]:
-        """Steps within are spent on finding a rate; afterwards model, optimizer and data are where they were."""
-        snapshot, before = Snapshot(self.model, self.optimizer), (self.position, self.last)
-        self._searching = True
-        try:
-            yield
-        finally:
-            self._searching = False
-            snapshot.restore(self.model, self.optimizer)
-            self.position, self.last = before
+        return self.follow(rate * schedule(done / steps) for done in range(steps))
 
     def final_loss(self, data: Any) -> float:
-        """Mean loss over batches in eval mode; infinite where the run is lost. Not charged: all entrants have it once."""
+        """Mean loss over batches in eval mode; infinite where it is not finite. Not charged: all entrants have it once."""
         if callable(turn := getattr(self.optimizer, "eval", None)):
             turn()  # schedule-free optimizers train at one point and end at another
-        batches: Sequence[Batch] = list(BatchSource(data, pair=self.problem.loss is not None))
-        settings: dict[str, Any] = {"loss": self.problem.loss, "closure": self.problem.closure}
-        try:
-            return float(Objective(self.model, batches, **settings, mode="eval", process_group=False).value())
-        except NonFiniteError:
-            return math.inf
-
-
-class Snapshot:
-    """Copies of parameters, buffers and optimizer state, to go back to."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.tensors = {name: t.detach().clone() for name, t in _tensors(model).items()}
-        self.state = copy.deepcopy(optimizer.state_dict()["state"])
-
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write the copies back in place; learning rates and other settings of the optimizer stay as they are."""
-        with torch.no_grad():
-            for name, t in _tensors(model).items():
-                t.copy_(self.tensors[name])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": copy.deepcopy(self.state), "param_groups": groups})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The copies themselves."""
-        return {"tensors": self.tensors, "state": self.state}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
-        """Back from saved copies."""
-        found = cls.__new__(cls)
-        found.tensors, found.state = dict(state["tensors"]), state["state"]
-        return found
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **{f"buffer {name}": b for name, b in model.named_buffers()}}
+        batches = list(BatchSource(data, pair=self.problem.loss is not None))
+        return mean_loss(self.model, batches, loss=self.problem.loss, closure=self.problem.closure)

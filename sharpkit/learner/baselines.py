@@ -92,7 +92,7 @@ def learn(run: RaceRun) -> float:
     )
     while run.remaining > 0:
         batch = run.next_batch()
-        decision = learner.step(batch, loss=run.step())
+        decision = learner.step(batch, loss=run.step(batch))
         if decision is not None and decision.num_matvecs:
             run.charge(1 + 2 * decision.num_matvecs)
     return learner.lr
@@ -119,7 +119,7 @@ def _trial(run: RaceRun, rate: float, steps: int) -> float:
     with run.trial():
         losses = run.train(rate, steps, schedule=DECAYS["constant"])
         tail = losses[-max(steps // 2, 1) :]
-        return math.inf if run.is_lost else sum(tail) / len(tail)
+        return math.inf if run.diverged else sum(tail) / len(tail)
 
 
 def _ranged(rates: Sequence[float], rule: str) -> Callable[[RaceRun], float]:
@@ -153,7 +153,7 @@ def range_test(run: RaceRun, low: float, high: float, *, rule: str) -> float:
             run.set_rate(rate)
             mean = keep * mean + (1 - keep) * run.step()
             smooth.append(mean / (1 - keep ** (i + 1)))
-            if run.is_lost or not smooth[-1] <= 4 * max(min(smooth), 1e-12):
+            if run.diverged or not smooth[-1] <= 4 * max(min(smooth), 1e-12):
                 smooth.pop()
                 break
     if rule == "minimum/10":
@@ -180,7 +180,7 @@ def bayesian(run: RaceRun, low: float, high: float) -> float:
         first = rate if stage == 0 else first
         until = per_stage - trials * steps if stage < _STAGES - 1 else run.remaining
         run.train(rate, until, schedule=DECAYS["constant"])
-        if run.is_lost:
+        if run.diverged:
             break
     return first
 
@@ -188,7 +188,7 @@ def bayesian(run: RaceRun, low: float, high: float) -> float:
 def _suggested(run: RaceRun, low: float, high: float, *, trials: int, steps: int, seed: int) -> float:
     import optuna
 
-    worst = 10 * abs(run.first) if math.isfinite(run.first) else 1e3
+    worst = 10 * abs(run.losses[0]) if run.losses and math.isfinite(run.losses[0]) else 1e3
     before = optuna.logging.get_verbosity()
     with _quiet():
         optuna.logging.set_verbosity(optuna.logging.ERROR)

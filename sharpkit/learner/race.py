@@ -247,7 +247,7 @@ def _finish(problem: RaceProblem, entrant: Entrant, *, steps: int, seeds: Sequen
     for seed in seeds:
         run = RaceRun(problem, seed=seed, budget=steps, optimizer=entrant.optimizer)
         found.rates.append(entrant.run(run))
-        lost = run.is_lost
+        lost = run.diverged
         found.train_losses.append(math.inf if lost else run.final_loss(problem.data))
         if problem.test_data is not None:
             found.test_losses.append(math.inf if lost else run.final_loss(problem.test_data))

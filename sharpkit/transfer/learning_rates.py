@@ -20,7 +20,7 @@ from sharpkit.objective.batches import Batch
 from sharpkit.objective.batches import fingerprint as batch_fingerprint
 from sharpkit.optimizers import held_parameters, learning_rate, plain_settings
 from sharpkit.transfer.fits import Curve, Evaluate, Optimum, Slope, log_slope, loss_at, optimum, search, sensitivity
-from sharpkit.transfer.setup import Build, Family, MakeOptimizer, Run, check_sizes
+from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, check_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +104,7 @@ class RunStore:
         stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
-def fingerprint(run: Run, *, data: str, first_loss: float, **settings: Any) -> str:
+def fingerprint(run: FamilyRun, *, data: str, first_loss: float, **settings: Any) -> str:
     """What determines a run, as a short key: the model's shapes and first loss, the optimizer's settings, the data and ``settings``.
 
     Args:
@@ -193,7 +193,7 @@ class Sweep:
             return initial
         return reached
 
-    def _train(self, run: Run) -> float:
+    def _train(self, run: FamilyRun) -> float:
         """The criterion; inf where the run diverged."""
         for _ in range(self.steps):
             run.step()
@@ -216,9 +216,9 @@ class Sweep:
         return f"about {sum(runs)} runs of {self.steps} steps, {duration(seconds)} in all (one step: {steps}){held}"
 
 
-def first_loss(run: Run) -> float:
+def first_loss(run: FamilyRun) -> float:
     """Loss on the run's first batch before any step; the run is left as if it had not been asked."""
-    fresh = Run(run.family, run.model, run.optimizer, run.size, run.seed)
+    fresh = FamilyRun(run.family, run.model, run.optimizer, run.size, run.seed)
     run.model.train()
     buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng():

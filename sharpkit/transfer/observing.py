@@ -18,7 +18,7 @@ from sharpkit.objective.batches import Batch, batch_length, slice_batch, to_devi
 from sharpkit.objective.guard import undisturbed, unwrap
 from sharpkit.objective.loss import call_model
 from sharpkit.optimizers import decoupled_decays, held_parameters, is_adaptive, learning_rates
-from sharpkit.transfer.setup import Family, Run
+from sharpkit.transfer.setup import Family, FamilyRun
 
 Numbers = dict[int, list[list[float]]]  # size -> a list for each seed: one number for each step 0 .. num_steps
 Values = dict[int, list[float]]  # size -> one number for each seed
@@ -431,7 +431,7 @@ def observe(
 class _Observer:
     """One run."""
 
-    def __init__(self, found: Observations, run: Run, stacks: Stacks) -> None:
+    def __init__(self, found: Observations, run: FamilyRun, stacks: Stacks) -> None:
         self.found, self.training, self.stacks, self.size = found, run, stacks, run.size
         self.model = unwrap(run.model)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))

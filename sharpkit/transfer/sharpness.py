@@ -25,7 +25,7 @@ from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import PreconditionedOperator
 from sharpkit.optimizers import UpdateRule, known_rule, learning_rate, learning_rates
 from sharpkit.transfer.fits import Slope, log_slope
-from sharpkit.transfer.setup import Build, Family, MakeOptimizer, Run, check_sizes
+from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, check_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,14 +52,14 @@ class Probe:
         self.preconditioned, self.adaptive = preconditioned, preconditioned and adaptive
         self.top_k, self.with_trace, self.with_ntk, self.tol = top_k, with_trace, with_ntk, tol
 
-    def matrix(self, run: Run) -> SymmetricOperator:
+    def matrix(self, run: FamilyRun) -> SymmetricOperator:
         """H or D^-1 H at the run's present parameters."""
         hessian = HessianOperator(run.objective(self.batches))
         if not self.preconditioned:
             return hessian
         return preconditioned_hessian(hessian, run.optimizer) if self.adaptive else PreconditionedOperator(hessian, run.optimizer)
 
-    def ntk(self, run: Run) -> float:
+    def ntk(self, run: FamilyRun) -> float:
         """Top eigenvalue of J J^T / n, that of the Gauss-Newton matrix of half the squared outputs."""
         first = self.batches[0]
         length = batch_length(first) or 0
@@ -86,7 +86,7 @@ class Track:
         self.num_matvecs = 0
         self._tracker = EigenvalueTracker(tol=probe.tol)
 
-    def measure(self, run: Run) -> None:
+    def measure(self, run: FamilyRun) -> None:
         """Add what holds now; NaN once the run has diverged."""
         try:
             now = {"loss": math.nan, "lambda_max": math.nan, "error": math.nan} if run.diverged else self._values(run)
@@ -95,7 +95,7 @@ class Track:
         for name in dict.fromkeys([*now, *self.series, "loss", "lambda_max", "error"]):
             self.series.setdefault(name, []).append(now.get(name, math.nan))
 
-    def _values(self, run: Run) -> dict[str, float]:
+    def _values(self, run: FamilyRun) -> dict[str, float]:
         probe = self.probe
         matrix = probe.matrix(run)
         now: dict[str, float] = {"loss": run.final_loss(probe.batches)}
@@ -355,7 +355,7 @@ def sharpness_transfer(
     return _collected(family, tracks, limits, times, steps // 2 if warmup is None else warmup, what, rule, time.perf_counter() - started)
 
 
-def _follow(run: Run, what: Probe, times: Sequence[int]) -> Track:
+def _follow(run: FamilyRun, what: Probe, times: Sequence[int]) -> Track:
     track = Track(what)
     for t in range(times[-1] + 1):
         if t in times:

@@ -47,6 +47,14 @@ def test_the_examples_of_the_page_on_extending_run_one_after_another(tmp_path: P
     assert not failed, "".join(said)
 
 
+def test_every_name_of_the_glossary_is_one_of_the_code() -> None:
+    source = " ".join(path.read_text() for path in (ROOT / "sharpkit").rglob("*.py"))
+    known = set(re.findall(r"\w+", source))
+    cells = re.findall(r"^\| .*? \| (.*?) \|", (ROOT / "docs" / "glossary.md").read_text(), flags=re.MULTILINE)
+    names = {name for cell in cells for code in re.findall(r"`([^`]+)`", cell) for name in re.findall(r"[A-Za-z]\w+", code)}
+    assert len(names) > 50 and names - known == set()
+
+
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_every_name_that_the_pages_mention_exists(page: str) -> None:
     names = set(re.findall(r"\bsk\.([A-Za-z_]\w*)", (ROOT / page).read_text()))

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 Pieces = list[Tensor | None]
 
-_GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs
-_FORECAST_FROM = 64  # samples in a batch from which its graph is forecast from a slice of it
+_GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs; by judgement: the rest is for the product and the basis
+_FORECAST_FROM = 64  # samples, by judgement: a slice of 1/32 of a smaller batch would be one sample, and forecast too little
 
 _REENTRANT = (
     "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False); for "

@@ -154,6 +154,7 @@ class AdaptiveEstimate:
         self.operator, self.target, self.budget, self.limit, self.fixed = operator, target, budget, limit, fixed
         self.may_give_up = False
         self.pilot = _PILOT[squared]
+        self._affordable: int | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.probes = DeflatedProbes(operator, self.generator, squared=squared)
 
@@ -194,8 +195,9 @@ class AdaptiveEstimate:
         return self.operator.size <= min(_HOPELESS * self.limit, self._most_rows())
 
     def _most_rows(self) -> int:
-        space = self.probes.space
-        return affordable_rows(self.operator, len(space.rows.row(0))) if space.size else self.operator.size
+        if self._affordable is None and self.probes.space.size:  # asked once: the system is slow to tell
+            self._affordable = affordable_rows(self.operator, len(self.probes.space.rows.row(0)))
+        return self.operator.size if self._affordable is None else self._affordable
 
     def _deflate(self) -> None:
         """Grow the basis while that lowers the forecast: of the cost, or of the error where the cost is fixed."""

@@ -4,45 +4,94 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_saved_names: dict[type, list[str]] = {}
+# Where the kernel keeps the limits of control groups, by the controllers of a line in /proc/self/cgroup ("" for version 2): folder, limit,
+# usage, and the line of memory.stat that counts file pages, which are given up before an allocation fails.
+_CGROUPS = {
+    "": (Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")),
+    "memory": (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+}
+_Group = tuple[Path, tuple[str, str, str]]  # folder, and the three names
+_saved_names: dict[type, list[str]] = {}  # attributes of each kind of graph node that hold tensors, since dir() is slow
 
 
+# -- how much there is ------------------------------------------------------------------------------------------------------
 def available_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated on a device, inf where the system does not tell."""
+    """Bytes that can still be allocated on a device, inf if the system does not tell.
+
+    On a CPU, the least of what the machine has and what the process's control group and those around it leave (containers, batch systems):
+    whoever exceeds the latter is killed, whatever the machine has.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "cpu":
-        return min(_linux_available(), _cgroup_available())
+        return min([_machine_available(), *map(_group_available, _control_groups())])
     return math.inf
 
 
-def _linux_available() -> float:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return math.inf
+def _machine_available() -> float:
+    available = _entries(Path("/proc/meminfo")).get("MemAvailable:")
+    return math.inf if available is None else available * 1024
 
 
-def _cgroup_available() -> float:
+def _control_groups() -> Iterator[_Group]:
+    """The memory group of this process and all groups around it."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            if controller in _CGROUPS:
+                root, names = _CGROUPS[controller]
+                # In a container the path may be that of the host, which is not there; then the root is the container's own group.
+                own = PurePosixPath(path.lstrip("/"))
+                yield from ((root / each, names) for each in (own, *own.parents))
+
+
+def _group_available(group: _Group) -> float:
+    folder, (limit, usage, reclaimable) = group
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        return math.inf if limit == "max" else float(limit) - float(used)
-    except (OSError, ValueError):
+        free = float(_text(folder / limit)) - float(_text(folder / usage))
+    except ValueError:  # no such file, or "max"
         return math.inf
+    return max(0.0, free + _entries(folder / "memory.stat").get(reclaimable, 0.0))
 
 
+def _entries(file: Path) -> dict[str, float]:
+    """Lines of a name and a number."""
+    return {words[0]: float(words[1]) for line in _text(file).splitlines() if len(words := line.split()) > 1 and words[1].isdigit()}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def human_bytes(number: float) -> str:
+    """``"1.5 GiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TiB"
+
+
+# -- how much a graph holds ---------------------------------------------------------------------------------------------------
 def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) -> int:
     """Bytes of the distinct tensors that the autograd graph behind ``outputs`` keeps alive.
 
@@ -100,20 +149,3 @@ def _saved_tensors(node: Any) -> Iterable[Tensor]:
         for value in saved if isinstance(saved, (tuple, list)) else (saved,):
             if isinstance(value, Tensor):
                 yield value
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    signs = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def human_bytes(number: float) -> str:
-    """``"1.5 GiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} TiB"

@@ -1,4 +1,4 @@
-"""The training batch of each step as an objective, made once in full and then only given other data."""
+"""The function whose curvature is meant: model, loss and data as one weighted mean over batches; and one such for each training batch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from sharpkit.objective.guard import loader_generators, random_fingerprint, seed
 from sharpkit.objective.loss import KnownLoss, call_model, check_loss, own_loss, recognise_loss
 from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.objective.reduction import (
+    Counts,
+    Evaluator,
     Look,
     Piece,
-    Probe,
     Survey,
     candidate_counts,
+    check_pair,
     conclude,
     cut_batches,
     cut_samples,
@@ -32,37 +34,41 @@ from sharpkit.objective.reduction import (
 
 Closure = Callable[[nn.Module, Batch], Tensor]
 
+_MODES = ("eval", "train")
+_LEAST_SAMPLES = 32  # a training batch is not cut below: by judgement, fewer samples say little of the batch's curvature
+
 
 class Objective:
     """f(w) = (1/C) sum over batches of c_b L_b(w): one fixed function of the parameters, the same however the data is cut into batches.
 
-    A batch weighs what it counts (c_b): its targets, masked ones left out, or their class weights; a loss that sums is summed. How the
-    loss averages is read off a standard PyTorch loss and tried out on any other. Making an objective goes through the data once to count,
-    evaluates the first batch twice to see that the answer repeats, once more in two parts, and changes nothing in the model.
+    Each batch is weighted by its number of targets c_b (masked ones left out; with class weights, their sum); losses with
+    reduction="sum" are added. How the loss averages is read off a standard PyTorch loss and tried out on any other. Making an objective
+    goes through the data once to count, evaluates the first batch twice to see that the answer repeats, and a few batches in two parts.
+    It changes nothing in the model.
 
     Args:
-        model: any module; wrappers (DistributedDataParallel, torch.compile) are taken off.
+        model: any module; wrappers (DistributedDataParallel, torch.compile) are unwrapped.
         data: one batch, a list of batches, or a re-iterable loader. A tuple, a dict or a tensor is one batch; a list is a list of
             batches, but with ``loss=`` a list of two tensors is one (input, target) batch.
         loss: ``loss(output, target)`` on (input, target) batches. A dict input is passed as keywords, a tuple as positions; an output with
-            ``.logits`` is replaced by them. Without loss and closure, ``model(**batch).loss`` of dict batches is taken.
+            ``.logits`` is replaced by them. Without loss and closure, batches are dicts and the loss is ``model(**batch).loss``.
         closure: ``closure(model, batch)`` returning the scalar loss, for everything else.
-        count: ``count(batch)`` -> what the loss of that batch averages over, when it cannot be found out.
+        count: ``count(batch)`` -> what the loss of that batch averages over, for a loss that does not show it.
         params: which parameters; None for all trainable ones, a shell pattern such as ``"blocks.*.attn.*"``, several, or a predicate.
-        reduction: ``"mean"``, ``"sum"``, or ``"auto"`` to find out.
+        reduction: ``"mean"``, ``"sum"``, or ``"auto"`` to try both.
         mode: ``"eval"`` or ``"train"``: dropout and batch statistics as in that mode. In train mode the random masks are fixed by ``seed``
             and batch statistics make the function depend on the batches. Their Hessians differ widely; the mode is part of every result.
         autocast: e.g. ``torch.bfloat16`` to run the forward pass under autocast; vectors stay in float32.
         micro_batch_size: split batches into pieces of so many samples; ``"auto"`` splits only when memory asks for it; None never.
-        process_group: None sums over the default group where torch.distributed runs, each process holding its own batches (or none);
+        process_group: None sums over the default group if torch.distributed runs, each process holding its own batches (or none);
             False measures on this process alone.
-        seed: of the randomness inside the model.
+        seed: fixes the randomness inside the model.
         check: evaluate the first batch twice and try out how the loss averages; False skips both and trusts ``count`` and ``reduction``.
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind, nothing to differentiate.
         ObjectiveError: no data, a one-shot iterator, a loss that is not one number or does not depend on the parameters, weights of
-            batches that cannot be found out, processes that disagree.
+            batches that remain unknown, processes that disagree.
         NonDeterministicError: the loader shuffles or augments, or the loss does not repeat.
         NonFiniteError: the loss is NaN or infinite.
 
@@ -92,18 +98,17 @@ class Objective:
         seed: int = 0,
         check: bool = True,
     ) -> None:
-        check_arguments(
-            model=model, loss=loss, closure=closure, count=count, reduction=reduction, mode=mode, micro_batch_size=micro_batch_size
-        )
+        _check_arguments(model, loss, closure, count, reduction, mode, micro_batch_size)
         self.loss, self.mode, self.seed, self.autocast = loss, mode, seed, autocast
         self._closure: Closure = closure or (self._pair_loss if loss is not None else own_loss)
         self._count = count
         self.micro_batch_size: int | None = None
         self.ranks = find_ranks(process_group)
+        # What may fail on one process alone runs together, so that the others do not wait for it in the next collective.
         self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
-        probe = make_probe(self, check=check)
-        look = self.ranks.run_together(lambda: self._look(probe, reduction), device=self.device)
-        self._survey: Survey = conclude(look, self.ranks, probe=probe, reduction=reduction)
+        evaluator = self._evaluator(check)
+        look = self.ranks.run_together(lambda: self._look(evaluator, reduction), device=self.device)
+        self._survey: Survey = conclude(look, self.ranks, evaluator=evaluator, reduction=reduction)
         self.may_split = micro_batch_size is not None and self.may_separate and not self._survey.draws
         if isinstance(micro_batch_size, int):
             if not self.may_split:
@@ -117,6 +122,44 @@ class Objective:
         self.layout = select_params(self.model, params)
         self._data_device = _device_of(self.model)
         self._source = BatchSource(data, pair=self.loss is not None)
+
+    def _evaluator(self, check: bool) -> Evaluator:
+        def loss(batch: Batch, number: int) -> Tensor:
+            with self._guard(training=False):
+                return self._evaluate(to_device(batch, self._data_device), number).detach()
+
+        def loss_in_mode(batch: Batch, number: int) -> tuple[Tensor, bool]:
+            with self.undisturbed():
+                self.seed_for(number)
+                before = random_fingerprint(self._data_device)
+                value = self._evaluate(to_device(batch, self._data_device), number).detach()
+                return value, before != random_fingerprint(self._data_device)
+
+        several = self.ranks.size > 1
+        return Evaluator(
+            count=self._candidate_counts,
+            loss=loss,
+            loss_in_mode=loss_in_mode,
+            known=self._known_loss,
+            given_count=self._count is not None,
+            pair=self.loss is not None,
+            check=check,
+            draws=self.mode == "train",
+            parameters=(self.num_parameters, sum(float(p.detach().double().abs().sum()) for p in self.layout.params) if several else 0.0),
+        )
+
+    def _look(self, evaluator: Evaluator, reduction: str) -> Look:
+        with self.undisturbed():
+            return look_at(self._source, evaluator, reduction=reduction)
+
+    def _candidate_counts(self, batch: Batch) -> Counts:
+        if self._count is not None:
+            return {"counts": float(self._count(batch))}
+        return candidate_counts(batch, self._known_loss, self.loss is not None)
+
+    @property
+    def _known_loss(self) -> KnownLoss | None:
+        return recognise_loss(self.loss) if self.loss is not None else None
 
     def _why_whole(self) -> str:
         if self.couples_samples:
@@ -163,7 +206,7 @@ class Objective:
 
     @property
     def counted(self) -> str:
-        """What a batch is weighed by, in words."""
+        """Name of the weighting rule."""
         return self._survey.rule
 
     @property
@@ -183,7 +226,7 @@ class Objective:
 
     @property
     def may_separate(self) -> bool:
-        """Whether the objective falls apart into samples, so that pieces and per-sample gradients mean something."""
+        """Whether the objective is a mean or sum over samples, so that pieces and per-sample gradients are defined."""
         return self._survey.additive and not self.couples_samples
 
     @property
@@ -195,10 +238,11 @@ class Objective:
         world = f", {self.ranks.size} processes" if self.ranks.size > 1 else ""
         return (
             f"Objective({type(self.model).__name__}, {self.num_parameters:,} parameters, {self.reduction} over {self.num_targets:g} "
-            f"{self.counted} "
-            f"in {self.num_batches} batch{'' if self.num_batches == 1 else 'es'}, {self.mode} mode, {self.dtype}, {self.device}{world})"
+            f"{self.counted} in {self.num_batches} batch{'' if self.num_batches == 1 else 'es'}, {self.mode} mode, {self.dtype}, "
+            f"{self.device}{world})"
         )
 
+    # -- others like it -------------------------------------------------------------------------------------------------
     def with_params(self, params: ParamSelector) -> Objective:
         """The same function of fewer parameters, the others held fixed."""
         other = copy.copy(self)
@@ -212,10 +256,10 @@ class Objective:
         return other
 
     def with_data(self, batches: list[Batch], *, ranks: Ranks | None = None) -> Objective:
-        """The same function of the parameters over other batches, weighed by the rule found at the start; nothing is evaluated.
+        """The same function of the parameters over other batches, weighted by the same rule; nothing is evaluated.
 
         Args:
-            batches: of the same kind; may be empty on some processes.
+            batches: data of the same kind; may be empty on some processes.
             ranks: the processes whose batches make up the objective, by default this objective's.
 
         Raises:
@@ -241,9 +285,38 @@ class Objective:
         other._survey = replace(self._survey, draws=False)
         return other
 
+    def copy(self, batches: list[Batch], *, dtype: torch.dtype | None = None) -> Objective:
+        """The same objective over given batches, on a deep copy of the model; weighted by the same rule, nothing is evaluated.
+
+        Args:
+            batches: data of the same kind.
+            dtype: convert model, data and a loss module to this type. Raises whatever the model raises for it.
+        """
+        model, loss = copy.deepcopy(self.model), self.loss
+        for original, twin in zip(self.model.parameters(), model.parameters(), strict=True):
+            twin.requires_grad_(original.requires_grad)
+        if dtype is not None:
+            model = model.to(dtype)
+            batches = [map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch) for batch in batches]
+            loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
+        return Objective(
+            model,
+            batches,
+            loss=loss,
+            closure=None if loss is not None else self._closure,
+            count=self.count_of,
+            params=list(self.layout.names),
+            reduction=self.reduction,
+            mode=self.mode,
+            autocast=self.autocast if dtype is None else None,
+            process_group=False,
+            seed=self.seed,
+            check=False,
+        )
+
     # -- evaluation ---------------------------------------------------------------------------------------------------
     def undisturbed(self) -> AbstractContextManager[None]:
-        """The guard to evaluate under: the model is left bit for bit as found.
+        """The guard to evaluate under: the model is left bit for bit as it was.
 
         Raises:
             ObjectiveError: parameters were replaced or frozen since the objective was made.
@@ -266,7 +339,7 @@ class Objective:
         """A piece cut into single samples, those that count nothing left out.
 
         Raises:
-            ObjectiveError: the loss does not fall apart into samples.
+            ObjectiveError: the loss is not a mean or sum over samples.
         """
         if not self.may_separate or self._survey.draws:
             raise ObjectiveError(
@@ -275,7 +348,7 @@ class Objective:
         return cut_samples(piece, self._survey, self.count_of, length=samples_in(piece.batch, self.loss is not None))
 
     def count_of(self, batch: Batch) -> float:
-        """What a batch counts, by the rule found at the start."""
+        """What a batch counts, by the weighting rule."""
         if self._count is not None:
             return float(self._count(batch))
         return self._candidate_counts(batch)[self._survey.rule]
@@ -348,99 +421,16 @@ class Objective:
         total, flat = self.ranks.run_together(local, device=self.device)
         return self.ranks.sum_numbers([total], device=self.device)[0], self.ranks.sum_(flat)
 
-    # -- counting -----------------------------------------------------------------------------------------------------
-    def _candidate_counts(self, batch: Batch) -> dict[str, float]:
-        if self._count is not None:
-            return {"counts": float(self._count(batch))}
-        return candidate_counts(batch, self._known_loss, self.loss is not None)
-
-    @property
-    def _known_loss(self) -> KnownLoss | None:
-        return recognise_loss(self.loss) if self.loss is not None else None
-
-    def _look(self, probe: Probe, reduction: str) -> Look:
-        with self.undisturbed():
-            return look_at(self._source, probe, reduction=reduction)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def make_probe(objective: Objective, *, check: bool) -> Probe:
-    """The probe of an objective that has its model, data and loss, but no weights yet."""
-    device = objective._data_device
-
-    def loss(batch: Batch, number: int) -> Tensor:
-        with objective._guard(training=False):
-            return objective._evaluate(to_device(batch, device), number).detach()
-
-    def loss_in_mode(batch: Batch, number: int) -> tuple[Tensor, bool]:
-        with objective.undisturbed():
-            objective.seed_for(number)
-            before = random_fingerprint(device)
-            found = objective._evaluate(to_device(batch, device), number).detach()
-            return found, before != random_fingerprint(device)
-
-    several = objective.ranks.size > 1
-    checksum = sum(float(p.detach().double().abs().sum()) for p in objective.layout.params) if several else 0.0
-    return Probe(
-        count=objective._candidate_counts,
-        loss=loss,
-        loss_in_mode=loss_in_mode,
-        known=objective._known_loss,
-        given_count=objective._count is not None,
-        pair=objective.loss is not None,
-        check=check,
-        draws=objective.mode == "train",
-        parameters=(objective.num_parameters, checksum),
-    )
-
-
-def twin_objective(objective: Objective, batches: list[Batch], *, dtype: torch.dtype | None = None) -> Objective:
-    """The same objective over given batches, on a deep copy of the model; weights follow the original's rule and nothing is evaluated.
-
-    Args:
-        objective: the original.
-        batches: data of the same kind.
-        dtype: convert model, data and a loss module to this type. Raises whatever the model raises for it.
-    """
-    model = copy.deepcopy(objective.model)
-    for original, twin in zip(objective.model.parameters(), model.parameters(), strict=True):
-        twin.requires_grad_(original.requires_grad)
-    loss = objective.loss
-    if dtype is not None:
-        model = model.to(dtype)
-        batches = [map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch) for batch in batches]
-        loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
-    return Objective(
-        model,
-        batches,
-        loss=loss,
-        closure=None if loss is not None else objective._closure,
-        count=objective.count_of,
-        params=list(objective.layout.names),
-        reduction=objective.reduction,
-        mode=objective.mode,
-        autocast=objective.autocast if dtype is None else None,
-        process_group=False,
-        seed=objective.seed,
-        check=False,
-    )
-
-
-_LEAST_SAMPLES = 32  # a batch is not cut below
-
 
 class ObjectiveMaker:
-    """Makes objectives over batches, by default of the parameters that an optimizer holds.
+    """Makes an objective of each training batch: one in full, by which the others are only given their data.
 
-    How the loss averages is found out on the first batch and again when the set of trained parameters changes.
+    How the loss averages is tried out on the first batch and again when the set of trained parameters changes.
 
     Args:
         model: unwrapped.
         held: gives the parameters of every group of an optimizer; asked again for every batch.
-        params: other ones.
+        params: selects other parameters than those.
         probe: data of a fixed second objective; None for none.
         max_samples: measure on the first so many samples of a batch.
         settings: further arguments of Objective.
@@ -468,16 +458,16 @@ class ObjectiveMaker:
 
     @property
     def rank(self) -> int:
-        """Of this process, once known."""
+        """This process's number, once known."""
         return self._template.ranks.rank if self._template is not None else 0
 
     def over(self, batch: Batch, *, part: float, seed: int) -> tuple[Objective, int]:
         """The objective of one training batch, or of the first samples of it.
 
         Args:
-            batch: or a list of micro-batches.
+            batch: one batch, or a list of micro-batches.
             part: share of it that is measured.
-            seed: of dropout masks.
+            seed: fixes dropout masks.
 
         Returns:
             the objective, and the samples of the whole batch on all processes.
@@ -513,23 +503,19 @@ class ObjectiveMaker:
 
     def _listed(self, batch: Batch) -> list[Batch]:
         pairs = self.settings["loss"] is not None
-        if isinstance(batch, list):
-            found = [tuple(batch)] if pairs and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch) else batch
-        else:
-            found = [batch]
-        for one in found if pairs else ():
-            if not (isinstance(one, (tuple, list)) and len(one) == 2):
-                raise TypeError(
-                    f"with loss=, batches are (input, target), but this one is a {type(one).__name__}: pass closure=lambda model, batch: "
-                    "... instead"
-                )
-        return found
+        if not isinstance(batch, list):
+            batch = [batch]
+        elif pairs and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch):  # as a DataLoader collates (input, target)
+            batch = [tuple(batch)]
+        for index, each in enumerate(batch if pairs else ()):
+            check_pair(each, index)
+        return batch  # type: ignore[no-any-return]
 
     def _length(self, batch: Batch) -> int:
         return samples_in(batch, self.settings["loss"] is not None)
 
     def _samples(self, batches: list[Batch]) -> int:
-        return sum(self._length(b) for b in batches)
+        return sum(map(self._length, batches))
 
     def _cut(self, batches: list[Batch], part: float) -> list[Batch]:
         """The same share of each micro-batch, its first samples."""
@@ -542,15 +528,12 @@ class ObjectiveMaker:
         return [slice_batch(b, 0, max(1, round(n * wanted / total)), length=n) for b, n in zip(batches, lengths, strict=True)]
 
 
-MODES = ("eval", "train")
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def check_arguments(*, model: Any, loss: Any, closure: Any, count: Any, reduction: Any, mode: Any, micro_batch_size: Any) -> None:
-    """What an objective's arguments must be, apart from the data.
-
-    Raises:
-        TypeError, ValueError: they are not.
-    """
+def _check_arguments(model: Any, loss: Any, closure: Any, count: Any, reduction: Any, mode: Any, micro_batch_size: Any) -> None:
+    """TypeError or ValueError unless an objective's arguments make sense, apart from the data."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if loss is not None and closure is not None:
@@ -566,8 +549,8 @@ def check_arguments(*, model: Any, loss: Any, closure: Any, count: Any, reductio
         raise TypeError(f"loss is the class {loss.__name__}, not a loss: make one, loss={loss.__name__}()")
     if reduction not in ("auto", "mean", "sum"):
         raise ValueError(f"reduction must be 'auto', 'mean' or 'sum', got {reduction!r}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
     whole = isinstance(micro_batch_size, int) and not isinstance(micro_batch_size, bool) and micro_batch_size > 0
     if not (micro_batch_size is None or micro_batch_size == "auto" or whole):
         raise ValueError(f"micro_batch_size must be a positive integer, 'auto' or None, got {micro_batch_size!r}")

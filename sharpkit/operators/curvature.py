@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
-from sharpkit.objective.memory import available_memory, graph_nodes, human_bytes, is_out_of_memory
+from sharpkit.objective.memory import graph_nodes, human_bytes, is_out_of_memory
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamSelector
 from sharpkit.objective.reduction import Piece
@@ -160,7 +160,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _limit(self) -> float:
         if self._memory_limit is None:
-            self._memory_limit = _GRAPH_SHARE * (available_memory(self.device) + self.bytes_kept())
+            self._memory_limit = _GRAPH_SHARE * (self.free_memory() + self.bytes_kept())
         return self._memory_limit
 
     def _watched(self) -> list[Tensor]:
@@ -200,7 +200,7 @@ class CurvatureOperator(SymmetricOperator):
     def _does_not_fit(self) -> str:
         samples = self.objective.micro_batch_size or max(self.objective.batch_lengths, default=0)
         return (
-            f"a product does not fit: {human_bytes(available_memory(self.device))} free on {self.device}, {self.size:,} parameters, "
+            f"a product does not fit: {human_bytes(self.free_memory())} free on {self.device}, {self.size:,} parameters, "
             f"pieces of {samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. "
             "Select fewer parameters (params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
         )
@@ -227,7 +227,7 @@ class CurvatureOperator(SymmetricOperator):
         finally:
             objective.micro_batch_size = None
         peak = 1.5 * held * longest / sample
-        if peak > (free := available_memory(self.device)):
+        if peak > (free := self.free_memory()):
             objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (1.5 * held)))
             logger.warning(
                 "a batch of %d samples would need about %s of %s free; using pieces of %d samples",

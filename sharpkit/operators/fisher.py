@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from sharpkit._errors import ObjectiveError
 from sharpkit.objective.loss import KnownLoss, recognise_loss
-from sharpkit.objective.memory import available_memory
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.reduction import Piece, samples_in
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, all_equal
@@ -232,7 +231,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
         def gradients() -> list[Tensor]:
             return [self._sample_gradient(sample) for sample in samples]
 
-        matrix = torch.stack(gradients()) if bytes_needed < 0.25 * available_memory(self.device) and samples else None
+        matrix = torch.stack(gradients()) if bytes_needed < 0.25 * self.free_memory() and samples else None
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
             flat = self.layout.flatten(vectors)

@@ -131,7 +131,7 @@ def test_a_batch_forecast_not_to_fit_is_cut_before_it_is_built(monkeypatch: pyte
     seen: list[int] = []
     build = sk.HessianOperator._build
     monkeypatch.setattr(sk.HessianOperator, "_build", lambda self, piece: (seen.append(len(piece.batch[1])), build(self, piece))[1])
-    monkeypatch.setattr("sharpkit.operators.curvature.available_memory", lambda device: 20_000.0)
+    monkeypatch.setattr("sharpkit.operators.base.available_memory", lambda device: 20_000.0)
     H = sk.HessianOperator(sk.Objective(model, (x, y), loss=F.cross_entropy))
     assert relative_error(H @ gaussian(43), expected) < 1e-12
     assert max(seen) < 128

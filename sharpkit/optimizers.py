@@ -213,13 +213,12 @@ def register_optimizer(
 
     Example:
         >>> import torch, sharpkit as sk
-        >>> from sharpkit.optimizers import UpdateRule
         >>> class HalfStep(torch.optim.SGD):
         ...     def step(self, closure=None):
         ...         for group in self.param_groups:
         ...             for p in group["params"]:
         ...                 p.data.add_(p.grad, alpha=-group["lr"] / 2)
-        >>> sk.register_optimizer(HalfStep, rule=lambda settings: UpdateRule(dampening=0.5))
+        >>> sk.register_optimizer(HalfStep, rule=lambda settings: sk.UpdateRule(dampening=0.5))
         >>> float(sk.stable_learning_rate(10.0, optimizer=HalfStep([torch.nn.Parameter(torch.ones(1))], lr=0.1)))
         0.4
     """

@@ -1,4 +1,8 @@
-"""Checking what a user gives the monitor, with a message that says the remedy."""
+"""What a monitor can measure: each metric is one function and one entry of the table METRICS.
+
+A metric gets the :class:`Situation` of the step and returns its values by name. What is measured on the training batch is cheap and noisy;
+slow quantities are measured on the probe set where there is one.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,17 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
-from sharpkit._results import standard_error
+from sharpkit._results import Parts, State, standard_error
 from sharpkit.batch_size.noise import gradient_noise_scale
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.results import Eigenpairs, Estimate
@@ -47,48 +52,43 @@ from sharpkit.optimizers import (
     update_rules,
 )
 
-_WINDOW = 16  # batches that a mean over batches looks back on
+Values = dict[str, Measurement]
+# All by judgement: what a mean over batches needs to be known to about a tenth, at a cost that a budget of a few per cent bears.
+_WINDOW = 16  # training batches that a mean looks back on
+_MEAN_BATCHES = 24  # batches drawn from the probe set for a mean
+_NOISE_GROUPS = 8  # parts of a batch whose gradients are compared for the noise scale
+_TRACE_MATVECS = 24  # products of a trace without a budget
+_LEAST_MATVECS = 3  # products without which neither a trace nor the ends of a spectrum have an error
 
 
 @dataclass
-class Memory:
+class Memory(State, saved=("trackers", "windows", "numbers")):
     """What metrics remember from one measurement to the next, saved with the monitor's state.
 
     Attributes:
-        trackers: of eigenvalues, by metric.
+        tol: relative error that the trackers reach for.
+        seed: seeds all random vectors and draws.
+        trackers: a tracker of an eigenvalue for each metric, made when first asked for.
         windows: the last results on single batches, by metric.
         numbers: single numbers, by metric.
     """
 
     tol: float = 0.02
     seed: int = 0
-    trackers: dict[str, EigenvalueTracker] = field(default_factory=dict)
+    trackers: Parts[EigenvalueTracker] = field(init=False)
     windows: dict[str, deque[tuple[float, ...]]] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
 
-    def tracker(self, name: str) -> EigenvalueTracker:
-        """The tracker of a metric, made when first asked for."""
-        return self.trackers.setdefault(name, EigenvalueTracker(tol=self.tol, seed=self.seed))
+    def __post_init__(self) -> None:
+        self.trackers = Parts(lambda _: EigenvalueTracker(tol=self.tol, seed=self.seed))
 
     def window(self, name: str) -> deque[tuple[float, ...]]:
         """The last results of a metric."""
         return self.windows.setdefault(name, deque(maxlen=_WINDOW))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-        return {
-            "trackers": {name: tracker.state_dict() for name, tracker in self.trackers.items()},
-            "windows": {name: [list(entry) for entry in window] for name, window in self.windows.items()},
-            "numbers": dict(self.numbers),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved memory."""
-        self.trackers.clear()
-        for name, saved in state["trackers"].items():
-            self.tracker(name).load_state_dict(saved)
-        self.windows = {name: deque((tuple(e) for e in entries), maxlen=_WINDOW) for name, entries in state["windows"].items()}
-        self.numbers = {name: float(value) for name, value in state["numbers"].items()}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.windows = {name: deque(entries, _WINDOW) for name, entries in self.windows.items()}
 
 
 @dataclass
@@ -99,10 +99,10 @@ class Situation:
         objective: the training batch, or the part of it that is measured.
         probe: the fixed probe set; None without one.
         optimizer: unwrapped; only read.
-        batch_size: samples of the training batch, on all processes.
+        batch_size: number of samples in the training batch, on all processes.
         step: optimizer steps done.
-        memory: of the metrics.
-        max_matvecs: products that the budget allows the next metric; None without a bound.
+        memory: what the metrics remember.
+        max_matvecs: number of products that the budget allows the next metric; None if there is no bound.
         top_k: how many eigenvalues ``top_k`` gives.
     """
 
@@ -117,12 +117,12 @@ class Situation:
 
     @property
     def lr(self) -> float:
-        """Of the first parameter group."""
+        """Learning rate of the first parameter group."""
         return learning_rate(self.optimizer)
 
     @cached_property
     def rule(self) -> UpdateRule | None:
-        """Of the first parameter group; None for an optimizer whose limits are not known."""
+        """Update rule of the first parameter group; None for an optimizer whose limits are not known."""
         return known_rule(self.optimizer)
 
     @property
@@ -132,7 +132,7 @@ class Situation:
 
     @cached_property
     def hessian(self) -> HessianOperator:
-        """Of the training batch; its graph is shared by the metrics."""
+        """Hessian of the training batch; its graph is shared by the metrics."""
         return HessianOperator(self.objective)
 
     @cached_property
@@ -142,12 +142,12 @@ class Situation:
 
     @cached_property
     def wide_hessian(self) -> HessianOperator:
-        """Of the probe set, or else the batch."""
+        """Hessian of the probe set, or else of the batch."""
         return HessianOperator(self.probe) if self.probe is not None else self.hessian
 
     @property
     def where(self) -> str:
-        """In words, what slow quantities are measured on."""
+        """What slow quantities are measured on, in words."""
         return f"on {self.wide.num_samples} samples" + (" of the probe set" if self.probe is not None else "")
 
     def curvature_limit(self) -> float | None:
@@ -155,7 +155,7 @@ class Situation:
         return self.rule.max_curvature(self.lr) if self.rule is not None and self.lr > 0 else None
 
     def hessian_limit(self) -> float | None:
-        """The largest stable lambda_max(H): none for an adaptive optimizer, or where groups have other rates."""
+        """The largest stable lambda_max(H): none for an adaptive optimizer, or if the groups' rates differ."""
         same = len(set(learning_rates(self.optimizer))) == 1
         return self.curvature_limit() if self.rule is not None and not self.rule.adaptive and same else None
 
@@ -164,31 +164,32 @@ class Situation:
         return 2 / self.lr if self.lr > 0 else None
 
 
-Values = dict[str, Measurement]
-_NOISE_GROUPS = 8
-_MEAN_BATCHES = 24  # drawn from a probe set at a time
-_LEAST_MATVECS = 3
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """No warning about what did not converge: the record says so, and a warning at every measurement would drown the others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 # -- eigenvalues --------------------------------------------------------------------------------------------------------------
 def _tracked(s: Situation, name: str, operator: SymmetricOperator, limit: float | None, where: str = "") -> Measurement:
-    estimate = s.memory.tracker(name).update(operator, step=s.step, max_matvecs=s.max_matvecs)
+    estimate = s.memory.trackers[name].update(operator, step=s.step, max_matvecs=s.max_matvecs)
     return Measurement.of(estimate, limit=limit, method=f"{estimate.method}{where}")
 
 
 def _lambda_max(s: Situation) -> Values:
-    guessed = s.memory.tracker("lambda_max").extrapolate(s.step)
-    if guessed is not None:
-        return {"lambda_max": Measurement.of(guessed, limit=s.hessian_limit())}
-    return {"lambda_max": _tracked(s, "lambda_max", s.hessian, s.hessian_limit())}
+    return _followed(s, "lambda_max", lambda: s.hessian, s.hessian_limit())
 
 
 def _preconditioned(s: Situation) -> Values:
-    name = "preconditioned_lambda_max"
-    guessed = s.memory.tracker(name).extrapolate(s.step)
-    if guessed is not None:
-        return {name: Measurement.of(guessed, limit=s.curvature_limit())}
-    return {name: _tracked(s, name, preconditioned_hessian(s.hessian, s.optimizer), s.curvature_limit())}
+    return _followed(s, "preconditioned_lambda_max", lambda: preconditioned_hessian(s.hessian, s.optimizer), s.curvature_limit())
+
+
+def _followed(s: Situation, name: str, operator: Callable[[], SymmetricOperator], limit: float | None) -> Values:
+    """An eigenvalue that moved along a line is extrapolated without a product; only then is no graph built either."""
+    guessed = s.memory.trackers[name].extrapolate(s.step)
+    return {name: _tracked(s, name, operator(), limit) if guessed is None else Measurement.of(guessed, limit=limit)}
 
 
 def _probe_lambda_max(s: Situation) -> Values:
@@ -196,21 +197,21 @@ def _probe_lambda_max(s: Situation) -> Values:
 
 
 def _ends(s: Situation, k: int, which: str) -> Eigenpairs:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with _unwarned():
         matvecs = None if s.max_matvecs is None else max(s.max_matvecs, k + _LEAST_MATVECS)
         k = min(k, s.wide_hessian.size)
         return eigenpairs(s.wide_hessian, k, which=which, tol=s.memory.tol, seed=s.memory.seed, max_matvecs=matvecs)  # type: ignore[arg-type]
 
 
 def _as_values(s: Situation, pairs: Eigenpairs, names: list[str], limit: float | None) -> Values:
-    found: Values = {}
+    values: Values = {}
     for j, name in enumerate(names[: len(pairs.values)]):
         value, error, converged = float(pairs.values[j]), float(pairs.residuals[j]), bool(pairs.converged[j])
-        matvecs, seconds = (pairs.num_matvecs, pairs.seconds) if j == 0 else (0, 0.0)
+        matvecs, seconds = (pairs.num_matvecs, pairs.seconds) if j == 0 else (0, 0.0)  # one run gave them all: the first carries the cost
         if math.isfinite(value):
-            found[name] = Measurement(value, error, matvecs, seconds, f"Lanczos {s.where}", converged, limit)
-    return found
+            how = f"Lanczos {s.where}"
+            values[name] = Measurement(value, error, matvecs, seconds, how, converged, limit, error_kind="residual bound")
+    return values
 
 
 def _lambda_min(s: Situation) -> Values:
@@ -223,17 +224,21 @@ def _top_k(s: Situation) -> Values:
 
 
 def _per_layer(s: Situation) -> Values:
-    found: Values = {}
+    values: Values = {}
     for layer in dict.fromkeys(layer_of(name) for name in s.wide.layout.names):
-        block = s.wide_hessian.block(_in_layer(layer))
+        block = s.wide_hessian.block(partial(_is_in_layer, layer))
         name = f"lambda_max/{layer}"
-        found[name] = _tracked(s, name, block, s.hessian_limit(), f" {s.where}")
-    return found
+        values[name] = _tracked(s, name, block, s.hessian_limit(), f" {s.where}")
+    return values
+
+
+def _is_in_layer(layer: str, name: str, _: torch.Tensor) -> bool:
+    return layer_of(name) == layer
 
 
 def _groups(s: Situation) -> Values:
     """The block of each parameter group against that group's own limit."""
-    found: Values = {}
+    values: Values = {}
     live = preconditioned_hessian(s.hessian, s.optimizer) if s.rule is not None and s.rule.adaptive else s.hessian
     rules = update_rules(s.optimizer) if s.rule is not None else None
     for index, (params, lr) in enumerate(zip(held_parameters(s.optimizer), learning_rates(s.optimizer), strict=True)):
@@ -244,22 +249,17 @@ def _groups(s: Situation) -> Values:
         rule, name = rules[index] if rules is not None else None, f"lambda_max/group{index}"
         # the live matrix carries each group's rate relative to the first's, so that all are held against the first's
         at = s.lr if rule is not None and rule.adaptive else lr
-        found[name] = _tracked(s, name, block, rule.max_curvature(at) if rule is not None and at > 0 else None)
-    return found
-
-
-def _in_layer(layer: str) -> Callable[[str, torch.Tensor], bool]:
-    return lambda name, _: layer_of(name) == layer
+        values[name] = _tracked(s, name, block, rule.max_curvature(at) if rule is not None and at > 0 else None)
+    return values
 
 
 # -- along the steps ------------------------------------------------------------------------------------------------------------
 def _batch_sharpness(s: Situation) -> Values:
-    """Over batches drawn from the probe set, or over the last training batches, each at its own step."""
+    """Mean over batches drawn from the probe set, or over the last training batches, each at its own step."""
     name, stepper = "batch_sharpness", s.optimizer if has_velocity(s.optimizer) else None
     started, size = time.perf_counter(), s.batch_size
     if s.probe is not None and size <= s.probe.num_samples:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with _unwarned():
             estimate = batch_sharpness(
                 s.probe.by_samples(), batch_size=size, optimizer=stepper, max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
             )
@@ -280,8 +280,7 @@ def _batch_sharpness(s: Situation) -> Values:
 def _gradient_noise_interaction(s: Situation) -> Values:
     if s.probe is None:
         raise UnsupportedError("gradient_noise_interaction compares batches with a larger set of data: pass probe=")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with _unwarned():
         estimate = gradient_noise_interaction(
             s.probe.by_samples(), batch_size=min(s.batch_size, s.probe.num_samples), max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
         )
@@ -290,13 +289,14 @@ def _gradient_noise_interaction(s: Situation) -> Values:
 
 def _critical_sharpness(s: Situation) -> Values:
     started, name = time.perf_counter(), "critical_sharpness"
-    found = critical_learning_rate(s.objective, s.optimizer, guess=s.memory.numbers.get(name) or s.lr or 1e-3)
-    if found.outcome != "found":
-        raise NonFiniteError(f"no critical learning rate here: {found}")
-    s.memory.numbers[name] = found.value
-    error = (2 / found.lower - 2 / found.upper) / 2 if found.lower > 0 else math.inf
-    how = f"{found.num_evaluations} forward passes and a gradient"
-    return {name: Measurement(found.sharpness, error, 0, time.perf_counter() - started, how, True, s.step_limit())}
+    # the next update changes little from step to step, so that the last answer mostly brackets the new one with two forward passes
+    critical = critical_learning_rate(s.objective, s.optimizer, guess=s.memory.numbers.get(name) or s.lr or 1e-3)
+    if critical.outcome != "found":
+        raise NonFiniteError(f"there is no critical learning rate here: {critical}")
+    s.memory.numbers[name] = critical.value
+    error = (2 / critical.lower - 2 / critical.upper) / 2 if critical.lower > 0 else math.inf
+    how, seconds = f"{critical.num_evaluations} forward passes and a gradient", time.perf_counter() - started
+    return {name: Measurement(critical.sharpness, error, 0, seconds, how, True, s.step_limit(), error_kind="half bracket")}
 
 
 def _directional_sharpness(s: Situation) -> Values:
@@ -308,9 +308,8 @@ def _directional_sharpness(s: Situation) -> Values:
 
 # -- sums ---------------------------------------------------------------------------------------------------------------------
 def _trace(s: Situation) -> Values:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        matvecs = 24 if s.max_matvecs is None else max(s.max_matvecs, _LEAST_MATVECS)
+    with _unwarned():
+        matvecs = _TRACE_MATVECS if s.max_matvecs is None else max(s.max_matvecs, _LEAST_MATVECS)
         estimate = trace(s.wide_hessian, rtol=0.05, seed=s.memory.seed + s.step, max_matvecs=matvecs)
     return {"trace": Measurement.of(estimate, limit=_trace_limit(s), method=f"{estimate.method} {s.where}")}
 
@@ -320,7 +319,7 @@ def _trace_limit(s: Situation) -> float | None:
 
     2 (1 + beta) / lr = lambda_max + k tr H with k = (1 + beta) / ((1 - beta) B), the short form for Gaussian least squares.
     """
-    rule, points = s.rule, s.memory.tracker("lambda_max").points
+    rule, points = s.rule, s.memory.trackers["lambda_max"].points
     if rule is None or rule.adaptive or rule.nesterov or rule.dampening or s.hessian_limit() is None or not points:
         return None
     room = 2 * (1 + rule.momentum) / s.lr - points[-1][1]
@@ -328,23 +327,23 @@ def _trace_limit(s: Situation) -> float | None:
 
 
 def _noise_scale(s: Situation) -> Values:
-    """tr Sigma and |G|^2 are averaged over the last batches first, then divided."""
+    """tr Sigma and |G|^2 are averaged over the last batches first, then divided: a mean of ratios would be biased by small |G|^2."""
     name, objective = "noise_scale", s.objective.by_samples()
     started = time.perf_counter()
     size = max(1, objective.num_samples // _NOISE_GROUPS)
-    found = gradient_noise_scale(objective, group_size=size, max_groups=_NOISE_GROUPS, seed=s.memory.seed + s.step)
+    noise_of_batch = gradient_noise_scale(objective, group_size=size, max_groups=_NOISE_GROUPS, seed=s.memory.seed + s.step)
     window = s.memory.window(name)
-    window.append((float(s.step), found.trace.value, found.gradient_norm_squared.value))
+    window.append((float(s.step), noise_of_batch.trace.value, noise_of_batch.gradient_norm_squared.value))
     noise, signal = (np.array([entry[j] for entry in window]) for j in (1, 2))
     value, error = _ratio_of_means(noise, signal)
     if len(window) == 1:
-        value, error = found.noise_scale.value, found.noise_scale.stderr
+        value, error = noise_of_batch.noise_scale.value, noise_of_batch.noise_scale.stderr
     how = f"{len(window)} training batches, steps {int(window[0][0])} to {s.step}"
     return {name: Measurement(value, error, 0, time.perf_counter() - started, how, math.isfinite(value))}
 
 
 def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Mean over mean and its jackknife error; NaN where the denominator is lost in noise."""
+    """Ratio of the means with its jackknife error; NaN if noise makes the denominator 0 or negative."""
     n, total, base = len(above), above.sum(), below.sum()
     if n < 2 or base <= 0:
         return math.nan, math.inf
@@ -358,9 +357,9 @@ class Metric:
 
     Attributes:
         compute: measures it.
-        gradients: about what one measurement costs, in gradients of the batch.
-        live: reads the optimizer's state, so that for an adaptive one it is left out before the first step.
-        needs_probe: only with ``probe=``.
+        gradients: approximate cost of one measurement, in gradients of the batch.
+        live: whether it reads the optimizer's state; for an adaptive one it is then left out before the first step.
+        needs_probe: whether it can be measured on a probe set only.
     """
 
     compute: Callable[[Situation], Values]
@@ -435,8 +434,8 @@ def register_metric(
         name: what records, plots and pages call it. A metric that sharpkit knows by this name already is replaced.
         function: (objective over the training batch, optimizer, which is only read) -> a number, or an :class:`Estimate` where the number
             has an error.
-        gradients: about what one measurement costs, in gradients of the batch; only the first one is planned with it.
-        limit: optimizer -> the value that the metric is held against, None where there is none.
+        gradients: approximate cost of one measurement, in gradients of the batch; only the first measurement is planned with it.
+        limit: optimizer -> the value that the metric is compared with, None if there is none.
 
     Raises:
         TypeError: function or limit is no function.

@@ -11,18 +11,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitWarning, UnsupportedError
-from sharpkit.monitor.events import Event, EventDetector
+from sharpkit._results import State
+from sharpkit.monitor.events import EventDetector
 from sharpkit.monitor.metrics import Memory, MetricLike, Situation, check_settings, chosen_metrics
 from sharpkit.monitor.planner import Planner
 from sharpkit.monitor.records import Measurement, MonitorHistory, Record
 from sharpkit.monitor.schema import RUN, VERSION
-from sharpkit.monitor.sinks import as_sink
+from sharpkit.monitor.sinks import SinkPlace, as_sink
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import unwrap
 from sharpkit.objective.objective import Closure, ObjectiveMaker
@@ -31,44 +32,47 @@ from sharpkit.optimizers import held_parameters, learning_rate, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
 
-_MAX_LOSSES = 4096  # kept between two measurements
+_MAX_LOSSES = 4096  # kept between two measurements; by judgement: a few times the longest interval, max_interval
 _PERMANENT = (TypeError, ValueError, UnsupportedError)  # a metric that fails so will fail again
 
 
-class Monitor:
+_SAVED = ("step=_step", "plan=_planner", "memory=_memory", "events=_detector", "losses=_losses", "disabled=_disabled")
+
+
+class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")):
     """Curvature beside its stability limit, during training.
 
     Call :meth:`step` once an optimizer step, after ``backward()`` and before ``optimizer.step()``. Nothing of the training is changed:
     parameters, gradients, buffers, optimizer state, random states and modes are left bit for bit, and an error inside a measurement is
-    recorded and warned of once, never raised.
+    recorded and warned about once, never raised.
 
     With ``every="auto"`` the monitor times the training steps and itself, and measures as often as ``budget`` allows: the first record
-    comes when its cost, about ten gradients, has been earned (after some 200 to 300 steps at 5 %). 60 % of the budget goes to the first
-    metric, the rest to the others in equal parts, each measured on the steps of the first when its own part suffices.
+    comes once the budget accumulated so far covers its cost, about ten gradients (after some 200 to 300 steps at 5 %). 60 % of the budget
+    goes to the first metric, the rest to the others in equal parts; they are measured on the same steps whenever their part suffices.
 
     Args:
-        model: what is trained; wrappers are taken off.
+        model: the model that is trained; wrappers are unwrapped.
         optimizer: its torch optimizer; only read.
         loss: ``loss(output, target)`` on (input, target) batches, as in :class:`sharpkit.Objective`.
         closure: ``closure(model, batch)`` returning the loss, for everything else. Without both, ``model(**batch).loss`` of dict batches.
-        count: what a batch's loss averages over, when it cannot be found out.
+        count: what a batch's loss averages over, if it cannot be determined.
         params: which parameters; by default those that the optimizer holds.
-        metrics: names from ``sharpkit.monitor.metrics.METRICS`` or own functions ``(objective, optimizer) -> float``; the first one is
-            the main one. By default lambda_max (of D^-1 H for an adaptive optimizer), batch and critical sharpness.
+        metrics: names from ``sk.METRICS`` or functions ``(objective, optimizer) -> float``; the first one is the main one. By default
+            lambda_max (of D^-1 H for an adaptive optimizer), batch and critical sharpness.
         every: steps between measurements, or ``"auto"``.
-        budget: share of training time for measuring, with ``every="auto"``.
-        tol: relative error of eigenvalues to reach; where products run out first, the error says so.
+        budget: share of the training time that measuring may take, with ``every="auto"``.
+        tol: relative error to which eigenvalues are computed; if the budget ends first, the stated error is larger.
         probe: a fixed set of data, for probe_lambda_max and for trace, ends of the spectrum and means over batches.
         mode: ``"train"``: the function that is trained, dropout masks fixed by the seed and the step, batch statistics of the batch; or
             ``"eval"``.
         autocast: run forward passes under autocast of this type.
-        max_samples: measure on the first so many samples of a batch.
-        max_interval: where the budget would ask for more steps than this between records, batches are cut in halves first, down to 32
+        max_samples: measure on at most this many samples of a batch, the first ones.
+        max_interval: longest interval between records in steps: if the budget asks for a longer one, batches are halved, down to 32
             samples. Smaller batches are sharper: the record says on how many samples it was measured.
-        top_k: eigenvalues that the metric ``"top_k"`` gives.
+        top_k: number of eigenvalues that the metric ``"top_k"`` gives.
         sinks: where records go: ``sk.sinks`` places, paths ending in .jsonl or .csv, or functions of a record's dict.
         process_group: as in Objective; every process must call :meth:`step` with its own batch.
-        seed: of probes and masks.
+        seed: seeds the random probes and dropout masks.
 
     Raises:
         TypeError, ValueError, UnsupportedError: arguments that make no sense. Later on nothing is raised.
@@ -89,6 +93,9 @@ class Monitor:
         (1.0, 20.0)
     """
 
+    _losses: deque[tuple[int, Tensor | float]]  # (step, loss) since the last measurement
+    _disabled: dict[str, str]
+
     def __init__(
         self,
         model: nn.Module,
@@ -108,7 +115,7 @@ class Monitor:
         max_samples: int | None = None,
         max_interval: int = 1000,
         top_k: int = 5,
-        sinks: Iterable[Any] | Any = (),
+        sinks: SinkPlace | Iterable[SinkPlace] = (),
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
@@ -116,28 +123,21 @@ class Monitor:
         check_settings(every, budget, tol, max_samples, max_interval)
         self.metrics = chosen_metrics(metrics, self.optimizer, probe)
         self.every, self.budget, self.seed, self.mode = every, budget, seed, mode
-        settings = {
-            "loss": loss,
-            "closure": closure,
-            "count": count,
-            "mode": mode,
-            "autocast": autocast,
-            "process_group": process_group,
-            "seed": seed,
-        }
+        settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
+        settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
         held = partial(held_parameters, self.optimizer)
         self._maker = ObjectiveMaker(self.model, held, params=params, probe=probe, max_samples=max_samples, settings=settings)
         self._top_k = top_k
-        places = [sinks] if callable(sinks) or hasattr(sinks, "write") or isinstance(sinks, (str, os.PathLike)) else list(sinks)
+        single = callable(sinks) or hasattr(sinks, "write") or isinstance(sinks, (str, os.PathLike))
+        places = cast(Iterable[SinkPlace], [sinks] if single else sinks)
         self._sinks = [as_sink(place) for place in places]
         self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector()
         gradients = {name: metric.gradients for name, metric in self.metrics.items()}
         self._planner = Planner(gradients, every=every, budget=budget, max_interval=max_interval, process_group=process_group)
         self._step = 0
-        self._losses: deque[tuple[int, Tensor | float]] = deque(maxlen=_MAX_LOSSES)
-        self._disabled: dict[str, str] = {}
+        self._losses, self._disabled = deque(maxlen=_MAX_LOSSES), {}
         self._warned: set[str] = set()
-        self._opened = False
+        self._opened = False  # whether the sinks have their header, which goes out with the first record
         self._resumed_at: int | None = None
         self.history = MonitorHistory(self._header())
 
@@ -146,8 +146,8 @@ class Monitor:
         """Note one training step, and measure if it is time.
 
         Args:
-            batch: that the gradients were computed on; a list of micro-batches where gradients were accumulated.
-            loss: of the batch if at hand, for the detection of spikes; not read until the next measurement.
+            batch: the batch that the gradients were computed on; a list of micro-batches if gradients were accumulated.
+            loss: loss of the batch if at hand, to notice spikes between measurements; not read until the next measurement.
 
         Returns:
             the record if one was made.
@@ -160,7 +160,7 @@ class Monitor:
         if not self._planner.is_due(self._step):
             watch.leave()
         else:
-            self._synchronise()
+            self._synchronise()  # or the training step's work on the device would count as measuring
             watch.enter_again(entered)
             if self._planner.measures:
                 record = self._measure(batch)
@@ -171,19 +171,19 @@ class Monitor:
 
     @property
     def overhead(self) -> float:
-        """Time spent measuring over time spent training, so far."""
+        """Time spent measuring so far, divided by the time spent training."""
         return self._planner.watch.overhead
 
     # -- measuring -----------------------------------------------------------------------------------------------------------
     def _measure(self, batch: Batch) -> Record | None:
-        """One record with its events, in the history and the sinks; None where no metric could be asked for yet."""
+        """One record with its events, in the history and the sinks; None if no metric could be measured yet."""
         values: dict[str, Measurement] = {}
         failed: dict[str, str] = {}
         loss, samples = math.nan, 0
         try:
             situation = self._situation(batch)
             samples = situation.objective.num_samples
-            self._ask_all(situation, values, failed)
+            self._measure_all(situation, values, failed)
             loss = self._flush_losses(situation)
         except Exception as error:
             self._fail("objective", error, failed)
@@ -192,17 +192,21 @@ class Monitor:
         self._synchronise()
         watch = self._planner.watch
         spent = watch.mark() - watch.entered
-        record = Record(self._step, values, {**self._disabled, **failed}, loss, self._lr(), (), samples, spent, watch.overhead_with(spent))
-        events: tuple[Event, ...] = tuple(self._detector.update(record.to_dict()))
-        for event in events:
+        lr, overhead = learning_rate(self.optimizer), watch.overhead_with(spent)
+        record = Record(self._step, values, {**self._disabled, **failed}, loss, lr, (), samples, spent, overhead)
+        record = replace(record, events=tuple(self._detector.update(record.to_dict())))
+        for event in record.events:
             logger.info("step %d: %s", event.step, event.text)
-        record = replace(record, events=events)
         self.history.append(record)
         if self._maker.rank == 0:
             self._write(record.to_dict())
         return record
 
-    def _ask_all(self, situation: Situation, values: dict[str, Measurement], failed: dict[str, str]) -> None:
+    def _situation(self, batch: Batch) -> Situation:
+        objective, samples = self._maker.over(batch, part=self._planner.part, seed=self.seed + self._step)
+        return Situation(objective, self._maker.probe, self.optimizer, samples, self._step, self._memory, top_k=self._top_k)
+
+    def _measure_all(self, situation: Situation, values: dict[str, Measurement], failed: dict[str, str]) -> None:
         begun = self._planner.watch.entered  # the first metric pays for making the objective
         for name, metric in self.metrics.items():
             if name in self._disabled or (metric.live and situation.awaits_state) or not self._planner.affords(name):
@@ -214,16 +218,13 @@ class Monitor:
             except Exception as error:
                 self._fail(name, error, failed)
             now = self._planner.watch.mark()
+            # the first update of a tracker starts from a random vector: it takes several times as long as the later ones
             self._planner.pay(name, now - begun, cold=not known and name in self._memory.trackers)
             begun = now
 
-    def _situation(self, batch: Batch) -> Situation:
-        objective, samples = self._maker.over(batch, part=self._planner.part, seed=self.seed + self._step)
-        return Situation(objective, self._maker.probe, self.optimizer, samples, self._step, self._memory, top_k=self._top_k)
-
     def _flush_losses(self, situation: Situation) -> float:
-        """Hand the losses since the last measurement to the detector; the present one, computed if it was not given."""
-        last = math.nan
+        """Hand the losses since the last measurement to the detector, and return the present one, computed if it was not given."""
+        last = math.nan  # all are read at once: reading each at its step would wait for the device each time
         for step, loss in self._losses:
             last = float(loss)
             self._detector.update_loss(step, last)
@@ -237,16 +238,14 @@ class Monitor:
             return math.nan
 
     def _fail(self, name: str, error: Exception, failed: dict[str, str]) -> None:
-        reason = f"{type(error).__name__}: {error}"
-        failed[name] = reason
+        reason = failed[name] = f"{type(error).__name__}: {error}"
         if isinstance(error, _PERMANENT) and name in self.metrics:
             self._disabled[name] = reason
         key = f"{name} {type(error).__name__}"
         if key not in self._warned:
             self._warned.add(key)
-            tail = (
-                "This metric is left out from now on." if name in self._disabled else "Training goes on; later failures are only recorded."
-            )
+            goes_on = "Training goes on; later failures are only recorded."
+            tail = "This metric is left out from now on." if name in self._disabled else goes_on
             warnings.warn(f"the monitor could not measure {name} at step {self._step}: {reason}. {tail}", SharpkitWarning, stacklevel=4)
 
     def _write(self, document: dict[str, Any]) -> None:
@@ -258,9 +257,6 @@ class Monitor:
             sink.write(document)
 
     # -- small parts -----------------------------------------------------------------------------------------------------------
-    def _lr(self) -> float:
-        return learning_rate(self.optimizer)
-
     def _synchronise(self) -> None:
         if torch.cuda.is_available() and any(p.is_cuda for p in self.model.parameters()):
             torch.cuda.synchronize()
@@ -290,34 +286,18 @@ class Monitor:
     # -- saving, ending --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue the series: plain containers and tensors, safe for ``torch.save``."""
-        return {
-            "version": VERSION,
-            "step": self._step,
-            "plan": self._planner.state_dict(),
-            "memory": self._memory.state_dict(),
-            "events": self._detector.state_dict(),
-            "losses": [(step, float(loss)) for step, loss in self._losses],
-            "disabled": dict(self._disabled),
-            "records": [record.to_dict() for record in self.history],
-        }
+        self._losses = deque(((step, float(loss)) for step, loss in self._losses), _MAX_LOSSES)  # tensors would keep their device
+        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a saved monitor stopped.
 
         Raises:
-            ValueError: a state of another version.
+            DocumentError: a state of another version, or one that lacks something; a ValueError.
         """
-        if state.get("version") != VERSION:
-            raise ValueError(f"a monitor state of version {state.get('version')!r} cannot be loaded by version {VERSION}")
-        state = copy.deepcopy(dict(state))
-        self._step = int(state["step"])
-        self._planner.load_state_dict(state["plan"])
-        self._memory.load_state_dict(state["memory"])
-        self._detector.load_state_dict(state["events"])
-        self._losses = deque(((int(s), float(v)) for s, v in state["losses"]), maxlen=_MAX_LOSSES)
-        self._disabled = dict(state["disabled"])
+        super().load_state_dict(copy.deepcopy(dict(state)))  # the trackers write into their vectors: the caller's state stays as it is
         self._resumed_at = self._step
-        self.history = MonitorHistory(self._header(), [Record.from_dict(r) for r in state["records"]])
+        self.history = MonitorHistory(self._header(), list(self.history.records))
 
     def close(self) -> None:
         """Close the sinks."""

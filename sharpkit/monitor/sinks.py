@@ -2,7 +2,7 @@
 
     monitor = sk.Monitor(..., sinks=[sk.sinks.jsonl("run.jsonl"), sk.sinks.tensorboard(writer), print])
 
-No sink stops a training run: what cannot be written is kept or counted, and said once, loudly.
+No sink stops a training run: what cannot be written is kept or counted, and warned about once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class LineFile:
     close. When the disk is full the pieces wait, bounded in number, and are written once there is room.
 
     Args:
-        path: its folder must exist; an existing file is continued, after a torn last line is cut off.
-        is_whole: whether a last line that has no newline is complete all the same.
+        path: the file; its folder must exist. An existing file is continued, after a torn last line is cut off.
+        is_whole: whether a last line without a newline is complete all the same.
         sync_seconds: longest time between two forced writes to the disk while lines come in.
         max_waiting: pieces kept while the disk takes none; beyond it the oldest are dropped and counted.
 
@@ -62,6 +62,7 @@ class LineFile:
         self._max_waiting, self._sync_seconds = max_waiting, sync_seconds
         self._synced = time.monotonic()
         self._warned = False
+        # unbuffered: a line handed over is the operating system's and survives the process
         self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 - it stays open for the whole run
 
     @property
@@ -91,7 +92,7 @@ class LineFile:
             self._explain(error)
 
     def _write_first(self) -> None:
-        """The first piece that waits; what a full disk left out of it stays in its place and follows later."""
+        """Write the first piece that waits; what a full disk did not take of it stays in its place and follows later."""
         piece = self._waiting[0]
         done = self._file.write(piece) or 0
         if done == len(piece):
@@ -111,8 +112,8 @@ class LineFile:
             return
         self._warned = True
         warnings.warn(
-            f"cannot write {self.path}: {error.strerror or error}. Training goes on. Make room or mend the place: up to "
-            f"{self._max_waiting} writes are kept in memory and tried again with every new one; beyond that the oldest are lost.",
+            f"cannot write {self.path}: {error.strerror or error}. Training goes on. Make room: up to {self._max_waiting} writes "
+            "are kept in memory and tried again with every new one; beyond that the oldest are lost.",
             SharpkitWarning,
             stacklevel=2,
         )
@@ -134,7 +135,7 @@ class LineFile:
 
 
 def _mend_tail(path: Path, is_whole: Callable[[bytes], bool]) -> None:
-    """Cut off a last line that was torn by a killed process, or end it where only its newline is missing."""
+    """Cut off a last line that a killed process left incomplete, or end it if only its newline is missing."""
     with open(path, "rb+") as stream:
         size = stream.seek(0, os.SEEK_END)
         start = _last_line_start(stream, size)
@@ -150,28 +151,29 @@ def _mend_tail(path: Path, is_whole: Callable[[bytes], bool]) -> None:
 
 
 def _last_line_start(stream: Any, size: int) -> int:
-    """Where the text after the last newline begins."""
+    """Where the text after the last newline begins; read backwards, since a file of a long run is large."""
     end = size
     while end > 0:
         begin = max(0, end - 65536)
         stream.seek(begin)
-        found = int(stream.read(end - begin).rfind(b"\n"))
-        if found >= 0:
-            return begin + found + 1
+        newline = int(stream.read(end - begin).rfind(b"\n"))
+        if newline >= 0:
+            return begin + newline + 1
         end = begin
     return 0
 
 
 Document = Mapping[str, Any]
 
+# one row a metric, so that a spreadsheet filters by name, and metrics that come later need no column
 _COLUMNS = ("step", "metric", "value", "stderr", "limit", "loss", "lr", "num_matvecs", "seconds", "converged", "method", "note")
 
 
 class Sink:
     """Takes the header and the records of a run; made by the functions of this module.
 
-    A context manager that closes itself. A failure of the place behind it is warned of once and counted in ``num_failed``, never raised:
-    training goes on.
+    A context manager that closes itself. What the place behind it raises is warned about once and counted in ``num_failed``, never raised
+    again: training goes on.
 
     Attributes:
         num_failed: writes that failed.
@@ -191,8 +193,8 @@ class Sink:
         self._try(lambda: self._write(json_ready(document)))
 
     def close(self) -> None:
-        """Write out what is held back and let go of the place; closing twice does nothing."""
-        close, self._close = self._close, None
+        """Write what waits and release the place; closing twice does nothing."""
+        close, self._close = self._close, None  # first, so that a close that fails is not tried twice
         if close is not None:
             self._try(close)
 
@@ -223,7 +225,7 @@ class FileSink(Sink):
     """A sink whose lines go to a file.
 
     Attributes:
-        path: of the file.
+        path: the file it writes.
     """
 
     def __init__(self, name: str, lines: LineFile, to_text: Callable[[Document], str]) -> None:
@@ -249,11 +251,11 @@ class FileSink(Sink):
 def jsonl(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting: int = 1000) -> FileSink:
     """One JSON document a line: what ``sharpkit report`` and ``sharpkit watch`` read.
 
-    A killed process loses at most the last line; a file that ends in a torn line is mended when it is opened again. A full disk is warned
-    of once, and what it did not take is tried again with every record.
+    A killed process loses at most the last line, which is cut off when the file is opened again. A full disk is warned about once, and
+    what it did not take is tried again with every record.
 
     Args:
-        path: of the file, by custom ``run.jsonl``; its folder must exist. An existing run is continued.
+        path: the file to write, conventionally ``run.jsonl``; its folder must exist. An existing run is continued.
         sync_seconds: longest time between two forced writes to the disk.
         max_waiting: documents kept while the disk takes none.
 
@@ -278,7 +280,7 @@ def csv(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting:
     """A table with one row for each step and metric; the header of the run is not in it.
 
     Args:
-        path: of the file; its folder must exist. An existing table is continued.
+        path: the file to write; its folder must exist. An existing table is continued.
         sync_seconds: longest time between two forced writes to the disk.
         max_waiting: records kept while the disk takes none.
 
@@ -332,8 +334,8 @@ def tensorboard(target: Any) -> Sink:
 def wandb(run: Any) -> Sink:
     """Scalars ``sharpkit/<metric>`` to a Weights & Biases run.
 
-    A run that knows ``define_metric`` gets the steps as the axis of these metrics and keeps its own step count; any other object is called
-    as ``run.log(scalars, step=step)``. The caller finishes the run.
+    A run with ``define_metric`` gets the steps as the axis of these metrics and keeps its own step count; any other object is called as
+    ``run.log(scalars, step=step)``. The caller finishes the run.
 
     Args:
         run: ``wandb.init(...)``, or anything with ``log(dict, step=...)``.
@@ -364,8 +366,9 @@ def wandb(run: Any) -> Sink:
             run.log(scalars, step=step)
             return
         if held_at[0] is not None and held_at[0] == getattr(run, "step", None):
-            run.log({}, commit=True)  # nobody logged in between: the next record would take the place of the last
-        run.log({"sharpkit/step": step, **scalars}, commit=False)  # to commit each would make the run refuse steps that its owner names
+            run.log({}, commit=True)  # nobody logged in between: without this the next record would replace the last
+        # committing each would advance the run's own count, and it would then refuse the steps that its owner names
+        run.log({"sharpkit/step": step, **scalars}, commit=False)
         held_at[0] = getattr(run, "step", None)
 
     return Sink(f"wandb({type(run).__name__})", write)
@@ -411,16 +414,14 @@ def as_sink(place: SinkPlace) -> SinkLike:
 
 
 # -- what the places are given ------------------------------------------------------------------------------------------------------
-
-
 def scalars_of(document: Document) -> dict[str, float]:
     """The finite numbers of a record by name: metrics with their errors, limits and ratios, loss, learning rate, overhead."""
-    found: dict[str, float] = {name: number(document.get(name)) for name in ("loss", "lr", "overhead")}
+    values: dict[str, float] = {name: number(document.get(name)) for name in ("loss", "lr", "overhead")}
     for name, entry in document["values"].items():
         value, limit = number(entry["value"]), number(entry.get("limit"))
-        found |= {name: value, f"{name}_stderr": number(entry.get("stderr")), f"{name}_limit": limit}
-        found[f"{name}_over_limit"] = value / limit if limit > 0 else math.nan
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+        values |= {name: value, f"{name}_stderr": number(entry.get("stderr")), f"{name}_limit": limit}
+        values[f"{name}_over_limit"] = value / limit if limit > 0 else math.nan
+    return {name: value for name, value in values.items() if math.isfinite(value)}  # dashboards draw NaN as 0 or refuse it
 
 
 def _to_tensorboard(writer: Any, document: Document) -> None:

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning
-from sharpkit._results import Progress, ProgressCallback, student_factor
+from sharpkit._results import Progress, ProgressCallback, Result, student_factor
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.linalg.results import SCHEMA_VERSION
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
@@ -28,7 +26,11 @@ _TOL, _SPAN_TOL = 2e-3, 0.1  # any span is valid below; above the residual is ad
 
 
 @dataclass(frozen=True)
-class SharpnessBracket:
+class SharpnessBracket(
+    Result,
+    kind="sharpness_bracket",
+    saved=("lower", "upper", "num_samples", "pool_size", "converged", "num_matvecs", "sample_gradients", "seconds", "history"),
+):
     """lambda_max of the full-data Hessian between two bounds that hold together with a probability of at least 95 %.
 
     Attributes:
@@ -60,12 +62,6 @@ class SharpnessBracket:
     def __str__(self) -> str:
         flag = "" if self.converged else ", not as narrow as asked"
         return f"{self.lower:.4g} to {self.upper:.4g} from {self.num_samples} of {self.pool_size} samples{flag}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        names = ("lower", "upper", "num_samples", "pool_size", "converged", "num_matvecs", "sample_gradients", "seconds")
-        history = [list(step) for step in self.history]
-        return {"kind": "sharpness_bracket", "version": SCHEMA_VERSION, **{name: getattr(self, name) for name in names}, "history": history}
 
 
 def sharpness_bracket(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sharpkit._errors import NotSymmetricError
-from sharpkit._results import Bounded, ProgressCallback, standard_error
+from sharpkit._results import Bounded, ProgressCallback, Result, standard_error
 from sharpkit.batch_size.pilot import Ledger
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import both_ends, spectral_overview
@@ -26,7 +25,7 @@ _NOTHING = 1e-3  # of the full data's lambda_max: a batch Hessian below that may
 
 
 @dataclass(frozen=True)
-class DirectPoint:
+class DirectPoint(Result):
     """The extreme eigenvalues of batch Hessians, measured on drawn batches.
 
     Attributes:
@@ -99,7 +98,7 @@ _ENDS_TOL = 3e-2  # of both ends' residuals; the top one has converged far beyon
 
 
 @dataclass(frozen=True)
-class BatchCurvature:
+class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "directional", "isotropic", "num_samples", "estimator", "direct")):
     """Curvature of the full data and its mini-batch noise.
 
     Attributes:
@@ -135,6 +134,11 @@ class BatchCurvature:
     def noise(self) -> float:
         """s^2 / lambda_max: what takes the trace's place in the mean-square limit."""
         return self.directional[0] / self.lambda_max if self.lambda_max > 0 else 0.0
+
+    @property
+    def estimator(self) -> str:
+        """Name of the estimator that :meth:`lambda_max_of` uses."""
+        return self.choose()[0]
 
     # -- the estimators of E lambda_max(H_B) ------------------------------------------------------------------------------
     def isotropic_estimate(self, batch_size: float) -> float:
@@ -212,19 +216,6 @@ class BatchCurvature:
         if len(self.direct) >= 2:
             return self.interpolated(batch_size, "smallest")
         return Bounded(self.lambda_min, self.lambda_min, self.lambda_min)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "lambda_max": self.lambda_max,
-            "lambda_min": self.lambda_min,
-            "trace": self.trace,
-            "directional": list(self.directional),
-            "isotropic": self.isotropic,
-            "num_samples": self.num_samples,
-            "estimator": self.choose()[0],
-            "direct": [{"batch_size": p.batch_size, "largest": list(p.largest), "smallest": list(p.smallest)} for p in self.direct],
-        }
 
 
 def _line(x: Floats, y: Floats, at: float) -> float:

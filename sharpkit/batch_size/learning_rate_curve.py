@@ -6,19 +6,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sharpkit._results import Bounded
+from sharpkit._results import Bounded, Result
 from sharpkit.batch_size.curvature import BatchCurvature
 from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Trainer
-from sharpkit.linalg.results import SCHEMA_VERSION
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.optimizers import UpdateRule, learning_rate, update_rule
@@ -34,7 +33,7 @@ _FIRST_BEND = 0.1  # the law may bend anywhere from this batch size to N, every 
 
 
 @dataclass(frozen=True)
-class Anchor:
+class Anchor(Result):
     """Where training really broke at one batch size, by short runs; geometric means where the search was repeated.
 
     Attributes:
@@ -55,8 +54,15 @@ class Anchor:
         return math.sqrt(self.trained * self.broke)
 
 
+_READINGS = ("optimizer", "condition=rule.condition", "exponent", "rows", "crossover", "rule_holds_to", "curvature", "anchors")  # written
+
+
 @dataclass(frozen=True)
-class LearningRateCurve:
+class LearningRateCurve(
+    Result,
+    kind="learning_rate_curve",
+    saved=(*_READINGS, "sharpness_at_start", "sharpness_after_pilot", "lr", "num_samples", "gradients", "seconds", "findings"),
+):
     """The largest stable learning rate and the batch curvature against the batch size.
 
     Attributes:
@@ -84,6 +90,16 @@ class LearningRateCurve:
     num_samples: int
     gradients: float
     seconds: float
+
+    @property
+    def sharpness_at_start(self) -> float:
+        """lambda_max at the starting point."""
+        return self.sharpness[0]
+
+    @property
+    def sharpness_after_pilot(self) -> float:
+        """lambda_max after the pilot."""
+        return self.sharpness[1]
 
     # -- reading it -------------------------------------------------------------------------------------------------------
     def lambda_max(self, batch_size: float) -> Bounded:
@@ -230,29 +246,6 @@ class LearningRateCurve:
         from sharpkit.plots.spectrum import plot_learning_rate_curve
 
         return plot_learning_rate_curve(self.to_dict(), ax=ax)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        cross = self.crossover
-        return {
-            "kind": "learning_rate_curve",
-            "version": SCHEMA_VERSION,
-            "optimizer": self.optimizer,
-            "condition": self.rule.condition,
-            "exponent": self.exponent,
-            "rows": self.rows(),
-            "crossover": cross.to_dict(),
-            "rule_holds_to": self.rule_holds_to(),
-            "curvature": self.curvature.to_dict(),
-            "anchors": [asdict(anchor) for anchor in self.anchors],
-            "sharpness_at_start": self.sharpness[0],
-            "sharpness_after_pilot": self.sharpness[1],
-            "lr": self.lr,
-            "num_samples": self.num_samples,
-            "gradients": self.gradients,
-            "seconds": self.seconds,
-            "findings": self.findings(),
-        }
 
 
 logger = logging.getLogger(__name__)

@@ -6,15 +6,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sharpkit._errors import NonFiniteError
-from sharpkit._results import format_with_error, student_factor
-from sharpkit.linalg.results import SCHEMA_VERSION, Estimate
+from sharpkit._results import Result, format_with_error, student_factor
+from sharpkit.linalg.results import Estimate
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
@@ -24,7 +23,7 @@ _LEAST_GROUPS = 4
 
 
 @dataclass(frozen=True)
-class GradientNoise:
+class GradientNoise(Result, kind="gradient_noise"):
     """Gradient noise of single samples against the gradient.
 
     Attributes:
@@ -53,21 +52,6 @@ class GradientNoise:
         """eta_opt(B) / eta_max = 1 / (1 + B_noise / B), by B_noise where measured, else B_simple."""
         scale = self.curvature_noise_scale or self.noise_scale
         return 1 / (1 + max(scale.value, 0.0) / batch_size)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        extra = self.curvature_noise_scale
-        return {
-            "kind": "gradient_noise",
-            "version": SCHEMA_VERSION,
-            "noise_scale": self.noise_scale.to_dict(),
-            "trace": self.trace.to_dict(),
-            "gradient_norm_squared": self.gradient_norm_squared.to_dict(),
-            "curvature_noise_scale": None if extra is None else extra.to_dict(),
-            "num_groups": self.num_groups,
-            "group_size": self.group_size,
-            "seconds": self.seconds,
-        }
 
 
 def gradient_noise_scale(
@@ -150,7 +134,7 @@ def _noise_and_signal(gram: Tensor, size: int) -> tuple[Estimate, Estimate, Esti
 
 
 @dataclass(frozen=True)
-class BatchSizeTest:
+class BatchSizeTest(Result, kind="batch_size_test"):
     """Whether a batch is large enough, and how large it should be.
 
     Attributes:
@@ -177,11 +161,6 @@ class BatchSizeTest:
             verdict = "too small, as any would be: the gradient is 0"
         compared = f"{format_with_error(self.statistic, 0)} against {format_with_error(self.bound, 0)}"
         return f"{self.name} test: {self.batch_size} is {verdict} ({compared})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        names = ("name", "passed", "statistic", "bound", "batch_size", "suggested_batch_size")
-        return {"kind": "batch_size_test", "version": SCHEMA_VERSION, **{name: getattr(self, name) for name in names}}
 
 
 def batch_size_tests(

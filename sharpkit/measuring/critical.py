@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpkit._errors import NonFiniteError
-from sharpkit.linalg.results import SCHEMA_VERSION
+from sharpkit._results import Result
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamLayout
 from sharpkit.optimizers import learning_rate, next_update
@@ -22,7 +21,7 @@ _MAX_DOUBLINGS = 60
 
 
 @dataclass(frozen=True)
-class CriticalLearningRate:
+class CriticalLearningRate(Result, kind="critical_learning_rate"):
     """min{eta > 0: f(w - eta u) > f(w)}, u the optimizer's next update at rate 1.
 
     Attributes:
@@ -51,11 +50,6 @@ class CriticalLearningRate:
             if self.outcome == "unbounded"
             else "0: the next update is no descent direction"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        names = ("value", "lower", "upper", "sharpness", "num_evaluations", "outcome")
-        return {"kind": "critical_learning_rate", "version": SCHEMA_VERSION, **{name: getattr(self, name) for name in names}}
 
 
 def critical_learning_rate(

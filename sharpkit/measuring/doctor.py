@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sharpkit.linalg.results import SCHEMA_VERSION
+from sharpkit._results import Result
 from sharpkit.objective.memory import available_memory, human_bytes
-from sharpkit.objective.objective import Objective, twin_objective
+from sharpkit.objective.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
 
 Verdict = tuple[str, str] | tuple[str, str, str]
@@ -100,7 +100,7 @@ def _check_linear(hessian: HessianOperator, seed: int) -> Verdict:
 def float64_twin(objective: Objective) -> Objective:
     """The same objective on a float64 copy of the model and of the first batches. Raises whatever the model raises in float64."""
     batches = list(itertools.islice(objective.batches(), _MAX_COPIED_BATCHES))
-    return twin_objective(objective, batches, dtype=torch.float64)
+    return objective.copy(batches, dtype=torch.float64)
 
 
 def _check_finite_differences(hessian: HessianOperator, seed: int) -> Verdict:
@@ -318,7 +318,7 @@ _MARKS = {"ok": "ok      ", "note": "note    ", "warning": "WARNING ", "failed":
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Result):
     """One thing looked at.
 
     Attributes:
@@ -338,7 +338,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Result, kind="diagnosis", saved=("passed", "objective", "checks")):
     """Everything :func:`examine` looked at.
 
     Attributes:
@@ -367,16 +367,6 @@ class Diagnosis:
     def __repr__(self) -> str:
         counts = ", ".join(f"{sum(c.status == s for c in self.checks)} {s}" for s in _MARKS)
         return f"Diagnosis({'passed' if self.passed else 'FAILED'}: {counts})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "kind": "diagnosis",
-            "version": SCHEMA_VERSION,
-            "passed": self.passed,
-            "objective": self.objective,
-            "checks": [{"name": c.name, "status": c.status, "message": c.message, "remedy": c.remedy} for c in self.checks],
-        }
 
 
 def examine(objective: Objective, *, seed: int = 0, callback: Callable[[str], None] | None = None) -> Diagnosis:

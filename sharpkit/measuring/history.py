@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sharpkit.linalg.results import SCHEMA_VERSION
+from sharpkit._results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,11 @@ _SERIES = ("steps", "loss", "lambda_max", "residual", "limit", "lr")
 
 
 @dataclass(frozen=True)
-class CurvatureHistory:
+class CurvatureHistory(
+    Result,
+    kind="curvature_history",
+    saved=(*_SERIES, "name", "limit_rule", "full_batch", "converged", "num_matvecs", "seconds", "findings"),
+):
     """lambda_max of one training run at checkpoints; every series has one entry per checkpoint.
 
     Attributes:
@@ -123,8 +127,3 @@ class CurvatureHistory:
             f"CurvatureHistory({self.name}: {len(self.steps)} checkpoints, steps {self.steps[0]} to {self.steps[-1]}, "
             f"lambda_max {self.lambda_max[0]:.4g} to {self.lambda_max[-1]:.4g}, limit {self.limit[-1]:.4g}, {self.num_matvecs} products)"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All series and the findings, JSON-ready."""
-        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {"kind": "curvature_history", "version": SCHEMA_VERSION, **fields, "findings": self.findings()}

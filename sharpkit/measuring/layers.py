@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sharpkit._results import ProgressCallback
+from sharpkit._results import ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.linalg.results import SCHEMA_VERSION, Estimate
+from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.trace import trace
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LayerSharpness:
+class LayerSharpness(
+    Result,
+    kind="layer_sharpness",
+    saved=("name", "names", "num_parameters", "lambda_max", "trace", "num_matvecs", "seconds", "converged", "findings"),
+):
     """lambda_max and trace of the Hessian's diagonal blocks, one per layer.
 
     Attributes:
@@ -76,22 +80,6 @@ class LayerSharpness:
         rows = ", ".join(f"{n}: {v}" for n, v in list(zip(self.names, self.lambda_max, strict=True))[:8])
         more = f", ... {len(self.names)} layers" if len(self.names) > 8 else ""
         return f"LayerSharpness(lambda_max {rows}{more}; {self.num_matvecs} products)"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-ready."""
-        return {
-            "kind": "layer_sharpness",
-            "version": SCHEMA_VERSION,
-            "name": self.name,
-            "names": list(self.names),
-            "num_parameters": list(self.num_parameters),
-            "lambda_max": [e.to_dict() for e in self.lambda_max],
-            "trace": [e.to_dict() for e in self.trace],
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
-            "converged": self.converged,
-            "findings": self.findings(),
-        }
 
 
 def layer_of(parameter: str) -> str:

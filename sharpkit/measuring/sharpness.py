@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from sharpkit._results import ProgressCallback
+from sharpkit._results import ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import SpectralOverview, spectral_overview
-from sharpkit.linalg.results import SCHEMA_VERSION, Eigenpairs, Estimate, SpectralDensity
+from sharpkit.linalg.results import Eigenpairs, Estimate, SpectralDensity
 from sharpkit.measuring.stability import StableLearningRate, stable_learning_rate
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_PLAIN = ("loss", "grad_norm", "lr", "num_parameters", "num_samples", "mode", "num_matvecs", "seconds", "seed", "converged")
+_NESTED = ("lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_mass", "stable_lr", "density")
+
+
 @dataclass(frozen=True)
-class Sharpness:
+class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditioned_lambda_max", "findings")):
     """What :func:`measure` found. Eigenvalue errors are residual bounds; errors of sums are standard errors over random probes.
 
     Attributes:
@@ -149,18 +153,6 @@ class Sharpness:
         if ratio < 0.05:
             return f"There is slight negative curvature: the most negative eigenvalue is {ratio:.2g} of the largest in size."
         return f"The most negative eigenvalue is {ratio:.2g} of the largest in size: the point is a saddle-like region, not a minimum."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but vectors, JSON-ready."""
-        plain = ("loss", "grad_norm", "lr", "num_parameters", "num_samples", "mode", "num_matvecs", "seconds", "seed", "converged")
-        nested = ("lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_mass", "stable_lr", "density")
-        document: dict[str, Any] = {"kind": "sharpness", "version": SCHEMA_VERSION}
-        document.update({name: getattr(self, name) for name in plain})
-        document.update({name: getattr(self, name).to_dict() for name in nested})
-        extra = self.preconditioned_lambda_max
-        document["preconditioned_lambda_max"] = extra.to_dict() if extra is not None else None
-        document["findings"] = self.findings()
-        return document
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The spectral density with the stability limit of the present rate drawn in."""

@@ -11,7 +11,7 @@ from sharpkit._results import Bounded
 from sharpkit.optimizers import UpdateRule, update_rule
 
 
-class StableLearningRate(Bounded):
+class StableLearningRate(Bounded, kind="stable_learning_rate", saved=("value", "lower", "upper", "rule", "lambda_max")):
     """A learning rate (usable as a plain number) with its interval and the rule it comes from.
 
     Attributes:
@@ -37,18 +37,6 @@ class StableLearningRate(Bounded):
 
     def __repr__(self) -> str:
         return f"StableLearningRate({self}: {self.rule})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, JSON-ready."""
-        return {
-            "kind": "stable_learning_rate",
-            "version": 1,
-            "value": float(self),
-            "lower": self.lower,
-            "upper": self.upper,
-            "rule": self.rule,
-            "lambda_max": self.lambda_max,
-        }
 
 
 def stable_learning_rate(

@@ -146,9 +146,8 @@ class BatchSource:
         for index, (batch, before) in enumerate(zip(self, first_pass, strict=False)):
             if fingerprint(batch) != before:
                 raise NonDeterministicError(
-                    f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product "
-                    "would be with "
-                    f"a different matrix. {_HOW_TO_FIX} without random augmentation"
+                    f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product would be "
+                    f"with a different matrix. {_HOW_TO_FIX} without random augmentation"
                 )
 
 

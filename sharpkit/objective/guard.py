@@ -39,15 +39,13 @@ def _check_parts(model: nn.Module) -> None:
         where = f"the model's part {name!r}" if name else "the model"
         if type(part).__name__ == "FullyShardedDataParallel":
             raise UnsupportedError(
-                f"{where} is FullyShardedDataParallel, through which second derivatives fail: gather the parameters into a plain copy "
-                "of the model "
-                "(a full state dict) and measure that"
+                f"{where} is FullyShardedDataParallel, through which second derivatives fail: gather the parameters into a plain copy of "
+                "the model (a full state dict) and measure that"
             )
         if isinstance(part, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise UnsupportedError(
-                f"{where} is wrapped in {type(part).__name__}, through which second derivatives are silently wrong: wrap the whole "
-                "model instead, or "
-                "pass the model with that part unwrapped (.module)"
+                f"{where} is wrapped in {type(part).__name__}, through which second derivatives are silently wrong: wrap the whole model "
+                "instead, or pass the model with that part unwrapped (.module)"
             )
 
 

@@ -121,9 +121,8 @@ def check_loss(loss: Any, batch_number: int) -> Tensor:
         raise ObjectiveError(f"the loss must be a tensor holding one real number, got {type(loss).__name__}{hint}")
     if loss.numel() != 1 or not loss.is_floating_point():
         raise ObjectiveError(
-            f"the loss must be a tensor holding one real number, got {loss.dtype} of shape {tuple(loss.shape)}: use reduction='mean', "
-            "or average it in "
-            "the loss function"
+            f"the loss must be a tensor holding one real number, got {loss.dtype} of shape {tuple(loss.shape)}: use reduction='mean', or "
+            "average it in the loss function"
         )
     if not loss.requires_grad and torch.is_grad_enabled():
         raise ObjectiveError(
@@ -132,8 +131,7 @@ def check_loss(loss: Any, batch_number: int) -> Tensor:
         )
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(
-            f"the loss of batch {batch_number} is {float(loss.detach())}, where curvature is undefined: look at that batch for NaN "
-            "and at the parameters "
-            "for overflow"
+            f"the loss of batch {batch_number} is {float(loss.detach())}, where curvature is undefined: look at that batch for NaN and at "
+            "the parameters for overflow"
         )
     return loss

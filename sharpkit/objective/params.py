@@ -147,9 +147,8 @@ def _checked_selector(selector: ParamSelector) -> tuple[str, ...] | Callable[[st
     if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
         came = type(selector).__name__ if patterns is None else f"a {type(selector).__name__} of {type(patterns[0]).__name__}"
         raise TypeError(
-            f"params must be a name pattern such as 'blocks.*.attn.*', several of them, or a predicate (name, parameter) -> bool, got "
-            f"{came}. "
-            "For given tensors: params=lambda name, p: any(p is q for q in wanted)"
+            "params must be a name pattern such as 'blocks.*.attn.*', several of them, or a predicate (name, parameter) -> bool, got "
+            f"{came}. For given tensors: params=lambda name, p: any(p is q for q in wanted)"
         )
     return patterns
 
@@ -176,8 +175,7 @@ def _check_param(name: str, param: nn.Parameter) -> None:
     if param.is_complex():
         raise ValueError(
             f"parameter {name!r} is complex, and curvature here is of real parameters: store its real and imaginary parts as two "
-            "parameters, or "
-            "leave it out by params="
+            "parameters, or leave it out by params="
         )
     if param.is_inference():
         raise ValueError(f"parameter {name!r} was made under torch.inference_mode() and can have no gradient: build the model outside it")

@@ -117,7 +117,7 @@ class SymmetricOperator(ABC):
             A new tensor of the same shape.
         """
         self._check_vectors(vectors)
-        vectors = vectors.detach()
+        vectors = vectors.detach()  # a graph that reaches into the vector would grow with every product
         if vectors.ndim == 1:
             self.num_matvecs += 1
             return self._accepted(self.matvec(vectors), vectors)
@@ -144,17 +144,14 @@ class SymmetricOperator(ABC):
             NonFiniteError: the product contains NaN or infinity.
         """
         product = self.multiply(vectors)
-        if not bool(torch.isfinite(product.sum())) and not bool(
-            torch.isfinite(product).all()
-        ):  # the sum alone is cheaper, but may overflow
+        # the sum alone is cheaper, but may overflow
+        if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):
             cause = (
-                "the vector itself is not finite"
-                if not bool(torch.isfinite(vectors).all())
-                else (
-                    "the function has no second derivative at this point (a square root at 0, a norm of a zero vector), "
-                    "or half precision overflowed"
-                )
+                "the function has no second derivative at this point (a square root at 0, a norm of a zero vector), or half precision "
+                "overflowed"
             )
+            if not bool(torch.isfinite(vectors).all()):
+                cause = "the vector itself is not finite"
             raise NonFiniteError(f"the product with {self!r} contains NaN or infinity: {cause}")
         return product
 
@@ -199,7 +196,7 @@ class SymmetricOperator(ABC):
         """
         if distribution not in _DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {_DISTRIBUTIONS}, got {distribution!r}")
-        draw_type = self._dtype if self._dtype in (torch.float32, torch.float64) else torch.float32
+        draw_type = self._dtype if self._dtype in (torch.float32, torch.float64) else torch.float32  # half precision: drawn, then rounded
         if distribution == "normal":
             draws = torch.randn(k, self._size, generator=generator, dtype=draw_type)
         else:
@@ -357,11 +354,8 @@ class SumOperator(_DerivedOperator):
     """A + B."""
 
     def __init__(self, first: SymmetricOperator, second: SymmetricOperator) -> None:
-        for what, a, b in (
-            ("size", first.size, second.size),
-            ("dtype", first.dtype, second.dtype),
-            ("device", first.device, second.device),
-        ):
+        for what in ("size", "dtype", "device"):
+            a, b = getattr(first, what), getattr(second, what)
             if a != b:
                 raise ValueError(f"cannot add operators of different {what}: {a} and {b}")
         super().__init__(first)
@@ -458,7 +452,7 @@ def as_operator(
         operator = _wrap_callable(matrix, size, dtype or torch.float64, torch.device(device or "cpu"))
     if check:
         check_symmetric(operator)
-        operator.num_matvecs = 0
+        operator.num_matvecs = 0  # the check is no part of what a user counts
     return operator
 
 

@@ -21,23 +21,22 @@ from sharpkit.operators.base import SymmetricOperator
 
 logger = logging.getLogger(__name__)
 
-Pieces = list[Tensor | None]
+Pieces = list[Tensor | None]  # one tensor per parameter, None meaning zero
 
 _GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs; by judgement: the rest is for the product and the basis
+_PEAK = 1.5  # memory of a product over that of its graph: the second backward's own; by judgement
 _FORECAST_FROM = 64  # samples, by judgement: a slice of 1/32 of a smaller batch would be one sample, and forecast too little
 
 _REENTRANT = (
-    "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False); for "
-    "Hugging Face "
-    "models gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+    "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False); for Hugging "
+    "Face models gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 _COMPILED = "compiled code cannot be differentiated twice: pass the module from before torch.compile"
 _ONCE = (
-    "a custom autograd.Function in the model has a backward marked once_differentiable, so that second derivatives through it are "
-    "wrong: write the "
-    "backward in torch operations and remove the mark"
+    "a custom autograd.Function in the model has a backward marked once_differentiable, so that second derivatives through it are wrong: "
+    "write the backward in torch operations and remove the mark"
 )
-_UNSUPPORTED = {
+_UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first that matches is shown
     "scaled_dot_product": "attention ran a fused kernel without second derivatives although the math kernel was asked for: set "
     "attn_implementation='eager' (Hugging Face), or call F.scaled_dot_product_attention without choosing a kernel",
     "does not currently support double backward": _COMPILED,
@@ -48,8 +47,7 @@ _UNSUPPORTED = {
     "_cudnn_rnn_backward": "the cuDNN RNN kernel has no second derivative: run the model's RNN under "
     "torch.backends.cudnn.flags(enabled=False)",
     "modified by an inplace operation": "the data was changed in place between the products of one measurement: leave the batches "
-    "alone, or make a "
-    "new operator",
+    "alone, or make a new operator",
 }
 
 
@@ -63,9 +61,9 @@ class PieceProduct:
 class CurvatureOperator(SymmetricOperator):
     """A curvature matrix of an objective: a weighted sum over its pieces, summed over processes.
 
-    The autograd graph of each piece is built once and kept while ``memory_limit`` lasts, which makes a product about twice as fast as
-    building it anew; it is rebuilt when a parameter or buffer of the model has changed. Where a piece does not fit, it is cut in halves and
-    tried again.
+    The autograd graph of each piece is built once and kept while ``memory_limit`` lasts, which makes a product one and a half times as
+    fast as building it anew; it is rebuilt when a parameter or buffer of the model has changed. A piece that does not fit is cut in halves
+    and tried again.
 
     Args:
         objective: the function.
@@ -89,9 +87,9 @@ class CurvatureOperator(SymmetricOperator):
         self.objective = objective
         self.layout = objective.layout
         self._retain, self._memory_limit = retain, memory_limit
-        self._kept: dict[tuple[int, int], PieceProduct] = {}
+        self._kept: dict[tuple[int, int], PieceProduct] = {}  # by the pieces' keys
         self.all_kept = False
-        self._kept_for: tuple[int | None, list[Tensor]] = (None, [])
+        self._kept_for: tuple[int | None, list[Tensor]] = (None, [])  # micro_batch_size and values of all that is watched
         self._kept_versions: list[int] = []
 
     # -- to be implemented ------------------------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ class CurvatureOperator(SymmetricOperator):
     def matvec(self, vector: Tensor) -> Tensor:
         def local() -> Tensor:
             try:
-                with self.objective.undisturbed():
+                with self.objective.undisturbed():  # once a product: as much as it costs to set aside and put back a model's state
                     return self._local_product(vector)
             except RuntimeError as error:
                 if (explained := _explained(error)) is None:
@@ -118,14 +116,14 @@ class CurvatureOperator(SymmetricOperator):
         while True:
             try:
                 return self._sum_over_pieces(vector)
-            except Exception as exception:
+            except Exception as exception:  # the CPU allocator raises a plain RuntimeError
                 if not is_out_of_memory(exception):
                     raise
-                self._shrink(exception)
+                self._shrink(exception)  # or raises, so that this ends
 
     def _sum_over_pieces(self, vector: Tensor) -> Tensor:
         parts = self.layout.split(vector)
-        if self.all_kept and len(self._kept) == 1:
+        if self.all_kept and len(self._kept) == 1:  # the usual case: no second vector is needed to add up in
             (product,) = self._kept.values()
             return self.layout.flatten(product.multiply(parts), product.weight)
         total = torch.zeros_like(vector, requires_grad=False)
@@ -134,22 +132,23 @@ class CurvatureOperator(SymmetricOperator):
                 self.layout.add_flat_(total, product.multiply(parts), product.weight)
             return total
         every_one_kept = True
-        found = [t.detach().clone() for t in self._watched()] if self._retain is not False and not self._kept else self._kept_for[1]
+        # Copies of the values that graphs are made for: the only way to see a change made behind autograd's back.
+        values = [t.detach().clone() for t in self._watched()] if self._retain is not False and not self._kept else self._kept_for[1]
         self._forecast()
         for piece in self.objective.pieces():
             product = self._kept.get(piece.key) or self._build(piece)
             self.layout.add_flat_(total, product.multiply(parts), product.weight)
-            every_one_kept = self._keep(piece.key, product, found) and every_one_kept
+            every_one_kept = self._keep(piece.key, product, values) and every_one_kept
         self.all_kept = every_one_kept
         return total
 
     # -- graphs: kept, dropped, forecast ------------------------------------------------------------------------------------
-    def _keep(self, key: tuple[int, int], product: PieceProduct, found: list[Tensor]) -> bool:
+    def _keep(self, key: tuple[int, int], product: PieceProduct, values: list[Tensor]) -> bool:
         if key in self._kept:
             return True
         if self._retain is False or (self._retain == "auto" and self.bytes_kept() + product.bytes_held > self._limit()):
             return False
-        self._kept_for = (self.objective.micro_batch_size, found)
+        self._kept_for = (self.objective.micro_batch_size, values)
         self._kept_versions = self._versions()
         self._kept[key] = product
         return True
@@ -159,7 +158,7 @@ class CurvatureOperator(SymmetricOperator):
         return sum(product.bytes_held for product in self._kept.values())
 
     def _limit(self) -> float:
-        if self._memory_limit is None:
+        if self._memory_limit is None:  # once: later, what is free holds the graphs already kept
             self._memory_limit = _GRAPH_SHARE * (self.free_memory() + self.bytes_kept())
         return self._memory_limit
 
@@ -198,37 +197,40 @@ class CurvatureOperator(SymmetricOperator):
         logger.warning("a product ran out of memory; going on with pieces of %s samples", self.objective.micro_batch_size or "all")
 
     def _does_not_fit(self) -> str:
-        samples = self.objective.micro_batch_size or max(self.objective.batch_lengths, default=0)
+        samples = self._piece_length()
         return (
             f"a product does not fit: {human_bytes(self.free_memory())} free on {self.device}, {self.size:,} parameters, "
             f"pieces of {samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. "
             "Select fewer parameters (params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
         )
 
+    def _piece_length(self) -> int:
+        """Samples in the largest piece."""
+        return self.objective.micro_batch_size or max(self.objective.batch_lengths, default=0)
+
     def _halve_pieces(self) -> bool:
-        objective = self.objective
-        present = objective.micro_batch_size or max(objective.batch_lengths, default=0)
-        if not objective.may_split or present <= 1:
+        present = self._piece_length()
+        if not self.objective.may_split or present <= 1:
             return False
-        self.forget_graphs()
-        objective.micro_batch_size = math.ceil(present / 2)
+        self.forget_graphs()  # of pieces that will not come again
+        self.objective.micro_batch_size = math.ceil(present / 2)
         return True
 
     def _forecast(self) -> None:
         """Cut a batch whose graph would not fit *before* building it: an out-of-memory kill on the host cannot be caught."""
         objective = self.objective
-        longest = max(objective.batch_lengths, default=0)
+        longest = self._piece_length()
         if self._kept or objective.micro_batch_size is not None or not objective.may_split or longest < _FORECAST_FROM:
             return
-        objective.micro_batch_size = sample = max(1, longest // 32)
+        objective.micro_batch_size = sample = max(1, longest // 32)  # by judgement: 3 % of a product's time, once
         try:
             first = next(objective.pieces(), None)
             held = self._build(first).bytes_held if first is not None else 0
         finally:
             objective.micro_batch_size = None
-        peak = 1.5 * held * longest / sample
+        peak = _PEAK * held * longest / sample
         if peak > (free := self.free_memory()):
-            objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (1.5 * held)))
+            objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (_PEAK * held)))
             logger.warning(
                 "a batch of %d samples would need about %s of %s free; using pieces of %d samples",
                 longest,
@@ -239,6 +241,7 @@ class CurvatureOperator(SymmetricOperator):
 
     # -- ranks and blocks -----------------------------------------------------------------------------------------------
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        # Vectors are the same on all processes up to rounding; the first one's numbers decide, so that all take the same branches.
         return self.objective.ranks.broadcast_(super().dot(left, right).contiguous())
 
     def agree(self, value: float) -> float:
@@ -261,6 +264,7 @@ def all_equal(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
         a.shape != b.shape or a.dtype != b.dtype or a.device != b.device for a, b in zip(now, before, strict=True)
     ):
         return False
+    # torch.equal stops early on the CPU, and would synchronise for every tensor on a GPU
     on_cpu = all(torch.equal(a, b) for a, b in zip(now, before, strict=True) if a.device.type == "cpu")
     elsewhere = [(a.detach() != b).any() for a, b in zip(now, before, strict=True) if a.device.type != "cpu"]
     return on_cpu and not (elsewhere and bool(torch.stack([x.to(elsewhere[0].device) for x in elsewhere]).any()))  # one synchronisation
@@ -273,7 +277,7 @@ def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
         UnsupportedError: reentrant checkpointing, or a custom function whose backward is marked once_differentiable.
     """
     for node in graph_nodes(outputs):
-        function = getattr(node, "_forward_cls", None)
+        function = getattr(node, "_forward_cls", None)  # of a custom autograd.Function
         if function is CheckpointFunction:
             raise UnsupportedError(_REENTRANT)
         code = getattr(getattr(function, "backward", None), "__code__", None)

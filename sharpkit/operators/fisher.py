@@ -26,9 +26,9 @@ class FisherOperator(CurvatureOperator):
 
     Args:
         objective: made with ``loss=``.
-        num_draws: labels drawn per target; the Monte Carlo noise falls as its square root.
+        num_draws: labels drawn per target; the Monte Carlo noise falls as 1 / sqrt(num_draws).
         likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``; by default the one that belongs to a standard loss.
-        seed: of the draws: the same seed is the same matrix.
+        seed: seeds the draws; the same seed is the same matrix.
         retain: as in :class:`~sharpkit.operators.curvature.CurvatureOperator`.
 
     Raises:
@@ -61,7 +61,7 @@ class FisherOperator(CurvatureOperator):
     def _build(self, piece: Piece) -> PieceProduct:
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
         index, first = piece.key
-        seed = hash((self.seed, self.objective.ranks.rank, index)) % 2**63
+        seed = hash((self.seed, self.objective.ranks.rank, index)) % 2**63  # other labels for each batch, the same for its pieces
         error: ObjectiveError | None = None
         for class_dim in self._class_dims(jacobian):
             draws = _Draws(
@@ -74,9 +74,8 @@ class FisherOperator(CurvatureOperator):
                 continue
             return PieceProduct(_outer_products(jacobian, draws, residuals, slopes), piece.weight, jacobian.bytes_held)
         raise error or ObjectiveError(
-            f"outputs of shape {tuple(jacobian.output.shape)} do not fit labels of shape "
-            f"{tuple(getattr(jacobian.target, 'shape', ()))}: labels have the "
-            "output's shape without the classes, which come second or last"
+            f"outputs of shape {tuple(jacobian.output.shape)} do not fit labels of shape {tuple(getattr(jacobian.target, 'shape', ()))}: "
+            "labels have the output's shape without the classes, which come second or last"
         )
 
     def _class_dims(self, jacobian: OutputJacobian) -> list[int]:
@@ -96,7 +95,7 @@ class FisherOperator(CurvatureOperator):
         """
         generator = torch.Generator().manual_seed(seed)
         residuals, slopes = [], []
-        for _ in range(self.num_draws + 1):  # one more, to check the shares
+        for _ in range(self.num_draws + 1):  # one more, to see that the shares do not depend on the label
             target, residual = draws.next(generator)
             residuals.append(residual)
             slopes.append(output_gradient(self.objective, jacobian.output, target, number=number)[0])
@@ -118,8 +117,9 @@ def _check_likelihood(likelihood: str, draws: _Draws, first: tuple[Tensor, Tenso
     for residual, slope in (first, second):
         squares = draws.sum_units(residual * residual)
         share = draws.sum_units(residual * slope) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+        # 1e-3 and 1e-2, by judgement: above the rounding of half precision logits, far below the differences between likelihoods
         off = float((slope - share * residual).abs().max()) > 1e-3 * float(slope.abs().max())
-        shares.append(torch.where(squares > 1e-6, share, torch.nan))
+        shares.append(torch.where(squares > 1e-6, share, torch.nan))  # a residual near 0 says nothing of its share
         if off:
             raise ObjectiveError(
                 f"the loss is not the negative log-likelihood of a {likelihood} model: its gradient is not that. {_INSTEAD}"
@@ -157,7 +157,7 @@ class _Draws:
             p = z.double().sigmoid()
             drawn = (self._noise(z.shape, generator) < p).double()
             return drawn.to(z.dtype), (p - drawn).to(z.dtype)
-        p = z.double().softmax(dim=self._class_dim).movedim(self._class_dim, -1)
+        p = z.double().softmax(dim=self._class_dim).movedim(self._class_dim, -1)  # float64: the draws must not depend on the device
         drawn = (p.cumsum(-1) < self._noise(p.shape[:-1], generator).unsqueeze(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
         residual = (p - F.one_hot(drawn, p.shape[-1])).movedim(-1, self._class_dim)
         if isinstance(self._target, Tensor) and not self._target.is_floating_point() and self._target.shape == drawn.shape:
@@ -166,7 +166,7 @@ class _Draws:
 
     def _noise(self, shape: torch.Size, generator: torch.Generator, *, normal: bool = False) -> Tensor:
         samples = shape[0] if shape else 1
-        whole = max(self._whole, self._first + samples)
+        whole = max(self._whole, self._first + samples)  # drawn for the whole batch, so that a piece gets the same ones
         draw = torch.randn if normal else torch.rand
         noise = draw((whole, *shape[1:]), generator=generator, dtype=torch.float64)[self._first : self._first + samples]
         return noise.reshape(shape).to(device=self._output.device, dtype=self._output.dtype if normal else torch.float64)
@@ -182,10 +182,8 @@ def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
             return "bernoulli"
     raise ObjectiveError(
         "the Fisher matrix needs the likelihood that labels are drawn from. Plain cross_entropy, mse_loss and "
-        "binary_cross_entropy_with_logits tell "
-        "it; for another loss that is a negative log-likelihood pass likelihood='categorical', 'gaussian' or 'bernoulli'. With class "
-        "weights or label "
-        "smoothing it is none: use GaussNewtonOperator"
+        "binary_cross_entropy_with_logits tell it; for another loss that is a negative log-likelihood pass likelihood='categorical', "
+        "'gaussian' or 'bernoulli'. With class weights or label smoothing it is none: use GaussNewtonOperator"
     )
 
 
@@ -193,7 +191,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
     """(1/N) sum_i g_i g_i^T with g_i the gradient of sample i's own loss at its given label (uncentred second moment).
 
     g_i is scaled so that the mean of the g_i is the gradient of the objective. With ``loss=`` one product costs about two gradients. With
-    ``closure=`` the per-sample gradients are made one by one, and kept where they fit in memory.
+    ``closure=`` the per-sample gradients are computed one by one, and kept if they fit into memory.
 
     Raises:
         ObjectiveError: the loss is not a mean or sum over samples, or batch statistics couple them (mode="train").
@@ -205,8 +203,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
         if not self.objective.may_separate:
             raise ObjectiveError(
                 "per-sample gradients need a loss that is a mean or sum over the samples of a batch, and no batch statistics: use "
-                "mode='eval', or "
-                "another loss"
+                "mode='eval', or another loss"
             )
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
         score = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0])[0] * self._sample_scale(piece)
@@ -214,12 +211,11 @@ class EmpiricalFisherOperator(CurvatureOperator):
         if samples != expected:
             raise ObjectiveError(
                 f"the model's output has shape {tuple(jacobian.output.shape)}, but the batch {expected} samples: per-sample gradients "
-                "need outputs of "
-                f"shape ({expected}, ...)"
+                f"need outputs of shape ({expected}, ...)"
             )
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
-            along = (score * jacobian.forward(vectors)).reshape(samples, -1).sum(dim=1)
+            along = (score * jacobian.forward(vectors)).reshape(samples, -1).sum(dim=1)  # g_i . v of every sample, from one pass
             return jacobian.transpose(score * along.view(-1, *[1] * (score.ndim - 1)))
 
         return PieceProduct(multiply, self._sample_weight(), jacobian.bytes_held)
@@ -228,10 +224,10 @@ class EmpiricalFisherOperator(CurvatureOperator):
         samples = self.objective.samples_of(piece)
         bytes_needed = len(samples) * self.size * self.dtype.itemsize
 
-        def gradients() -> list[Tensor]:
-            return [self._sample_gradient(sample) for sample in samples]
-
-        matrix = torch.stack(gradients()) if bytes_needed < 0.25 * self.free_memory() and samples else None
+        matrix = None  # (samples, n)
+        # a quarter of what is free, by judgement: torch.stack holds them twice for a moment
+        if samples and bytes_needed < 0.25 * self.free_memory():
+            matrix = torch.stack([self._sample_gradient(sample) for sample in samples])
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
             flat = self.layout.flatten(vectors)
@@ -261,7 +257,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
 class GradientCovarianceOperator(EmpiricalFisherOperator):
     """Sigma = (1/N) sum_i (g_i - g)(g_i - g)^T, the covariance of per-sample gradients; its trace drives the gradient noise scale.
 
-    The factor is 1/N, not 1/(N-1). For a loss that sums it is N times that.
+    The factor is 1/N, not 1/(N-1). For a loss with reduction="sum" it is N times that.
     """
 
     def matvec(self, vector: Tensor) -> Tensor:

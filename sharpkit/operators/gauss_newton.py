@@ -20,8 +20,7 @@ class OutputJacobian:
     """The Jacobian J of the model's output z(w) on one piece.
 
     J v is the derivative of u -> J^T u, which is linear, applied to v: the double-backward trick. It needs no forward-mode rule, works on
-    the
-    live parameters, and its graph is reused for every v.
+    the live parameters, and its graph is reused for every v.
 
     Attributes:
         output: z, detached.
@@ -32,10 +31,10 @@ class OutputJacobian:
     def __init__(self, objective: Objective, piece: Piece, params: Sequence[Tensor]) -> None:
         if objective.loss is None:
             raise ObjectiveError(
-                "this operator needs the model's output and the loss apart: make the Objective with loss= and (input, target) batches, not "
-                "closure="
+                "this operator needs the model's output and the loss apart: make the Objective with loss= and (input, target) batches, "
+                "not with closure="
             )
-        objective.seed_for(piece.key[0])
+        objective.seed_for(piece.key[0])  # the same dropout masks as in the objective's own evaluation
         output = objective.predict(piece.batch)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ObjectiveError(f"the model's output must be one floating-point tensor (or have .logits), got {type(output).__name__}")
@@ -44,7 +43,7 @@ class OutputJacobian:
         check_twice_differentiable([output])
         self._output, self._params = output, params
         self.output, self.target = output.detach(), piece.batch[1]
-        self._dummy = torch.zeros_like(self.output, requires_grad=True)
+        self._dummy = torch.zeros_like(self.output, requires_grad=True)  # u: its value does not matter, J^T u is linear in it
         transposed = torch.autograd.grad(output, params, grad_outputs=self._dummy, create_graph=True, allow_unused=True)
         if all(t is None for t in transposed):
             raise ObjectiveError("the model's output does not depend on any of the selected parameters: check params=")
@@ -69,10 +68,10 @@ def output_gradient(objective: Objective, output: Tensor, target: Any, *, number
 
     Args:
         objective: with ``loss=``.
-        output: where to take it.
-        target: of the loss.
-        number: the batch's, for messages.
-        create_graph: whether to be able to differentiate the gradient again.
+        output: where the gradient is taken.
+        target: what the loss compares it with.
+        number: number of the batch, for messages.
+        create_graph: whether the gradient is to be differentiated again.
 
     Returns:
         (gradient, output), both in the output's shape.
@@ -107,7 +106,7 @@ class GaussNewtonOperator(CurvatureOperator):
         slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0], create_graph=True)
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
-            if not slope.requires_grad:
+            if not slope.requires_grad:  # a loss that is linear in the output
                 return [None] * len(self.layout.params)
             (curved,) = torch.autograd.grad(
                 slope, leaf, grad_outputs=jacobian.forward(vectors), retain_graph=True, allow_unused=True, materialize_grads=True

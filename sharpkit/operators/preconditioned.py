@@ -19,7 +19,7 @@ class _HasLayout(Protocol):
 
 
 class _DiagonalScaling(_DerivedOperator):
-    """S A S with S = diag(scale) taken at the time of making."""
+    """S A S with S = diag(scale), captured at construction."""
 
     def __init__(self, base: SymmetricOperator, scale: Tensor) -> None:
         super().__init__(base)
@@ -41,10 +41,9 @@ class PreconditionedOperator(_DiagonalScaling):
     """D^-1/2 A D^-1/2: symmetric, with the eigenvalues of D^-1 A, D what an adaptive optimizer divides its gradients by.
 
     D is read from the live state: Adam and AdamW (1 - beta1^t)(sqrt(v_hat) + eps), amsgrad's maximum where used; RMSprop sqrt(v) + eps,
-    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Parameter groups with other learning rates than the first are scaled by their
-    ratio,
-    so that the limit found holds for the first group's rate. Parameters that the optimizer has never moved have zero rows. The state is
-    copied: make a new operator after further steps.
+    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Parameter groups with other learning rates than the first are scaled by the
+    ratio, so that the limit holds for the first group's rate. Parameters that the optimizer has never moved have zero rows. The state is
+    captured at construction: make a new operator after further steps.
 
     Args:
         base: a curvature operator, or a sum or multiple of such.
@@ -75,7 +74,7 @@ class PreconditionedOperator(_DiagonalScaling):
                 raise TypeError(f"diagonal must be a tensor of shape ({base.size},), got {type(diagonal).__name__}")
             if not bool((diagonal > 0).all()):
                 raise ValueError("the diagonal must be positive everywhere")
-            scale = diagonal.double().rsqrt()
+            scale = diagonal.double().rsqrt()  # in float64: small second moments lose digits in float32
         super().__init__(base, scale)
 
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
@@ -88,7 +87,7 @@ class AdaptiveOperator(_DiagonalScaling):
 
     Args:
         base: a curvature operator.
-        weights: (n,) to take |w| of; by default the present parameters.
+        weights: (n,) parameters w, by default the present ones.
 
     References:
         Kwon et al., "ASAM" (2021), arXiv 2102.11600.
@@ -108,12 +107,12 @@ def layout_of(operator: SymmetricOperator) -> ParamLayout:
     Raises:
         TypeError: there are none.
     """
-    found: Any = operator
-    while not isinstance(found, _HasLayout):
-        found = getattr(found, "base", None)
-        if found is None:
+    inner: Any = operator
+    while not isinstance(inner, _HasLayout):
+        inner = getattr(inner, "base", None)  # of a sum the first: both have the same parameters, or adding them means nothing
+        if inner is None:
             raise TypeError(
-                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass "
-                "diagonal="
+                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or "
+                "pass diagonal="
             )
-    return found.layout
+    return inner.layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sharpkit._results import Bounded, Result
+from sharpkit._results import Bounded, Progress, ProgressCallback, Result
 from sharpkit.batch_size.curvature import BatchCurvature
 from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Trainer
@@ -25,11 +25,26 @@ from sharpkit.optimizers import UpdateRule, learning_rate, update_rule
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+logger = logging.getLogger(__name__)
 
-_HALF_STEP = 2**0.25  # half of the factor between the largest rate that trained and the next, in log
-_MODEL_SPREAD = 1.5  # what a rate read off curvature alone may be off by
+# -- reading the law; chosen on the first initialisation of experiments/batch_curve.py, checked on a second (docs/batch_size.md)
+_HALF_STEP = 2**0.25  # half of the factor sqrt(2) between the largest rate that trained and the next, in log
+_MODEL_SPREAD = 1.5  # what a rate read off curvature alone may be off by where curvature does not move in training
 _SCATTER = 0.25  # standard deviation of an anchor's log rate about the law, by chance and because the law is no more than that
 _FIRST_BEND = 0.1  # the law may bend anywhere from this batch size to N, every octave alike
+
+# -- what is measured and trained
+_MAX_POOL = 4096  # samples, by judgement: the largest N at which a curve takes minutes, not hours, on a CPU
+# Batch size of the pilot: an eighth of the data, within these bounds. Smaller ones were part of a curve a fifth cheaper.
+_PILOT_BATCH, _PILOT_SHARE = (16, 128), 8
+_LEAST_PILOT = 10  # steps, by judgement: fewer show neither a settled sharpness nor what breaks
+_RUNS, _MORE_RUNS = 7, 2.5  # runs that a search took and each repeat added, about, in experiments/batch_curve.py: for the forecast
+_MEASURING = 70  # full-data gradients for curvature and its noise, about, there as well
+# Calibrate at every eighth batch size up to N / 28, since runs at large batches cost most, and once more at N / 16: with these
+# experiments/batch_curve.py was 50 times cheaper than the sweep. Parts of the data used whole instead of N / 16 scattered by a factor of 2.
+_ANCHOR_STRIDE, _ANCHOR_SHARE, _LAST_SHARE = 8, 28, 16
+_MAX_LENGTH = 3.0  # times the pilot's steps, at the smallest batch sizes: small batches need more steps to show what breaks, and cost less
+_REPEATS = (4, 3)  # searches at each batch size, with other orders of the data, and at the last: one scatters by a factor of 1.5 to 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class LearningRateCurve(
 
     Attributes:
         batch_sizes: those asked for, ascending.
-        optimizer: name of the kind.
+        optimizer: name of its class.
         rule: its update rule.
         curvature: full-data curvature and its noise (preconditioned for an adaptive optimizer, at the smallest batch size).
         limits: (batch size, rate) by the mean-square condition on the curvature measured, on a fine grid.
@@ -181,10 +196,10 @@ class LearningRateCurve(
     # -- showing it -------------------------------------------------------------------------------------------------------
     def rows(self) -> list[dict[str, float]]:
         """One row per batch size, plain numbers."""
-        found = []
+        rows = []
         for b in self.batch_sizes:
             top, rate = self.lambda_max(b), self.max_lr(b)
-            found.append(
+            rows.append(
                 {
                     "batch_size": b,
                     "lambda_max": float(top),
@@ -197,7 +212,7 @@ class LearningRateCurve(
                     "by_curvature": self.by_curvature(b),
                 }
             )
-        return found
+        return rows
 
     def table(self) -> str:
         """The curve as text."""
@@ -208,31 +223,25 @@ class LearningRateCurve(
     def findings(self) -> list[str]:
         """What the curve says, in sentences."""
         name = "square-root scaling" if self.rule.adaptive else "linear scaling"
-        plateau, cross = float(self.max_lr(self.batch_sizes[-1])), self.crossover
-        if cross < self.batch_sizes[-1]:
-            shape = (
-                f"{name} reaches the plateau at B = {float(cross):.0f} ({cross.lower:.0f}-{cross.upper:.0f}); at B = "
-                f"{self.batch_sizes[-1]} the limit is {plateau:.2g}."
-            )
+        first, last, cross = self.batch_sizes[0], self.batch_sizes[-1], self.crossover
+        plateau = f"{float(self.max_lr(last)):.2g}"
+        if cross < last:
+            shape = f"{name} reaches the plateau at B = {float(cross):.0f} ({cross.lower:.0f}-{cross.upper:.0f}); "
+            shape += f"at B = {last} the limit is {plateau}."
         else:
-            shape = f"{name} is not exhausted at B = {self.batch_sizes[-1]}, where the limit is {plateau:.2g}."
-        found = [
-            f"{self.optimizer}: {shape} From B = {self.batch_sizes[0]}, it is off by more than 10 % beyond B = {self.rule_holds_to():.0f}."
-        ]
-        found.append("; ".join(f"at B = {b} stay below {self.max_lr(b)}" for b in self._picked()) + ".")
-        found.append(
-            f"lambda_max is {self.sharpness[0]:.3g} at the start and {self.sharpness[1]:.3g} after the pilot. For batches: "
-            f"{self.curvature.choose()[1]}."
-        )
+            shape = f"{name} still holds at B = {last}, where the limit is {plateau}."
+        before, after = self.sharpness
+        why = self.curvature.choose()[1]
         if self.anchors:
-            sizes = ", ".join(str(a.batch_size) for a in self.anchors)
-            found.append(f"The level is calibrated by short training runs at B = {sizes}.")
+            level = f"The level is calibrated by short training runs at B = {', '.join(str(a.batch_size) for a in self.anchors)}."
         else:
-            found.append(
-                "No calibrating runs were made: rates are those at which training from the measured point is stable, not training "
-                "from scratch."
-            )
-        return found
+            level = "No calibrating runs were made: rates are those at which training from the measured point is stable, not from scratch."
+        return [
+            f"{self.optimizer}: {shape} From B = {first}, it is off by more than 10 % beyond B = {self.rule_holds_to():.0f}.",
+            "; ".join(f"at B = {b} stay below {self.max_lr(b)}" for b in self._picked()) + ".",
+            f"lambda_max is {before:.3g} at the start and {after:.3g} after the pilot. For batches: {why}.",
+            level,
+        ]
 
     def _picked(self) -> list[int]:
         middle = self.batch_sizes[len(self.batch_sizes) // 2]
@@ -248,19 +257,6 @@ class LearningRateCurve(
         return plot_learning_rate_curve(self.to_dict(), ax=ax)
 
 
-logger = logging.getLogger(__name__)
-
-_MAX_POOL = 4096
-_PILOT_BATCH, _PILOT_SHARE = (16, 128), 8  # an eighth of the data, within these bounds
-_RUNS, _MORE_RUNS = 7, 2.5  # a search takes about so many, each repeat so many more
-_MEASURING = 70  # full-data gradients for curvature and its noise, about
-_ANCHOR_STRIDE = 8  # calibrate at every eighth batch size ...
-_ANCHOR_SHARE = 28  # ... up to this part of the data: runs at large batches cost most
-_LAST_SHARE = 16  # ... and once more at this part of it
-_MAX_LENGTH = 3.0  # times the pilot's steps, at the smallest batch sizes
-_REPEATS = (4, 3)  # searches at each batch size, with other orders of the data, and at the last
-
-
 def learning_rate_curve(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -270,7 +266,7 @@ def learning_rate_curve(
     calibrate: bool | Sequence[int] = True,
     max_samples: int = _MAX_POOL,
     seed: int = 0,
-    callback: Callable[[str], None] | None = None,
+    callback: ProgressCallback | None = None,
 ) -> LearningRateCurve:
     """The largest stable learning rate for every batch size.
 
@@ -279,7 +275,7 @@ def learning_rate_curve(
     whatever rate is used, so curvature after a pilot says how the limit depends on the batch size, but not the rate at which training from
     the present point breaks: both constants of the limit are fitted to short runs at a few batch sizes up to a sixteenth of the data, where
     runs are cheap. One search scatters by a factor of 1.5 to 2 and is repeated with other orders of the data. A run counts as trained if it
-    makes at least half of the best improvement over what needs no training, the initial loss or the best constant output's.
+    makes at least half of the best improvement over the untrained baseline, the lower of the initial loss and the best constant output's.
 
     Args:
         objective: at the point to train from, usually freshly initialised. Only read.
@@ -289,38 +285,45 @@ def learning_rate_curve(
         pilot: steps of the pilot and of each calibrating run.
         calibrate: whether to make calibrating runs, or the batch sizes to make them at (the cost grows with them).
         max_samples: use at most so many samples, drawn at random.
-        seed: of draws and probes.
-        callback: told what is being done, with its forecast cost.
+        seed: seeds the draws and the random probes.
+        callback: called with a :class:`sharpkit.Progress` in full-data gradients before each stage.
 
     Raises:
         ValueError: batch sizes out of range, pilot shorter than 10 steps.
-        ObjectiveError: the loss does not fall apart into samples.
+        ObjectiveError: the loss is no mean or sum over samples, or no run trains.
         UnsupportedError: an optimizer whose limit is not known.
 
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092; the mean-square condition: docs/mathematics.md.
     """
-    started, say = time.perf_counter(), callback or logger.info
+    started = time.perf_counter()
     rule = update_rule(optimizer)
     pool = SamplePool(objective).limited(max_samples, seed=seed)
     sizes = _checked_sizes(batch_sizes, pool.size)
-    if pilot < 10:
-        raise ValueError(f"pilot must be at least 10 steps, got {pilot}")
+    if pilot < _LEAST_PILOT:
+        raise ValueError(f"pilot must be at least {_LEAST_PILOT} steps, got {pilot}")
     at = _anchor_sizes(calibrate, sizes, pool.size)
     plans = [_Plan.at(size, pilot, last=size == at[-1]) for size in at]
     trainer = Trainer(pool, optimizer, seed)
     size = min(max(pool.size // _PILOT_SHARE, _PILOT_BATCH[0]), _PILOT_BATCH[1], pool.size)
     forecast = _MEASURING + (pilot * size + sum(plan.runs * plan.samples for plan in plans)) / pool.size
-    say(
-        f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some "
-        f"{sum(plan.runs for plan in plans) + 1:.0f} short runs"
-    )
+
+    def say(text: str) -> None:
+        done, elapsed = trainer.ledger.samples / pool.size, time.perf_counter() - started
+        expected = max(forecast, done)
+        left = elapsed / done * (expected - done) if done else math.nan
+        progress = Progress(round(done), round(expected), elapsed, left, text, unit="gradients")
+        callback(progress) if callback is not None else logger.info("%s", progress)
+
+    runs = sum(plan.runs for plan in plans) + 1
+    say(f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some {runs:.0f} short runs")
     settled, rate, start_lambda = trainer.settle(steps=pilot, batch_size=size, rule=rule)
     say(f"pilot done (loss {settled.losses[0]:.3g} -> {settled.losses[-1]:.3g}); measuring curvature and its noise")
     curvature, limits = limits_for(SamplePool(settled.objective), optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
     anchors: list[Anchor] = []
     for plan in plans:
         say(f"calibrating at B = {plan.batch_size}")
+        # begin at the last anchor's rate, which is a safe guess for the next larger size; first at the pilot's, scaled by sqrt(B)
         begin = anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
         anchors.append(plan.search(trainer, begin))
     return LearningRateCurve(
@@ -347,7 +350,7 @@ def _checked_sizes(batch_sizes: Sequence[int] | None, available: int) -> tuple[i
         raise ValueError(f"batch_sizes needs at least two different sizes of 1 or more, got {list(batch_sizes)}")
     if sizes[-1] > available:
         raise ValueError(
-            f"batch size {sizes[-1]} is larger than the {available} samples of the objective; give it more data, or smaller batch_sizes"
+            f"batch size {sizes[-1]} is larger than the objective's {available} samples; give more data or smaller batch_sizes"
         )
     return sizes
 

@@ -72,7 +72,7 @@ def run_doctor_command(arguments: argparse.Namespace) -> Answer:
     from sharpkit.reporting import to_document
 
     objective, _ = _objective(arguments, forecast=False)
-    diagnosis = examine(objective, seed=arguments.seed, callback=None if arguments.quiet else lambda check: say(f"  {check} ..."))
+    diagnosis = examine(objective, seed=arguments.seed, callback=None if arguments.quiet else lambda check: say(f"  {check.text} ..."))
     documents, extra, _ = _finish(arguments, [to_document(diagnosis)])
     extra["text"] = str(diagnosis)
     return documents, extra, OK if diagnosis.passed else FAILED

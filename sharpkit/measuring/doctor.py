@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,32 +14,114 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sharpkit._results import Result
+from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.objective.memory import available_memory, human_bytes
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
 
-Verdict = tuple[str, str] | tuple[str, str, str]
+Outcome = tuple[str, str] | tuple[str, str, str]  # status, message and, where something should be changed, the remedy
 
-_KINKED = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.RReLU,
-    nn.Hardtanh,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
+_KINKED = (*_ACTIVATIONS, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_MAX_COPIED_BATCHES = 2
-_FD_STEP = 1e-6  # relative to |w| / |v|, in float64
+_MAX_COPIED_BATCHES = 2  # to float64, by judgement: a check, not a measurement
+_FD_STEP = 1e-6  # relative to |w| / |v|, in float64: near eps^(1/3), where truncation and rounding of a central difference are alike
+_FD_AGREE = 1e-3  # by judgement: a wrong second derivative is off by far more, a central difference by far less
+_SERIOUS_ROUNDING, _HARMLESS_ROUNDING = 0.3, 1e-2  # of a product on a random vector, by judgement
+_MEASURE_PRODUCTS = 200  # that measure() makes, about: 6 probes of 32 steps
+_BASIS_VECTORS = 40  # that a typical Lanczos basis holds, by judgement
 
 
+_MARKS = {"ok": "ok      ", "note": "note    ", "warning": "WARNING ", "failed": "FAILED  "}
+
+
+@dataclass(frozen=True)
+class Check(Result):
+    """One thing looked at.
+
+    Attributes:
+        name: of the table of checks.
+        status: ``"ok"``, ``"note"`` (worth knowing), ``"warning"`` (numbers need care) or ``"failed"`` (numbers cannot be trusted).
+        message: the result, with numbers.
+        remedy: what to change; empty where nothing need be.
+    """
+
+    name: str
+    status: str
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{_MARKS[self.status]} {self.name}: {self.message}" + (f"\n          -> {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True)
+class Diagnosis(Result, kind="diagnosis", saved=("passed", "objective", "checks")):
+    """Everything :func:`examine` looked at.
+
+    Attributes:
+        objective: in words.
+        checks: all, in order.
+    """
+
+    objective: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether measurements can be trusted: no check failed."""
+        return all(check.status != "failed" for check in self.checks)
+
+    def findings(self) -> list[str]:
+        """The verdict and everything that asks for care, in sentences."""
+        verdict = (
+            "Curvature of this objective can be trusted." if self.passed else "Curvature of this objective can NOT be trusted as it stands."
+        )
+        return [verdict, *(f"{c.name}: {c.message} {c.remedy}".strip() for c in self.checks if c.status in ("warning", "failed"))]
+
+    def __str__(self) -> str:
+        return "\n".join([self.objective, *(str(check) for check in self.checks), self.findings()[0]])
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{sum(c.status == s for c in self.checks)} {s}" for s in _MARKS)
+        return f"Diagnosis({'passed' if self.passed else 'FAILED'}: {counts})"
+
+
+def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback | None = None) -> Diagnosis:
+    """Examine an objective before trusting its curvature: about ten Hessian products and a few gradients.
+
+    Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients (in float64, on a copy,
+    where the model allows it), how far float32 rounding goes, attention kernels, dropout and batch statistics, unused, frozen and tied
+    parameters, integer buffers, kinked activations, how batches are weighted, memory and time.
+
+    Args:
+        objective: as made for measuring.
+        seed: seeds the test vectors.
+        callback: called with a :class:`sharpkit.Progress` before each check, named in its text.
+
+    Returns:
+        the diagnosis; a check that raises counts as failed, with the error as its message.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = (torch.randn(8, 3), torch.randint(2, (8,)))
+        >>> sk.examine(sk.Objective(model, data, loss=torch.nn.functional.cross_entropy)).passed
+        True
+    """
+    started, hessian, checks = time.perf_counter(), HessianOperator(objective), []
+    for done, (name, function) in enumerate(CHECKS.items()):
+        if callback is not None:  # what remains is not told: the checks differ in cost by orders of magnitude
+            callback(Progress(done, len(CHECKS), time.perf_counter() - started, math.nan, name, unit="checks"))
+        try:
+            checks.append(Check(name, *function(hessian, seed)))
+        except Exception as error:
+            checks.append(Check(name, "failed", f"{type(error).__name__}: {error}"))
+    return Diagnosis(repr(objective), tuple(checks))
+
+
+# -- the checks: each takes the Hessian and a seed ------------------------------------------------------------------------------
 def _probes(hessian: HessianOperator, seed: int, k: int = 2) -> Tensor:
     return hessian.random_vectors(k, generator=torch.Generator().manual_seed(seed))
 
@@ -51,11 +134,11 @@ def _relative(hessian: HessianOperator, difference: Tensor, reference: Tensor) -
 def _rounding(hessian: HessianOperator) -> float:
     """What products may differ by: rounding of the type the model computes in."""
     if hessian.objective.autocast is not None or any(p.dtype in (torch.bfloat16, torch.float16) for p in hessian.layout.params):
-        return 3e-2
+        return 3e-2  # a few times the 8e-3 of bfloat16, since errors of a product add up over layers; the others likewise
     return 1e-9 if hessian.dtype == torch.float64 else 2e-4
 
 
-def _check_repeats(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_repeats(hessian: HessianOperator, seed: int) -> Outcome:
     vector = _probes(hessian, seed, 1)[:, 0]
     first = hessian @ vector
     hessian.forget_graphs()
@@ -69,7 +152,7 @@ def _check_repeats(hessian: HessianOperator, seed: int) -> Verdict:
     return "ok", f"two passes over the data agree to {gap:.1g}"
 
 
-def _check_symmetric(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_symmetric(hessian: HessianOperator, seed: int) -> Outcome:
     probes = _probes(hessian, seed)
     products = hessian @ probes
     gap = abs(float(hessian.dot(probes[:, 0], products[:, 1])) - float(hessian.dot(probes[:, 1], products[:, 0])))
@@ -84,7 +167,7 @@ def _check_symmetric(hessian: HessianOperator, seed: int) -> Verdict:
     return "ok", f"u.Hv = v.Hu to {relative:.1g}"
 
 
-def _check_linear(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_linear(hessian: HessianOperator, seed: int) -> Outcome:
     u, v = _probes(hessian, seed).T
     expected = 2.0 * (hessian @ u) - 0.5 * (hessian @ v)
     gap = _relative(hessian, hessian @ (2.0 * u - 0.5 * v) - expected, expected)
@@ -103,7 +186,7 @@ def float64_twin(objective: Objective) -> Objective:
     return objective.copy(batches, dtype=torch.float64)
 
 
-def _check_finite_differences(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_finite_differences(hessian: HessianOperator, seed: int) -> Outcome:
     try:
         twin = float64_twin(hessian.objective)
         operator = HessianOperator(twin)
@@ -113,11 +196,11 @@ def _check_finite_differences(hessian: HessianOperator, seed: int) -> Verdict:
         return "note", f"not compared: no float64 copy of the model can be run ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     step = _FD_STEP * float(operator.layout.current().norm()) / float(vector.norm())
     gaps = []
-    for size in (step, step / 30):
+    for size in (step, step / 30):  # the smaller step crosses fewer kinks; the better of the two counts
         shifted = [_gradient_at(twin, vector, sign * size) for sign in (1.0, -1.0)]
         gaps.append(_relative(operator, (shifted[0] - shifted[1]) / (2 * size) - exact, exact))
     gap, kinks = min(gaps), _names(hessian, _KINKED)
-    if gap <= 1e-3:
+    if gap <= _FD_AGREE:
         return "ok", f"finite differences of gradients agree to {gap:.1g} (float64 copy)"
     if kinks:
         return (
@@ -146,7 +229,7 @@ def _gradient_at(objective: Objective, vector: Tensor, step: float) -> Tensor:
                 p.copy_(before)
 
 
-def _check_rounding(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_rounding(hessian: HessianOperator, seed: int) -> Outcome:
     if hessian.objective.device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
         return (
             "warning",
@@ -164,13 +247,13 @@ def _check_rounding(hessian: HessianOperator, seed: int) -> Verdict:
     except Exception:
         return "note", "not compared: the model cannot be run in float64"
     gap = _relative(hessian, (hessian @ vector).double() - exact, exact)
-    if gap > 0.3:
+    if gap > _SERIOUS_ROUNDING:
         return (
             "warning",
             f"a product differs by {gap:.2g} from float64 on a random vector: small eigenvalues and the trace are rounding noise",
             "measure a float64 copy: model.double()",
         )
-    return ("ok" if gap < 1e-2 else "note"), f"a product on a random vector is right to {gap:.1g} (against float64)"
+    return ("ok" if gap < _HARMLESS_ROUNDING else "note"), f"a product on a random vector is right to {gap:.1g} (against float64)"
 
 
 class _Recorder(TorchFunctionMode):
@@ -184,7 +267,7 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check_attention(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_attention(hessian: HessianOperator, seed: int) -> Outcome:
     objective = hessian.objective
     recorder = _Recorder()
     with objective.undisturbed(), torch.no_grad(), recorder:
@@ -194,24 +277,24 @@ def _check_attention(hessian: HessianOperator, seed: int) -> Verdict:
     if recorder.calls:
         return (
             "note",
-            f"{recorder.calls} fused attention calls run with the math kernel here (the others have no second derivative): memory "
-            f"grows with the square of the sequence length",
+            f"{recorder.calls} fused attention calls run with the math kernel here, the only one with a second derivative: memory grows "
+            "with the square of the sequence length",
         )
     return "ok", "no fused attention kernel in the way"
 
 
 def _names(hessian: HessianOperator, kinds: Any) -> str:
-    found = [f"{name or 'model'} ({type(m).__name__})" for name, m in hessian.objective.model.named_modules() if isinstance(m, kinds)]
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    names = [f"{name or 'model'} ({type(m).__name__})" for name, m in hessian.objective.model.named_modules() if isinstance(m, kinds)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_randomness(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_randomness(hessian: HessianOperator, seed: int) -> Outcome:
     objective = hessian.objective
     dropout = [m for m in objective.model.modules() if isinstance(m, _DROPOUT) and m.p > 0]
     norms = [m for m in objective.model.modules() if isinstance(m, _BATCH_NORM)]
     if not dropout and not norms:
         return "ok", "no dropout and no batch statistics: train and eval mode are the same function"
-    parts = [text for text, found in ((f"{len(dropout)} dropout", dropout), (f"{len(norms)} batch-norm", norms)) if found]
+    parts = [text for text, present in ((f"{len(dropout)} dropout", dropout), (f"{len(norms)} batch-norm", norms)) if present]
     what = f"{' and '.join(parts)} layers, measured in {objective.mode} mode"
     if objective.mode == "eval":
         return (
@@ -228,7 +311,7 @@ def _check_randomness(hessian: HessianOperator, seed: int) -> Verdict:
     return "note", f"{what}: masks fixed by the seed"
 
 
-def _check_parameters(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_parameters(hessian: HessianOperator, seed: int) -> Outcome:
     objective, notes = hessian.objective, []
     with objective.undisturbed():
         touched = {id(p): False for p in objective.layout.params}
@@ -252,7 +335,7 @@ def _check_parameters(hessian: HessianOperator, seed: int) -> Verdict:
     return ("note" if notes else "ok"), "; ".join([head, *notes])
 
 
-def _check_smoothness(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_smoothness(hessian: HessianOperator, seed: int) -> Outcome:
     if kinked := _names(hessian, _KINKED):
         return (
             "note",
@@ -261,7 +344,7 @@ def _check_smoothness(hessian: HessianOperator, seed: int) -> Verdict:
     return "ok", "no layer with kinks among the known modules"
 
 
-def _check_weights(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_weights(hessian: HessianOperator, seed: int) -> Outcome:
     objective = hessian.objective
     text = (
         f"the loss is a {objective.reduction} over {objective.num_targets:g} {objective.counted} in {objective.num_batches} "
@@ -272,13 +355,13 @@ def _check_weights(hessian: HessianOperator, seed: int) -> Verdict:
     if not objective.may_separate:
         return (
             "warning",
-            f"{text}, but does not fall apart into samples: it cannot be cut into smaller batches",
+            f"{text}, but is no mean or sum over samples: it cannot be cut into smaller batches",
             "use one batch, or a loss that averages over samples",
         )
     return "ok", text
 
 
-def _check_memory(hessian: HessianOperator, seed: int) -> Verdict:
+def _check_memory(hessian: HessianOperator, seed: int) -> Outcome:
     hessian @ _probes(hessian, seed, 1)[:, 0]
     held, free = hessian.bytes_kept(), available_memory(hessian.device)
     start = time.perf_counter()
@@ -289,115 +372,28 @@ def _check_memory(hessian: HessianOperator, seed: int) -> Verdict:
         if hessian.all_kept
         else "graphs do not all fit and are rebuilt for each product"
     )
-    text = f"{kept}, {human_bytes(free)} free; one product takes {seconds:.2g} s, so measure() about {200 * seconds:.2g} s"
-    basis = 40 * hessian.size * hessian.dtype.itemsize
+    whole = _MEASURE_PRODUCTS * seconds
+    text = f"{kept}, {human_bytes(free)} free; one product takes {seconds:.2g} s, so measure() about {whole:.2g} s"
+    basis = _BASIS_VECTORS * hessian.size * hessian.dtype.itemsize
     if basis > free / 2:
         return (
             "warning",
-            f"{text}; a Lanczos basis of 40 vectors needs {human_bytes(basis)}",
+            f"{text}; a Lanczos basis of {_BASIS_VECTORS} vectors needs {human_bytes(basis)}",
             "select parameters with params=, or eigenpairs(..., offload=True)",
         )
     return ("ok" if hessian.all_kept else "note"), text
 
 
-ALL: tuple[tuple[str, Callable[[HessianOperator, int], Verdict]], ...] = (
-    ("repeatable", _check_repeats),
-    ("symmetric", _check_symmetric),
-    ("linear", _check_linear),
-    ("finite differences", _check_finite_differences),
-    ("rounding", _check_rounding),
-    ("weights", _check_weights),
-    ("parameters", _check_parameters),
-    ("randomness", _check_randomness),
-    ("attention", _check_attention),
-    ("smoothness", _check_smoothness),
-    ("memory and time", _check_memory),
-)
-
-_MARKS = {"ok": "ok      ", "note": "note    ", "warning": "WARNING ", "failed": "FAILED  "}
-
-
-@dataclass(frozen=True)
-class Check(Result):
-    """One thing looked at.
-
-    Attributes:
-        name: what.
-        status: ``"ok"``, ``"note"`` (worth knowing), ``"warning"`` (numbers need care) or ``"failed"`` (numbers cannot be trusted).
-        message: what was found, with numbers.
-        remedy: what to change; empty where nothing need be.
-    """
-
-    name: str
-    status: str
-    message: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{_MARKS[self.status]} {self.name}: {self.message}" + (f"\n          -> {self.remedy}" if self.remedy else "")
-
-
-@dataclass(frozen=True)
-class Diagnosis(Result, kind="diagnosis", saved=("passed", "objective", "checks")):
-    """Everything :func:`examine` looked at.
-
-    Attributes:
-        objective: in words.
-        checks: in the order they were made.
-    """
-
-    objective: str
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether measurements can be trusted: no check failed."""
-        return all(check.status != "failed" for check in self.checks)
-
-    def findings(self) -> list[str]:
-        """The verdict and everything that asks for care, in sentences."""
-        verdict = (
-            "Curvature of this objective can be trusted." if self.passed else "Curvature of this objective can NOT be trusted as it stands."
-        )
-        return [verdict, *(f"{c.name}: {c.message} {c.remedy}".strip() for c in self.checks if c.status in ("warning", "failed"))]
-
-    def __str__(self) -> str:
-        return "\n".join([self.objective, *(str(check) for check in self.checks), self.findings()[0]])
-
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{sum(c.status == s for c in self.checks)} {s}" for s in _MARKS)
-        return f"Diagnosis({'passed' if self.passed else 'FAILED'}: {counts})"
-
-
-def examine(objective: Objective, *, seed: int = 0, callback: Callable[[str], None] | None = None) -> Diagnosis:
-    """Examine an objective before trusting its curvature: about ten Hessian products and a few gradients.
-
-    Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients (in float64, on a copy,
-    where the model allows it), how far float32 rounding goes, attention kernels, dropout and batch statistics, unused, frozen and tied
-    parameters, integer buffers, kinked activations, how batches are weighed, memory and time.
-
-    Args:
-        objective: as made for measuring.
-        seed: of the test vectors.
-        callback: told the name of each check before it is made.
-
-    Returns:
-        the diagnosis; a check that raises counts as failed, with the error as its message.
-
-    Example:
-        >>> import torch, sharpkit as sk
-        >>> model = torch.nn.Linear(3, 2)
-        >>> data = (torch.randn(8, 3), torch.randint(2, (8,)))
-        >>> sk.examine(sk.Objective(model, data, loss=torch.nn.functional.cross_entropy)).passed
-        True
-    """
-    hessian = HessianOperator(objective)
-    checks = []
-    for name, function in ALL:
-        if callback is not None:
-            callback(name)
-        try:
-            checks.append(Check(name, *function(hessian, seed)))
-        except Exception as error:
-            checks.append(Check(name, "failed", f"{type(error).__name__}: {error}"))
-    return Diagnosis(repr(objective), tuple(checks))
+CHECKS: dict[str, Callable[[HessianOperator, int], Outcome]] = {
+    "repeatable": _check_repeats,
+    "symmetric": _check_symmetric,
+    "linear": _check_linear,
+    "finite differences": _check_finite_differences,
+    "rounding": _check_rounding,
+    "weights": _check_weights,
+    "parameters": _check_parameters,
+    "randomness": _check_randomness,
+    "attention": _check_attention,
+    "smoothness": _check_smoothness,
+    "memory and time": _check_memory,
+}

@@ -225,11 +225,11 @@ def test_a_curve_of_a_network_is_complete_and_leaves_no_trace(kind: str) -> None
     }[kind]()
     weights = copy.deepcopy(model.state_dict())
     state, rng = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
-    said: list[str] = []
+    said: list[sk.Progress] = []
     curve = sk.learning_rate_curve(objective, optimizer, batch_sizes=[8, 64, 320], pilot=30, callback=said.append)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert optimizer.state_dict() == state and torch.equal(rng, torch.get_rng_state())
-    assert "full-data gradients" in said[0]
+    assert "full-data gradients" in said[0].text and {p.unit for p in said} == {"gradients"}
     assert curve.gradients > 0 and all(math.isfinite(row["max_lr"]) and row["max_lr"] > 0 for row in curve.rows())
     assert json.loads(json.dumps(curve.to_dict()))["kind"] == "learning_rate_curve"
     assert str(curve.batch_sizes[0]) in curve.table()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import sharpkit as sk
 from sharpkit.batch_size.pilot import Trainer, _Search, constant_loss
 from sharpkit.objective.samples import SamplePool
+from sharpkit.optimizers import update_rule
 
 
 def _entropy(labels: torch.Tensor) -> float:
@@ -104,3 +105,15 @@ def test_a_search_without_an_answer_says_why() -> None:
     trainer = Trainer(SamplePool(flat), torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(sk.ObjectiveError, match="lowered the loss"):
         trainer.largest_stable_rate(0.1, batch_size=4, steps=3)
+
+
+def test_the_groups_of_an_optimizer_keep_their_ratio_in_the_pilot() -> None:
+    """The rate is looked up once a step, not once a group, so both groups see the same look at lambda_max."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 3, generator=g)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    objective = sk.Objective(model, (x, x.sum(1, keepdim=True)), loss=F.mse_loss)
+    optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.05}], lr=0.1)
+    trainer = Trainer(SamplePool(objective), optimizer)
+    pilot, rate, _ = trainer.settle(steps=11, batch_size=16, rule=update_rule(optimizer))  # the last step is one with a look
+    assert [group["lr"] for group in pilot.optimizer.param_groups] == pytest.approx([rate, rate / 2])

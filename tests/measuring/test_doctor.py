@@ -123,3 +123,10 @@ def test_rounding_is_measured_against_float64(dtype: torch.dtype) -> None:
 def test_the_diagnosis_serialises() -> None:
     document = sk.examine(sk.Objective(nn.Linear(6, 3), _data(), loss=F.cross_entropy)).to_dict()
     assert document["passed"] is True and document["kind"] == "diagnosis"
+
+
+def test_each_check_is_announced_as_progress() -> None:
+    model = nn.Linear(3, 2)
+    seen: list[sk.Progress] = []
+    diagnosis = sk.examine(sk.Objective(model, (torch.randn(8, 3), torch.randn(8, 2)), loss=F.mse_loss), callback=seen.append)
+    assert [(p.text, p.done, p.expected, p.unit) for p in seen] == [(c.name, i, 11, "checks") for i, c in enumerate(diagnosis.checks)]

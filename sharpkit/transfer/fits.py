@@ -300,7 +300,9 @@ def sensitivity(curve: Curve, center: float, *, octaves: float = 2.0) -> float:
     References:
         Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities" (2023), arXiv 2309.14322, section 3.
     """
+    from scipy.integrate import trapezoid  # np.trapezoid came with numpy 2.0
+
     grid = np.linspace(center - octaves, center + octaves, 401)
     points = sorted(curve.losses)
     losses = np.minimum(np.interp(grid, points, [curve.mean(x) for x in points]), curve.start_loss)
-    return float(np.trapezoid(losses, grid) / (2 * octaves)) - min(curve.mean(x) for x in curve.losses)
+    return float(trapezoid(losses, grid) / (2 * octaves)) - min(curve.mean(x) for x in curve.losses)

@@ -1,16 +1,17 @@
 # `make demo` and `make test` work on a fresh machine: they make their own environment in .venv.
-# Variables: PYTHON (3.11 or newer), VENV, PYTEST_ARGS, DEMO_ARGS.
+# Variables: PYTHON (3.11 or newer), VENV, PYTEST_ARGS, DEMO_ARGS, GPU_ARGS.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS ?=
 BIN = $(VENV)/bin
 # Without an NVIDIA GPU, constraints.txt keeps pip from fetching the CUDA build of torch.
 CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "--constraint constraints.txt")
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts house bench wheel clean
+.PHONY: help demo test lint types contracts house bench gpu wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make lint       ruff        make types      mypy --strict        make contracts  import layers"
 	@echo "make house      modules by layer with their sizes, and what breaks the architecture's rules; brings docs/architecture.md up to date"
 	@echo "make bench      comparisons with other libraries        make wheel      dist/*.whl        make clean"
+	@echo "make gpu        the gpu tests and what curvature costs on this machine's GPU, with its own torch (6 minutes); docs/gpu.md"
 
 demo: $(INSTALLED)-demo
 	$(BIN)/python -m sharpkit demo $(DEMO_ARGS)
@@ -41,6 +43,13 @@ house:
 
 bench: $(INSTALLED)-test $(INSTALLED)-bench
 	$(BIN)/python -m pytest -m bench $(PYTEST_ARGS)
+
+# The machine's own Python and torch, the checkout on its path: makes no environment and fetches nothing. 330 s of six minutes, the
+# rest is for starting up and for the product that is running when the time ends.
+gpu:
+	@$(PYTHON) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null \
+	  || { echo "make gpu needs an NVIDIA GPU and a Python with torch, and $(PYTHON) has no torch; name another: make gpu PYTHON=..." >&2; exit 2; }
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m experiments.gpu_benchmark --tests --max-seconds 330 $(GPU_ARGS)
 
 wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -435,6 +435,58 @@ def test_coordinates_over_widths_equal_those_on_the_host() -> None:
     assert exponents(DEVICE) == pytest.approx(exponents("cpu"), abs=1e-3)
 
 
+# -- nothing left behind ------------------------------------------------------------------------------------------------------
+def test_the_random_state_of_the_device_is_left_alone() -> None:
+    model = network(torch.float32, dropout=0.5).to(DEVICE).train()
+    optimizer = momentum(model.parameters())
+    F.cross_entropy(model(X.float().to(DEVICE)), Y.to(DEVICE)).backward()  # gradients and a generator that has been used
+    with untouched(model, optimizer=optimizer):
+        objective = sk.Objective(model, (X.float(), Y), loss=F.cross_entropy, mode="train")
+        sk.eigenpairs(sk.HessianOperator(objective), k=2)
+        sk.trace(sk.GaussNewtonOperator(objective), rtol=0.1)
+        sk.critical_learning_rate(objective, optimizer)
+        sk.measure(objective, optimizer=optimizer)
+
+
+@gpu_only
+def test_no_memory_of_the_device_is_kept() -> None:
+    def measured() -> None:
+        objective = classifier(DEVICE, torch.float32)
+        sk.measure(objective)
+        sk.trace(sk.GaussNewtonOperator(objective), rtol=0.1)
+
+    measured()  # libraries reserve workspaces of their own at the first call
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    measured()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+
+
+@gpu_only
+def test_a_batch_that_does_not_fit_is_cut_until_it_does() -> None:
+    """Capped memory: the whole batch runs out, pieces of it do not."""
+    model = nn.Sequential(nn.Linear(64, 2048), nn.Tanh(), nn.Linear(2048, 2048), nn.Tanh(), nn.Linear(2048, 10)).to(DEVICE)
+    data = (torch.randn(16384, 64), torch.randint(10, (16384,)))
+    whole = sk.HessianOperator(sk.Objective(model, data, loss=F.cross_entropy, micro_batch_size=512), retain=False)
+    v = torch.ones(whole.size, device=whole.device) / whole.size**0.5
+    expected = whole @ v
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    # One activation of the whole batch takes 128 MiB, and the graph of the gradient keeps six.
+    cap = torch.cuda.memory_reserved() + 600 * 2**20
+    try:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+        operator = sk.HessianOperator(sk.Objective(model, data, loss=F.cross_entropy))
+        product = operator @ v
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    pieces = operator.objective.micro_batch_size
+    assert pieces is not None and pieces < 16384
+    assert float((product - expected).norm() / expected.norm()) < 1e-4
+
+
 # -- beside a training ------------------------------------------------------------------------------------------------------------
 METRICS = [
     "lambda_max",
@@ -597,55 +649,3 @@ def test_the_hugging_face_callback_on_the_device(tmp_path: Path) -> None:
     trainer.train()
     assert [record.step for record in callback.history] == [0, 1, 2]
     assert all(np.isfinite(record["batch_sharpness"].value) and not record.failed for record in callback.history)
-
-
-# -- nothing left behind ------------------------------------------------------------------------------------------------------
-def test_the_random_state_of_the_device_is_left_alone() -> None:
-    model = network(torch.float32, dropout=0.5).to(DEVICE).train()
-    optimizer = momentum(model.parameters())
-    F.cross_entropy(model(X.float().to(DEVICE)), Y.to(DEVICE)).backward()  # gradients and a generator that has been used
-    with untouched(model, optimizer=optimizer):
-        objective = sk.Objective(model, (X.float(), Y), loss=F.cross_entropy, mode="train")
-        sk.eigenpairs(sk.HessianOperator(objective), k=2)
-        sk.trace(sk.GaussNewtonOperator(objective), rtol=0.1)
-        sk.critical_learning_rate(objective, optimizer)
-        sk.measure(objective, optimizer=optimizer)
-
-
-@gpu_only
-def test_no_memory_of_the_device_is_kept() -> None:
-    def measured() -> None:
-        objective = classifier(DEVICE, torch.float32)
-        sk.measure(objective)
-        sk.trace(sk.GaussNewtonOperator(objective), rtol=0.1)
-
-    measured()  # libraries reserve workspaces of their own at the first call
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    measured()
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before
-
-
-@gpu_only
-def test_a_batch_that_does_not_fit_is_cut_until_it_does() -> None:
-    """Capped memory: the whole batch runs out, pieces of it do not."""
-    model = nn.Sequential(nn.Linear(64, 2048), nn.Tanh(), nn.Linear(2048, 2048), nn.Tanh(), nn.Linear(2048, 10)).to(DEVICE)
-    data = (torch.randn(16384, 64), torch.randint(10, (16384,)))
-    whole = sk.HessianOperator(sk.Objective(model, data, loss=F.cross_entropy, micro_batch_size=512), retain=False)
-    v = torch.ones(whole.size, device=whole.device) / whole.size**0.5
-    expected = whole @ v
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
-    # One activation of the whole batch takes 128 MiB, and the graph of the gradient keeps six.
-    cap = torch.cuda.memory_reserved() + 600 * 2**20
-    try:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
-        operator = sk.HessianOperator(sk.Objective(model, data, loss=F.cross_entropy))
-        product = operator @ v
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    pieces = operator.objective.micro_batch_size
-    assert pieces is not None and pieces < 16384
-    assert float((product - expected).norm() / expected.norm()) < 1e-4

@@ -84,6 +84,7 @@ class UpdateRule:
     def _gains(self) -> tuple[float, float]:
         """(gain, decay) in the condition lr (gain * curvature + decay) <= 2 (1 + momentum): the characteristic polynomial at z = -1."""
         gain = 1 + 2 * self.momentum if self.nesterov else 1 - self.dampening
+        # coupled decay is curvature like any other; decoupled decay shrinks w beside the step, with no part in the momentum buffer
         return gain, self.weight_decay * (1 + self.momentum if self.decoupled else gain)
 
     @property
@@ -230,6 +231,7 @@ def register_optimizer(
     for name, function in (("rule", rule), ("preconditioner", preconditioner)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    # no velocity: batch sharpness along the step stays what it is for an unknown optimizer, along the gradient
     _KINDS[cls] = OptimizerKind(rule, preconditioner, geometry=geometry)
 
 
@@ -237,6 +239,7 @@ def kind_of(optimizer: Optimizer) -> OptimizerKind | None:
     """The entry of an optimizer's class, or of the parent whose ``step`` it keeps; None for an unknown method."""
     cls = type(unwrap_optimizer(optimizer))
     parent = _nearest_entry(cls)
+    # unknown rather than taken for its parent: a rule that is nearly right would give limits that are silently wrong
     if parent is None or _own_step(parent) is not _own_step(cls):
         return None
     return _KINDS.get(parent) or _KINDS[parent.__name__]
@@ -284,6 +287,7 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
         True
     """
     inside = optimizer
+    # by names in the whole mro, since Lightning's wrapper makes a class of itself and the optimizer's class, "LightningAdam"
     while not isinstance(inside, Optimizer) or any(cls.__name__ in _WRAPPERS for cls in type(inside).__mro__):
         inner = getattr(inside, "optimizer", None)
         if inner is None or inner is inside:
@@ -440,13 +444,15 @@ def gradient_decay(optimizer: Optimizer) -> float:
     if kind is None or kind.rule is None:
         return 0.0 if settings.get("decoupled_weight_decay") else _decay(settings)
     rule = kind.rule(settings)
+    # torch adds coupled decay to g before g enters the second moment and is divided by D, as if the loss had 0.5 decay |w|^2 more
     return _decay(settings) if rule.adaptive and not rule.weight_decay else 0.0
 
 
 def plain_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Every group's settings that are plain values, for a key that tells runs apart."""
     plain = (int, float, str, tuple, bool, type(None))
-    groups = [{**group, "lr": float(group["lr"])} for group in optimizer.param_groups]  # which may be a tensor
+    # a rate may be a tensor; it must count all the same, or runs at two rates would share a key
+    groups = [{**group, "lr": float(group["lr"])} for group in optimizer.param_groups]
     return [{k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in groups]
 
 
@@ -491,6 +497,7 @@ def preconditioner_scale(optimizer: Optimizer, layout: ParamLayout) -> Tensor:
             denominator = divide(state, settings, p)
             if denominator.shape != p.shape:
                 raise ValueError(f"the preconditioner of {name!r} must have shape {tuple(p.shape)}, got {tuple(denominator.shape)}")
+            # a group at r times the first group's rate moves as if D were r times smaller, so the limit holds for the first's rate
             pieces.append((rate / denominator.double()).sqrt())
     return layout.flatten(pieces)
 
@@ -590,13 +597,6 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def step_with(optimizer: Optimizer, params: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:
-    """One step of a copied optimizer with given gradients: its class's own, so that patches of an instance stay out."""
-    for p, gradient in zip(params, gradients, strict=True):
-        p.grad = gradient
-    type(optimizer).step(optimizer)  # type: ignore[call-arg]
-
-
 def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> Tensor:
     """u in w <- w - eta u for the step that the optimizer would make with this gradient, groups' rates relative to the first's.
 
@@ -619,24 +619,29 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
         raise UnsupportedError(
             f"{type(optimizer).__name__} evaluates the loss several times in a step, so it has no next update to look at; use another one"
         )
+    # In float64, since u is a difference of parameters: in float32 a step of 1e-6 |w| would keep one correct digit.
     copies = {id(p): nn.Parameter(p.detach().double().clone()) for group in held_parameters(optimizer) for p in group}
     if not any(id(p) in copies for p in layout.params):
         raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
     before = {key: p.detach().clone() for key, p in copies.items()}
     present = learning_rate(optimizer)
+    # u is the step over the rate, so at rate 0 (the first step of a warmup) the copy steps at rate 1 instead
     twin = copy_optimizer(optimizer, copies, lr=None if present else 1.0)
     for values in twin.state.values():
         moments = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in _COUNTERS}
         values.update({k: v.double() for k, v in moments.items()})
     for group in twin.param_groups:
         group.update({key: False for key in _FAST_PATHS if key in group})
-    held = [(p, g) for p, g in zip(layout.params, layout.split(gradient), strict=True) if id(p) in copies]
-    step_with(twin, [copies[id(p)] for p, _ in held], [g.double() for _, g in held])
+    for p, g in zip(layout.params, layout.split(gradient), strict=True):
+        if id(p) in copies:
+            copies[id(p)].grad = g.double()
+    type(twin).step(twin)  # type: ignore[call-arg]
     steps = [before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params]
     return layout.flatten(steps, 1.0 / (present or 1.0))
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:
+    # LBFGS alone of torch's optimizers asks for a closure; a method of the same kind elsewhere does so too
     arguments = inspect.signature(type(optimizer).step).parameters
     return "closure" in arguments and arguments["closure"].default is inspect.Parameter.empty
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from sharpkit.batch_size.scaling import safe_damping as safe_damping
     from sharpkit.batch_size.scaling import scale_learning_rate as scale_learning_rate
     from sharpkit.learner.learner import CurvatureLearner as CurvatureLearner
+    from sharpkit.learner.race import RaceResult as RaceResult
+    from sharpkit.learner.race import race as race
     from sharpkit.learner.schedules import refined_schedule as refined_schedule
     from sharpkit.linalg.diagonal import DiagonalEstimate as DiagonalEstimate
     from sharpkit.linalg.diagonal import diagonal as diagonal
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from sharpkit.measuring.stability import StableLearningRate as StableLearningRate
     from sharpkit.measuring.stability import stable_learning_rate as stable_learning_rate
     from sharpkit.monitor import sinks as sinks
+    from sharpkit.monitor.metrics import METRICS as METRICS
     from sharpkit.monitor.metrics import register_metric as register_metric
     from sharpkit.monitor.monitor import Monitor as Monitor
     from sharpkit.monitor.records import Measurement as Measurement
@@ -86,6 +89,7 @@ if TYPE_CHECKING:
     from sharpkit.reporting import report as report
     from sharpkit.reporting.sections import Section as Section
     from sharpkit.reporting.sections import register_section as register_section
+    from sharpkit.training_run import RaceProblem as RaceProblem
 
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
 _MODULES: dict[str, tuple[str, ...]] = {
@@ -109,6 +113,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.batch_size.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
     "sharpkit.batch_size.scaling": ("ScaledLearningRate", "safe_damping", "scale_learning_rate"),
     "sharpkit.learner.learner": ("CurvatureLearner",),
+    "sharpkit.learner.race": ("RaceResult", "race"),
     "sharpkit.learner.schedules": ("refined_schedule",),
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),
     "sharpkit.linalg.lanczos": ("eigenpairs",),
@@ -124,7 +129,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.measuring.sharpness": ("Sharpness", "measure"),
     "sharpkit.measuring.stability": ("StableLearningRate", "stable_learning_rate"),
     "sharpkit.monitor": ("sinks",),
-    "sharpkit.monitor.metrics": ("register_metric",),
+    "sharpkit.monitor.metrics": ("METRICS", "register_metric"),
     "sharpkit.monitor.monitor": ("Monitor",),
     "sharpkit.monitor.records": ("Measurement", "MonitorHistory", "Record"),
     "sharpkit.objective.objective": ("Objective",),
@@ -136,6 +141,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.optimizers": ("UpdateRule", "register_optimizer"),
     "sharpkit.reporting": ("report",),
     "sharpkit.reporting.sections": ("Section", "register_section"),
+    "sharpkit.training_run": ("RaceProblem",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 _ARE_MODULES = {"sinks", "transfer"}  # public names that are modules themselves

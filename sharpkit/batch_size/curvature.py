@@ -20,8 +20,12 @@ from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 
-_TOL = 1e-2
+# By judgement; experiments/batch_lambda.py measures what comes of them.
+_TOL = 1e-2  # of a drawn batch's eigenvalues, far below their scatter from batch to batch
 _NOTHING = 1e-3  # of the full data's lambda_max: a batch Hessian below that may be rounding alone
+_GROUPS = 64  # disjoint groups whose Hessians give the noise; s^2 is then known to 18 %
+_PART, _PART_SHARE = (64, 256), 6  # samples for trace, spectrum and further eigenvectors: not used for the learning-rate limits
+_ENDS_TOL = 3e-2  # of both ends' residuals; the top one has converged far beyond by then
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class DirectPoint(Result):
 
     Attributes:
         batch_size: B.
-        largest, smallest: (k,) per drawn batch.
+        largest, smallest: (k,) eigenvalues, one a drawn batch.
     """
 
     batch_size: int
@@ -92,10 +96,6 @@ def _size(operator: SymmetricOperator, seed: int) -> float:
 Floats = NDArray[np.float64]
 Wrap = Callable[[SymmetricOperator], SymmetricOperator]
 
-_GROUPS = 64
-_PART, _PART_SHARE = (64, 256), 6  # for trace, spectrum and further eigenvectors, no ground of the rates: a sixth of the samples
-_ENDS_TOL = 3e-2  # of both ends' residuals; the top one has converged far beyond by then
-
 
 @dataclass(frozen=True)
 class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "directional", "isotropic", "num_samples", "estimator", "direct")):
@@ -103,7 +103,8 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
 
     Attributes:
         lambda_max, lambda_min, trace: of the full-data Hessian; lambda_min to some 3 % of lambda_max, from above.
-        nodes, counts: the spectrum on a sixth of the data (64 to 256 samples) as a quadrature: eigenvalues, how many each. So the trace.
+        nodes, counts: the spectrum on a sixth of the data (64 to 256 samples) as a quadrature: eigenvalues, how many each. The trace comes
+            from the same samples.
         directional: s^2 = E ||(h_i - H) v||^2 of a single sample along the top eigenvector, with its standard error.
         isotropic: r^2 = E ||(h_i - H) z||^2 of a single sample along a random unit vector.
         block: (k, k) the full matrix within the span of the top eigenvectors; where they are close, noise mixes them.
@@ -163,7 +164,7 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
         weights, excess = [], []
         for point in self.direct:
             mean, stderr = point.mean()
-            scale = (stderr**2 + (0.05 * mean) ** 2) ** 0.5
+            scale = (stderr**2 + (0.05 * mean) ** 2) ** 0.5  # 5 % for the law itself, by judgement: a chance agreement weighs no more
             weights.append(1 / (self.effective(point.batch_size) * scale))
             excess.append((mean - self.lambda_max) / scale)
         w, e = np.array(weights), np.array(excess)
@@ -185,7 +186,7 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
         points = [
             (math.log(self.effective(p.batch_size)), *p.mean(which)) for p in self.direct if math.isfinite(self.effective(p.batch_size))
         ]
-        floor = 1e-3 * max(abs(end), 1e-30)
+        floor = 1e-3 * max(abs(end), 1e-30)  # log needs a positive excess; a thousandth is below what is measured
         x = np.array([p[0] for p in points])
         y = np.log([max(sign * (p[1] - end), floor) for p in points])
         value = end + sign * math.exp(_line(x, y, math.log(b)))
@@ -245,7 +246,7 @@ def measure_batch_curvature(
     Args:
         pool: the samples.
         sizes: batch sizes to measure directly; those above N / 2 are left out.
-        seed: of draws and probes.
+        seed: seeds the draws and random probes.
         ledger: where the cost is written.
         repeats: batches drawn per size.
         wrap: turns each Hessian into the operator meant (preconditioning).

@@ -16,11 +16,14 @@ from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.preconditioned import PreconditionedOperator
 from sharpkit.optimizers import UpdateRule, settled_preconditioner
 
-_GRID = 24
-_GROUPS = 64
-_PART, _PART_SHARE = (128, 512), 4  # samples for it, but at the smallest batch size: a quarter of the data, within these bounds
+# All by judgement, within the cost that docs/batch_size.md counts (50 times below a sweep).
+_GRID = 24  # batch sizes at which the limit is written down, by logarithmic steps; between them it is interpolated
+_GROUPS = 64  # whose gradients give each coordinate's variance, known to 18 % each; D takes its root
 _DIRECT_SHARE = 16  # lambda_max of drawn batches is measured up to this part of the data: beyond, the excess is small and goes as 1 / b
+_DIRECT_SIZES = 4  # batch sizes at which it is
 _FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew
+_PART, _PART_SHARE = (128, 512), 4  # samples for that, but at the smallest batch size: a quarter of the data, within these bounds
+_ADAPTIVE_REPEATS = 3  # drawn batches a size: half of what SGD has, whose curvature serves every batch size
 
 
 def limits_for(
@@ -31,17 +34,17 @@ def limits_for(
     For SGD one measurement serves all batch sizes. An adaptive optimizer divides by D, which itself depends on the batch size: v = g^2 +
     var / B per coordinate; its matrix is measured at a few batch sizes and the limit interpolated between them.
     """
-    grid = np.geomspace(sizes[0], sizes[-1], _GRID)
-    direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], 4)
+    direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], _DIRECT_SIZES)
     if not rule.adaptive:
         curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger)
+        grid = np.geomspace(sizes[0], sizes[-1], _GRID)
         return curvature, tuple(
             (float(b), _rate(curvature.lambda_max, curvature.noise, curvature.effective(min(float(b), pool.size)), rule)) for b in grid
         )
     mean, variance = gradient_moments(pool, seed=seed, ledger=ledger)
     smallest, *others = _spread(sizes, _FULL_SIZES)
     curvature = measure_batch_curvature(
-        pool, sizes=direct, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, smallest, optimizer), repeats=3
+        pool, sizes=direct, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, smallest, optimizer), repeats=_ADAPTIVE_REPEATS
     )
     part = pool.limited(min(max(pool.size // _PART_SHARE, _PART[0]), _PART[1]), seed=seed)
     points = [(float(smallest), _rate(curvature.lambda_max, curvature.noise, curvature.effective(smallest), rule))]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sharpkit.batch_size.learning_rate_curve import LearningRateCurve
 
 
-_RULES = {"linear": 1.0, "sqrt": 0.5}
+_RULES = {"linear": 1.0, "sqrt": 0.5}  # powers of k: arXiv 1706.02677 and arXiv 2205.10287
 
 
 class ScaledLearningRate(float):
@@ -59,9 +59,9 @@ def scale_learning_rate(
     """The learning rate for another batch size, k = new / old.
 
     ``"linear"``: lr x k, for SGD. ``"sqrt"``: lr x sqrt(k), for Adam and its kin, with 1 - beta_i x k and eps / sqrt(k), which holds while
-    k (1 - beta_i) << 1. A :class:`~sharpkit.batch_size.learning_rate_curve.LearningRateCurve` scales by the ratio of its largest stable rates: the
-    measured rule. Momentum of SGD is kept under the linear rule (same decay per step at a proportionally larger rate); weight decay is
-    adjusted so that an epoch shrinks the weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
+    k (1 - beta_i) << 1. A :class:`sharpkit.LearningRateCurve` scales by the ratio of its largest stable rates: the measured rule. Momentum
+    of SGD is kept under the linear rule (same decay per step at a proportionally larger rate); weight decay is adjusted so that an epoch
+    shrinks the weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
 
     Args:
         lr: learning rate that works at ``batch_size``.
@@ -104,14 +104,13 @@ def scale_learning_rate(
 
 
 def _scaled_betas(betas: tuple[float, float], k: float) -> tuple[float, float]:
-    scaled = tuple(1 - k * (1 - beta) for beta in betas)
+    scaled = tuple(1 - k * (1 - beta) for beta in betas)  # so that the averages still reach as many samples back
     if min(scaled) <= 0:
         raise ValueError(
-            f"1 - beta x k leaves the range for betas={betas} and k = {k:g}: the square-root rule's companions hold while k (1 - "
-            f"beta) << 1; "
-            "scale in smaller steps, or leave betas out"
+            f"1 - beta x k leaves the range for betas={betas} and k = {k:g}: the square-root rule's companions hold while "
+            "k (1 - beta) << 1; scale in smaller steps, or leave betas out"
         )
-    if k * (1 - min(betas)) > 0.5:
+    if k * (1 - min(betas)) > 0.5:  # by judgement: the rule is a limit of small k (1 - beta)
         _warn(f"k (1 - beta) = {k * (1 - min(betas)):.2g} is not small: the square-root rule is leaving the range it was derived for")
     return (round(scaled[0], 12), round(scaled[1], 12))
 
@@ -126,11 +125,9 @@ def _by_curve(
         _warn(f"the scaled rate {scaled:.3g} lies above the largest stable one at B = {new_batch_size:g}, {new}: it was too large before")
     straight = (new_batch_size / batch_size) ** curve.exponent
     name = "square-root" if curve.exponent == 0.5 else "linear"
-    if abs(factor / straight - 1) > 0.1:
-        _warn(
-            f"between B = {batch_size:g} and {new_batch_size:g} the {name} rule is off by {straight / factor:.2g}x; the measured "
-            f"curve was used"
-        )
+    if abs(factor / straight - 1) > 0.1:  # the tolerance of LearningRateCurve.rule_holds_to
+        sizes = f"B = {batch_size:g} and {new_batch_size:g}"
+        _warn(f"between {sizes} the {name} rule is off by {straight / factor:.2g}x; the measured curve was used")
     decay = weight_decay * (new_batch_size / batch_size) / factor if weight_decay is not None else None
     return ScaledLearningRate(scaled, momentum=momentum, weight_decay=decay, rule=f"measured curve, x {factor:.3g}")
 
@@ -145,7 +142,7 @@ def safe_damping(lr: float, batch_size: float, bulk_trace: float) -> float:
     Proportional to lr / B: doubling the batch halves the damping that is needed.
 
     Args:
-        lr: of the second-order step.
+        lr: learning rate of the second-order step.
         batch_size: B.
         bulk_trace: trace of the Hessian less its outliers.
 

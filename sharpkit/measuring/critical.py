@@ -16,8 +16,8 @@ from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamLayout
 from sharpkit.optimizers import learning_rate, next_update
 
-_PRECISION = 15 / 16
-_MAX_DOUBLINGS = 60
+_PRECISION = 15 / 16  # lower over upper end, by judgement: three bisections from a factor sqrt(2), so six forward passes in all
+_MAX_DOUBLINGS = 60  # a factor of 1e18 either way, by judgement: further, float32 has no step or no parameters left
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class CriticalLearningRate(Result, kind="critical_learning_rate"):
     """min{eta > 0: f(w - eta u) > f(w)}, u the optimizer's next update at rate 1.
 
     Attributes:
-        value: middle of the bracket; inf where no rise was found, 0 where the loss rises however small the step.
+        value: geometric middle of the bracket; inf where the loss never rose, 0 where the loss rises however small the step.
         lower, upper: the loss has not risen at ``lower``, it has at ``upper``.
         sharpness: the critical sharpness 2 / value.
         num_evaluations: forward passes over the data.
@@ -45,11 +45,8 @@ class CriticalLearningRate(Result, kind="critical_learning_rate"):
     def __str__(self) -> str:
         if self.outcome == "found":
             return f"{self.value:.4g} ({self.lower:.4g} to {self.upper:.4g})"
-        return (
-            "unbounded: the loss does not rise along this direction"
-            if self.outcome == "unbounded"
-            else "0: the next update is no descent direction"
-        )
+        ascent = "0: the next update is no descent direction"
+        return "unbounded: the loss does not rise along this direction" if self.outcome == "unbounded" else ascent
 
 
 def critical_learning_rate(
@@ -70,11 +67,11 @@ def critical_learning_rate(
         objective: the function; both losses are over the same data.
         optimizer: a torch optimizer holding the objective's parameters.
         guess: where to begin; by default the optimizer's present rate.
-        gradient: (n,) of the objective at the present point, if known; else it is computed.
+        gradient: (n,) the objective's gradient at the present point, if known; else it is computed.
         rtol: width of the final bracket relative to its upper end.
 
     Returns:
-        the rate with its bracket; where the update goes uphill, or no rise is found by 60 doublings, ``outcome`` says so.
+        the rate with its bracket; where the update goes uphill, or the loss does not rise within 60 doublings, ``outcome`` says so.
 
     Raises:
         ValueError: a guess or rtol that is not positive, or an optimizer over other parameters.
@@ -106,7 +103,7 @@ def critical_learning_rate(
         return CriticalLearningRate(0.0, 0.0, 0.0, math.inf, 0, "ascent")
     if not bool(update.any()):
         return CriticalLearningRate(math.inf, math.inf, math.inf, 0.0, 0, "unbounded")
-    search = _Search(objective, objective.layout.split(update))
+    search = _LineSearch(objective, objective.layout.split(update))
     lower, upper = search.bracket(start)
     while lower > 0 and math.isfinite(upper) and lower / upper < 1 - rtol:
         middle = math.sqrt(lower * upper)
@@ -116,7 +113,7 @@ def critical_learning_rate(
     return CriticalLearningRate(value, lower, upper, 2 / value if value > 0 else math.inf, search.num_evaluations, outcome)
 
 
-class _Search:
+class _LineSearch:
     """The loss along one direction, against the loss at its beginning."""
 
     def __init__(self, objective: Objective, direction: Sequence[Tensor]) -> None:

@@ -95,26 +95,27 @@ class CurvatureHistory(
     def findings(self) -> list[str]:
         """What the run showed, in plain sentences."""
         start, end, peak = self.lambda_max[0], self.lambda_max[-1], max(self.lambda_max)
-        verb = "rose" if peak > 1.05 * start else "did not rise"
+        verb = "rose" if peak > 1.05 * start else "did not rise"  # 5 % by judgement: what an eigenvalue wanders by without a trend
         limit = f"the stability limit {self.limit_rule} = {self.limit[-1]:.3g}"
         reached = self.first_at_limit
         if reached is not None:
             movement = f"rose from {start:.3g} to {peak:.3g}" if verb == "rose" else f"started at {start:.3g}"
-            found = [f"{self.name}: lambda_max {movement} and reached {limit} by step {reached}."]
+            sentences = [f"{self.name}: lambda_max {movement} and reached {limit} by step {reached}."]
         else:
             movement = f"rose from {start:.3g} to at most {peak:.3g}" if verb == "rose" else f"did not rise above its start, {start:.3g}"
-            found = [f"{self.name}: lambda_max {movement} and stayed below {limit}; it ended at {end:.3g}."]
+            sentences = [f"{self.name}: lambda_max {movement} and stayed below {limit}; it ended at {end:.3g}."]
         settled = self.settled_ratio()
         if settled is not None:
-            found.append(f"{self.name}: over the last half of the checkpoints it lay at {settled[0]:.2f} +- {settled[1]:.2f} of the limit.")
+            at = f"{settled[0]:.2f} +- {settled[1]:.2f}"
+            sentences.append(f"{self.name}: over the last half of the checkpoints it lay at {at} of the limit.")
         if not self.full_batch:
-            found.append(
+            sentences.append(
                 f"{self.name}: trained on minibatches. The limit is that of the full batch; with gradient noise lambda_max may settle "
                 "below it, so staying below is no sign that a larger learning rate is safe."
             )
         if not self.converged:
-            found.append(f"{self.name}: some lambda_max did not reach its tolerance; trust them only to within the error bars.")
-        return found
+            sentences.append(f"{self.name}: some lambda_max did not reach its tolerance; trust them only to within the error bars.")
+        return sentences
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """lambda_max and the limit over steps; see :func:`sharpkit.plots.plot_curvature`."""

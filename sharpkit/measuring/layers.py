@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sharpkit._results import ProgressCallback, Result
+from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.trace import trace
@@ -31,7 +32,7 @@ class LayerSharpness(
     Attributes:
         names: layers (modules that own parameters), in the model's order.
         num_parameters: entries of each layer that were differentiated.
-        lambda_max: each block's largest eigenvalue; ``stderr`` is its residual.
+        lambda_max: each block's largest eigenvalue, with its residual bound.
         trace: each block's trace; the traces add up to the whole Hessian's.
         num_matvecs: products spent over all layers.
         seconds: wall time spent.
@@ -60,15 +61,15 @@ class LayerSharpness(
         """What stands out, in plain sentences."""
         sharpest = max(range(len(self.names)), key=lambda i: self.lambda_max[i].value)
         value = self.lambda_max[sharpest].value
-        found = [f"{self.name}: the sharpest layer is {self.names[sharpest]} (lambda_max {value:.3g})."]
+        sentences = [f"{self.name}: the sharpest layer is {self.names[sharpest]} (lambda_max {value:.3g})."]
         total = sum(t.value for t in self.trace)
         if total > 0:
             largest = max(range(len(self.names)), key=lambda i: self.trace[i].value)
             share = self.trace[largest].value / total
-            found.append(f"{self.name}: {self.names[largest]} holds {share:.0%} of the Hessian's trace.")
+            sentences.append(f"{self.name}: {self.names[largest]} holds {share:.0%} of the Hessian's trace.")
         if not self.converged:
-            found.append(f"{self.name}: some layer's number did not reach its tolerance; see its error.")
-        return found
+            sentences.append(f"{self.name}: some layer's number did not reach its tolerance; see its error.")
+        return sentences
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Bars of lambda_max and trace; see :func:`sharpkit.plots.plot_layers`."""
@@ -96,6 +97,21 @@ def _members(layer: str) -> Callable[[str, Tensor], bool]:
     return lambda name, parameter: layer_of(name) == layer
 
 
+def _within(
+    callback: ProgressCallback, layer: str, number: int, count: int, before: int, block: HessianOperator, started: float
+) -> ProgressCallback:
+    """Progress of one layer as progress of the whole call: the layers to come are expected to cost what those so far did."""
+
+    def report(progress: Progress) -> None:
+        done = before + block.num_matvecs
+        expected = max(done, (before + max(progress.expected, block.num_matvecs)) * count // (number + 1))
+        elapsed = time.perf_counter() - started
+        left = elapsed / done * (expected - done) if done else math.nan
+        callback(Progress(done, expected, elapsed, left, f"{layer} (layer {number + 1} of {count}): {progress.text}"))
+
+    return report
+
+
 def per_layer(
     objective: Objective,
     *,
@@ -111,12 +127,12 @@ def per_layer(
     is at most that of the whole Hessian (Cauchy interlacing), and the traces of all blocks sum to the whole trace.
 
     Args:
-        objective: whose Hessian.
-        tol: of each lambda_max, relative.
-        trace_rtol: standard error asked of each trace, relative.
-        seed: of starting vectors and probes.
+        objective: the function whose Hessian is meant.
+        tol: relative tolerance of each lambda_max.
+        trace_rtol: relative standard error asked of each trace.
+        seed: seeds starting vectors and random probes.
         name: what model this is, for titles.
-        callback: called with a :class:`sharpkit.Progress` after each step of each layer.
+        callback: called with a :class:`sharpkit.Progress` over all layers after each step.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -129,15 +145,13 @@ def per_layer(
     started = time.perf_counter()
     layers = tuple(dict.fromkeys(layer_of(p) for p in objective.layout.names))
     sizes, tops, traces, matvecs = [], [], [], 0
-    for layer in layers:
+    for number, layer in enumerate(layers):
         block = HessianOperator(objective.with_params(_members(layer)))
-        pairs = eigenpairs(block, k=1, tol=tol, seed=seed, callback=callback)
-        tops.append(
-            Estimate(
-                float(pairs.values[0]), float(pairs.residuals[0]), pairs.num_matvecs, pairs.seconds, "Lanczos", bool(pairs.converged[0])
-            )
-        )
-        traces.append(trace(block, rtol=trace_rtol, seed=seed, callback=callback))
+        report = None if callback is None else _within(callback, layer, number, len(layers), matvecs, block, started)
+        pairs = eigenpairs(block, k=1, tol=tol, seed=seed, callback=report)
+        value, residual, reached = float(pairs.values[0]), float(pairs.residuals[0]), bool(pairs.converged[0])
+        tops.append(Estimate(value, residual, pairs.num_matvecs, pairs.seconds, "Lanczos", reached, error_kind="residual bound"))
+        traces.append(trace(block, rtol=trace_rtol, seed=seed, callback=report))
         sizes.append(block.size)
         matvecs += block.num_matvecs
     return LayerSharpness(layers, tuple(sizes), tuple(tops), tuple(traces), matvecs, time.perf_counter() - started, name)

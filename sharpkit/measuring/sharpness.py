@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+# What a document holds, in its order: plain numbers, then numbers with errors.
 _PLAIN = ("loss", "grad_norm", "lr", "num_parameters", "num_samples", "mode", "num_matvecs", "seconds", "seed", "converged")
 _NESTED = ("lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_mass", "stable_lr", "density")
 
@@ -35,8 +36,8 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
     Attributes:
         lambda_max: largest eigenvalue of the Hessian.
         lambda_min: smallest.
-        trace: of the Hessian.
-        frobenius_norm: of the Hessian.
+        trace: trace of the Hessian.
+        frobenius_norm: its Frobenius norm.
         effective_rank: sum |lambda_i| / max |lambda_i|: how many directions are about as curved as the sharpest.
         negative_mass: share of eigenvalues clearly below zero.
         loss: f(w).
@@ -46,11 +47,11 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         preconditioned_lambda_max: largest eigenvalue of D^-1 H for an adaptive optimizer, else None.
         eigenpairs: the top pair, with its vector.
         density: the spectral density from the same products.
-        num_parameters, num_samples: of the objective.
+        num_parameters, num_samples: what the objective holds.
         mode: ``"eval"`` or ``"train"``: how dropout and batch statistics were set.
         num_matvecs: Hessian products in all.
         seconds: wall time.
-        seed: of the probes.
+        seed: what seeded the probes.
     """
 
     lambda_max: Estimate
@@ -105,14 +106,14 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
 
     def findings(self) -> list[str]:
         """What the numbers say, in sentences."""
-        found = [self._about_learning_rate(), self._about_shape(), self._about_negative_curvature()]
+        sentences = [self._about_learning_rate(), self._about_shape(), self._about_negative_curvature()]
         if self.mode == "train":
-            found.append(
+            sentences.append(
                 "Measured in train mode: dropout masks are fixed and batch statistics depend on the batches; eval mode may differ widely."
             )
         if not self.converged:
-            found.append("Not every number reached its tolerance; the flagged ones are bounds so far. Allow more products or time.")
-        return [sentence for sentence in found if sentence]
+            sentences.append("Not every number reached its tolerance; the flagged ones are bounds so far. Allow more products or time.")
+        return sentences
 
     def _about_learning_rate(self) -> str:
         if math.isinf(self.stable_lr):
@@ -121,34 +122,32 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         if self.lr is None or self.lr == 0:
             return f"Full-batch gradient descent is stable here up to a learning rate of {limit}; small batches allow less."
         ratio = self.lr / self.stable_lr.value
+        # within 5 to 10 % of the limit counts as at it: that far sharpness oscillates at the edge of stability (docs/monitor_results.md)
         if ratio > 1.05:
             return (
-                f"The learning rate {self.lr:.3g} is {ratio:.2f} times the stable limit {limit}: steps along the sharpest "
-                f"direction grow until the loss flattens or diverges."
+                f"The learning rate {self.lr:.3g} is {ratio:.2f} times the stable limit {limit}: steps along the sharpest direction grow "
+                "until the loss flattens or diverges."
             )
         if ratio > 0.9:
             return (
-                f"The learning rate {self.lr:.3g} is at the full-batch stable limit {limit}: at the edge of stability, where "
-                f"full-batch training settles."
+                f"The learning rate {self.lr:.3g} is at the full-batch stable limit {limit}: at the edge of stability, where full-batch "
+                "training settles."
             )
         return f"The learning rate {self.lr:.3g} is {ratio:.0%} of the full-batch stable limit {limit}; small batches lower that limit."
 
     def _about_shape(self) -> str:
         share = self.effective_rank.value / self.num_parameters
-        return (
-            f"The curvature is spread over about {self.effective_rank.value:.3g} of {self.num_parameters:,} directions "
-            f"({share:.2g} of all); "
-            f"{len(self.density.outliers)} eigenvalues stand clear of the bulk."
-        )
+        spread = f"about {self.effective_rank.value:.3g} of {self.num_parameters:,} directions ({share:.2g} of all)"
+        return f"The curvature is spread over {spread}; {len(self.density.outliers)} eigenvalues stand clear of the bulk."
 
     def _about_negative_curvature(self) -> str:
         if self.lambda_max.value <= 0:
             return (
-                "Every direction measured curves downwards or is flat: this is no minimum, and more training (or another "
-                "starting point) comes first."
+                "Every direction measured curves downwards or is flat: this is no minimum, and more training (or another starting point) "
+                "comes first."
             )
         ratio = -self.lambda_min.value / self.lambda_max.value
-        if ratio < 1e-3:
+        if ratio < 1e-3:  # the tolerance of the eigenvalues themselves; the next bound, a twentieth, by judgement
             return "There is no negative curvature to speak of: the point is, to this accuracy, in a convex region."
         if ratio < 0.05:
             return f"There is slight negative curvature: the most negative eigenvalue is {ratio:.2g} of the largest in size."
@@ -179,13 +178,13 @@ def measure(
 
     Args:
         objective: the function.
-        optimizer: for the stable learning rate of its kind, momentum and weight decay; it is only read.
-        num_probes: random probes: the error of trace and norm falls as their square root.
-        num_steps: Lanczos steps per probe: the resolution of the density.
-        tol: of the extreme eigenvalues, relative to the largest in size.
-        seed: of the probes.
-        max_matvecs, max_seconds: budgets; what is there when one ends comes back flagged.
-        callback: progress after each product.
+        optimizer: decides, with its momentum and weight decay, which stability limit is meant; only read.
+        num_probes: random probes; the error of trace and norm falls as their square root.
+        num_steps: Lanczos steps per probe, which give the density its resolution.
+        tol: tolerance of the extreme eigenvalues, relative to the largest in size.
+        seed: seeds the random probes.
+        max_matvecs, max_seconds: stop the measurement when exhausted; partial results are returned with ``converged=False``.
+        callback: called with a :class:`sharpkit.Progress` after each product.
 
     Raises:
         NonFiniteError, UnsupportedError, OutOfMemoryError: from the products.
@@ -214,6 +213,7 @@ def measure(
         callback=callback,
     )
     top, preconditioned = _end(overview.largest), None
+    # the limit of an adaptive optimizer is that of D^-1 H, which has a spectrum of its own
     if optimizer is not None and rule is not None and rule.adaptive:
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
         matrix = preconditioned_hessian(hessian, optimizer)
@@ -242,14 +242,8 @@ def measure(
 
 
 def _end(pairs: Eigenpairs) -> Estimate:
-    return Estimate(
-        float(pairs.values[0]),
-        float(pairs.residuals[0]),
-        pairs.num_matvecs,
-        pairs.seconds,
-        "Lanczos, residual bound",
-        bool(pairs.converged[0]),
-    )
+    value, residual, method = float(pairs.values[0]), float(pairs.residuals[0]), "Lanczos, residual bound"
+    return Estimate(value, residual, pairs.num_matvecs, pairs.seconds, method, bool(pairs.converged[0]), error_kind="residual bound")
 
 
 def preconditioned_hessian(hessian: SymmetricOperator, optimizer: torch.optim.Optimizer) -> PreconditionedOperator:
@@ -261,6 +255,5 @@ def preconditioned_hessian(hessian: SymmetricOperator, optimizer: torch.optim.Op
 def _effective_rank(overview: SpectralOverview) -> Estimate:
     largest = max(abs(float(overview.largest.values[0])), abs(float(overview.smallest.values[0])))
     total = overview.absolute_trace
-    return (
-        replace(total, value=total.value / largest, stderr=total.stderr / largest) if largest > 0 else replace(total, value=0.0, stderr=0.0)
-    )
+    scale = 1 / largest if largest > 0 else 0.0
+    return replace(total, value=total.value * scale, stderr=total.stderr * scale)

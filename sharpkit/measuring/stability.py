@@ -17,7 +17,7 @@ class StableLearningRate(Bounded, kind="stable_learning_rate", saved=("value", "
     Attributes:
         lower, upper: the rate at the upper and lower end of the curvature's interval.
         rule: the condition in words.
-        lambda_max: the curvature it was computed from.
+        lambda_max: the curvature that the rate was computed from.
     """
 
     rule: str
@@ -63,7 +63,7 @@ def stable_learning_rate(
         optimizer: takes momentum, decay and kind from its first parameter group.
         momentum, dampening, nesterov, weight_decay: as in torch.optim.SGD.
         decoupled: weight decay as in AdamW.
-        error: of lambda_max, for the interval; an Estimate or Eigenpairs brings its own.
+        error: error of lambda_max, for the interval; an Estimate or Eigenpairs brings its own.
 
     Returns:
         A float with ``.lower``, ``.upper`` and ``.rule``; inf where nothing is curved upwards.
@@ -87,6 +87,7 @@ def stable_learning_rate(
     else:
         name = "SGD" if momentum or weight_decay else "gradient descent"
         rule = UpdateRule(momentum, dampening, nesterov, weight_decay, decoupled, name=name)
+    # the rate falls with the curvature, so the ends change places
     return StableLearningRate(
         rule.max_learning_rate(value),
         lower=rule.max_learning_rate(value + width),
@@ -97,6 +98,7 @@ def stable_learning_rate(
 
 
 def _curvature_of(lambda_max: Any) -> tuple[float, float]:
+    # told by its fields: this module may not import every kind of result that holds a top eigenvalue
     values, residuals = getattr(lambda_max, "values", None), getattr(lambda_max, "residuals", None)
     if isinstance(values, torch.Tensor) and isinstance(residuals, torch.Tensor):
         top = int(values.argmax())

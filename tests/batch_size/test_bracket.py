@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from traces import untouched
 
 import sharpkit as sk
-from sharpkit.batch_size.bracket import _Work
+from sharpkit.batch_size.bracket import _BracketWork
 from sharpkit.objective.samples import SamplePool
 
 
@@ -45,7 +45,7 @@ def test_directions_judged_on_other_samples_read_too_low_not_too_high_even_where
     """With equal population eigenvalues a subspace judged by the samples that choose within it would read above lambda_max."""
     objective, _ = least_squares([1.0] * 5, 20_000)
     expected = 2.0  # of the population
-    work = _Work(SamplePool(objective), 5, seed=0)
+    work = _BracketWork(SamplePool(objective), 5, seed=0)
     span = torch.eye(5, dtype=torch.float64)
     order = torch.randperm(20_000, generator=torch.Generator().manual_seed(1))
     held_out, naive = [], []
@@ -117,7 +117,7 @@ def test_arguments_are_checked(wrong: dict[str, Any]) -> None:
 
 def test_crossed_bounds_are_said_and_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, truth = least_squares(DECAYING, 100)
-    monkeypatch.setattr(_Work, "bounds", lambda *_: (3.01, 3.0))
+    monkeypatch.setattr(_BracketWork, "bounds", lambda *_: (3.01, 3.0))
     with pytest.warns(sk.ConvergenceWarning, match=r"from 64 samples the bounds crossed \(3.01 below, 3 above\)"):
         found = sk.sharpness_bracket(objective, start=64)
     assert found.history[0] == (64, 3.0, 3.01)

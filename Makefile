@@ -1,9 +1,10 @@
 # `make demo` and `make test` work on a fresh machine: they make their own environment in .venv.
-# Variables: PYTHON (3.11 or newer), VENV, PYTEST_ARGS, DEMO_ARGS, GPU_ARGS.
+# Variables: PYTHON (3.11 or newer), VENV, PYTEST_ARGS, DEMO_ARGS, MUTANTS, GPU_ARGS.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+MUTANTS ?=
 GPU_ARGS ?=
 BIN = $(VENV)/bin
 # Without an NVIDIA GPU, constraints.txt keeps pip from fetching the CUDA build of torch.
@@ -11,7 +12,7 @@ CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "--constraint const
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts house bench gpu wheel clean
+.PHONY: help demo test lint types contracts house mutants bench gpu wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make test       the default test suite (a few minutes)"
 	@echo "make lint       ruff        make types      mypy --strict        make contracts  import layers"
 	@echo "make house      modules by layer with their sizes, and what breaks the architecture's rules; brings docs/architecture.md up to date"
+	@echo "make mutants    do the tests notice a changed line of the numerical core? (20 minutes) MUTANTS=\"--seed 1\" takes another sample"
 	@echo "make bench      comparisons with other libraries        make wheel      dist/*.whl        make clean"
 	@echo "make gpu        the gpu tests and what curvature costs on this machine's GPU, with its own torch (6 minutes); docs/gpu.md"
 
@@ -40,6 +42,10 @@ contracts: $(INSTALLED)-dev
 # Standard library alone: needs no environment.
 house:
 	$(PYTHON) tools/house.py --write docs/architecture.md
+
+# Tests of a sample of mutants; tools/mutants.py says what can be asked for in MUTANTS.
+mutants: $(INSTALLED)-test $(INSTALLED)-mutants
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(MUTANTS)
 
 bench: $(INSTALLED)-test $(INSTALLED)-bench
 	$(BIN)/python -m pytest -m bench $(PYTEST_ARGS)

@@ -11,6 +11,7 @@ from problems_linalg import network_like, operator_with, rotated, true_residuals
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, NotSymmetricError
+from sharpkit.linalg.krylov import BasisRows
 from sharpkit.operators.base import CallableOperator
 
 TOL = 1e-3
@@ -259,3 +260,164 @@ def test_values_agree_with_scipy() -> None:
     operator = operator_with(SPECTRA["clustered"])
     reference = eigsh(operator.to_scipy(), 4, which="LA", return_eigenvectors=False)
     np.testing.assert_allclose(sk.eigenpairs(operator, 4, tol=1e-8).values.numpy(), np.sort(reference)[::-1], rtol=1e-10)
+
+
+# -- the search for missed eigenvalues: long enough, and no longer ------------------------------------------------------------
+def searched(spectrum: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray, int]:
+    """The values, and the products that the search for missed eigenvalues made."""
+    seen: list[sk.Progress] = []
+    values = sk.eigenpairs(operator_with(spectrum), k, seed=seed, callback=seen.append).values.numpy()
+    return values, sum(p.text == "search for missed eigenvalues" for p in seen)
+
+
+def test_where_nothing_can_be_missed_the_search_makes_five_products() -> None:
+    """One for the vector left over and four from a random start: a bulk from -1 to 1 may reach 1.3 in the complement, and 2 is wanted."""
+    for spectrum, k in (
+        (np.concatenate([[3.0, 2, 2], np.linspace(-1, 1, 297)]), 3),
+        (np.concatenate([[3.0, 2.9], np.linspace(-1, 1, 298)]), 2),
+    ):
+        for seed in range(10):
+            values, products = searched(spectrum, k, seed)
+            np.testing.assert_allclose(values, spectrum[:k], atol=3e-3)
+            assert products == 5
+    assert searched(np.concatenate([[3.0], np.linspace(-1, 1, 299)]), 1)[1] == 0, "a single pair is not searched for"
+
+
+@pytest.mark.parametrize(
+    "bulk", [0.1 / 3 * np.random.default_rng(0).standard_normal(297), np.linspace(-1, 1, 297)], ids=["Gaussian", "uniform"]
+)
+def test_a_second_copy_just_above_the_bulk_is_not_missed_in_20_starts(bulk: np.ndarray) -> None:
+    """A search that stopped when the complement's best Ritz value and its residual are clear of the wanted would miss one."""
+    double = 2.0 * float(bulk.max()) if float(bulk.max()) < 0.5 else 1.2
+    top = 10 * double if float(bulk.max()) > 0.5 else 5 * double
+    spectrum = np.concatenate([[top, double, double], bulk])
+    for seed in range(20):
+        values, _ = searched(spectrum, 3, seed)
+        np.testing.assert_allclose(values, spectrum[:3], atol=2e-3 * top, err_msg=f"seed {seed}")
+
+
+# -- when the iteration stops -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("k", "warm", "products"), [(1, False, 5), (1, True, 4), (2, False, 5), (3, False, 6), (3, True, 6)])
+def test_two_looks_in_a_row_with_two_pairs_in_reserve_and_three_for_a_single_cold_pair(k: int, warm: bool, products: int) -> None:
+    """With a tolerance that everything meets, only these rules keep the iteration going: k + 2 products, and one or two more."""
+    operator, seen = operator_with(np.concatenate([[3.0, 2.9, 2.8], np.linspace(2.5, 2.7, 297)])), []
+    initial = torch.linalg.eigh(operator.matrix).eigenvectors[:, -k:] if warm else None  # type: ignore[attr-defined]
+    sk.eigenpairs(operator, k, tol=0.99, initial=initial, callback=seen.append)
+    assert sum(p.text.startswith("Lanczos") for p in seen) == products
+
+
+def test_progress_expects_two_products_a_pair_and_says_how_many_are_accepted() -> None:
+    for k, expected in ((1, 12), (4, 22)):
+        seen: list[sk.Progress] = []
+        pairs = sk.eigenpairs(operator_with(network_like(200)), k, callback=seen.append)
+        assert seen[0].expected == expected and seen[0].text == f"Lanczos, 0 of {k} pairs"
+        accepted = [int(p.text.split()[1]) for p in seen if p.text.startswith("Lanczos")]
+        assert accepted[-1] == k and accepted == sorted(accepted)
+        assert all(p.expected <= max(expected, p.done + 2 * k + 4) for p in seen) and seen[-1].expected >= pairs.num_matvecs
+
+
+def test_slow_convergence_ends_after_1000_products_and_50_a_pair() -> None:
+    diagonal = torch.linspace(0, 1, 3000, dtype=torch.float64)
+    operator = CallableOperator(lambda v: diagonal * v, 3000, dtype=torch.float64, device=torch.device("cpu"))
+    with pytest.warns(ConvergenceWarning, match=r"0 of 1 eigenpairs converged after 1050 products"):
+        pairs = sk.eigenpairs(operator, tol=1e-12, basis_size=11)
+    assert pairs.num_matvecs == 1050 and pairs.tol == 1e-12
+
+
+def test_a_thousandth_seed_0_and_the_largest_unless_asked_otherwise() -> None:
+    operator = operator_with(network_like(200))
+    plain = sk.eigenpairs(operator, 2)
+    for options in ({"tol": 1e-3}, {"seed": 0}, {"which": "largest"}, {"max_matvecs": 1100}):
+        assert torch.equal(sk.eigenpairs(operator, 2, **options).values, plain.values)  # type: ignore[arg-type]
+    assert plain.which == "largest" and plain.tol == 1e-3 and len(sk.eigenpairs(operator).values) == 1
+
+
+# -- the memory of the basis --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def rows_kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The most basis vectors ever in memory."""
+    most, append = [0], BasisRows.append
+
+    def counted(self: BasisRows, vector: torch.Tensor) -> None:
+        append(self, vector)
+        most[0] = max(most[0], self.size)
+
+    monkeypatch.setattr(BasisRows, "append", counted)
+    return most
+
+
+@pytest.mark.parametrize(("k", "asked", "kept"), [(1, None, 80), (3, 16, 16), (3, 13, 13), (40, None, 100), (3, 10**6, None)])
+def test_no_more_vectors_are_kept_than_asked_for(k: int, asked: int | None, kept: int | None, rows_kept: list[int]) -> None:
+    operator = operator_with(np.linspace(0, 1, 400))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        sk.eigenpairs(operator, k, tol=1e-9, basis_size=asked, max_matvecs=180)
+    assert rows_kept[0] == kept or (kept is None and rows_kept[0] > 150)
+
+
+def test_half_the_free_memory_bounds_the_basis_but_not_below_ten_more_than_wanted(rows_kept: list[int]) -> None:
+    class Small(CallableOperator):
+        rows = 0
+
+        def free_memory(self, *, host: bool = False) -> float:
+            return 2.0 * self.rows * 400 * 8
+
+    matrix = rotated(np.linspace(0, 1, 400))
+    operator = Small(lambda v: matrix @ v, 400, dtype=torch.float64, device=torch.device("cpu"))
+    for Small.rows, kept in ((30, 30), (5, 13)):
+        rows_kept[0] = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            sk.eigenpairs(operator, 3, tol=1e-9, max_matvecs=100)
+        assert rows_kept[0] == kept
+
+
+@pytest.mark.parametrize(("k", "n", "least"), [(3, 50, 13), (3, 12, 12)])
+def test_a_basis_too_small_to_restart_from_is_refused(k: int, n: int, least: int) -> None:
+    operator = operator_with(np.arange(float(n)))
+    with pytest.raises(ValueError, match=f"basis_size must be at least {least}"):
+        sk.eigenpairs(operator, k, basis_size=least - 1)
+    assert bool(sk.eigenpairs(operator, k, basis_size=least).converged.all())
+
+
+# -- warm starts --------------------------------------------------------------------------------------------------------------
+def test_a_warm_start_is_the_sum_of_the_given_directions_with_a_fifth_of_noise() -> None:
+    """Of diag(1, 1, 0, ...) the first Ritz value is the share of the start along these axes: 1 / (1 + 0.2^2), but for chance overlap."""
+    n = 20_000
+    operator = sk.as_operator(torch.diag(torch.tensor([1.0, 1.0] + [0.0] * 98, dtype=torch.float64)))
+    big = CallableOperator(lambda v: v * (torch.arange(n) < 2), n, dtype=torch.float64, device=torch.device("cpu"))
+    e = torch.zeros(n, 2, dtype=torch.float64)
+    e[0, 0], e[1, 1] = 1e6, 1e-3
+    for initial in (e[:, 0], e[:, :1], e):
+        with pytest.warns(ConvergenceWarning):
+            pairs = sk.eigenpairs(big, initial=initial, max_matvecs=1)
+        assert float(pairs.values[0]) == pytest.approx(1 / 1.04, abs=0.01)
+    both = sk.eigenpairs(operator, initial=torch.zeros(100, dtype=torch.float64))
+    assert float(both.values[0]) == pytest.approx(1.0), "a start of zeros is replaced by a random one"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"k": True}, TypeError), ({"k": 2.0}, TypeError), ({"tol": 1.0}, ValueError), ({"initial": torch.ones(0, 2)}, ValueError)],
+)
+def test_arguments_of_the_wrong_kind_are_named(arguments: dict, error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(arguments))):
+        sk.eigenpairs(operator_with(np.arange(20.0)), **arguments)
+
+
+def test_a_budget_ended_search_for_the_smallest_keeps_the_order_and_the_missing_last() -> None:
+    with pytest.warns(ConvergenceWarning, match="0 of 5 eigenpairs"):
+        pairs = sk.eigenpairs(operator_with(network_like(100)), 5, which="smallest", max_matvecs=3)
+    assert pairs.values[0] > pairs.values[1] > pairs.values[2] and bool(torch.isnan(pairs.values[3:]).all())
+    assert np.all(
+        true_residuals(operator_with(network_like(100)), pairs.vectors[:, :3], pairs.values[:3]) <= 1.01 * pairs.residuals[:3].numpy()
+    )
+    torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(5, dtype=torch.float64))
+
+
+def test_a_budget_that_ends_during_the_search_says_so() -> None:
+    operator = operator_with(network_like(300))
+    full = sk.eigenpairs(operator, 4).num_matvecs
+    with pytest.warns(ConvergenceWarning, match="before the search for missed eigenvalues ended"):
+        pairs = sk.eigenpairs(operator, 4, max_matvecs=full - 2)
+    assert not bool(pairs.converged.any()) and pairs.num_matvecs == full - 2

@@ -10,6 +10,8 @@ from scipy.stats import wasserstein_distance
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning
+from sharpkit.linalg.results import Budget
+from sharpkit.linalg.slq import Quadrature, density_from
 
 UNIFORM = np.random.default_rng(0).random(500)
 NETWORK = network_like(500)
@@ -127,3 +129,114 @@ def test_progress_is_reported_for_every_product() -> None:
 def test_at_least_one_probe_and_step(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         sk.spectral_density(operator_with(NETWORK), **{name: 0})
+
+
+# -- what counts as an outlier, on nodes made by hand -------------------------------------------------------------------------
+def rule(
+    *, top: tuple[float, ...] = (), bottom: tuple[float, ...] = (), bulk: int = 20, residuals: dict[float, float] | None = None
+) -> Quadrature:
+    """Bulk nodes 0, 1, 2, ... with others beyond either end; converged unless a residual is given."""
+    nodes = np.sort(np.concatenate([bottom, np.arange(float(bulk)), top]))
+    off = np.array([(residuals or {}).get(float(node), 0.0) for node in nodes])
+    return Quadrature(nodes, np.full(len(nodes), 1 / len(nodes)), off)
+
+
+def outliers(*rules: Quadrature) -> list[float]:
+    budget = Budget(operator_with(np.arange(3.0)))
+    return density_from(list(rules), max(len(r.nodes) for r in rules), 100, budget, True).outliers.tolist()
+
+
+@pytest.mark.parametrize(("gap", "apart"), [(1.0, False), (2.9, False), (3.1, True), (30.0, True)])
+def test_an_outlier_stands_three_spacings_of_the_bulk_apart(gap: float, apart: bool) -> None:
+    assert outliers(rule(top=(19 + gap,))) == ([19 + gap] if apart else [])
+    assert outliers(rule(bottom=(-gap,))) == ([-gap] if apart else [])
+
+
+def test_outliers_at_both_ends_come_in_descending_order_with_those_that_stand_together() -> None:
+    assert outliers(rule(top=(40.0, 41.0, 60.0), bottom=(-20.0, -21.0))) == [60.0, 41.0, 40.0, -20.0, -21.0]
+
+
+def test_a_gap_counts_only_if_it_is_wider_than_a_hundredth_of_the_spectrum() -> None:
+    assert outliers(rule(top=(1900.0, 19 + 10.0))) == [1900.0] and outliers(rule(top=(1900.0, 19 + 30.0))) == [1900.0, 49.0]
+
+
+@pytest.mark.parametrize(("residual", "seen"), [(0.009, [60.0, 40.0]), (0.011, [])])
+def test_an_outlier_has_converged_to_a_hundredth_of_the_width(residual: float, seen: list[float]) -> None:
+    assert outliers(rule(top=(40.0, 60.0), residuals={60.0: residual * 60})) == seen, (
+        "nothing is an outlier behind one that has not converged"
+    )
+    assert outliers(rule(top=(40.0, 60.0), residuals={40.0: residual * 60})) == (seen or [60.0])
+
+
+def test_the_inner_half_of_the_nodes_is_bulk() -> None:
+    """The gap is looked for in the outer half: with 20 nodes on either side there is no telling which is the bulk."""
+    assert outliers(rule(top=tuple(np.arange(100.0, 119.0)))) == list(np.arange(100.0, 119.0))[::-1]
+    assert outliers(rule(top=tuple(np.arange(100.0, 122.0)))) == list(np.arange(20.0))[::-1], "then the smaller part is"
+
+
+@pytest.mark.parametrize(("bulk", "seen"), [(6, []), (7, [50.0])])
+def test_of_fewer_than_eight_nodes_none_is_an_outlier(bulk: int, seen: list[float]) -> None:
+    assert outliers(rule(top=(50.0,), bulk=bulk)) == seen
+
+
+@pytest.mark.parametrize(("without", "seen"), [(0, True), (1, True), (2, False)])
+def test_nine_of_ten_probes_must_see_an_outlier(without: int, seen: bool) -> None:
+    rules = [rule(top=(50.0 + 0.1 * j,)) for j in range(10 - without)] + [rule() for _ in range(without)]
+    expected = [50.0 + 0.05 * (9 - without)]
+    assert outliers(*rules) == (pytest.approx(expected) if seen else []), "the mean of what they see"
+
+
+@pytest.mark.parametrize(("off", "agree"), [(0.9, True), (1.2, False)])
+def test_probes_agree_within_a_fiftieth_of_the_width(off: float, agree: bool) -> None:
+    assert (len(outliers(rule(top=(50.0,)), rule(top=(50.0 + off,)))) == 1) is agree
+
+
+def test_the_probe_that_sees_most_is_the_measure() -> None:
+    assert outliers(*[rule(top=(40.0,))] * 10, rule(top=(40.0, 60.0))) == [40.0]
+    assert outliers(*[rule(top=(40.0, 60.0))] * 10, rule(top=(40.0,))) == [60.0, 40.0]
+
+
+def test_rows_are_padded_with_their_last_node_and_no_weight() -> None:
+    rules = [Quadrature(np.array([1.0, 2.0]), np.array([1.0, 3.0]), np.zeros(2)), Quadrature(np.arange(3.0), np.ones(3), np.zeros(3))]
+    made = density_from(rules, 4, 10, Budget(operator_with(np.arange(3.0))), False)
+    assert made.nodes.tolist() == [[1, 2, 2, 2], [0, 1, 2, 2]]
+    np.testing.assert_allclose(made.weights.numpy(), [[0.125, 0.375, 0, 0], [1 / 6, 1 / 6, 1 / 6, 0]])
+    assert made.size == 10 and made.num_matvecs == 0 and not made.converged
+
+
+def test_the_quadrature_of_a_probe_is_exact_for_polynomials_up_to_twice_the_steps() -> None:
+    """z^T A^p z / n for p <= 2 m - 1, from the probe of the same seed."""
+    operator = operator_with(NETWORK)
+    z = operator.random_vectors(1, generator=torch.Generator().manual_seed(4), distribution="rademacher")[:, 0]
+    made, image = sk.spectral_density(operator, num_probes=1, num_steps=4, seed=4), z
+    for power in range(1, 9):
+        image = operator.matrix @ image  # type: ignore[attr-defined]
+        exact, quadrature = float(z @ image) / len(z), float((made.nodes**power * made.weights).sum())
+        assert (abs(quadrature / exact - 1) < 1e-9) is (power <= 7)
+
+
+def test_ten_probes_of_eighty_steps_with_seed_0_unless_asked_otherwise() -> None:
+    operator = operator_with(NETWORK)
+    made = sk.spectral_density(operator)
+    assert made.nodes.shape == (10, 80) and made.num_matvecs == 800 and made.converged and made.size == 500
+    assert torch.equal(made.nodes, sk.spectral_density(operator, seed=0, distribution="rademacher").nodes)
+
+
+def test_the_distribution_of_the_probes_can_be_chosen() -> None:
+    operator = operator_with(NETWORK)
+    signs, normal = (sk.spectral_density(operator, num_probes=1, num_steps=5, distribution=name) for name in ("rademacher", "normal"))
+    assert not torch.equal(signs.nodes, normal.nodes)
+    z = operator.random_vectors(1, generator=torch.Generator().manual_seed(0), distribution="normal")[:, 0]
+    assert float((normal.nodes * normal.weights).sum()) == pytest.approx(float(z @ operator.matrix @ z / (z @ z)))  # type: ignore[attr-defined]
+
+
+def test_a_budget_that_ends_with_a_probe_warns_of_the_next_one() -> None:
+    with pytest.warns(ConvergenceWarning, match="2 of 3 probes"):
+        made = sk.spectral_density(operator_with(NETWORK), num_probes=3, num_steps=20, max_matvecs=40)
+    assert made.num_probes == 2 and not made.converged
+
+
+def test_progress_names_the_probe() -> None:
+    seen: list[sk.Progress] = []
+    sk.spectral_density(operator_with(NETWORK), num_probes=2, num_steps=3, callback=seen.append)
+    assert [p.text for p in seen] == ["probe 1 of 2"] * 3 + ["probe 2 of 2"] * 3 and {p.expected for p in seen} == {6}

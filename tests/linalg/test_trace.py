@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -11,6 +12,8 @@ from problems_linalg import network_like, operator_with, rotated
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit._results import student_factor
+from sharpkit.linalg.trace import DeflatedProbes, Tolerance
 from sharpkit.operators.base import CallableOperator
 
 METHODS = ["auto", "hutchinson", "hutch++", "xtrace"]
@@ -178,3 +181,232 @@ def test_a_budget_flags_the_diagonal() -> None:
     assert estimate.num_matvecs == 5 and not estimate.converged
     with pytest.raises(ValueError, match="num_probes"):
         sk.diagonal(rotated(NETWORK), num_probes=1)
+
+
+# -- the estimators, sample by sample, against dense algebra ------------------------------------------------------------------
+def complement(operator: sk.SymmetricOperator, basis: torch.Tensor) -> torch.Tensor:
+    """P A P with P = 1 - Q Q^T, for an orthonormal basis Q, (n, m)."""
+    projector = torch.eye(operator.size, dtype=torch.float64) - basis @ basis.T
+    return projector @ operator.matrix @ projector  # type: ignore[attr-defined]
+
+
+def probes_of(seed: int, count: int, n: int) -> torch.Tensor:
+    """(n, count) Rademacher probes of a seed, in the order they are drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    identity = sk.as_operator(torch.eye(n, dtype=torch.float64))
+    return torch.cat([identity.random_vectors(1, generator=generator, distribution="rademacher") for _ in range(count)], dim=1)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("products", [0, 1, 2, 8])
+def test_probes_kept_are_samples_of_the_complement_of_whatever_basis_there_is(products: int, squared: bool) -> None:
+    """z^T P A P z, or ||A P z||^2, and what the basis holds: tr Q^T A Q, or ||A Q||_F^2."""
+    operator = operator_with(NETWORK[:50])
+    probes, z = DeflatedProbes(operator, torch.Generator().manual_seed(3), squared=squared), probes_of(3, 5, 50)
+    for _ in range(3):
+        probes.draw(keep=True)
+    probes.space.add_start(torch.arange(50.0).double() - 20)
+    for step in range(products):
+        if step == 1:
+            probes.draw(keep=True)
+            probes.draw(keep=True)
+        probes.deflate_one()
+    z = z[:, : probes.num_kept]
+    Q = torch.stack([probes.space.rows.row(j) for j in probes.space.expanded], dim=1) if products else torch.zeros(50, 0).double()
+    A = operator.matrix  # type: ignore[attr-defined]
+    rest = A @ (z - Q @ (Q.T @ z)) if squared else complement(operator, Q) @ z
+    expected = (rest**2).sum(dim=0) if squared else (z * rest).sum(dim=0)
+    np.testing.assert_allclose(probes.samples(), expected.numpy(), rtol=1e-9, atol=1e-12)
+    known = float((A @ Q).square().sum()) if squared else float(torch.trace(Q.T @ A @ Q))
+    assert probes.known == pytest.approx(known, abs=1e-12)
+    assert len(probes) == probes.num_kept == (5 if products > 1 else 3) and probes.num_late == 0
+    assert operator.num_matvecs == len(probes) + products, "a product a probe and a product a basis vector"
+    value, spread = probes.mean_and_spread()
+    assert value == pytest.approx(known + float(expected.mean())) and spread == pytest.approx(float(expected.std()))
+    assert probes.estimate()[1] == pytest.approx(spread / len(probes) ** 0.5 * student_factor(len(probes)))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_probes_not_kept_are_drawn_in_the_complement_and_dropped_when_the_basis_grows(squared: bool) -> None:
+    operator = operator_with(NETWORK[:50])
+    probes = DeflatedProbes(operator, torch.Generator().manual_seed(3), squared=squared)
+    probes.space.add_start(torch.arange(50.0).double())
+    for _ in range(4):
+        probes.deflate_one()
+    probes.draw(keep=False)
+    probes.draw(keep=True)
+    probes.draw(keep=False)
+    assert (len(probes), probes.num_kept, probes.num_late) == (3, 1, 2)
+    z = probes_of(3, 3, 50)
+    Q = torch.stack([probes.space.rows.row(j) for j in probes.space.expanded], dim=1)
+    inside = z - Q @ (Q.T @ z)
+    image = operator.matrix @ inside  # type: ignore[attr-defined]
+    expected = (image**2 if squared else inside * image).sum(dim=0)
+    np.testing.assert_allclose(probes.samples(), expected[[1, 0, 2]].numpy(), rtol=1e-9)
+    probes.deflate_one()
+    assert (len(probes), probes.num_late) == (1, 0)
+    assert probes.mean_and_spread()[1] == math.inf and probes.mean_and_spread()[0] == pytest.approx(probes.known + probes.samples()[0])
+
+
+def test_without_probes_only_the_basis_is_known() -> None:
+    probes = DeflatedProbes(operator_with(np.arange(5.0)), torch.Generator())
+    assert probes.known == 0.0 and probes.mean_and_spread() == (0.0, math.inf) and math.isinf(probes.estimate()[1])
+
+
+def test_a_sketch_adds_a_direction_of_the_range() -> None:
+    operator = operator_with(np.concatenate([[5.0, 3.0], np.zeros(20)]))
+    probes = DeflatedProbes(operator, torch.Generator().manual_seed(0))
+    probes.draw(keep=True)
+    assert probes.sketch_one() and probes.sketch_one() and not probes.sketch_one(), "the range has two dimensions"
+    assert operator.num_matvecs == 1 + 2 + 2 + 1
+    assert probes.known == pytest.approx(8.0) and probes.samples() == pytest.approx([0.0], abs=1e-9)
+
+
+@pytest.mark.parametrize("tests", [5, 12])
+def test_xtrace_is_the_mean_of_the_estimates_that_leave_one_test_vector_out(tests: int) -> None:
+    """Epperly, Tropp and Webber, section 2.2, written out: for each i an orthonormal basis of the other images, and the rest scaled."""
+    n = 60
+    operator = operator_with(np.abs(network_like(n)))
+    A = operator.matrix  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(7)
+    omegas = torch.cat([operator.random_vectors(1, generator=generator) for _ in range(tests)], dim=1)
+    estimates = []
+    for i in range(tests):
+        others = [j for j in range(tests) if j != i]
+        Q = torch.linalg.qr(A @ omegas[:, others])[0]
+        rest = omegas[:, i] - Q @ (Q.T @ omegas[:, i])
+        estimates.append(float(torch.trace(Q.T @ A @ Q) + (n - tests + 1) / (rest @ rest) * (rest @ A @ rest)))
+    made = sk.trace(operator, method="xtrace", num_matvecs=2 * tests, seed=7)
+    assert made.value == pytest.approx(np.mean(estimates), rel=1e-9)
+    assert made.stderr == pytest.approx(1.25 * np.std(estimates, ddof=1) / tests**0.5 * student_factor(tests), rel=1e-6)
+    assert made.num_matvecs == operator.num_matvecs == 2 * tests and made.method == "XTrace"
+
+
+def test_xtrace_needs_five_test_vectors_and_two_looks_within_the_tolerance() -> None:
+    spectrum = np.concatenate([[100.0, 50.0], 1e-3 * np.ones(100)])
+    assert sk.trace(operator_with(spectrum), method="xtrace", rtol=0.5).num_matvecs == 2 * 6
+    with pytest.warns(ConvergenceWarning):
+        short = sk.trace(operator_with(spectrum), method="xtrace", max_matvecs=9)
+    assert short.num_matvecs == 8 and math.isinf(short.stderr) and math.isnan(short.value)
+
+
+@pytest.mark.parametrize(("rank", "n"), [(0, 30), (3, 30), (30, 30)])
+def test_xtrace_is_exact_where_the_range_is_exhausted(rank: int, n: int) -> None:
+    spectrum = np.concatenate([np.arange(1.0, rank + 1), np.zeros(n - rank)])
+    made = sk.trace(operator_with(spectrum), method="xtrace", rtol=1e-9)
+    assert made.stderr == 0 and made.method == "XTrace, exact" and made.value == pytest.approx(spectrum.sum(), abs=1e-9)
+    assert made.num_matvecs == (2 * rank + 1 if rank < n else 2 * n)
+
+
+# -- what is spent, and on what -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("rtol", "atol", "target"), [(0.1, 0.0, 0.5), (0.1, 2.0, 2.0), (0.1, 0.3, 0.5), (0.0, 0.3, 0.3)])
+def test_the_looser_of_the_two_tolerances_counts(rtol: float, atol: float, target: float) -> None:
+    assert Tolerance(rtol, atol)(5.0) == Tolerance(rtol, atol)(-5.0) == pytest.approx(target)
+
+
+def test_plain_probes_stop_at_the_tolerance_and_are_the_mean_of_their_samples() -> None:
+    operator = operator_with(FLAT)
+    made = sk.trace(operator, method="hutchinson", rtol=0.05, seed=2)
+    z = probes_of(2, made.num_matvecs, 400)
+    drawn = (z * (operator.matrix @ z)).sum(dim=0).numpy()  # type: ignore[attr-defined]
+
+    def error(count: int) -> float:
+        return float(drawn[:count].std(ddof=1) / count**0.5 * student_factor(count))
+
+    assert made.value == pytest.approx(drawn.mean()) and made.stderr == pytest.approx(error(len(drawn)))
+    stops = [count for count in range(6, len(drawn) + 1) if error(count) <= 0.05 * abs(drawn[:count].mean())]
+    assert stops[0] == made.num_matvecs, "as soon as the error is small enough, after six"
+    assert made.method == "Hutchinson"
+
+
+@pytest.mark.parametrize(("n", "products"), [(6, 6), (7, None)])
+def test_a_matrix_of_six_rows_is_computed_exactly(n: int, products: int | None) -> None:
+    seen: list[sk.Progress] = []
+    made = sk.trace(operator_with(np.linspace(1, 2, n)), rtol=0.5, callback=seen.append)
+    assert (made.method == "exact") is (products is not None)
+    if products:
+        assert made.num_matvecs == products and {p.text for p in seen} == {"all basis vectors"} and seen[0].expected == n
+    else:
+        assert made.num_matvecs == 6 and {p.text for p in seen} == {"pilot probes"} and seen[0].expected == 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fixed_number_of_products_that_suffices_for_all_rows_is_exact(method: str) -> None:
+    made = sk.trace(operator_with(NETWORK[:30]), method=method, num_matvecs=30)
+    assert made.stderr == 0 and made.num_matvecs == 30 and made.value == pytest.approx(NETWORK[:30].sum())
+    assert sk.trace(operator_with(NETWORK[:30]), method=method, num_matvecs=29).stderr > 0
+
+
+def test_where_probes_would_cost_more_than_all_rows_the_trace_is_exact() -> None:
+    for method, at_most in (("auto", 100 + 16), ("hutch++", 100 + 16 + 100)):  # 16 probes are kept; a sketch takes another product each
+        made = sk.trace(operator_with(FLAT[:100]), method=method, rtol=1e-6)  # type: ignore[arg-type]
+        assert made.method == "exact" and made.value == pytest.approx(FLAT[:100].sum()) and made.num_matvecs <= at_most
+
+
+def test_hutch_plus_plus_spends_a_third_each_on_sketch_products_and_probes() -> None:
+    operator = operator_with(NETWORK)
+    seen: list[sk.Progress] = []
+    made = sk.trace(operator, method="hutch++", num_matvecs=60, callback=seen.append)
+    texts = [p.text for p in seen]
+    assert texts.count("range sketch") == 20 and texts.count("probes") == 20 and made.num_matvecs == 60 and made.method == "Hutch++"
+    assert [p.done for p in seen][:20] == list(range(2, 42, 2)) and [p.done for p in seen][20:] == list(range(41, 61))
+
+
+def test_a_dominated_spectrum_is_deflated_and_said_to_be() -> None:
+    spectrum = np.concatenate([[100.0, 80.0, 60.0, 40.0], np.full(300, 0.01)])
+    made = sk.trace(operator_with(spectrum), rtol=0.01)
+    assert made.method == "Hutchinson, deflated" and made.num_matvecs <= 6 + 12 and made.converged
+    assert made.value == pytest.approx(spectrum.sum(), abs=4 * made.stderr + 1e-9)
+
+
+def test_a_flat_spectrum_is_not_deflated_for_long() -> None:
+    """The forecast does not fall: after a few products, 3 or 4 % of the forecast, probes go on."""
+    seen: list[sk.Progress] = []
+    made = sk.trace(operator_with(FLAT), rtol=0.05, callback=seen.append)
+    texts = [p.text for p in seen]
+    assert texts[:6] == ["pilot probes"] * 6 and made.converged
+    assert texts.count("leading subspace") <= 3 + 0.05 * made.num_matvecs
+
+
+def test_without_a_budget_of_its_own_a_hopeless_case_is_given_up_after_100_probes() -> None:
+    diagonal = torch.from_numpy(np.concatenate([np.linspace(0.1, 1, 15000), -np.linspace(0.1, 1, 15000)]))
+
+    def multiply(v: torch.Tensor) -> torch.Tensor:  # a reflection makes it dense: u has equal entries
+        w = v - 2 * v.mean()
+        image = diagonal * w
+        return image - 2 * image.mean()
+
+    operator = CallableOperator(multiply, 30000, dtype=torch.float64, device=torch.device("cpu"))
+    for options, at_least, at_most in (({}, 100, 400), ({"max_matvecs": 450}, 450, 450)):
+        with pytest.warns(ConvergenceWarning, match="was asked"):
+            made = sk.trace(operator, method="hutchinson", **options)  # type: ignore[arg-type]
+        assert at_least <= made.num_matvecs <= at_most and not made.converged
+
+
+def test_a_hundredth_seed_0_and_auto_unless_asked_otherwise() -> None:
+    operator = operator_with(NETWORK)
+    plain = sk.trace(operator)
+    for options in ({"rtol": 0.01}, {"seed": 0}, {"method": "auto"}, {"atol": 0.0}, {"max_matvecs": 2000}):
+        assert sk.trace(operator, **options).value == plain.value
+    assert sk.trace(operator, rtol=0.02).value != plain.value
+
+
+def test_no_budget_of_products_is_exceeded_on_the_way() -> None:
+    for method in METHODS:
+        for limit in (3, 7, 11, 24):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                made = sk.trace(operator_with(NETWORK), method=method, max_matvecs=limit, rtol=1e-6)  # type: ignore[arg-type]
+            assert made.num_matvecs <= limit and not made.converged
+
+
+def test_an_exact_trace_that_the_budget_ends_is_incomplete() -> None:
+    class Ticking(CallableOperator):
+        def agree(self, value: float) -> float:
+            return float(self.num_matvecs)
+
+    matrix = rotated(np.arange(1.0, 6.0))
+    operator = Ticking(lambda v: matrix @ v, 5, dtype=torch.float64, device=torch.device("cpu"))
+    with pytest.warns(ConvergenceWarning):
+        made = sk.trace(operator, max_seconds=2.5)
+    assert made.method == "incomplete" and math.isinf(made.stderr) and made.num_matvecs == 3 and not made.converged

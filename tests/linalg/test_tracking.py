@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -123,3 +124,210 @@ def test_a_saved_tracker_goes_on_exactly() -> None:
     second = EigenvalueTracker(seed=3)
     second.load_state_dict(first.state_dict())
     assert [second.update(moving(step)[0], step=step).value for step in range(4, 8)] == expected[4:]
+
+
+# -- the numbers of one update, in closed form on 2 x 2 matrices --------------------------------------------------------------
+def diagonal(*entries: float) -> sk.SymmetricOperator:
+    return sk.as_operator(torch.diag(torch.tensor(entries, dtype=torch.float64)))
+
+
+def unit(angle: float) -> Tensor:
+    return torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("second", "angle", "by"),
+    [(0.5, 0.05, "gap"), (math.inf, 0.05, "residual"), (0.5, 0.75, "residual"), (0.9, 0.05, "gap"), (0.9, 0.2, "residual")],
+)
+def test_the_error_is_the_smaller_of_the_residual_and_its_square_over_the_gap(second: float, angle: float, by: str) -> None:
+    """One product at the angle a from the top of diag(10, 4): theta = 10 c^2 + 4 s^2, r = 6 s c, gap = theta - second theta - r."""
+    tracker = EigenvalueTracker(tol=1e-9, check_every=0, vector=unit(angle), second=second)
+    found = tracker.update(diagonal(10.0, 4.0), max_matvecs=1)
+    c, s = math.cos(angle), math.sin(angle)
+    theta, residual = 10 * c * c + 4 * s * s, 6 * s * c
+    gap = theta - second * theta - residual
+    by_gap = residual**2 / gap if gap > 0 else math.inf
+    assert (by_gap < residual) is (by == "gap"), "the case is the one it is named for"
+    assert found.value == pytest.approx(theta)
+    assert found.stderr == pytest.approx(min(residual, by_gap))
+    assert 10 - theta <= found.stderr, "the top lies within the error"
+
+
+@pytest.mark.parametrize("entries", [(-0.5, -0.8), (-3.0, -5.0)])
+def test_of_a_matrix_without_positive_curvature_the_error_is_the_residual(entries: tuple[float, float]) -> None:
+    a, b = entries
+    tracker = EigenvalueTracker(tol=1e-9, check_every=0, vector=unit(0.3))
+    found = tracker.update(diagonal(a, b), max_matvecs=1)
+    c, s = math.cos(0.3), math.sin(0.3)
+    assert found.stderr == pytest.approx((a - b) * s * c)
+    assert float(tracker.vector @ unit(0.3)) == pytest.approx(float(tracker.vector.norm())), "a power step would lead to the other end"
+
+
+@pytest.mark.parametrize(("entries", "angle"), [((10.0, 4.0), 0.3), ((1.0, -1.0), 0.7)], ids=["theta above r", "r above theta"])
+def test_the_vector_kept_is_moved_along_its_residual(entries: tuple[float, float], angle: float) -> None:
+    """x + r / max(theta, ||r||), which for theta above ||r|| is a power step A x / theta."""
+    matrix, x = torch.tensor(entries, dtype=torch.float64), unit(angle)
+    tracker = EigenvalueTracker(tol=1e-9, check_every=0, vector=x)
+    tracker.update(diagonal(*entries), max_matvecs=1)
+    theta = float(x @ (matrix * x))
+    r = matrix * x - theta * x
+    expected = x + r / max(theta, float(r.norm()))
+    torch.testing.assert_close(tracker.vector / tracker.vector.norm(), expected / expected.norm())
+    if theta > float(r.norm()):
+        torch.testing.assert_close(expected, matrix * x / theta)
+
+
+def test_the_second_eigenvalue_is_learned_from_long_runs_and_only_raised_by_short_ones() -> None:
+    spectrum = torch.cat([torch.linspace(0, 1, 40), torch.tensor([8.0, 10.0])]).double()
+    for products, shown in ((5, False), (6, True)):
+        tracker = EigenvalueTracker(tol=1e-9, check_every=0)
+        tracker.update(sk.as_operator(torch.diag(spectrum)), max_matvecs=products)
+        assert math.isfinite(tracker.second) is shown, "six products show it"
+    tracker = EigenvalueTracker(tol=1e-9, check_every=0)
+    tracker.update(sk.as_operator(torch.diag(spectrum)), max_matvecs=12)
+    assert tracker.second == pytest.approx(0.8, abs=1e-6)
+    for entry, kept in ((8.0, 0.9), (9.5, 0.95)):
+        tracker.second, tracker.vector = 0.9, torch.tensor([1.0, 0.0, 0.3, 0.3], dtype=torch.float64)
+        tracker.update(diagonal(10.0, 0.1, entry, entry), max_matvecs=2)  # two products end in its span of two vectors
+        assert tracker.second == pytest.approx(kept, abs=1e-6)
+    spectrum[-2] = 2.0
+    tracker = EigenvalueTracker(tol=1e-9, check_every=0)
+    tracker.update(sk.as_operator(torch.diag(spectrum)))
+    assert tracker.second == 0.5, "never taken to be below half"
+    tracker.update(diagonal(10.0, 8.0), max_matvecs=1)
+    assert math.isinf(tracker.second), "of a matrix of another size nothing is known"
+
+
+def test_the_second_eigenvalue_of_the_run_itself_sets_the_gap() -> None:
+    """Two products from v: the Ritz pairs of diag(10, 8, 1) on the span of v and A v, whose second lies nearer than the one remembered."""
+    matrix, v = np.diag([10.0, 8.0, 1.0]), np.array([1.0, 0.5, 0.05])
+    tracker = EigenvalueTracker(tol=1e-9, check_every=0, vector=torch.from_numpy(v), second=0.5)
+    found = tracker.update(diagonal(10.0, 8.0, 1.0), max_matvecs=2)
+    basis, _ = np.linalg.qr(np.stack([v, matrix @ v], axis=1))
+    values, coordinates = np.linalg.eigh(basis.T @ matrix @ basis)
+    top = basis @ coordinates[:, -1]
+    residual = np.linalg.norm(matrix @ top - values[-1] * top)
+    assert 0.5 < values[0] / values[-1] < 0.9
+    assert found.value == pytest.approx(values[-1]) and found.stderr == pytest.approx(residual**2 / (values[-1] - values[0] - residual))
+
+
+def test_a_cold_start_wants_two_looks_in_a_row_within_the_tolerance() -> None:
+    spectrum = torch.cat([torch.linspace(-1, 1, 60), torch.tensor([10.0])]).double()
+
+    def cold(allowed: int | None) -> sk.Estimate:
+        return EigenvalueTracker(tol=0.01).update(sk.as_operator(torch.diag(spectrum)), max_matvecs=allowed)
+
+    made = cold(None).num_matvecs
+    assert made > 3
+    assert cold(made - 1).converged and not cold(made - 2).converged
+
+
+# -- how many products an update makes ----------------------------------------------------------------------------------------
+HARD = torch.linspace(0.9, 1.0, 200, dtype=torch.float64)
+
+
+def counts(updates: int, spectrum: Tensor = HARD, **settings: float) -> list[int]:
+    tracker = EigenvalueTracker(**settings)  # type: ignore[arg-type]
+    return [tracker.update(sk.as_operator(torch.diag(spectrum))).num_matvecs for _ in range(updates)]
+
+
+def test_updates_that_do_not_converge_make_the_products_allowed() -> None:
+    assert counts(2, tol=1e-12) == [24, 8]
+    assert counts(6, tol=1e-12, cold_matvecs=7, max_matvecs=3, check_every=3) == [7, 3, 7, 3, 3, 7], "every third looks for another top"
+    assert counts(4, tol=1e-12, cold_matvecs=7, max_matvecs=3, check_every=0) == [7, 3, 3, 3]
+    for updates, products in ((30, 8), (31, 24), (32, 8), (63, 24)):
+        tracker = EigenvalueTracker(tol=1e-12, vector=torch.ones(200, dtype=torch.float64), updates=updates)
+        assert tracker.update(sk.as_operator(torch.diag(HARD))).num_matvecs == products, "by default every 32nd looks for another top"
+    tracker = EigenvalueTracker(tol=1e-12)
+    matrix = sk.as_operator(torch.diag(HARD))
+    assert [tracker.update(matrix, max_matvecs=limit).num_matvecs for limit in (5, 0, 6, 100)] == [5, 1, 6, 8]
+
+
+def test_converged_updates_stop_at_two_products_cold_one_warm_and_ten_searching() -> None:
+    assert counts(5, tol=0.9, check_every=4) == [2, 1, 1, 10, 1]
+
+
+@pytest.mark.parametrize(("moved", "products"), [(-0.052, 2), (-0.048, 1), (0.048, 1), (0.052, 2)])
+def test_after_a_move_of_more_than_five_tolerances_one_look_is_not_enough(moved: float, products: int) -> None:
+    tracker = EigenvalueTracker(tol=0.01, check_every=0, vector=torch.tensor([1.0, 0.003, 0.003, 0.003], dtype=torch.float64))
+    tracker.points = [(0, 10.0)]
+    made = tracker.update(diagonal(10.0 / (1 - moved), 3.0, 2.0, 1.0), step=1)
+    assert made.num_matvecs == products and made.converged
+
+
+def test_with_one_product_even_a_search_keeps_to_the_vector_followed() -> None:
+    spectrum = torch.cat([torch.linspace(-1, 1, 60), torch.tensor([10.0])]).double()
+    tracker = EigenvalueTracker(tol=0.01, check_every=2)
+    matrix = sk.as_operator(torch.diag(spectrum))
+    tracker.update(matrix)
+    assert tracker.update(matrix, max_matvecs=1).value == pytest.approx(10.0, rel=0.01)
+
+
+def test_the_tolerance_is_one_in_a_hundred_unless_asked_otherwise() -> None:
+    assert counts(3, tol=0.01) == counts(3) != counts(3, tol=0.001)
+
+
+def test_an_update_says_how_it_was_made() -> None:
+    tracker = EigenvalueTracker(tol=0.5)
+    first, second = (tracker.update(diagonal(10.0, 4.0, 1.0)) for _ in range(2))
+    assert (first.method, second.method) == ("Lanczos", "Lanczos from the last vector")
+    assert first.seconds >= 0 and tracker.updates == 2 and not tracker.points, "without a step nothing is kept to extrapolate from"
+
+
+# -- extrapolation ------------------------------------------------------------------------------------------------------------
+def followed(values: list[float], *, tol: float = 0.01) -> EigenvalueTracker:
+    """A tracker that has seen these values at the steps 0, 1, 2, ..."""
+    tracker = EigenvalueTracker(tol=tol)
+    for step, value in enumerate(values):
+        tracker.update(diagonal(value, 1.0), step=step)
+    return tracker
+
+
+def reach(tracker: EigenvalueTracker) -> int:
+    """How many steps ahead it extrapolates."""
+    last = tracker.points[-1][0]
+    return sum(tracker.extrapolate(last + ahead) is not None for ahead in range(-1, 20))
+
+
+def test_three_guesses_in_a_row_earn_one_step_and_each_further_one_another_up_to_four() -> None:
+    line = [10 + 0.1 * step for step in range(12)]
+    assert [reach(followed(line[:n])) for n in range(1, 12)] == [0, 0, 0, 0, 1, 2, 3, 4, 4, 4, 4]
+    tracker = followed(line[:8])
+    for ahead in (1, 4):
+        guess = tracker.extrapolate(7 + ahead)
+        assert guess is not None and guess.value == pytest.approx(10 + 0.1 * (7 + ahead))
+        assert guess.stderr == pytest.approx(0.01 * guess.value) and guess.converged and guess.num_matvecs == 0 and guess.seconds == 0
+    assert tracker.extrapolate(7) is None and tracker.extrapolate(6) is None and tracker.extrapolate(12) is None
+
+
+@pytest.mark.parametrize(("off", "left"), [(0.004, 4), (-0.004, 4), (0.007, 1), (-0.007, 1), (0.013, 0), (-0.013, 0)])
+def test_a_guess_off_by_more_than_half_the_tolerance_costs_half_the_trust_and_beyond_the_tolerance_all(off: float, left: int) -> None:
+    assert reach(followed([10.0] * 10 + [10.0 / (1 - off)])) == left
+
+
+def test_an_update_that_did_not_converge_earns_nothing() -> None:
+    tracker = followed([10.0] * 10)
+    tracker.vector = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    tracker.second = math.inf
+    assert not tracker.update(diagonal(10.0, 1.0), step=10, max_matvecs=1).converged
+    assert reach(tracker) == 0 and tracker.hits == 0
+
+
+def test_steps_need_not_be_one_apart_but_must_grow() -> None:
+    tracker = EigenvalueTracker(tol=0.01)
+    for step in (0, 5, 20, 30, 32, 34):
+        tracker.update(diagonal(100.0 + step, 1.0), step=step)
+    guess = tracker.extrapolate(36)
+    assert guess is not None and guess.value == pytest.approx(136.0)
+    tracker.update(diagonal(140.0, 1.0), step=34)
+    assert tracker.extrapolate(35) is None, "two values of one step give no line"
+
+
+def test_a_saved_state_holds_all_that_the_next_update_depends_on() -> None:
+    tracker = followed([10 + 0.1 * step for step in range(8)])
+    tracker.second = 0.7
+    other = EigenvalueTracker(tol=0.01)
+    other.load_state_dict(tracker.state_dict())
+    assert (other.second, other.updates, other.hits, other.points) == (0.7, 8, tracker.hits, tracker.points)
+    assert torch.equal(other.vector, tracker.vector) and reach(other) == 4
+    assert [step for step, _ in other.points] == [5, 6, 7], "three are kept"

@@ -196,3 +196,161 @@ def test_adam_on_a_quadratic_oscillates_exactly_when_its_preconditioned_curvatur
             if float(w.detach().abs().max()) > 1e-3:
                 break
         assert (float(w.detach().abs().max()) < 1e-6) is stable
+
+
+# -- the rule of each optimizer, and what it says -----------------------------------------------------------------------------
+def _weight() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda w: torch.optim.SGD([w], lr=0.1), UpdateRule(name="SGD")),
+        (
+            lambda w: torch.optim.SGD([w], lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.3),
+            UpdateRule(momentum=0.9, dampening=0.5, weight_decay=0.3, name="SGD"),
+        ),
+        (lambda w: torch.optim.SGD([w], lr=0.1, momentum=0.8, nesterov=True), UpdateRule(momentum=0.8, nesterov=True, name="SGD")),
+        (
+            lambda w: torch.optim.Adam([w], betas=(0.7, 0.99), weight_decay=0.3),
+            UpdateRule(momentum=0.7, dampening=0.7, adaptive=True, name="Adam"),
+        ),
+        (
+            lambda w: torch.optim.AdamW([w], betas=(0.7, 0.99), weight_decay=0.3),
+            UpdateRule(momentum=0.7, dampening=0.7, weight_decay=0.3, decoupled=True, adaptive=True, name="AdamW"),
+        ),
+        (lambda w: torch.optim.RMSprop([w], momentum=0.6), UpdateRule(momentum=0.6, adaptive=True, name="RMSprop")),
+        (lambda w: torch.optim.Adagrad([w]), UpdateRule(adaptive=True, name="Adagrad")),
+        (
+            lambda w: SGDScheduleFree([w], lr=0.1, momentum=0.8, weight_decay=0.3),
+            UpdateRule(0.0, 0.8, weight_decay=0.3, name="SGDScheduleFree"),
+        ),
+    ],
+    ids=["SGD", "SGD, all settings", "Nesterov", "Adam", "AdamW", "RMSprop", "Adagrad", "SGDScheduleFree"],
+)
+def test_each_optimizer_has_its_linear_rule(make: Any, rule: UpdateRule) -> None:
+    assert update_rule(make(_weight())) == rule
+
+
+def test_the_rule_is_that_of_the_group_asked_for() -> None:
+    optimizer = torch.optim.SGD([{"params": [_weight()]}, {"params": [_weight()], "momentum": 0.7}], lr=0.1)
+    assert [update_rule(optimizer).momentum, update_rule(optimizer, group=1).momentum] == [0.0, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("rule", "gain", "decay"),
+    [
+        (UpdateRule(), 1.0, 0.0),
+        (UpdateRule(0.5), 1.0, 0.0),
+        (UpdateRule(0.5, weight_decay=3.0), 1.0, 3.0),
+        (UpdateRule(0.5, nesterov=True, weight_decay=3.0), 2.0, 6.0),
+        (UpdateRule(0.5, 0.25, weight_decay=3.0), 0.75, 2.25),
+        (UpdateRule(0.5, 0.5, weight_decay=3.0, decoupled=True), 0.5, 4.5),
+    ],
+    ids=["plain", "momentum", "decay", "Nesterov", "dampening", "decoupled"],
+)
+def test_the_limit_is_2_1_plus_beta_over_gain_times_curvature_plus_decay(rule: UpdateRule, gain: float, decay: float) -> None:
+    """lr (gain c + decay) = 2 (1 + beta), solved for the rate and for the curvature."""
+    assert rule.max_learning_rate(7.0) == pytest.approx(2 * (1 + rule.momentum) / (gain * 7.0 + decay))
+    assert rule.max_curvature(0.125) == pytest.approx((2 * (1 + rule.momentum) / 0.125 - decay) / gain)
+    assert rule.max_learning_rate(-decay / gain) == math.inf, "where nothing is curved"
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (UpdateRule(), "gradient descent: lambda_max(H) <= 2 / lr"),
+        (UpdateRule(0.9), "gradient descent: lambda_max(H) <= 2 (1 + beta) / lr, beta = 0.9"),
+        (UpdateRule(0.9, nesterov=True), "gradient descent: lambda_max(H) <= 2 (1 + beta) / ((1 + 2 beta) lr), beta = 0.9"),
+        (
+            UpdateRule(0.9, 0.9, weight_decay=0.1, decoupled=True, adaptive=True, name="AdamW"),
+            "AdamW: lambda_max(D^-1 H) <= 2 (1 + beta) / ((1 - 0.9) lr), beta = 0.9, less decoupled weight decay 0.1",
+        ),
+        (UpdateRule(weight_decay=0.1, name="SGD"), "SGD: lambda_max(H) <= 2 / lr, less weight decay 0.1"),
+    ],
+    ids=["plain", "momentum", "Nesterov", "AdamW", "decay"],
+)
+def test_the_condition_is_told_as_a_formula(rule: UpdateRule, words: str) -> None:
+    assert rule.condition == words
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": -0.1}, "momentum must be in"),
+        ({"momentum": 1.0}, "momentum must be in"),
+        ({"dampening": -0.1}, "dampening must be in"),
+        ({"dampening": 1.0}, "dampening must be in"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"nesterov": True}, "Nesterov momentum needs"),
+        ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov momentum needs"),
+    ],
+)
+def test_rules_without_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UpdateRule(**settings)
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0])
+def test_no_curvature_is_stable_at_a_rate_that_is_not_positive(lr: float) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        UpdateRule().max_curvature(lr)
+
+
+def test_the_interval_is_that_of_the_curvature() -> None:
+    estimate = sk.Estimate(4.0, 1.0)
+    rates = [sk.stable_learning_rate(estimate), sk.stable_learning_rate(estimate, error=2.0), sk.stable_learning_rate(4.0)]
+    assert [(r.lower, float(r), r.upper) for r in rates] == [
+        pytest.approx(v) for v in ((2 / 5, 0.5, 2 / 3), (2 / 6, 0.5, 1.0), (0.5, 0.5, 0.5))
+    ]
+    assert [str(r) for r in rates] == ["0.5 (0.4 to 0.6667)", "0.5 (0.3333 to 1)", "0.5"]
+    wide = sk.stable_learning_rate(4.0, error=5.0)
+    assert wide.upper == math.inf and wide.lower == pytest.approx(2 / 9), "the curvature may be none"
+    smallest = sk.eigenpairs(torch.diag(torch.tensor([4.0, 1.0, -9.0, 0.0]).double()), k=2, which="smallest")
+    assert sk.stable_learning_rate(smallest) == math.inf and smallest.values.tolist() == pytest.approx([0.0, -9.0], abs=1e-6)
+    magnitude = sk.eigenpairs(torch.diag(torch.tensor([4.0, 1.0, -9.0, 0.0]).double()), k=2, which="magnitude")
+    assert sk.stable_learning_rate(magnitude) == pytest.approx(0.5), "the largest of the values, not the first"
+
+
+@pytest.mark.parametrize(("value", "error"), [(math.inf, 0.0), (-math.inf, 0.0), (1.0, math.nan)])
+def test_a_curvature_that_is_no_number_is_refused(value: float, error: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        sk.stable_learning_rate(sk.Estimate(value, error))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({}, "gradient descent"), ({"momentum": 0.9}, "SGD"), ({"weight_decay": 0.1}, "SGD")], ids=str
+)
+def test_without_an_optimizer_the_rule_is_named_by_its_settings(settings: dict[str, float], name: str) -> None:
+    rate = sk.stable_learning_rate(4.0, **settings)
+    assert rate.rule.startswith(f"{name}: ") and rate.lambda_max == 4.0
+    assert repr(rate) == f"StableLearningRate({rate}: {rate.rule})"
+
+
+def test_a_number_with_values_but_no_residuals_is_a_number() -> None:
+    class Reading(float):
+        values = torch.tensor([9.0])
+
+    assert sk.stable_learning_rate(Reading(4.0)) == pytest.approx(0.5)
+
+
+def test_decay_is_coupled_unless_asked_otherwise() -> None:
+    plain, coupled, decoupled = (
+        sk.stable_learning_rate(4.0, momentum=0.5, weight_decay=1.0, **options)
+        for options in ({}, {"decoupled": False}, {"decoupled": True})
+    )
+    assert plain == coupled == pytest.approx(3 / 5) and decoupled == pytest.approx(3 / 5.5)
+
+
+def test_the_document_of_a_rate_holds_what_it_was_computed_from() -> None:
+    rate = sk.stable_learning_rate(sk.Estimate(4.0, 1.0))
+    assert rate.to_dict() == {
+        "kind": "stable_learning_rate",
+        "version": 1,
+        "value": 0.5,
+        "lower": 0.4,
+        "upper": pytest.approx(2 / 3),
+        "rule": "gradient descent: lambda_max(H) <= 2 / lr",
+        "lambda_max": 4.0,
+    }

@@ -1,0 +1,146 @@
+"""Diagonal and Frobenius norm: values and standard errors are those of the samples, budgets and tolerances mean what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems_linalg import network_like, operator_with, rotated
+from torch import Tensor
+
+import sharpkit as sk
+from sharpkit._errors import ConvergenceWarning
+from sharpkit._results import student_factor
+from sharpkit.operators.base import CallableOperator
+
+MATRIX = rotated(network_like(200), seed=2)
+
+
+def samples(count: int, seed: int = 0) -> Tensor:
+    """z * (A z) for the Rademacher probes of this seed, (count, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    operator = sk.as_operator(MATRIX)
+    probes = [operator.random_vectors(1, generator=generator, distribution="rademacher")[:, 0] for _ in range(count)]
+    return torch.stack([z * (MATRIX @ z) for z in probes])
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 30])
+def test_the_estimate_is_the_mean_of_the_samples_and_its_error_their_standard_error(count: int) -> None:
+    made, drawn = sk.diagonal(MATRIX, num_probes=count, seed=5), samples(count, seed=5)
+    torch.testing.assert_close(made.value, drawn.mean(dim=0))
+    torch.testing.assert_close(made.stderr, drawn.std(dim=0) / count**0.5 * student_factor(count))
+    assert made.converged and made.num_matvecs == count and made.seconds > 0
+
+
+def test_a_hundred_probes_and_seed_0_unless_asked_otherwise() -> None:
+    made = sk.diagonal(MATRIX)
+    assert made.num_matvecs == 100 and torch.equal(made.value, sk.diagonal(MATRIX, num_probes=100, seed=0).value)
+
+
+@pytest.mark.parametrize(("count", "products"), [(19, 19), (20, 20), (50, 20)])
+def test_it_is_exact_as_soon_as_the_probes_are_as_many_as_the_rows(count: int, products: int) -> None:
+    matrix, seen = rotated(np.arange(20.0)), []
+    made = sk.diagonal(matrix, num_probes=count, callback=seen.append)
+    exact = count >= 20
+    assert made.num_matvecs == products and bool((made.stderr == 0).all()) is exact
+    assert (float((made.value - matrix.diagonal()).abs().max()) < 1e-12) is exact
+    assert [p.done for p in seen] == list(range(1, products + 1)) and seen[0].expected == products
+    assert {p.text for p in seen} == {"diagonal, exact" if exact else "diagonal"}
+
+
+def test_a_budget_below_n_products_is_spent_on_probes() -> None:
+    with pytest.warns(ConvergenceWarning, match="after 19 of 50 probes"):
+        made = sk.diagonal(rotated(np.arange(20.0)), num_probes=50, max_matvecs=19)
+    assert made.num_matvecs == 19 and not made.converged and float(made.stderr.min()) > 0
+    with pytest.warns(ConvergenceWarning, match="after 1 of 50 probes"):
+        one = sk.diagonal(MATRIX, num_probes=50, max_matvecs=1)
+    assert bool(torch.isinf(one.stderr).all()) and torch.equal(one.value, samples(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sk.diagonal(MATRIX, num_probes=5, max_matvecs=5).converged
+
+
+def test_a_time_budget_that_ends_before_the_first_product_is_an_error() -> None:
+    with pytest.raises(ValueError, match="before the first product"):
+        sk.diagonal(MATRIX, num_probes=5, max_seconds=1e-12)
+
+
+class Ticking(CallableOperator):
+    """Each product takes a second of the clock that all processes agree on."""
+
+    def agree(self, value: float) -> float:
+        return float(self.num_matvecs)
+
+
+def ticking(matrix: Tensor, dtype: torch.dtype = torch.float64) -> Ticking:
+    return Ticking(lambda v: (matrix @ v.double()).to(v.dtype), len(matrix), dtype=dtype, device=torch.device("cpu"))
+
+
+def test_time_that_ends_during_the_exact_diagonal_leaves_what_is_known() -> None:
+    with pytest.raises(ValueError, match="before the first product"):
+        sk.diagonal(ticking(rotated(np.arange(20.0))), max_seconds=3.5)
+
+
+def test_two_probes_at_least() -> None:
+    for count in (1, 0):
+        with pytest.raises(ValueError, match="at least 2"):
+            sk.diagonal(MATRIX, num_probes=count)
+
+
+def test_half_precision_comes_back_in_the_operators_type() -> None:
+    matrix = rotated(np.arange(1.0, 21.0))
+    made = sk.diagonal(ticking(matrix, torch.bfloat16))
+    assert made.value.dtype == torch.bfloat16
+    torch.testing.assert_close(made.value.double(), matrix.diagonal(), rtol=0.05, atol=0.3)
+
+
+def test_the_document_holds_everything() -> None:
+    made = sk.diagonal(torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double())
+    document = json.loads(json.dumps(made.to_dict()))
+    assert document["kind"] == "diagonal" and document["version"] == 1 and document["value"] == pytest.approx([2.0, 3.0])
+    assert document["stderr"] == [0.0, 0.0] and document["num_matvecs"] == 2 and document["converged"] is True and document["seconds"] >= 0
+    assert "tensor" not in repr(made)
+
+
+# -- the Frobenius norm -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rtol", [0.1, 0.03, 0.01])
+def test_the_norms_error_is_relative_to_the_norm(rtol: float) -> None:
+    spectrum = np.random.default_rng(0).uniform(-1, 1, 400)
+    costs = []
+    for seed in range(10):
+        made = sk.frobenius_norm(operator_with(spectrum), rtol=rtol, seed=seed)
+        assert made.converged and made.stderr <= rtol * made.value and abs(made.value - np.linalg.norm(spectrum)) <= 4 * made.stderr
+        costs.append(made.num_matvecs)
+    # one probe's ||A z||^2 is off by sqrt(2 sum x^4) of sum x^2, the norm by half of that: 4.7 % over 400 rows
+    alone = math.sqrt(2 * (spectrum**4).sum()) / (spectrum**2).sum() / 2
+    assert np.mean(costs) <= max(14, 3 * (alone / rtol) ** 2 + 6)
+
+
+def test_the_norm_of_two_rows_is_exact_and_signs_do_not_matter() -> None:
+    made = sk.frobenius_norm(torch.diag(torch.tensor([3.0, -4.0]).double()))
+    assert made.value == pytest.approx(5.0) and made.stderr == 0 and made.num_matvecs == 2 and made.method == "exact"
+    assert sk.frobenius_norm(torch.zeros(3, 3)).value == 0 and sk.frobenius_norm(torch.zeros(3, 3)).converged
+
+
+def test_a_budget_flags_the_norm_and_the_message_names_the_numbers() -> None:
+    spectrum = 1 / np.arange(1.0, 301.0)
+    with pytest.warns(ConvergenceWarning, match=r"standard error of .* after 12 products"):
+        made = sk.frobenius_norm(operator_with(spectrum), rtol=1e-5, max_matvecs=12)
+    assert made.num_matvecs == 12 and not made.converged and made.stderr > 1e-5 * made.value
+
+
+def test_the_norm_goes_by_a_hundredth_and_seed_0_unless_asked_otherwise() -> None:
+    operator = operator_with(network_like(300))
+    values = [sk.frobenius_norm(operator, **options).value for options in ({}, {"rtol": 0.01}, {"seed": 0}, {"seed": 1}, {"rtol": 0.05})]
+    assert values[0] == values[1] == values[2] and values[0] not in values[3:]
+
+
+@pytest.mark.parametrize("rtol", [0.0, -1.0])
+def test_a_tolerance_that_is_not_positive_is_refused(rtol: Any) -> None:
+    with pytest.raises(ValueError, match="rtol must be positive"):
+        sk.frobenius_norm(MATRIX, rtol=rtol)

@@ -172,11 +172,11 @@ def sample(path: str, count: int | None, seed: int, within: str = "") -> list[Mu
         chosen.append((_digest(f"{seed}|{text}|{seen[text]}"), here))
     made: list[Mutant] = []
     for key, here in sorted(chosen, key=lambda pair: pair[0]):
+        if len(made) == count:
+            break
         mutants = (c.mutant(path, source) for c in sorted(here, key=lambda c: _digest(f"{key}|{c.operator}|{c.variant}")))
         valid = (mutant for mutant in mutants if mutant is not None)
         made += valid if count is None else islice(valid, 1)
-        if len(made) == count:
-            break
     return made
 
 

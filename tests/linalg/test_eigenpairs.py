@@ -296,6 +296,18 @@ def test_a_second_copy_just_above_the_bulk_is_not_missed_in_20_starts(bulk: np.n
         np.testing.assert_allclose(values, spectrum[:3], atol=2e-3 * top, err_msg=f"seed {seed}")
 
 
+def test_where_the_complement_reaches_the_wanted_the_search_makes_six_products_from_its_start_at_least() -> None:
+    """Half of the products made so far would be two or three: too few to tell."""
+    seen: list[sk.Progress] = []
+    sk.eigenpairs(operator_with(np.linspace(0, 1, 300)), 2, tol=0.99, callback=seen.append)
+    assert sum(p.text == "search for missed eigenvalues" for p in seen) == 1 + 6
+
+
+def test_the_last_vector_of_a_complete_basis_is_multiplied_too() -> None:
+    """Six rows: the two wanted are settled after five products, and what is left may still hold one."""
+    assert sk.eigenpairs(operator_with(np.array([100.0, 50, 4e-3, 3e-3, 2e-3, 1e-3])), 2, tol=1e-2).num_matvecs == 6
+
+
 # -- when the iteration stops -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("k", "warm", "products"), [(1, False, 5), (1, True, 4), (2, False, 5), (3, False, 6), (3, True, 6)])
 def test_two_looks_in_a_row_with_two_pairs_in_reserve_and_three_for_a_single_cold_pair(k: int, warm: bool, products: int) -> None:
@@ -413,6 +425,15 @@ def test_a_budget_ended_search_for_the_smallest_keeps_the_order_and_the_missing_
         true_residuals(operator_with(network_like(100)), pairs.vectors[:, :3], pairs.values[:3]) <= 1.01 * pairs.residuals[:3].numpy()
     )
     torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(5, dtype=torch.float64))
+
+
+def test_time_that_ends_before_the_first_product_leaves_vectors_alone() -> None:
+    for which in ("largest", "smallest", "magnitude"):
+        with pytest.warns(ConvergenceWarning, match="time budget used up"):
+            pairs = sk.eigenpairs(operator_with(network_like(100)), 3, which=which, max_seconds=1e-9)  # type: ignore[arg-type]
+        assert pairs.values.shape == pairs.residuals.shape == pairs.converged.shape == (3,)
+        assert bool(torch.isnan(pairs.values).all()) and bool(torch.isinf(pairs.residuals).all())
+        torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(3, dtype=torch.float64))
 
 
 def test_a_budget_that_ends_during_the_search_says_so() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 import sharpkit as sk
+import sharpkit.linalg
 from sharpkit._results import format_with_error, standard_error, student_factor
 from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity
 from sharpkit.operators.base import MatrixOperator
@@ -63,6 +67,14 @@ def test_the_standard_error_is_widened_for_few_samples() -> None:
     assert student_factor(1) == math.inf
     assert standard_error(np.array([1.0, 3.0])) == pytest.approx(1.0 * 12.7062 / 1.95996, rel=1e-5)
     assert standard_error(np.array([1.0])) == math.inf
+
+
+def test_results_cannot_be_changed() -> None:
+    """All dataclasses of linalg but the tracker, which has a state."""
+    modules = [importlib.import_module(f"sharpkit.linalg.{m.name}") for m in pkgutil.iter_modules(sharpkit.linalg.__path__)]
+    classes = {c for module in modules for c in vars(module).values() if isinstance(c, type) and is_dataclass(c)}
+    assert len(classes) > 6
+    assert {c.__name__ for c in classes if not c.__dataclass_params__.frozen} == {"EigenvalueTracker"}  # type: ignore[attr-defined]
 
 
 # -- eigenpairs ---------------------------------------------------------------------------------------------------------------

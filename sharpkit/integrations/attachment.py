@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,77 @@ from torch import Tensor, nn
 from sharpkit._errors import SharpkitWarning
 from sharpkit.learner.history import Decision, LearnerHistory
 from sharpkit.learner.learner import CurvatureLearner, check_learner_settings, check_momentum
-from sharpkit.monitor.metrics import check_settings
+from sharpkit.learner.schedules import Schedule
+from sharpkit.monitor.metrics import MetricLike, check_settings
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory, Record
 from sharpkit.monitor.schema import RUN
-from sharpkit.monitor.sinks import as_sink, scalars_of
+from sharpkit.monitor.sinks import SinkPlace, as_sink, scalars_of
+from sharpkit.objective.batches import Batch
+from sharpkit.objective.objective import Closure
+from sharpkit.objective.params import ParamSelector
 from sharpkit.optimizers import restore_initial_rates
 
 Log = Callable[[dict[str, float]], None]
+
+
+class ObjectiveSettings(TypedDict, total=False):
+    """What a monitor and a learner measure, as in :class:`sharpkit.Objective`; every key may be left out."""
+
+    loss: Callable[[Any, Any], Tensor] | None
+    closure: Closure | None
+    count: Callable[[Batch], float] | None
+    params: ParamSelector
+    mode: str
+    autocast: torch.dtype | None
+    process_group: Any
+    seed: int
+
+
+class MonitorSettings(ObjectiveSettings, total=False):
+    """The keyword arguments of :class:`sharpkit.Monitor`, which says what each means."""
+
+    metrics: Sequence[MetricLike] | None
+    every: int | str
+    budget: float
+    tol: float
+    probe: Any
+    max_samples: int | None
+    max_interval: int
+    top_k: int
+    sinks: SinkPlace | Iterable[SinkPlace]
+
+
+class LearnerSettings(ObjectiveSettings, total=False):
+    """The keyword arguments of :class:`sharpkit.CurvatureLearner`, which says what each means; ``total_steps`` is the callback's own."""
+
+    interval: int | str
+    budget: float
+    safety: float
+    warmup: float
+    decay: str | Schedule
+    schedule: Callable[[torch.optim.Optimizer], Any] | None
+    momentum: str
+    bulk: str | float
+    per_group: bool
+    max_lr: float
+
+
+def complete(settings: Mapping[str, Any], made: type, *, callback: str) -> dict[str, Any]:
+    """A callback's settings with the defaults of what they are for, so that a mistake is named when the callback is made.
+
+    Args:
+        settings: the keyword arguments that the callback was given.
+        made: the class whose arguments they are; it is made only when training starts.
+        callback: the callback's name, for the message.
+
+    Raises:
+        TypeError: a setting that ``made`` does not have.
+    """
+    known = {name: p.default for name, p in inspect.signature(made).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "model"}
+    if unknown := [name for name in settings if name not in known]:
+        raise TypeError(f"{callback} has no argument {', '.join(unknown)}; its settings are {', '.join(known)}")
+    return {**{name: default for name, default in known.items() if default is not inspect.Parameter.empty}, **settings}
 
 
 class Gathering:
@@ -101,13 +165,15 @@ class Attachment(Gathering):
     """What the sharpness callbacks of all trainers share.
 
     Args:
-        settings: the arguments of :class:`sharpkit.Monitor`; sinks may also be paths.
+        given: the callback's own settings.
 
     Raises:
+        TypeError: a setting that the monitor does not have.
         ValueError: settings that no training could go with.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, given: MonitorSettings) -> None:
+        settings = complete(given, Monitor, callback="SharpnessCallback")
         check_settings(*(settings[name] for name in ("every", "budget", "tol", "max_samples", "max_interval")))
         super().__init__(settings, callback="SharpnessCallback")
         self.monitor: Monitor | None = None
@@ -221,15 +287,18 @@ class LearnerRun(Gathering):
     """What the learner callbacks of all trainers share.
 
     Args:
-        settings: the arguments of :class:`sharpkit.CurvatureLearner`; ``total_steps`` may be None.
+        given: the callback's own settings.
+        total_steps: optimizer steps of the whole training; None to ask the trainer.
 
     Raises:
+        TypeError: a setting that the learner does not have.
         ValueError: settings that no training could go with.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, given: LearnerSettings, *, total_steps: int | None) -> None:
+        settings = {**complete(given, CurvatureLearner, callback="LearnerCallback"), "total_steps": total_steps}
         checked = {name: settings[name] for name in ("interval", "budget", "safety", "warmup", "decay")}
-        check_learner_settings(_LEAST_STEPS if settings["total_steps"] is None else settings["total_steps"], **checked)
+        check_learner_settings(_LEAST_STEPS if total_steps is None else total_steps, **checked)
         check_momentum(settings["momentum"], settings["bulk"], adaptive=False)
         super().__init__(settings, callback="LearnerCallback")
         self.learner: CurvatureLearner | None = None
@@ -302,9 +371,3 @@ class LearnerRun(Gathering):
 
     def _own_state(self) -> dict[str, Any]:
         return self.learner.state_dict() if self.learner is not None else {}
-
-
-def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The learner's arguments among a callback's."""
-    own = ("self", "optimizer", "resume_from", "__class__")
-    return {name: value for name, value in arguments.items() if name not in own}

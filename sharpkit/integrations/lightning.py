@@ -6,23 +6,19 @@ import copy
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import ObjectiveError, UnsupportedError
-from sharpkit.integrations.attachment import Attachment, Gathering, LearnerRun, logged, own_containers, settings_of
+from sharpkit.integrations.attachment import Attachment, Gathering, LearnerRun, LearnerSettings, MonitorSettings, logged, own_containers
 from sharpkit.learner.history import LearnerHistory
 from sharpkit.learner.learner import CurvatureLearner
-from sharpkit.learner.schedules import Schedule
-from sharpkit.monitor.metrics import MetricLike
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory
 from sharpkit.objective.batches import Batch
-from sharpkit.objective.objective import Closure
-from sharpkit.objective.params import ParamSelector
 from sharpkit.optimizers import unwrap_optimizer
 
 _MODULE_TABLES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: shared with the original
@@ -217,10 +213,11 @@ class LearnerCallback(BatchHooks):
         total_steps: optimizer steps of the whole training; by default ``trainer.estimated_stepping_batches``.
         loss, closure: as in :class:`SharpnessCallback`; without both, the loss is that of the module's own ``training_step``.
         optimizer: number of the optimizer to set, where the module has several. It may make one step a batch at most.
-        count, params, interval, budget, safety, warmup, decay, schedule, momentum, bulk, per_group, max_lr, mode, autocast,
-        process_group, seed: as in :class:`sharpkit.CurvatureLearner`.
+        settings: every other argument of :class:`sharpkit.CurvatureLearner`: count, params, interval, budget, safety, warmup, decay,
+            schedule, momentum, bulk, per_group, max_lr, mode, autocast, process_group, seed.
 
     Raises:
+        TypeError: a setting that does not exist.
         ValueError: settings that make no sense; when training starts, a configured scheduler, a Trainer without an end, several
             optimizers or manual optimization without a word about them.
         UnsupportedError: when training starts, an optimizer whose stability limit is not known, or a fully sharded model.
@@ -231,31 +228,8 @@ class LearnerCallback(BatchHooks):
         LearnerHistory(no decision yet)
     """
 
-    def __init__(
-        self,
-        *,
-        total_steps: int | None = None,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        closure: Closure | None = None,
-        optimizer: int | None = None,
-        count: Callable[[Batch], float] | None = None,
-        params: ParamSelector = None,
-        interval: int | str = "auto",
-        budget: float = 0.05,
-        safety: float = 0.25,
-        warmup: float = 0.1,
-        decay: str | Schedule = "linear",
-        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
-        momentum: str = "keep",
-        bulk: str | float = 1e3,
-        per_group: bool = False,
-        max_lr: float = math.inf,
-        mode: str = "train",
-        autocast: torch.dtype | None = None,
-        process_group: Any = None,
-        seed: int = 0,
-    ) -> None:
-        self._run = LearnerRun(settings_of(locals()))
+    def __init__(self, *, total_steps: int | None = None, optimizer: int | None = None, **settings: Unpack[LearnerSettings]) -> None:
+        self._run = LearnerRun(settings, total_steps=total_steps)
         super().__init__(self._run, optimizer=optimizer)
         self._made: tuple[list[Any], Tensor | None] | None = None
 
@@ -329,13 +303,15 @@ class SharpnessCallback(BatchHooks):
             ``training_step`` that changes parameters, files or things outside the module needs ``loss`` or ``closure``; so does manual
             optimization.
         optimizer: number of the optimizer to watch, where the module has several.
-        count, params, metrics, every, budget, tol, probe, mode, autocast, max_samples, max_interval, top_k, process_group, seed: as in
-            :class:`sharpkit.Monitor`. ``autocast`` is not taken over from the Trainer's precision: curvature is measured in the
-            parameters' own precision unless asked otherwise.
-        sinks: as in Monitor, or paths that end in ``.jsonl`` or ``.csv``; opened when training starts, closed when it ends.
+        settings: every other argument of :class:`sharpkit.Monitor`: count, params, metrics, every, budget, tol, probe, mode, autocast,
+            max_samples, max_interval, top_k, sinks, process_group, seed. ``autocast`` is not taken over from the Trainer's precision:
+            curvature is measured in the parameters' own precision unless asked otherwise. ``sinks`` are opened when training
+            starts and closed when it ends.
 
     Raises:
-        ValueError: settings that make no sense; when training starts, several optimizers or manual optimization without a word about them.
+        TypeError: a setting that does not exist.
+        ValueError: settings that make no sense; when training starts, several optimizers without ``optimizer=``, or manual
+            optimization without ``loss`` or ``closure``.
         UnsupportedError: when training starts, a ``training_step`` that takes the iterator, or a fully sharded model.
 
     Example:
@@ -344,47 +320,7 @@ class SharpnessCallback(BatchHooks):
         MonitorHistory(no record yet)
     """
 
-    def __init__(
-        self,
-        *,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        closure: Closure | None = None,
-        optimizer: int | None = None,
-        count: Callable[[Batch], float] | None = None,
-        params: ParamSelector = None,
-        metrics: Sequence[MetricLike] | None = None,
-        every: int | str = "auto",
-        budget: float = 0.05,
-        tol: float = 0.02,
-        probe: Any = None,
-        mode: str = "train",
-        autocast: torch.dtype | None = None,
-        max_samples: int | None = None,
-        max_interval: int = 1000,
-        top_k: int = 5,
-        sinks: Iterable[Any] | Any = (),
-        process_group: Any = None,
-        seed: int = 0,
-    ) -> None:
-        settings = {
-            "loss": loss,
-            "closure": closure,
-            "count": count,
-            "params": params,
-            "metrics": metrics,
-            "every": every,
-            "budget": budget,
-            "tol": tol,
-            "probe": probe,
-            "mode": mode,
-            "autocast": autocast,
-            "max_samples": max_samples,
-            "max_interval": max_interval,
-            "top_k": top_k,
-            "sinks": sinks,
-            "process_group": process_group,
-            "seed": seed,
-        }
+    def __init__(self, *, optimizer: int | None = None, **settings: Unpack[MonitorSettings]) -> None:
         self._run = Attachment(settings)
         super().__init__(self._run, optimizer=optimizer)
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitWarning, UnsupportedError
-from sharpkit.integrations.attachment import Attachment, Gathering, LearnerRun, own_containers, settings_of
+from sharpkit.integrations.attachment import Attachment, Gathering, LearnerRun, LearnerSettings, MonitorSettings, own_containers
 from sharpkit.learner.history import LearnerHistory
 from sharpkit.learner.learner import CurvatureLearner
-from sharpkit.learner.schedules import Schedule
-from sharpkit.monitor.metrics import MetricLike
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.loss import own_loss
-from sharpkit.objective.objective import Closure
-from sharpkit.objective.params import ParamSelector
 from sharpkit.optimizers import learning_rates, unwrap_optimizer
 
 _SCALING = "num_items_in_batch"  # tells the model to divide its loss by the tokens of the whole accumulated batch
@@ -358,11 +353,13 @@ class LearnerCallback(TrainerHooks):
 
     Args:
         total_steps: optimizer steps of the whole training; by default ``state.max_steps``.
-        loss, closure, count, params, interval, budget, safety, warmup, decay, schedule, momentum, bulk, per_group, max_lr, mode, autocast,
-            process_group, seed: as in :class:`sharpkit.CurvatureLearner`; without loss and closure, the loss is the trained one.
-        resume_from: folder of the checkpoint whose learner to go on with, where it is not ``output_dir/checkpoint-<step>``.
+        resume_from: folder of the checkpoint whose learner to continue, where it is not ``output_dir/checkpoint-<step>``.
+        settings: every other argument of :class:`sharpkit.CurvatureLearner`: loss, closure, count, params, interval, budget, safety,
+            warmup, decay, schedule, momentum, bulk, per_group, max_lr, mode, autocast, process_group, seed. Without loss and closure, the
+            loss is the trained one.
 
     Raises:
+        TypeError: a setting that does not exist.
         ValueError: settings that make no sense; when training starts, a Trainer that must be attached to, or a scheduler by metrics.
         UnsupportedError: when training starts, an optimizer whose stability limit is not known; at the first step, batches not seen.
 
@@ -373,30 +370,9 @@ class LearnerCallback(TrainerHooks):
     """
 
     def __init__(
-        self,
-        *,
-        total_steps: int | None = None,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        closure: Closure | None = None,
-        count: Callable[[Batch], float] | None = None,
-        params: ParamSelector = None,
-        interval: int | str = "auto",
-        budget: float = 0.05,
-        safety: float = 0.25,
-        warmup: float = 0.1,
-        decay: str | Schedule = "linear",
-        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
-        momentum: str = "keep",
-        bulk: str | float = 1e3,
-        per_group: bool = False,
-        max_lr: float = math.inf,
-        mode: str = "train",
-        autocast: torch.dtype | None = None,
-        process_group: Any = None,
-        seed: int = 0,
-        resume_from: str | os.PathLike[str] | None = None,
+        self, *, total_steps: int | None = None, resume_from: str | os.PathLike[str] | None = None, **settings: Unpack[LearnerSettings]
     ) -> None:
-        self._run = LearnerRun(settings_of(locals()))
+        self._run = LearnerRun(settings, total_steps=total_steps)
         super().__init__(self._run, state_file=LEARNER_FILE, what="the learner", resume_from=resume_from)
         self._made: tuple[list[Any], Tensor | None] | None = None
 
@@ -474,12 +450,13 @@ class SharpnessCallback(TrainerHooks):
     Args:
         loss: ``loss(output, labels)``, where the output is the model's logits on the inputs without ``labels``.
         closure: ``closure(model, inputs)`` returning the loss.
-        count, params, metrics, every, budget, tol, probe, mode, autocast, max_samples, max_interval, top_k, process_group, seed: as in
-            :class:`sharpkit.Monitor`. With ``bf16=True`` the model's forward is under autocast also when it is measured.
-        sinks: as in Monitor, or paths that end in ``.jsonl`` or ``.csv``; opened when training starts, closed when it ends.
+        settings: every other argument of :class:`sharpkit.Monitor`: count, params, metrics, every, budget, tol, probe, mode, autocast,
+            max_samples, max_interval, top_k, sinks, process_group, seed. With ``bf16=True`` the model's forward pass is under autocast
+            also when it is measured.
         resume_from: folder of the checkpoint whose series to continue, where it is not ``output_dir/checkpoint-<step>``.
 
     Raises:
+        TypeError: a setting that does not exist.
         ValueError: settings that make no sense; when training starts, a Trainer that must be attached to.
 
     Example:
@@ -488,47 +465,7 @@ class SharpnessCallback(TrainerHooks):
         MonitorHistory(no record yet)
     """
 
-    def __init__(
-        self,
-        *,
-        loss: Callable[[Any, Any], Tensor] | None = None,
-        closure: Closure | None = None,
-        count: Callable[[Batch], float] | None = None,
-        params: ParamSelector = None,
-        metrics: Sequence[MetricLike] | None = None,
-        every: int | str = "auto",
-        budget: float = 0.05,
-        tol: float = 0.02,
-        probe: Any = None,
-        mode: str = "train",
-        autocast: torch.dtype | None = None,
-        max_samples: int | None = None,
-        max_interval: int = 1000,
-        top_k: int = 5,
-        sinks: Iterable[Any] | Any = (),
-        process_group: Any = None,
-        seed: int = 0,
-        resume_from: str | os.PathLike[str] | None = None,
-    ) -> None:
-        settings = {
-            "loss": loss,
-            "closure": closure,
-            "count": count,
-            "params": params,
-            "metrics": metrics,
-            "every": every,
-            "budget": budget,
-            "tol": tol,
-            "probe": probe,
-            "mode": mode,
-            "autocast": autocast,
-            "max_samples": max_samples,
-            "max_interval": max_interval,
-            "top_k": top_k,
-            "sinks": sinks,
-            "process_group": process_group,
-            "seed": seed,
-        }
+    def __init__(self, *, resume_from: str | os.PathLike[str] | None = None, **settings: Unpack[MonitorSettings]) -> None:
         self._run = Attachment(settings)
         super().__init__(self._run, state_file=MONITOR_FILE, what="the series of measurements", resume_from=resume_from)
 

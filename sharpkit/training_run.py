@@ -23,7 +23,8 @@ from sharpkit.optimizers import learning_rates, set_learning_rates
 Loss = Callable[[Any, Any], Tensor]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 _DIVERGED = 1e3  # times the first loss, by judgement: spikes that training recovers from stay far below
-_MASK_STRIDE = 7919  # a prime (the 1000th), so that the dropout masks of neighbouring seeds do not repeat each other's from step to step
+# By judgement the 1000th prime: the dropout masks of one seed do not repeat those of a neighbouring seed a step later.
+_MASK_STRIDE = 7919
 
 
 def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
@@ -37,6 +38,7 @@ def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
         >>> as_seeds(3), as_seeds([7, 11])
         ((0, 1, 2), (7, 11))
     """
+    # text is a sequence too, of what are no numbers; True is an int, and nobody means one run by it
     several = isinstance(seeds, Iterable) and not isinstance(seeds, (str, bytes))
     chosen: list[Any] = list(seeds) if isinstance(seeds, Iterable) and several else [seeds]
     try:
@@ -174,7 +176,8 @@ class TrainingRun:
         if self._halts and self.diverged:
             return math.inf
         batch = self.next_batch() if batch is None else batch
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad()  # before, not after: what the user's model held would be added to the first gradient
+        # numbered by steps and not by batches, so that a batch looked at beforehand changes no mask
         loss = self._source.backward(batch, len(self.losses))
         self.losses.append(loss)
         self.spent += 1
@@ -213,7 +216,7 @@ class TrainingRun:
         finally:
             self._in_trial = False
             snapshot.restore(self.model, self.optimizer)
-            self.position = position
+            self.position = position  # what was spent stays spent
             del self.losses[steps:]
 
 
@@ -319,7 +322,7 @@ class RaceRun(TrainingRun):
 
     def __init__(self, problem: RaceProblem, *, seed: int, budget: int, optimizer: MakeOptimizer | None = None) -> None:
         self.problem, self.seed, self.budget = problem, seed, budget
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # the optimizer inside too: some draw random numbers when they are made
             torch.manual_seed(seed)
             model = problem.make_model(seed)
             made = problem.make_optimizer(model, 1.0) if optimizer is None else optimizer(model.parameters())

@@ -126,7 +126,7 @@ def sharpness_bracket(
             callback(_progress(work, time.perf_counter() - began, done=converged or size == most, history=history))
         if converged or size == most:
             break
-        size *= 2
+        size *= 2  # by doubling, all sizes before the last cost no more than the last
     seconds = time.perf_counter() - began
     return SharpnessBracket(lower, upper, size, pool.size, tuple(history), converged, work.num_matvecs, work.sample_gradients, seconds)
 
@@ -160,6 +160,7 @@ class _BracketWork:
         groups = [[self.pool.objective(part) for part in torch.tensor_split(quarter, _GROUPS)] for quarter in quarters]
         halves = [self.pool.objective(indices[i::2]) for i in range(2)]
         self.known = [self._top(half, self.k, self.known[i : i + 1], tol=_SPAN_TOL)[2] for i, half in enumerate(halves)]
+        # warm-started from both halves' vectors: their span holds the top vector of the union up to noise
         top, residual, vector = self._top(self.pool.objective(indices), 1, self.known)
         shrink = math.sqrt(1 - len(indices) / self.pool.size)  # samples drawn without replacement
         values = np.array([self._forms(group, vector)[0, 0] for quarter in groups for group in quarter])
@@ -199,6 +200,6 @@ class _BracketWork:
 
 def _grouped_error(values: NDArray[np.float64]) -> float:
     """Standard error of the mean of independent values in rows, each row with a mean of its own, widened for their small number."""
-    freedom = values.size - len(values)
+    freedom = values.size - len(values)  # each row's mean costs one
     deviation = values - values.mean(axis=1, keepdims=True)
     return float(np.sqrt((deviation**2).sum() / freedom / values.size)) * student_factor(freedom + 1)

@@ -20,12 +20,13 @@ from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 
-# By judgement; experiments/batch_lambda.py measures what comes of them.
-_TOL = 1e-2  # of a drawn batch's eigenvalues, far below their scatter from batch to batch
-_NOTHING = 1e-3  # of the full data's lambda_max: a batch Hessian below that may be rounding alone
-_GROUPS = 64  # disjoint groups whose Hessians give the noise; s^2 is then known to 18 %
-_PART, _PART_SHARE = (64, 256), 6  # samples for trace, spectrum and further eigenvectors: not used for the learning-rate limits
-_ENDS_TOL = 3e-2  # of both ends' residuals; the top one has converged far beyond by then
+# experiments/batch_lambda.py measures what comes of these.
+_TOL = 1e-2  # of a drawn batch's eigenvalues, by judgement: far below their scatter from batch to batch
+_NOTHING = 1e-3  # of the full data's lambda_max, by judgement: a batch Hessian below that may be rounding alone
+_GROUPS = 64  # disjoint groups whose Hessians give the noise, by judgement: s^2 is then known to 18 %
+# Samples for trace, spectrum and further eigenvectors, a sixth within these bounds, by judgement: no learning-rate limit rests on them.
+_PART, _PART_SHARE = (64, 256), 6
+_ENDS_TOL = 3e-2  # of both ends' residuals, by judgement; the top one has converged far beyond by then
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
             weights.append(1 / (self.effective(point.batch_size) * scale))
             excess.append((mean - self.lambda_max) / scale)
         w, e = np.array(weights), np.array(excess)
+        # weighted least squares through the full-data value; without points the noise along the top eigenvector, second order in it
         c = max(float(w @ e / (w @ w)), 0.0) if len(w) and float(w @ w) > 0 else self.noise
         return self._capped(self.lambda_max + c / self.effective(batch_size), batch_size)
 
@@ -191,6 +193,7 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
         y = np.log([max(sign * (p[1] - end), floor) for p in points])
         value = end + sign * math.exp(_line(x, y, math.log(b)))
         nearest = points[int(np.argmin(np.abs(x - math.log(b))))]
+        # the relative error of the nearest measured point: between points nothing else is known
         half = 1.96 * nearest[2] * (abs(value) / max(abs(nearest[1]), 1e-30))
         return Bounded(value, value - half, value + half)
 
@@ -254,6 +257,7 @@ def measure_batch_curvature(
         callback: progress of the full-data part.
     """
     turned = wrap or (lambda operator: operator)
+    # one pass over all data gives both ends; everything else comes from parts, groups and drawn batches
     full = HessianOperator(pool.parent)
     largest, smallest = both_ends(turned(full), tol=_ENDS_TOL, seed=seed, num_steps=8)
     ledger.spend(2 * full.num_matvecs * pool.size)
@@ -262,6 +266,7 @@ def measure_batch_curvature(
     density = (overview := spectral_overview(turned(sketch), num_probes=3, num_steps=12, seed=seed, callback=callback)).density
     pairs = eigenpairs(turned(sketch), k=min(k, full.size), tol=2e-2, seed=seed, initial=largest.vectors[:, 0])
     ledger.spend(2 * sketch.num_matvecs * part.size)
+    # the part's eigenvectors are not those of all data: the top one of all data comes first, the others span what it is mixed with
     span = torch.linalg.qr(torch.cat([largest.vectors[:, :1], pairs.vectors], dim=1))[0]
     noise = _group_noise(pool, turned, span, seed=seed, ledger=ledger)
     drawn = [size for size in sorted(set(sizes)) if size <= pool.size // 2]
@@ -314,6 +319,7 @@ def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, 
     products = [turned(HessianOperator(group)).multiply(directions).double() for group in groups]
     ledger.spend(2 * (k + 1) * size * len(groups))
     stacked = torch.stack(products)  # (groups, n, k + 1)
+    # sqrt(m) scales the deviation of a mean over m samples to one sample, K / (K - 1) makes the variance unbiased
     deviation = (stacked - stacked.mean(dim=0)) * math.sqrt(size * len(groups) / (len(groups) - 1))
     squared = deviation.square().sum(dim=1)
     inside = torch.einsum("nj,gnk->gjk", vectors.double(), deviation[:, :, :k])

@@ -27,24 +27,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# -- reading the law; chosen on the first initialisation of experiments/batch_curve.py, checked on a second (docs/batch_size.md)
-_HALF_STEP = 2**0.25  # half of the factor sqrt(2) between the largest rate that trained and the next, in log
-_MODEL_SPREAD = 1.5  # what a rate read off curvature alone may be off by where curvature does not move in training
-_SCATTER = 0.25  # standard deviation of an anchor's log rate about the law, by chance and because the law is no more than that
-_FIRST_BEND = 0.1  # the law may bend anywhere from this batch size to N, every octave alike
+# -- reading the law
+_HALF_STEP = 2**0.25  # half of the factor sqrt(2) between the largest rate that trained and the next, in log: by definition of the search
+_MODEL_SPREAD = 1.5  # by judgement: what a rate read off curvature alone may be off by where curvature does not move in training
+# Standard deviation of an anchor's log rate about the law, by chance and because the law is no more than that. With it all measured rates
+# of experiments/batch_curve.py lay within the intervals, from both initialisations.
+_SCATTER = 0.25
+_FIRST_BEND = 0.1  # the law may bend anywhere from this batch size to N, every octave alike: by judgement, below 1 it is flat throughout
 
 # -- what is measured and trained
-_MAX_POOL = 4096  # samples, by judgement: the largest N at which a curve takes minutes, not hours, on a CPU
-# Batch size of the pilot: an eighth of the data, within these bounds. Smaller ones were part of a curve a fifth cheaper.
+_MAX_POOL = 4096  # samples, by judgement: it bounds what a full-data gradient costs
+# Batch size of the pilot: an eighth of the data, within these bounds, by judgement; half of what it was before, to make curves cheaper.
 _PILOT_BATCH, _PILOT_SHARE = (16, 128), 8
 _LEAST_PILOT = 10  # steps, by judgement: fewer show neither a settled sharpness nor what breaks
 _RUNS, _MORE_RUNS = 7, 2.5  # runs that a search took and each repeat added, about, in experiments/batch_curve.py: for the forecast
-_MEASURING = 70  # full-data gradients for curvature and its noise, about, there as well
+_MEASURING = 70  # full-data gradients for curvature and its noise, about, in experiments/batch_curve.py as well
 # Calibrate at every eighth batch size up to N / 28, since runs at large batches cost most, and once more at N / 16: with these
 # experiments/batch_curve.py was 50 times cheaper than the sweep. Parts of the data used whole instead of N / 16 scattered by a factor of 2.
 _ANCHOR_STRIDE, _ANCHOR_SHARE, _LAST_SHARE = 8, 28, 16
-_MAX_LENGTH = 3.0  # times the pilot's steps, at the smallest batch sizes: small batches need more steps to show what breaks, and cost less
-_REPEATS = (4, 3)  # searches at each batch size, with other orders of the data, and at the last: one scatters by a factor of 1.5 to 2
+_MAX_LENGTH = 3.0  # times the pilot's steps, at the smallest batch sizes, by judgement: small batches need more to show what breaks
+_REPEATS = (4, 3)  # searches at each batch size and at the last: one scatters by a factor of 1.5 to 2 (docs/batch_size.md)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ class LearningRateCurve(
         if not self.anchors:
             return Bounded(theory, theory / _MODEL_SPREAD, theory * _MODEL_SPREAD)
         bends, levels, weights = self._laws
+        # (bends,) log rate if the law goes on, and if the rate stays as it is at the largest anchor. Held there alone, heavy-ball rates
+        # were too low at the full batch; the law alone bends less sharply than real curves do
         logs = levels - self.exponent * np.log1p(bends / self.curvature.effective(batch_size))
         held = levels - self.exponent * np.log1p(bends / self.curvature.effective(min(batch_size, self.anchors[-1].batch_size)))
         mean = float(weights @ (logs + held) / 2)
@@ -173,6 +177,7 @@ class LearningRateCurve(
         """
         grid = np.array(self.batch_sizes, dtype=float)
         rates = np.array([float(self.max_lr(b)) for b in grid])
+        # two sizes for the level, since one point of the curve may be off by its interval
         level = float(np.exp(np.mean(np.log(rates[:2]) - self.exponent * np.log(grid[:2]))))
         value = float((rates.max() / level) ** (1 / self.exponent))
         spread = _MODEL_SPREAD ** (1 / self.exponent)
@@ -385,6 +390,7 @@ class _Plan:
 
     @classmethod
     def at(cls, batch_size: int, pilot: int, *, last: bool) -> _Plan:
+        # the last anchor is at a large batch, where a step costs most and shows what breaks soonest
         steps = pilot if last else round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), _MAX_LENGTH))
         return cls(batch_size, steps, _REPEATS[last])
 

@@ -16,14 +16,15 @@ from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.preconditioned import PreconditionedOperator
 from sharpkit.optimizers import UpdateRule, settled_preconditioner
 
-# All by judgement, within the cost that docs/batch_size.md counts (50 times below a sweep).
-_GRID = 24  # batch sizes at which the limit is written down, by logarithmic steps; between them it is interpolated
-_GROUPS = 64  # whose gradients give each coordinate's variance, known to 18 % each; D takes its root
-_DIRECT_SHARE = 16  # lambda_max of drawn batches is measured up to this part of the data: beyond, the excess is small and goes as 1 / b
-_DIRECT_SIZES = 4  # batch sizes at which it is
-_FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew
-_PART, _PART_SHARE = (128, 512), 4  # samples for that, but at the smallest batch size: a quarter of the data, within these bounds
-_ADAPTIVE_REPEATS = 3  # drawn batches a size: half of what SGD has, whose curvature serves every batch size
+# By judgement, within the cost that docs/batch_size.md counts (50 times below a sweep):
+_GRID = 24  # batch sizes at which the limit is written down, by judgement; it is smooth, and interpolated between them
+_GROUPS = 64  # whose gradients give each coordinate's variance, by judgement: known to 18 %, and D takes its root
+# lambda_max of drawn batches is measured up to this part of the data: beyond, by theory, the excess is small and goes as 1 / b.
+_DIRECT_SHARE = 16
+_DIRECT_SIZES = 4  # batch sizes at which it is, by judgement
+_FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew, by judgement: both ends and the middle
+_PART, _PART_SHARE = (128, 512), 4  # samples for that but at the smallest, by judgement: a quarter of the data, within these bounds
+_ADAPTIVE_REPEATS = 3  # drawn batches a size, by judgement: half of what SGD has, whose curvature serves every batch size
 
 
 def limits_for(

@@ -95,6 +95,7 @@ def gradient_noise_scale(
     noise, signal, scale = _noise_and_signal(gradients @ gradients.T, size)
     curvature = None
     if with_curvature:
+        # all groups' products at once, so that passes over the data are shared where memory allows
         products = HessianOperator(objective) @ gradients.T.to(objective.dtype)
         curvature = _noise_and_signal(gradients @ products.double(), size)[2]
     return GradientNoise(scale, noise, signal, curvature, len(groups), size, time.perf_counter() - started)
@@ -228,6 +229,7 @@ def _variances(batch: Objective) -> tuple[float, float, float, float]:
     with batch.undisturbed():
         for piece in batch.pieces():
             for sample in batch.samples_of(piece):
+                # a sample with more targets has a larger gradient in a mean over targets: it weighs as many samples
                 share = sample.count / per_sample if batch.reduction == "mean" else 1.0
                 parts = torch.autograd.grad(batch.evaluate(sample), batch.layout.params, allow_unused=True)
                 deviation = (batch.layout.flatten(parts).double() - mean) * share
@@ -240,5 +242,6 @@ def _variances(batch: Objective) -> tuple[float, float, float, float]:
 
 def _verdict(name: str, variance: float, bound: float, size: int) -> BatchSizeTest:
     passed = variance / size <= bound
+    # Var / b <= bound, solved for b
     needed = math.ceil(variance / bound) if bound > 0 else size
     return BatchSizeTest(name, passed, variance / size, bound, size, size if passed else max(size, needed))

@@ -27,13 +27,13 @@ _MAX_RUNS = 24  # by judgement: from 2^-12 times the guess, downwards in factors
 _FAR_BELOW = 6
 _JUDGES = 512  # samples that say whether a run trained, by judgement: enough to tell half an improvement from a whole one
 
-# -- the pilot, all by judgement
-_PILOT_SHARE = 0.5  # of the full-batch limit: far enough below that no batch's noise breaks training
-_PILOT_START = 0.02  # of that share, at the first step: sharpness at initialisation is no guide to what follows
-_PILOT_GROWTH = 1.6  # the most its rate grows from one look at lambda_max to the next
-_LOOKS = 10  # looks at lambda_max in a pilot: 1.6^10 makes good the start fifty times too low
-_LOOK_SAMPLES, _LOOK_SHARE = (64, 256), 8  # a look takes an eighth of the data, within these bounds: 3 % of error does no harm here
-_ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have a scale of their own: the default rate of torch's Adam
+# -- the pilot
+_PILOT_SHARE = 0.5  # of the full-batch limit, by judgement: far enough below it to train, near enough to settle the sharpness
+_PILOT_START = 0.02  # of that share, at the first step, by judgement: sharpness at initialisation is no guide to what follows
+_PILOT_GROWTH = 1.6  # the most its rate grows from one look at lambda_max to the next, by judgement
+_LOOKS = 10  # looks at lambda_max in a pilot, by judgement: 1.6^10 makes good the start fifty times too low
+_LOOK_SAMPLES, _LOOK_SHARE = (64, 256), 8  # a look takes an eighth of the data, within these bounds, by judgement: one digit will do
+_ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have a scale of their own: Adam's default by convention
 
 
 @dataclass
@@ -272,6 +272,7 @@ class _Search:
         return min(self.known, self.losses[self.best])
 
     def trained(self, power: int) -> bool:
+        # the bar moves with the best run so far, so that an answer holds only once the best has been passed on both sides
         loss, best = self.at(power), self.best_loss
         start = min(self.initial, self.constant) if best < self.constant else self.initial
         return best < start and start - loss >= 0.5 * (start - best)

@@ -128,6 +128,7 @@ def _by_curve(
     if abs(factor / straight - 1) > 0.1:  # the tolerance of LearningRateCurve.rule_holds_to
         sizes = f"B = {batch_size:g} and {new_batch_size:g}"
         _warn(f"between {sizes} the {name} rule is off by {straight / factor:.2g}x; the measured curve was used")
+    # an epoch has k times fewer steps, each shrinking by lr x decay
     decay = weight_decay * (new_batch_size / batch_size) / factor if weight_decay is not None else None
     return ScaledLearningRate(scaled, momentum=momentum, weight_decay=decay, rule=f"measured curve, x {factor:.3g}")
 

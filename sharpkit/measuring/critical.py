@@ -106,7 +106,7 @@ def critical_learning_rate(
     search = _LineSearch(objective, objective.layout.split(update))
     lower, upper = search.bracket(start)
     while lower > 0 and math.isfinite(upper) and lower / upper < 1 - rtol:
-        middle = math.sqrt(lower * upper)
+        middle = math.sqrt(lower * upper)  # halves the bracket in log, as its width is asked for
         lower, upper = (lower, middle) if search.rises(middle) else (middle, upper)
     outcome = "unbounded" if math.isinf(upper) else "ascent" if lower == 0 else "found"
     value = math.inf if outcome == "unbounded" else 0.0 if outcome == "ascent" else math.sqrt(lower * upper)
@@ -125,7 +125,7 @@ class _LineSearch:
         """Whether f(w - step u) > f(w)."""
         self.num_evaluations += 1
         with moved(self.objective.layout, self.direction, -step):
-            try:
+            try:  # with `not ... <=` NaN counts as risen
                 return not self.objective.value() <= self.start
             except NonFiniteError:
                 return True
@@ -137,13 +137,14 @@ class _LineSearch:
             following = step / factor if risen else step * factor
             if self.rises(following) != risen:
                 return (following, step) if risen else (step, following)
-            step, factor = following, 2.0
+            step, factor = following, 2.0  # the guess was bad: larger steps from here
         return (0.0, step) if risen else (step, math.inf)
 
 
 @contextmanager
 def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iterator[None]:
     """Parameters at w + step * direction inside; the original storages, never written to, are put back after."""
+    # whole storages are exchanged: adding the step and taking it off again would leave rounding behind
     originals = [p.data for p in layout.params]
     try:
         for p, here, d in zip(layout.params, originals, direction, strict=True):

@@ -172,7 +172,7 @@ def _mean_over_batches(
 ) -> Estimate:
     """The mean of a measure over random batches, until its relative standard error is reached; exact where the batch is everything."""
     started, pool = time.perf_counter(), SamplePool(objective)
-    whole, values, drawn = batch_size == pool.size, [], 0
+    whole, values, drawn = batch_size == pool.size, [], 0  # the batch of all samples has nothing to be averaged over
     converged = whole
     for batch in pool.draws(batch_size, generator=torch.Generator().manual_seed(seed)):
         drawn += 1

@@ -26,10 +26,11 @@ _KINKED = (*_ACTIVATIONS, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _MAX_COPIED_BATCHES = 2  # to float64, by judgement: a check, not a measurement
-_FD_STEP = 1e-6  # relative to |w| / |v|, in float64: near eps^(1/3), where truncation and rounding of a central difference are alike
+# Relative to |w| / |v|, in float64, by theory near eps^(1/3) = 6e-6, where truncation and rounding of a central difference are alike.
+_FD_STEP = 1e-6
 _FD_AGREE = 1e-3  # by judgement: a wrong second derivative is off by far more, a central difference by far less
 _SERIOUS_ROUNDING, _HARMLESS_ROUNDING = 0.3, 1e-2  # of a product on a random vector, by judgement
-_MEASURE_PRODUCTS = 200  # that measure() makes, about: 6 probes of 32 steps
+_MEASURE_PRODUCTS = 200  # that measure() makes, about, by definition of its defaults: 6 probes of 32 steps
 _BASIS_VECTORS = 40  # that a typical Lanczos basis holds, by judgement
 
 
@@ -141,14 +142,11 @@ def _rounding(hessian: HessianOperator) -> float:
 def _check_repeats(hessian: HessianOperator, seed: int) -> Outcome:
     vector = _probes(hessian, seed, 1)[:, 0]
     first = hessian @ vector
-    hessian.forget_graphs()
+    hessian.forget_graphs()  # a kept graph would give the same product whatever the data does
     gap = _relative(hessian, hessian @ vector - first, first)
     if gap > _rounding(hessian):
-        return (
-            "failed",
-            f"two passes over the data gave products that differ by {gap:.2g}",
-            "remove randomness that torch.manual_seed does not control",
-        )
+        said = f"two passes over the data gave products that differ by {gap:.2g}"
+        return "failed", said, "remove randomness that torch.manual_seed does not control"
     return "ok", f"two passes over the data agree to {gap:.1g}"
 
 
@@ -156,14 +154,12 @@ def _check_symmetric(hessian: HessianOperator, seed: int) -> Outcome:
     probes = _probes(hessian, seed)
     products = hessian @ probes
     gap = abs(float(hessian.dot(probes[:, 0], products[:, 1])) - float(hessian.dot(probes[:, 1], products[:, 0])))
+    # against |u| |Hv|, not against u.Hv, which may be 0 by chance
     size = (float(hessian.dot(products[:, 0], products[:, 0])) * float(hessian.dot(probes[:, 1], probes[:, 1]))) ** 0.5
     relative = gap / size if size > 0 else 0.0
     if relative > _rounding(hessian):
-        return (
-            "failed",
-            f"u.Hv and v.Hu differ by {relative:.2g} of |u||Hv|",
-            "some operation in the model has a wrong second derivative (a custom autograd.Function?)",
-        )
+        said = f"u.Hv and v.Hu differ by {relative:.2g} of |u||Hv|"
+        return "failed", said, "some operation in the model has a wrong second derivative (a custom autograd.Function?)"
     return "ok", f"u.Hv = v.Hu to {relative:.1g}"
 
 
@@ -172,11 +168,8 @@ def _check_linear(hessian: HessianOperator, seed: int) -> Outcome:
     expected = 2.0 * (hessian @ u) - 0.5 * (hessian @ v)
     gap = _relative(hessian, hessian @ (2.0 * u - 0.5 * v) - expected, expected)
     if gap > _rounding(hessian):
-        return (
-            "failed",
-            f"H(2u - v/2) differs from 2Hu - Hv/2 by {gap:.2g}",
-            "the function changes between calls: look for state in the model or the closure",
-        )
+        said = f"H(2u - v/2) differs from 2Hu - Hv/2 by {gap:.2g}"
+        return "failed", said, "the function changes between calls: look for state in the model or the closure"
     return "ok", f"products are linear to {gap:.1g}"
 
 
@@ -199,20 +192,14 @@ def _check_finite_differences(hessian: HessianOperator, seed: int) -> Outcome:
     for size in (step, step / 30):  # the smaller step crosses fewer kinks; the better of the two counts
         shifted = [_gradient_at(twin, vector, sign * size) for sign in (1.0, -1.0)]
         gaps.append(_relative(operator, (shifted[0] - shifted[1]) / (2 * size) - exact, exact))
-    gap, kinks = min(gaps), _names(hessian, _KINKED)
+    gap, kinks = min(gaps), _names(hessian, _KINKED)  # kinks excuse a gap, they do not explain it: a warning, no failure
     if gap <= _FD_AGREE:
         return "ok", f"finite differences of gradients agree to {gap:.1g} (float64 copy)"
     if kinks:
-        return (
-            "warning",
-            f"finite differences of gradients differ by {gap:.2g}; kinks crossed within the step ({kinks}) can do that",
-            "replace kinked activations by smooth ones to be sure",
-        )
-    return (
-        "failed",
-        f"finite differences of gradients differ from the product by {gap:.2g}",
-        "an operation has a wrong second derivative: a custom backward, or .detach() / .data inside the model",
-    )
+        said = f"finite differences of gradients differ by {gap:.2g}; kinks crossed within the step ({kinks}) can do that"
+        return "warning", said, "replace kinked activations by smooth ones to be sure"
+    said = f"finite differences of gradients differ from the product by {gap:.2g}"
+    return "failed", said, "an operation has a wrong second derivative: a custom backward, or .detach() / .data inside the model"
 
 
 def _gradient_at(objective: Objective, vector: Tensor, step: float) -> Tensor:
@@ -231,16 +218,13 @@ def _gradient_at(objective: Objective, vector: Tensor, step: float) -> Tensor:
 
 def _check_rounding(hessian: HessianOperator, seed: int) -> Outcome:
     if hessian.objective.device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
-        return (
-            "warning",
-            "TF32 is on: products carry only about three digits",
-            "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
-        )
+        said = "TF32 is on: products carry only about three digits"
+        return "warning", said, "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False"
     if hessian.dtype == torch.float64:
         return "ok", "the model computes in float64"
     try:
         twin = HessianOperator(float64_twin(hessian.objective))
-        if hessian.objective.num_batches > _MAX_COPIED_BATCHES:
+        if hessian.objective.num_batches > _MAX_COPIED_BATCHES:  # the copy is another function than the whole objective
             return "note", "not compared with float64: more batches than are copied"
         vector = _probes(hessian, seed, 1)[:, 0]
         exact = twin @ vector.double()
@@ -248,11 +232,8 @@ def _check_rounding(hessian: HessianOperator, seed: int) -> Outcome:
         return "note", "not compared: the model cannot be run in float64"
     gap = _relative(hessian, (hessian @ vector).double() - exact, exact)
     if gap > _SERIOUS_ROUNDING:
-        return (
-            "warning",
-            f"a product differs by {gap:.2g} from float64 on a random vector: small eigenvalues and the trace are rounding noise",
-            "measure a float64 copy: model.double()",
-        )
+        said = f"a product differs by {gap:.2g} from float64 on a random vector: small eigenvalues and the trace are rounding noise"
+        return "warning", said, "measure a float64 copy: model.double()"
     return ("ok" if gap < _HARMLESS_ROUNDING else "note"), f"a product on a random vector is right to {gap:.1g} (against float64)"
 
 
@@ -270,16 +251,13 @@ class _Recorder(TorchFunctionMode):
 def _check_attention(hessian: HessianOperator, seed: int) -> Outcome:
     objective = hessian.objective
     recorder = _Recorder()
-    with objective.undisturbed(), torch.no_grad(), recorder:
+    with objective.undisturbed(), torch.no_grad(), recorder:  # one piece shows which operations a forward pass calls
         for piece in objective.pieces():
             objective.evaluate(piece)
             break
     if recorder.calls:
-        return (
-            "note",
-            f"{recorder.calls} fused attention calls run with the math kernel here, the only one with a second derivative: memory grows "
-            "with the square of the sequence length",
-        )
+        kernel = "the math kernel, the only one with a second derivative"
+        return "note", f"{recorder.calls} fused attention calls run with {kernel}: memory grows with the square of the sequence length"
     return "ok", "no fused attention kernel in the way"
 
 
@@ -297,17 +275,11 @@ def _check_randomness(hessian: HessianOperator, seed: int) -> Outcome:
     parts = [text for text, present in ((f"{len(dropout)} dropout", dropout), (f"{len(norms)} batch-norm", norms)) if present]
     what = f"{' and '.join(parts)} layers, measured in {objective.mode} mode"
     if objective.mode == "eval":
-        return (
-            "note",
-            f"{what}: dropout off, running statistics used; training itself sees another function",
-            "mode='train' measures that one, with fixed masks",
-        )
-    if norms and objective.num_batches > 1:
-        return (
-            "warning",
-            f"{what}: batch statistics make the function depend on how the data is cut into batches",
-            "mode='eval', or keep the batch size of training",
-        )
+        said = f"{what}: dropout off, running statistics used; training itself sees another function"
+        return "note", said, "mode='train' measures that one, with fixed masks"
+    if norms and objective.num_batches > 1:  # over one batch the statistics are those of all the data, a function well defined
+        said = f"{what}: batch statistics make the function depend on how the data is cut into batches"
+        return "warning", said, "mode='eval', or keep the batch size of training"
     return "note", f"{what}: masks fixed by the seed"
 
 
@@ -325,6 +297,7 @@ def _check_parameters(hessian: HessianOperator, seed: int) -> Outcome:
     frozen = sum(not p.requires_grad for p in objective.model.parameters())
     if frozen:
         notes.append(f"{frozen} frozen (left out)")
+    # a tied parameter has several names in the model, and one place in the vector
     tied = len(list(objective.model.named_parameters(remove_duplicate=False))) - len(list(objective.model.named_parameters()))
     if tied:
         notes.append(f"{tied} tied (counted once)")
@@ -337,10 +310,8 @@ def _check_parameters(hessian: HessianOperator, seed: int) -> Outcome:
 
 def _check_smoothness(hessian: HessianOperator, seed: int) -> Outcome:
     if kinked := _names(hessian, _KINKED):
-        return (
-            "note",
-            f"piecewise-smooth layers: {kinked}. The Hessian is that between kinks; curvature that sits in the kinks is not in it",
-        )
+        said = f"piecewise-smooth layers: {kinked}. The Hessian is that between kinks; curvature that sits in the kinks is not in it"
+        return "note", said
     return "ok", "no layer with kinks among the known modules"
 
 
@@ -353,18 +324,15 @@ def _check_weights(hessian: HessianOperator, seed: int) -> Outcome:
     if objective.couples_samples:
         return "note", f"{text}; batch statistics couple the samples of a batch"
     if not objective.may_separate:
-        return (
-            "warning",
-            f"{text}, but is no mean or sum over samples: it cannot be cut into smaller batches",
-            "use one batch, or a loss that averages over samples",
-        )
+        said = f"{text}, but is no mean or sum over samples: it cannot be cut into smaller batches"
+        return "warning", said, "use one batch, or a loss that averages over samples"
     return "ok", text
 
 
 def _check_memory(hessian: HessianOperator, seed: int) -> Outcome:
     hessian @ _probes(hessian, seed, 1)[:, 0]
     held, free = hessian.bytes_kept(), available_memory(hessian.device)
-    start = time.perf_counter()
+    start = time.perf_counter()  # the second product: the first also builds graphs and warms up
     hessian @ _probes(hessian, seed, 1)[:, 0]
     seconds = time.perf_counter() - start
     kept = (
@@ -376,11 +344,8 @@ def _check_memory(hessian: HessianOperator, seed: int) -> Outcome:
     text = f"{kept}, {human_bytes(free)} free; one product takes {seconds:.2g} s, so measure() about {whole:.2g} s"
     basis = _BASIS_VECTORS * hessian.size * hessian.dtype.itemsize
     if basis > free / 2:
-        return (
-            "warning",
-            f"{text}; a Lanczos basis of {_BASIS_VECTORS} vectors needs {human_bytes(basis)}",
-            "select parameters with params=, or eigenpairs(..., offload=True)",
-        )
+        said = f"{text}; a Lanczos basis of {_BASIS_VECTORS} vectors needs {human_bytes(basis)}"
+        return "warning", said, "select parameters with params=, or eigenpairs(..., offload=True)"
     return ("ok" if hessian.all_kept else "note"), text
 
 

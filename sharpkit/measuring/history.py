@@ -69,6 +69,7 @@ class CurvatureHistory(
         lengths = {name: len(getattr(self, name)) for name in _SERIES}
         if len(set(lengths.values())) != 1 or not self.steps:
             raise ValueError(f"every series needs the same number of checkpoints, at least one; got {lengths}")
+        # repeated or falling steps are two runs in one series
         if any(later <= earlier for earlier, later in zip(self.steps, self.steps[1:], strict=False)):
             raise ValueError(f"steps must increase, got {self.steps}")
 
@@ -80,13 +81,14 @@ class CurvatureHistory(
     def first_at_limit(self) -> int | None:
         """The first checkpoint's step at which lambda_max, within its error, was at or above the limit; None if it never was."""
         for step, value, error, limit in zip(self.steps, self.lambda_max, self.residual, self.limit, strict=True):
-            if value + error >= limit:
+            if value + error >= limit:  # the residual bounds the eigenvalue from above
                 return step
         return None
 
     def settled_ratio(self) -> tuple[float, float] | None:
         """Mean and standard deviation of lambda_max / limit over the last half of the checkpoints; None for fewer than four."""
         tail = self.ratios()[len(self.steps) // 2 :]
+        # four checkpoints leave a tail of two, the fewest that have a standard deviation
         if len(self.steps) < 4 or not all(math.isfinite(r) for r in tail):
             return None
         mean = sum(tail) / len(tail)

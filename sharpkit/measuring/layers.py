@@ -63,7 +63,7 @@ class LayerSharpness(
         value = self.lambda_max[sharpest].value
         sentences = [f"{self.name}: the sharpest layer is {self.names[sharpest]} (lambda_max {value:.3g})."]
         total = sum(t.value for t in self.trace)
-        if total > 0:
+        if total > 0:  # shares of a sum with both signs would say nothing
             largest = max(range(len(self.names)), key=lambda i: self.trace[i].value)
             share = self.trace[largest].value / total
             sentences.append(f"{self.name}: {self.names[largest]} holds {share:.0%} of the Hessian's trace.")
@@ -97,21 +97,6 @@ def _members(layer: str) -> Callable[[str, Tensor], bool]:
     return lambda name, parameter: layer_of(name) == layer
 
 
-def _within(
-    callback: ProgressCallback, layer: str, number: int, count: int, before: int, block: HessianOperator, started: float
-) -> ProgressCallback:
-    """Progress of one layer as progress of the whole call: the layers to come are expected to cost what those so far did."""
-
-    def report(progress: Progress) -> None:
-        done = before + block.num_matvecs
-        expected = max(done, (before + max(progress.expected, block.num_matvecs)) * count // (number + 1))
-        elapsed = time.perf_counter() - started
-        left = elapsed / done * (expected - done) if done else math.nan
-        callback(Progress(done, expected, elapsed, left, f"{layer} (layer {number + 1} of {count}): {progress.text}"))
-
-    return report
-
-
 def per_layer(
     objective: Objective,
     *,
@@ -143,11 +128,22 @@ def per_layer(
         (('weight', 'bias'), [0.6667, 2.0])
     """
     started = time.perf_counter()
+    # a dictionary without values: each layer once, in the model's order
     layers = tuple(dict.fromkeys(layer_of(p) for p in objective.layout.names))
     sizes, tops, traces, matvecs = [], [], [], 0
-    for number, layer in enumerate(layers):
+
+    def report(progress: Progress) -> None:
+        """Progress of one layer as progress of the whole call: the layers to come are expected to cost what those so far did."""
+        if callback is not None:
+            done, elapsed, number = matvecs + block.num_matvecs, time.perf_counter() - started, len(sizes) + 1
+            expected = max(done, (matvecs + max(progress.expected, block.num_matvecs)) * len(layers) // number)
+            left = elapsed / done * (expected - done) if done else math.nan
+            text = f"{layers[number - 1]} (layer {number} of {len(layers)}): {progress.text}"
+            callback(Progress(done, expected, elapsed, left, text))
+
+    # one block after the other, so that only its own graph is held
+    for layer in layers:
         block = HessianOperator(objective.with_params(_members(layer)))
-        report = None if callback is None else _within(callback, layer, number, len(layers), matvecs, block, started)
         pairs = eigenpairs(block, k=1, tol=tol, seed=seed, callback=report)
         value, residual, reached = float(pairs.values[0]), float(pairs.residuals[0]), bool(pairs.converged[0])
         tops.append(Estimate(value, residual, pairs.num_matvecs, pairs.seconds, "Lanczos", reached, error_kind="residual bound"))

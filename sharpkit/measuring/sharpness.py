@@ -77,6 +77,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
     @property
     def converged(self) -> bool:
         """Whether every number reached its tolerance."""
+        # those with a tolerance to reach; norm, rank and negative mass come with whatever error the probes leave
         parts = [self.lambda_max, self.lambda_min, self.trace, self.preconditioned_lambda_max]
         return all(part.converged for part in parts if part is not None)
 
@@ -157,6 +158,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         """The spectral density with the stability limit of the present rate drawn in."""
         from sharpkit.plots.spectrum import plot_density
 
+        # the limit 2 / lr is one of H; that of an adaptive optimizer belongs to another spectrum
         return plot_density(self.density, ax=ax, lr=self.lr if self.preconditioned_lambda_max is None else None)
 
 
@@ -202,6 +204,7 @@ def measure(
     rule = update_rule(optimizer) if optimizer is not None else None
     hessian = HessianOperator(objective)
     loss, gradient = objective.gradient()
+    # ends, trace, norm and density come from the same products
     overview = spectral_overview(
         hessian,
         num_probes=num_probes,
@@ -215,6 +218,7 @@ def measure(
     top, preconditioned = _end(overview.largest), None
     # the limit of an adaptive optimizer is that of D^-1 H, which has a spectrum of its own
     if optimizer is not None and rule is not None and rule.adaptive:
+        # what is left of the time, at least a moment: an estimate flagged as unconverged is worth more than none
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
         matrix = preconditioned_hessian(hessian, optimizer)
         preconditioned = _end(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, callback=callback))
@@ -227,6 +231,7 @@ def measure(
         negative_mass=overview.density.negative_mass,
         loss=loss,
         grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,
+        # `or`: an Estimate has no truth value of its own, so only None falls through
         stable_lr=stable_learning_rate(preconditioned or top, optimizer=optimizer),
         lr=learning_rate(optimizer) if optimizer is not None else None,
         preconditioned_lambda_max=preconditioned,
@@ -253,6 +258,7 @@ def preconditioned_hessian(hessian: SymmetricOperator, optimizer: torch.optim.Op
 
 
 def _effective_rank(overview: SpectralOverview) -> Estimate:
+    # in size: a saddle may be curved most downwards
     largest = max(abs(float(overview.largest.values[0])), abs(float(overview.smallest.values[0])))
     total = overview.absolute_trace
     scale = 1 / largest if largest > 0 else 0.0

@@ -85,6 +85,7 @@ def stable_learning_rate(
     if optimizer is not None:
         rule = update_rule(optimizer)
     else:
+        # the name stands in the rule that people read
         name = "SGD" if momentum or weight_decay else "gradient descent"
         rule = UpdateRule(momentum, dampening, nesterov, weight_decay, decoupled, name=name)
     # the rate falls with the curvature, so the ends change places
@@ -101,7 +102,7 @@ def _curvature_of(lambda_max: Any) -> tuple[float, float]:
     # told by its fields: this module may not import every kind of result that holds a top eigenvalue
     values, residuals = getattr(lambda_max, "values", None), getattr(lambda_max, "residuals", None)
     if isinstance(values, torch.Tensor) and isinstance(residuals, torch.Tensor):
-        top = int(values.argmax())
+        top = int(values.argmax())  # pairs may be asked for at the other end of the spectrum, or in order of size
         value, error = float(values[top]), float(residuals[top])
     else:
         value, error = float(lambda_max), float(getattr(lambda_max, "stderr", 0.0))

@@ -115,7 +115,7 @@ def test_the_pool_shrinks_to_the_memory_there_is(monkeypatch: pytest.MonkeyPatch
     objective = sk.Objective(model, (x, y), loss=F.cross_entropy)
     rows = gram_module._bytes(32 * 3, objective.num_parameters, 8)
     monkeypatch.setattr(gram_module, "available_memory", lambda device: rows / gram_module._MEMORY_SHARE)
-    with caplog.at_level(logging.INFO, logger="sharpkit"):
+    with caplog.at_level(logging.INFO, logger="experiments"):
         assert 24 <= gram_resampling(objective).num_samples <= 32
     assert "samples of 3 outputs" in caplog.text
     monkeypatch.setattr(gram_module, "available_memory", lambda device: 1000.0)

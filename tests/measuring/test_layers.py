@@ -65,3 +65,11 @@ def test_layers_without_convergence_say_so() -> None:
 @pytest.mark.parametrize(("parameter", "layer"), [("blocks.0.attn.weight", "blocks.0.attn"), ("head.bias", "head"), ("scale", "scale")])
 def test_a_parameter_belongs_to_the_module_that_holds_it(parameter: str, layer: str) -> None:
     assert layer_of(parameter) == layer
+
+
+def test_progress_counts_over_all_layers(objective: sk.Objective) -> None:
+    seen: list[sk.Progress] = []
+    layers = sk.per_layer(objective, callback=seen.append)
+    assert [p.done for p in seen] == sorted(p.done for p in seen) and seen[-1].done == layers.num_matvecs
+    assert all(p.done <= p.expected and p.unit == "products" for p in seen)
+    assert [name for name in layers.names if any(p.text.startswith(f"{name} (layer ") for p in seen)] == list(layers.names)

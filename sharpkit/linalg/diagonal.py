@@ -76,6 +76,7 @@ def diagonal(
         raise ValueError(f"num_probes must be at least 2, so that the spread gives an error; got {num_probes}")
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(seed)
+    # n products over a basis are exact, and no dearer than as many probes
     if num_probes >= operator.size and budget.allows(operator.size):
         exact = _exact_diagonal(operator, generator, budget)
         if exact is not None:  # None if the time was up
@@ -83,7 +84,7 @@ def diagonal(
     mean = squares = None
     done = 0
     while done < num_probes and budget.allows():
-        probe = operator.random_vectors(1, generator=generator, distribution="rademacher")[:, 0]
+        probe = operator.random_vectors(1, generator=generator, distribution="rademacher")[:, 0]  # +-1: A_ii itself adds no variance
         sample = operator @ probe * probe
         done += 1
         if mean is None or squares is None:

@@ -18,7 +18,7 @@ _FIRST_CHUNK = 16  # rows of the first chunk, by judgement: most iterations end 
 _PASSES = 2  # "twice is enough": Giraud, Langou, Rozloznik and van den Eshof, Numerische Mathematik 101 (2005)
 _MIXING_BLOCK = 2**22  # numbers mixed at a time when the basis is replaced, 32 MB in float64: by judgement
 _UNKNOWN_MEMORY = 4e9  # bytes taken to be free where the system does not tell: by judgement, what any machine with torch has
-_FIRST_SIZE = 16  # rows of the projected matrix before it first grows
+_FIRST_SIZE = 16  # rows of the projected matrix before it first grows: by judgement, as for the chunks
 _BREAKDOWN = 20  # a remainder below so many roundings is nothing but rounding: by judgement, ten for each Gram-Schmidt pass
 
 
@@ -64,6 +64,7 @@ class BasisRows:
             position -= len(chunk)
         else:
             rows = max(_FIRST_CHUNK, self.size)
+            # empty, not zeros: a row is written before it is read
             chunk = torch.empty(rows, len(vector), dtype=self.dtype, device=self.storage_device)
             self._chunks.append(chunk)
             position = 0
@@ -209,7 +210,7 @@ class KrylovSpace:
         norm = float(self.operator.dot(rest, rest)) ** 0.5
         if norm <= max(min_norm, _BREAKDOWN * self.eps):
             return False
-        rest, _ = self.rows.orthogonalise(rest / norm)
+        rest, _ = self.rows.orthogonalise(rest / norm)  # what was left may be small, and its rounding large
         self._append_pending(rest / self.operator.dot(rest, rest).sqrt())
         return True
 
@@ -227,7 +228,7 @@ class KrylovSpace:
         product = self.operator.multiply(self.rows.row(index).to(self.operator.dtype)).to(self.dtype)
         rest, removed = self.rows.orthogonalise(product)
         squared = self.operator.dot(rest, rest)
-        host = torch.cat([removed, squared.reshape(1)]).cpu().double().numpy()
+        host = torch.cat([removed, squared.reshape(1)]).cpu().double().numpy()  # the one synchronisation
         if not np.isfinite(host).all():
             raise NonFiniteError(
                 f"a product with {self.operator!r} contains NaN or infinity: the loss has no finite second derivative here, or half "
@@ -236,7 +237,7 @@ class KrylovSpace:
         beta, column = float(host[-1]) ** 0.5, host[:-1]
         self.scale = max(self.scale, float(np.hypot(np.linalg.norm(column), beta)))
         self._ensure(self.size + 1)
-        if self._forgetful:
+        if self._forgetful:  # the row is not known yet: both halves are written from this product
             self._matrix[index, : self.size] = column
         else:
             self._check_symmetry(index, column)
@@ -287,7 +288,7 @@ class KrylovSpace:
         mixing = np.zeros((self.size, kept + pending))
         mixing[np.ix_(self.expanded, range(kept))] = coordinates
         mixing[self.pending, range(kept, kept + pending)] = 1.0
-        outward = self.couplings() @ coordinates
+        outward = self.couplings() @ coordinates  # before the basis changes under it
         self.rows.replace(mixing)
         self._matrix = np.zeros_like(self._matrix)
         self._matrix[range(kept), range(kept)] = values

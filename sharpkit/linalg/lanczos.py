@@ -19,8 +19,8 @@ from sharpkit.operators.base import SymmetricOperator, as_operator
 Which = Literal["largest", "smallest", "magnitude"]
 
 _BUFFER = 2  # pairs beyond the k-th that must be out of the way, so that a Ritz value still rising is noticed: by judgement
-_PERSISTENCE = 2  # checks in a row that must pass: one alone passes by chance, before a hidden eigenvalue enters the space
-_SWEEP_STEPS = 4  # least products of the search for missed eigenvalues; with it none of 10 was missed in 50 starts (eigen_products.jsonl)
+_PERSISTENCE = 2  # checks in a row that must pass, by judgement: one alone passes before a hidden eigenvalue enters the space
+_SWEEP_STEPS = 4  # least products of the search for missed eigenvalues: none of 10 missed in 50 starts (experiments/eigen_products.py)
 _WARM_NOISE = 0.2  # share of noise in a warm start: less leaves the start in a trap, more costs products; by judgement
 
 
@@ -118,7 +118,7 @@ def _capacity(operator: SymmetricOperator, k: int, basis_size: int | None, offlo
     least = min(operator.size, k + 10)
     if basis_size is None:
         affordable = affordable_rows(operator, length, host=offload)
-        # 80 rows hold a usual run of ten pairs (28 to 52 products, eigen_products.jsonl) whole; 2 k + 20 is Wu and Simon's for many pairs
+        # By judgement: 80 rows hold a usual run of ten pairs whole (28 to 52 products, experiments/eigen_products.py).
         return max(least, min(operator.size, affordable, max(2 * k + 20, 80)))
     if basis_size < least:
         raise ValueError(f"basis_size must be at least {least} for k={k} (k + 10, or n where that is less), got {basis_size}")

@@ -281,6 +281,3 @@ class SpectralDensity(
             f"SpectralDensity(n = {self.size}, from {low:.4g} to {high:.4g}, trace {self.trace}, {len(self.outliers)} outliers, "
             f"{self.num_probes} probes, {self.num_matvecs} products)"
         )
-
-
-SCHEMA_VERSION = 1  # of documents that are still written by hand

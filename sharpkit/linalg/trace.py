@@ -24,21 +24,22 @@ Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
 DEFAULT_MATVECS = 2000  # by judgement: a trace to 1 % takes 8 to 330 products where outliers dominate, 2000 where none do
 
 # XTrace's leave-one-out estimates share most of their basis, so their spread understates the error: by 1.0 to 1.3 over reference spectra.
-_SHARED_BASIS = 1.25
+_SHARED_BASIS = 1.25  # by judgement within that range
 _LEAST_TESTS = 5  # by judgement: leave-one-out estimates below which their spread says nothing
 
-# Chosen so that the stated error is right in 95 of 100 cases and the mean cost at most 1.1 times that of the cheaper of plain and deflated
-# probes on four matrices of networks (experiments/trace_calibration.py, results/trace_calibration.jsonl); the rest by judgement.
-_PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares
-_KEPT = 16  # probes that are kept for a larger basis
-_PATIENCE = 3  # products spent on the leading subspace without the forecast falling,
-_SHARE = 0.04  # or this share of it
-_NOTICED = 0.995  # a lower score counts only if it falls by half a percent
-_WORTH = 0.75  # the fall in the forecast, from spreads of a few probes, that is taken for real
-_PERSISTENCE = {False: 4, True: 6}  # steps with enough probes in a row; squares are more skewed: a few samples look better than they are
-_SURPRISE = 1.5  # probes needed, relative to the forecast, that reopen the choice
-_HOPELESS = 4.0  # give up if the forecast exceeds the budget this many times,
-_HOPELESS_AFTER = 100  # and so many probes have been drawn
+# With these the stated error is right in 94 or 95 of 100 cases, and the mean cost at most 1.1 times that of the cheaper of plain and
+# deflated probes on five matrices of networks out of six (experiments/trace_calibration.py); each by itself is by judgement.
+_PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares: by judgement
+_KEPT = 16  # probes that are kept for a larger basis: by judgement, two vectors of memory each
+_PATIENCE = 3  # products spent on the leading subspace without the forecast falling (by judgement),
+_SHARE = 0.04  # or this share of it: by judgement
+_NOTICED = 0.995  # a lower score counts only if it falls by half a percent: by judgement
+_WORTH = 0.75  # the fall in the forecast that is taken for real, by judgement: spreads of six probes are off by a third
+# steps in a row with enough probes; squares are more skewed: a few samples look better than they are (by judgement)
+_PERSISTENCE = {False: 4, True: 6}
+_SURPRISE = 1.5  # probes needed, relative to the forecast, that reopen the choice: by judgement
+_HOPELESS = 4.0  # give up if the forecast exceeds the budget this many times (by judgement),
+_HOPELESS_AFTER = 100  # and so many probes have been drawn, whose spread is known to 7 %: by judgement
 
 
 def trace(

@@ -14,17 +14,16 @@ from sharpkit.linalg.krylov import KrylovSpace, Ritz, lanczos_run
 from sharpkit.linalg.results import Budget, Estimate
 from sharpkit.operators.base import SymmetricOperator
 
-# By judgement, unless the comment says otherwise; together they keep lambda_max of a training run within 1 % at one to two products an
-# update (tests/linalg/test_tracking.py, docs/monitor_results.md).
-_COLD_MATVECS = 24  # twice what a cold start of one pair usually takes (12)
-_MEMORY = 3  # values kept to extrapolate from
-_SKIP_SHARE = 0.5  # of the tolerance may be spent by an extrapolation that has held so far
-_MAX_SKIP = 4  # steps extrapolated at most from one update
-_PROOF = 3  # extrapolations in a row that must hold before the first is relied on: where values jump about, single ones hold by chance
-_LEAST_SECOND = 0.5  # short runs see the second eigenvalue too low: it is taken to be at least this share of the first
-_LONG = 6  # products of a run that shows the second eigenvalue
-_SEARCH = 10  # products of an update that looks for another top eigenvalue
-_MOVED = 5.0  # tolerances by which the value must have moved since the last update for the matrix to count as another one
+# Together these keep lambda_max of a training run within 1 % at one to two products an update (docs/monitor_results.md).
+_COLD_MATVECS = 24  # by judgement: twice what a cold start of one pair usually takes
+_MEMORY = 3  # values kept to extrapolate from: by judgement
+_SKIP_SHARE = 0.5  # of the tolerance, by judgement, may be spent by an extrapolation that has held so far
+_MAX_SKIP = 4  # steps extrapolated at most from one update: by judgement
+_PROOF = 3  # extrapolations in a row that must hold before one is relied on, by judgement: where values jump, single ones hold by chance
+_LEAST_SECOND = 0.5  # of the first, by judgement: short runs see the second eigenvalue too low
+_LONG = 6  # products of a run that shows the second eigenvalue: by judgement
+_SEARCH = 10  # products of an update that looks for another top eigenvalue: by judgement, as in a cold start
+_MOVED = 5.0  # tolerances, by judgement: a value that moved further belongs to a matrix that must be treated as new
 
 
 @dataclass

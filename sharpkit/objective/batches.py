@@ -34,7 +34,7 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch, *, other: Calla
             return _like(part, {key: walk(value) for key, value in part.items()})
         if isinstance(part, tuple) and hasattr(part, "_fields"):
             return type(part)(*(walk(x) for x in part))
-        if isinstance(part, (tuple, list)):
+        if isinstance(part, (tuple, list)):  # after the named tuples, whose constructors take their fields one by one
             return type(part)(walk(x) for x in part)
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             return dataclasses.replace(part, **{f.name: walk(getattr(part, f.name)) for f in dataclasses.fields(part) if f.init})
@@ -47,7 +47,7 @@ def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any
     """The items in the mapping's own type where that can be copied (a closure may read ``batch.input_ids``), else a dict."""
     if type(mapping) is dict or not isinstance(mapping, (dict, UserDict)):
         return items
-    twin = copy.copy(mapping)
+    twin = copy.copy(mapping)  # keeps attributes and the class, whatever its constructor takes
     for key, value in items.items():
         twin[key] = value
     return twin
@@ -55,14 +55,14 @@ def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     """Every tensor in the nesting, in order."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def keep(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
+        tensors.append(t)
+        return t  # a data class may refuse anything else in its place
 
     map_tensors(keep, batch)
-    return found
+    return tensors
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -70,7 +70,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     def move(t: Tensor) -> Tensor:
         moved = t.to(device, non_blocking=True)
-        return moved.clone() if moved.is_inference() else moved  # made under inference_mode, it could not be saved for a backward pass
+        return moved.clone() if moved.is_inference() else moved  # made under inference_mode, it cannot be saved for a backward pass
 
     return map_tensors(move, batch, other=lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
 
@@ -88,10 +88,10 @@ def slice_batch(batch: Batch, start: int, stop: int, *, length: int) -> Batch:
 
 def fingerprint(batch: Batch) -> str:
     """A digest of every tensor, array, string and number in the batch."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)  # 16 bytes, by judgement: against accidents, not against attacks
 
     def add_tensor(t: Tensor) -> Tensor:
-        plain = t.detach().cpu().contiguous()
+        plain = t.detach().cpu().contiguous()  # bytes, since NumPy knows no bfloat16
         digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
         return t
@@ -154,9 +154,9 @@ class BatchSource:
 def _is_batch(data: Any, pair: bool) -> bool:
     if isinstance(data, (Tensor, Mapping, tuple)) or (dataclasses.is_dataclass(data) and not isinstance(data, type)):
         return True
-    if isinstance(data, list):
+    if isinstance(data, list):  # as DataLoader collates an (input, target) batch
         return pair and len(data) == 2 and all(isinstance(x, Tensor) for x in data)
-    return hasattr(data, "to") and not isinstance(data, Iterable)
+    return hasattr(data, "to") and not isinstance(data, Iterable)  # a graph, for instance
 
 
 def _check_reiterable(data: Any) -> None:
@@ -166,7 +166,7 @@ def _check_reiterable(data: Any) -> None:
         )
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a batch, a list of batches or a re-iterable loader, got {type(data).__name__}")
-    if isinstance(data, Iterator):
+    if isinstance(data, Iterator):  # a generator: the second product would see nothing
         raise ObjectiveError(
             f"data is a {type(data).__name__}, which can be gone through only once, but every product needs a pass. {_HOW_TO_FIX}"
         )

@@ -62,25 +62,25 @@ class Ranks:
         return float(self.broadcast_(torch.tensor([value], dtype=torch.float64, device=self._device(device))))
 
     def run_together(self, work: Callable[[], T], *, device: torch.device) -> T:
-        """Do this process's share; when it fails on one, raise on all. No collectives inside ``work``."""
+        """Do this process's share; if it fails on one, raise on all. No collectives inside ``work``."""
         error: Exception | None = None
         result: Any = None
         try:
             result = work()
-        except Exception as exception:
+        except Exception as exception:  # KeyboardInterrupt is not caught: whoever presses it stops every process
             error = exception
         self.raise_together(error, device=device)
         return result  # type: ignore[no-any-return]
 
     def raise_together(self, error: Exception | None, *, device: torch.device) -> None:
-        """Raise on every process when one failed, so that none waits for ever in the next collective.
+        """Raise on every process if one failed, so that none waits for ever in the next collective.
 
         Raises:
             Exception: this process's own error.
             SharpkitError: another process failed.
         """
         if self.size > 1:
-            failed = torch.zeros(self.size, device=self._device(device))
+            failed = torch.zeros(self.size, device=self._device(device))  # one entry a process: a sum says who failed
             failed[self.rank] = error is not None
             others = self.sum_(failed).nonzero().flatten().tolist()
             if error is None and others:
@@ -90,7 +90,7 @@ class Ranks:
             raise error
 
     def _device(self, device: torch.device) -> torch.device:
-        return device if device.type == "cuda" else torch.device("cpu")
+        return device if device.type == "cuda" else torch.device("cpu")  # gloo and nccl know no other devices
 
 
 def find_ranks(process_group: Any = None) -> Ranks:

@@ -1,4 +1,4 @@
-"""Leave no trace: everything a measurement could disturb is set aside before it and put back after it, whatever happens."""
+"""Leave no trace: everything a measurement could disturb is saved before it and restored after it, whatever happens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = inner
         else:
             _check_parts(model)
@@ -58,7 +58,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (user code draws from it)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (user code draws from it; it takes 32 bits)
 
 
 def random_fingerprint(device: torch.device) -> tuple[object, ...]:
@@ -74,30 +74,31 @@ def undisturbed(model: nn.Module, *, training: bool, generators: Iterable[torch.
 
     Inside: gradients are on, autocast is off, attention uses the math kernel (the only one that can be differentiated twice), compiled
     code runs eagerly, parameter hooks are silent, ``.grad`` is empty, buffers are copies. After, also after an exception: training flags,
-    buffers, gradients, hooks and random states are those found, the very same objects.
+    buffers, gradients, hooks and random states are what they were, the very same objects.
 
     Args:
         model: unwrapped.
         training: the mode to measure in, for all its modules.
-        generators: further random generators (of data loaders) to put back.
+        generators: further random generators (those of data loaders) to restore.
     """
     with ExitStack() as stack:
-        stack.enter_context(_random_states_kept(model, generators))
+        stack.enter_context(_random_states_kept(generators))  # first in, last out: restoring the rest may draw, too
         stack.enter_context(_module_state_kept(model, training))
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.inference_mode(False))  # a user may measure from inside an evaluation loop
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(p.device.type for p in model.parameters())}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.autocast(kind, enabled=False))  # the objective's own autocast is entered inside
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # the cuDNN kernel has no second derivative
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
 
 @contextmanager
-def _random_states_kept(model: nn.Module, generators: Iterable[torch.Generator]) -> Iterator[None]:
+def _random_states_kept(generators: Iterable[torch.Generator]) -> Iterator[None]:
+    # asking an uninitialised CUDA for its state would make a context on every device
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -122,23 +123,23 @@ def _module_state_kept(model: nn.Module, training: bool) -> Iterator[None]:
     params = list(model.parameters())
     grads = [p.grad for p in params]
     hooks = [p._backward_hooks for p in params]
-    copies: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # by id: a buffer that two modules share stays shared
     try:
         for m in modules:
-            m.training = training
+            m.training = training  # not .train(): a module may override it, to keep a part frozen
         for m, own in zip(modules, buffers, strict=True):
             for name, b in own.items():
                 if b is not None:
                     m._buffers[name] = copies[id(b)] = copies[id(b)] if id(b) in copies else b.detach().clone()
         for p in params:
             p.grad = None
-            p._backward_hooks = None
+            p._backward_hooks = None  # a user's hook would log or change gradients that are none of training
         yield
     finally:
         for m, flag in zip(modules, flags, strict=True):
             m.training = flag
         for m, own in zip(modules, buffers, strict=True):
-            m._buffers.clear()
+            m._buffers.clear()  # also those that the forward pass registered
             m._buffers.update(own)
         for p, grad, hook in zip(params, grads, hooks, strict=True):
             p.grad = grad
@@ -149,5 +150,5 @@ def loader_generators(data: Any) -> list[torch.Generator]:
     """The random generators that iterating a DataLoader would advance."""
     sampler = getattr(data, "sampler", None)
     owners = (data, sampler, getattr(getattr(data, "batch_sampler", None), "sampler", None))
-    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    return list(found.values())
+    generators = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    return list(generators.values())

@@ -38,7 +38,7 @@ class KnownLoss:
         reduction: ``"mean"`` or ``"sum"``.
         weight: class weights, (C,), or None.
         ignore_index: the label that does not count.
-        label_smoothing: of cross-entropy.
+        label_smoothing: as in cross-entropy.
     """
 
     function: Callable[..., Tensor]
@@ -56,7 +56,7 @@ class KnownLoss:
         """What the mean divides by: counted targets, or the sum of their class weights."""
         if not self.labelled:
             return float(target.numel())
-        if target.is_floating_point():
+        if target.is_floating_point():  # class probabilities: (N, C, ...) or (C,), one target for each distribution
             return float(target.numel() / target.shape[1 if target.ndim > 1 else 0])
         counted = target[target != self.ignore_index]
         return float(counted.numel() if self.weight is None else self.weight.to(target.device)[counted].double().sum())
@@ -70,9 +70,10 @@ def recognise_loss(loss: Callable[..., Tensor]) -> KnownLoss | None:
     if type(loss) in _MODULES:
         settings = {name: getattr(loss, name) for name in ("reduction", "weight", "ignore_index", "label_smoothing") if hasattr(loss, name)}
         loss = _MODULES[type(loss)]  # type: ignore[index]
+    # the legacy arguments override reduction=: such a loss is tried out like any other
     if loss not in _FUNCTIONS or "size_average" in settings or "reduce" in settings:
         return None
-    if settings.get("weight") is not None and loss not in _LABELLED:
+    if settings.get("weight") is not None and loss not in _LABELLED:  # an elementwise weight does not enter the divisor
         return None
     reduction = settings.get("reduction", "mean")
     weight = settings.get("weight")

@@ -30,6 +30,7 @@ def available_memory(device: torch.device) -> float:
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # what torch has reserved and not handed out is free to it, though not to others
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "cpu":
         return min([_machine_available(), *map(_group_available, _control_groups())])
@@ -99,6 +100,7 @@ def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) ->
         outputs: tensors with a ``grad_fn``.
         exclude: tensors that exist anyway (parameters, data).
     """
+    # by storage: views share one, and the same tensor may be saved by many nodes
     known = {t.untyped_storage().data_ptr() for t in exclude}
     sizes: dict[int, int] = {}
     with _NoRecomputation():  # type: ignore[no-untyped-call]
@@ -112,7 +114,7 @@ def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) ->
 
 def graph_nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
     """Every node of the autograd graph behind ``outputs``, once."""
-    pending: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    pending: list[Any] = [t.grad_fn for t in outputs if t.grad_fn is not None]  # no recursion: graphs are deeper than Python's stack
     visited: set[Any] = set()
     while pending:
         node = pending.pop()
@@ -144,7 +146,7 @@ def _saved_tensors(node: Any) -> Iterable[Tensor]:
     for name in _saved_names[kind]:
         try:
             saved = getattr(node, name)
-        except RuntimeError:
+        except RuntimeError:  # freed already, or recomputed on demand
             continue
         for value in saved if isinstance(saved, (tuple, list)) else (saved,):
             if isinstance(value, Tensor):

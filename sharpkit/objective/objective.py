@@ -125,7 +125,7 @@ class Objective:
 
     def _evaluator(self, check: bool) -> Evaluator:
         def loss(batch: Batch, number: int) -> Tensor:
-            with self._guard(training=False):
+            with self._guard(training=False):  # dropout would hide that the parts add up
                 return self._evaluate(to_device(batch, self._data_device), number).detach()
 
         def loss_in_mode(batch: Batch, number: int) -> tuple[Tensor, bool]:
@@ -221,6 +221,7 @@ class Objective:
     @property
     def couples_samples(self) -> bool:
         """Whether a sample's loss depends on the rest of its batch, through batch statistics."""
+        # without running statistics the batch's own are used in eval mode, too
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return any(self.mode == "train" or m.running_mean is None for m in norms)
 
@@ -252,6 +253,7 @@ class Objective:
             raise ValueError(
                 f"params= picks {', '.join(picked.names[:4])}, none of the objective's own parameters: {', '.join(self.layout.names[:8])}"
             )
+        # of the same tensors: an operator of the part sees later changes of the whole
         other.layout = select_params(self.model, lambda name, _: name in both)
         return other
 
@@ -304,13 +306,13 @@ class Objective:
             batches,
             loss=loss,
             closure=None if loss is not None else self._closure,
-            count=self.count_of,
+            count=self.count_of,  # by this objective's rule, on batches that may not show it
             params=list(self.layout.names),
             reduction=self.reduction,
             mode=self.mode,
             autocast=self.autocast if dtype is None else None,
             process_group=False,
-            seed=self.seed,
+            seed=self.seed,  # the same dropout masks
             check=False,
         )
 
@@ -473,7 +475,7 @@ class ObjectiveMaker:
             the objective, and the samples of the whole batch on all processes.
         """
         batches = self._listed(batch)
-        held = frozenset(id(p) for group in self._trained() for p in group if p.requires_grad)
+        held = frozenset(id(p) for group in self._trained() for p in group if p.requires_grad)  # layers may be unfrozen on the way
         if self._template is None or held != self._held:
             self._held = held
             self._template = Objective(self.model, batches, params=self.params, **self.settings)
@@ -488,7 +490,7 @@ class ObjectiveMaker:
         """Samples of a batch on this process; 0 where they cannot be counted."""
         try:
             return self._samples(self._listed(batch))
-        except Exception:  # said when it is measured
+        except Exception:  # it is raised when the batch is measured
             return 0
 
     def agree(self, value: float) -> float:

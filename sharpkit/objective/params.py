@@ -40,7 +40,7 @@ class ParamLayout:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Type of the flat vector: the widest of the parameters', at least float32."""
-        dtype = torch.float32
+        dtype = torch.float32  # half precision vectors would round away the small entries of a basis
         for p in self.params:
             dtype = torch.promote_types(dtype, p.dtype)
         return dtype
@@ -66,7 +66,7 @@ class ParamLayout:
         flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
         for target, piece in zip(torch.split(flat, list(self.sizes)), pieces, strict=True):
             target.copy_(piece.reshape(-1)) if piece is not None else target.zero_()
-        return flat if weight == 1.0 else flat.mul_(weight)
+        return flat if weight == 1.0 else flat.mul_(weight)  # in place: one vector of memory, not two
 
     def current(self) -> Tensor:
         """The parameters' present values as a new flat vector."""
@@ -120,7 +120,7 @@ def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayo
         UnsupportedError: parameters are sharded tensors.
     """
     selector = _checked_selector(selector)
-    everything = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+    everything = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]  # compiled parts add a prefix
     for name, p in everything:
         _check_not_sharded(name, p)
     chosen = [(name, p) for name, p in everything if _matches(selector, name, p)]
@@ -177,10 +177,10 @@ def _check_param(name: str, param: nn.Parameter) -> None:
             f"parameter {name!r} is complex, and curvature here is of real parameters: store its real and imaginary parts as two "
             "parameters, or leave it out by params="
         )
-    if param.is_inference():
+    if param.is_inference():  # autograd refuses such tensors later, in other words
         raise ValueError(f"parameter {name!r} was made under torch.inference_mode() and can have no gradient: build the model outside it")
 
 
 def among(own: set[int]) -> Callable[[str, Tensor], bool]:
-    """Selects the parameters of these ``id``s."""
+    """A selector of the parameters with these ``id``s."""
     return lambda _, parameter: id(parameter) in own

@@ -170,6 +170,7 @@ def look_at(source: BatchSource, evaluator: Evaluator, *, reduction: str) -> Loo
             if spread > 0 or not shown or (cut and not any(each.cut for each in shown)):
                 shown.append(_Shown(index, batch, cut))
     source.check_repeatable(marks)
+    # only rules that every batch knows can weigh them all
     rules = [rule for rule in (rows[0] if rows else {}) if all(rule in row for row in rows)]
     if rows and not rules:  # batches of different kinds
         rules, rows = ["batches"], [{"batches": 1.0} for _ in rows]
@@ -266,7 +267,7 @@ def _fitting(shown: _Shown, evaluator: Evaluator, rules: list[str], candidates: 
     except Exception:  # the closure may insist on whole batches in any way it likes
         return None
     # A known loss need not be told from others: only a gross misfit, from mixed samples, counts against it.
-    rtol = _rtol(whole.dtype) ** (0.5 if evaluator.known is not None else 1.0)
+    rtol: float = _rtol(whole.dtype) ** (0.5 if evaluator.known is not None else 1.0)
     total = float(whole)
     rounding = rtol * max(abs(total), *map(abs, losses)) + _atol(whole.dtype)
 
@@ -274,7 +275,7 @@ def _fitting(shown: _Shown, evaluator: Evaluator, rules: list[str], candidates: 
         if rule is None:  # a sum of two rounded numbers
             return abs(total - sum(losses)) <= 2 * rounding
         n = [count[rule] for count in counts]
-        return bool(sum(n) > 0 and abs(total - (n[0] * losses[0] + n[1] * losses[1]) / sum(n)) <= rounding)
+        return sum(n) > 0 and abs(total - (n[0] * losses[0] + n[1] * losses[1]) / sum(n)) <= rounding
 
     return [rule for rule in candidates if fits(rule)]
 
@@ -283,6 +284,7 @@ def _cut(batch: Batch, evaluator: Evaluator) -> tuple[int, float]:
     """Where to cut the batch in two so that the rules' shares of the first part differ most, and by how much; (0, 0) if nowhere."""
     length = samples_in(batch, evaluator.pair)
     best = (0, 0.0)
+    # three cuts, by judgement: masked tokens are seldom spread so evenly that all three give the rules equal shares
     for cut in {max(1, length // 3), length // 2, 2 * length // 3} if length >= 2 else ():
         first, second = (evaluator.count(slice_batch(batch, *span, length=length)) for span in ((0, cut), (cut, length)))
         if all(first.get(rule, 0) > 0 and n > 0 for rule, n in second.items()):

@@ -17,11 +17,11 @@ class SamplePool:
     """Every sample of an objective, on the model's device, ready to be drawn from.
 
     Args:
-        objective: must fall apart into samples.
+        objective: a mean or sum over samples.
 
     Raises:
-        ObjectiveError: its loss does not fall apart into samples.
-        UnsupportedError: it is spread over several processes.
+        ObjectiveError: its loss is not a mean or sum over samples.
+        UnsupportedError: its data lies on several processes.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -35,6 +35,7 @@ class SamplePool:
         counts = objective.batch_counts
         batches = [to_device(batch, objective.device) for batch, count in zip(objective.batches(), counts, strict=True) if count]
         lengths = [length for length, count in zip(objective.batch_lengths, counts, strict=True) if count]
+        # one batch where shapes allow it: then a draw is one index operation a tensor
         self._batches, self._lengths = (_joined(batches), [sum(lengths)]) if _joinable(batches) else (batches, lengths)
 
     @property
@@ -48,7 +49,7 @@ class SamplePool:
         return sum(self._lengths)
 
     def limited(self, max_samples: int, *, seed: int = 0) -> SamplePool:
-        """This pool, or one of ``max_samples`` samples drawn from it at random where it is larger."""
+        """This pool, or ``max_samples`` samples drawn from it at random if it is larger."""
         if self.size <= max_samples:
             return self
         return SamplePool(self.objective(torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))[:max_samples]))
@@ -57,7 +58,7 @@ class SamplePool:
         """The same loss over some samples only.
 
         Args:
-            indices: (B,) positions in 0..N-1.
+            indices: (B,) int64 positions in 0..N-1.
         """
         parts, start = [], 0
         for batch, length in zip(self._batches, self._lengths, strict=True):
@@ -86,7 +87,7 @@ class SamplePool:
         """Endless mini-batches as training draws them: every sample once an epoch, in random order, the last short batch left out."""
         self._check_size(batch_size)
         while True:
-            if batch_size == self.size:
+            if batch_size == self.size:  # every order is the same batch
                 yield self._over(self._batches)
                 continue
             order = torch.randperm(self.size, generator=generator)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from problems_linalg import network_like, operator_with, rotated
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
 from sharpkit._results import student_factor
-from sharpkit.linalg.trace import DeflatedProbes, Tolerance
+from sharpkit.linalg.results import Budget
+from sharpkit.linalg.trace import AdaptiveEstimate, DeflatedProbes, Tolerance
 from sharpkit.operators.base import CallableOperator
 
 METHODS = ["auto", "hutchinson", "hutch++", "xtrace"]
@@ -410,3 +414,171 @@ def test_an_exact_trace_that_the_budget_ends_is_incomplete() -> None:
     with pytest.warns(ConvergenceWarning):
         made = sk.trace(operator, max_seconds=2.5)
     assert made.method == "incomplete" and math.isinf(made.stderr) and made.num_matvecs == 3 and not made.converged
+
+
+# -- the decisions, on forecasts made by hand -------------------------------------------------------------------------------------------
+class Scripted:
+    """Stands in for the probes: the forecast f of basis size and probes is given, and products are only counted.
+
+    With an asked error of 1 the forecast is spread^2 + 2, so the spread is sqrt(f - 2).
+    """
+
+    def __init__(self, operator: sk.SymmetricOperator, forecast: Callable[[int, int], float], *, squared: bool = False) -> None:
+        self.operator, self.forecast, self.squared = operator, forecast, squared
+        self.expanded: list[int] = []
+        self.num_kept = self.num_late = 0
+        self.space = SimpleNamespace(
+            expanded=self.expanded, pending=[0], is_complete=False, size=1, rows=SimpleNamespace(row=lambda j: torch.zeros(operator.size))
+        )
+        self.known = 0.0
+
+    def __len__(self) -> int:
+        return self.num_kept + self.num_late
+
+    def deflate_one(self) -> None:
+        self.operator.num_matvecs += 1
+        self.expanded.append(len(self.expanded))
+        self.space.size += 1
+        self.num_late = 0
+
+    def draw(self, *, keep: bool) -> None:
+        self.operator.num_matvecs += 1
+        self.num_kept, self.num_late = self.num_kept + keep, self.num_late + (not keep)
+
+    def mean_and_spread(self) -> tuple[float, float]:
+        return 0.0, math.sqrt(max(self.forecast(len(self.expanded), len(self)) - 2.0, 0.0))
+
+    def estimate(self) -> tuple[float, float]:
+        return 0.0, self.mean_and_spread()[1] / math.sqrt(len(self))
+
+
+class Course(NamedTuple):
+    """What a scripted estimate did."""
+
+    basis: int
+    kept: int
+    late: int
+    products: int
+    how: str
+
+
+class Memory(CallableOperator):
+    rows = 0
+
+    def free_memory(self, *, host: bool = False) -> float:
+        return 2.0 * self.rows * self.size * 8
+
+
+def decide(
+    forecast: Callable[[int, int], float], *, limit: int = 2000, n: int = 10**6, rows: int = 10**6, method: str = "auto", **options: Any
+) -> Course:
+    squared, give_up = options.get("squared", False), options.pop("may_give_up", False)
+    operator = Memory(lambda v: v, n, dtype=torch.float64, device=torch.device("cpu"))
+    operator.rows = rows
+    run = AdaptiveEstimate(operator, Tolerance(0.0, 1.0), Budget(operator, max_matvecs=limit), seed=0, limit=limit, **options)
+    run.may_give_up = give_up
+    probes = run.probes = Scripted(operator, forecast, squared=squared)  # type: ignore[assignment]
+    _, _, how = run.estimate(method)
+    return Course(len(probes.expanded), probes.num_kept, probes.num_late, operator.num_matvecs, how)
+
+
+def steps(*forecasts: float) -> Callable[[int, int], float]:
+    """The forecast for each size of the basis; the last one stays."""
+    return lambda basis, probes: forecasts[min(basis, len(forecasts) - 1)]
+
+
+@pytest.mark.parametrize(("forecast", "basis"), [(11.9, 0), (12.1, 3), (70.0, 3), (130.0, 6), (1000.0, 40)])
+def test_a_forecast_above_twice_the_pilot_opens_the_choice_which_patience_closes(forecast: float, basis: int) -> None:
+    """Three products without a fall of the forecast, or 4 % of it."""
+    made = decide(steps(forecast))
+    assert made.basis == basis and made.how == ("Hutchinson, deflated" if basis else "Hutchinson")
+    assert made.products == made.basis + made.kept + made.late
+    assert made.kept + made.late == math.ceil(forecast - 2), (
+        "then probes until the error is the one asked for: their number is the forecast"
+    )
+
+
+@pytest.mark.parametrize(
+    ("forecasts", "basis"),
+    [
+        ((150, 150, 150, 110), 6),  # 113 products in all are no fall by a quarter: given up after 4 % of 150
+        ((150, 150, 150, 109), 8),  # 112 are: 4 % of them more, without another fall
+        ((150, 150, 150, 109, 107), 9),  # one by more than half a percent
+        ((150, 150, 150, 109, 107.6), 8),  # by less
+        ((150, 100, 80, 60, 40, 30), 8),
+    ],
+)
+def test_the_basis_grows_while_the_whole_cost_falls(forecasts: tuple[float, ...], basis: int) -> None:
+    assert decide(steps(*forecasts)).basis == basis
+
+
+@pytest.mark.parametrize(
+    ("squared", "forecasts", "basis"),
+    [(False, (100, 5.9, 4.8, 3.7, 2.6), 4), (False, (100, 6.1, 4.9, 3.8, 2.7), 5), (True, (100, 9.9, 8.8, 7.7, 6.6, 5.5, 4.4), 6)],
+)
+def test_it_stops_once_the_probes_there_are_suffice_at_four_steps_in_a_row_or_six_for_squares(
+    squared: bool, forecasts: tuple[float, ...], basis: int
+) -> None:
+    made = decide(steps(*forecasts), squared=squared)
+    assert made.basis == basis and made.kept == (10 if squared else 6) and made.late == 0, "no further probe is needed"
+
+
+def test_products_are_left_for_a_pilot_on_the_larger_basis() -> None:
+    made = decide(lambda basis, probes: 10_000.0 - 100 * basis, limit=60)
+    assert made.basis == 60 - 6 - 6 and made.products == 60
+
+
+@pytest.mark.parametrize(("surprise", "again"), [(1.49, False), (1.6, True)])
+def test_probes_that_disappoint_the_forecast_by_half_and_a_pilot_reopen_the_choice(surprise: float, again: bool) -> None:
+    """The basis grows to 3 at a forecast of 80, from 100; once 20 probes are drawn the forecast is found to be higher."""
+    made = decide(lambda basis, probes: 100.0 if basis == 0 else 80.0 if probes < 20 else surprise * 80.0 + 6.0)
+    assert (made.basis > 4) is again and made.kept == 16, "sixteen probes are kept for it"
+
+
+@pytest.mark.parametrize(("forecast", "again"), [(230.0, False), (245.0, True)])
+def test_probes_sunk_into_the_present_basis_keep_it(forecast: float, again: bool) -> None:
+    """Found too low after 90 probes, 74 of which would be lost: what is still needed must be more than twice as many."""
+    made = decide(lambda basis, probes: 100.0 if basis < 4 or probes < 90 else forecast)
+    assert (made.basis > 4) is again
+
+
+def test_a_fixed_number_of_products_is_spent_where_the_error_falls_most() -> None:
+    """What counts is spread^2 over the products left. It may fall for 4 % of the products, here 8, without being seen to."""
+    flat = decide(steps(50.0), limit=200, fixed=True)
+    assert flat.basis == 8 and flat.products == 200 and flat.kept == 6, "after the one choice probes are not kept"
+    halved = decide(steps(*[50.0] * 7, 20.0), limit=200, fixed=True)
+    assert halved.basis == 15 and halved.products == 200
+    small = decide(steps(50.0), limit=40, fixed=True)
+    assert small.basis == 3
+
+
+@pytest.mark.parametrize(("forecast", "may_give_up", "products"), [(8001.0, True, 100), (7999.0, True, 2000), (8001.0, False, 2000)])
+def test_a_forecast_of_four_budgets_is_hopeless_after_a_hundred_probes(forecast: float, may_give_up: bool, products: int) -> None:
+    assert decide(steps(forecast), method="hutchinson", may_give_up=may_give_up).products == products
+
+
+def test_all_rows_are_multiplied_where_that_is_cheaper_and_the_budget_is_at_least_a_quarter_of_them() -> None:
+    """Patience does not stop a basis that is to be completed; here the budget does, after products for a pilot are left."""
+    assert decide(steps(1000.0), n=790, limit=200).basis == 200 - 12
+    assert decide(steps(1000.0), n=810, limit=200).basis == 40, "four per cent of the forecast"
+    assert decide(steps(1000.0), n=1200, limit=1100).basis == 40, "the rows are more than the probes needed"
+
+
+@pytest.mark.parametrize(("rows", "basis"), [(20, 19), (100, 40)])
+def test_memory_bounds_the_basis(rows: int, basis: int) -> None:
+    assert decide(steps(1000.0), rows=rows).basis == basis, "with the vector that is pending"
+
+
+def test_progress_of_each_stage_expects_what_the_forecast_says() -> None:
+    seen: list[sk.Progress] = []
+    made = sk.trace(operator_with(FLAT), rtol=0.05, callback=seen.append)
+    assert [p.done for p in seen] == list(range(1, made.num_matvecs + 1))
+    assert all(p.done <= p.expected <= 2000 for p in seen)
+    late = [p for p in seen if p.text == "probes"][-20:]
+    assert all(abs(p.expected - made.num_matvecs) <= 0.5 * made.num_matvecs for p in late)
+    tests: list[sk.Progress] = []
+    sk.trace(operator_with(NETWORK), method="xtrace", num_matvecs=20, callback=tests.append)
+    assert [(p.done, p.expected) for p in tests] == [(2 * j, min(2 * j + 2, 20)) for j in range(1, 11)]
+    plus: list[sk.Progress] = []
+    sk.trace(operator_with(FLAT), method="hutch++", rtol=0.05, callback=plus.append)
+    assert "leading subspace" not in {p.text for p in plus} and plus[0].expected == 12

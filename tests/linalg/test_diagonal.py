@@ -144,3 +144,10 @@ def test_the_norm_goes_by_a_hundredth_and_seed_0_unless_asked_otherwise() -> Non
 def test_a_tolerance_that_is_not_positive_is_refused(rtol: Any) -> None:
     with pytest.raises(ValueError, match="rtol must be positive"):
         sk.frobenius_norm(MATRIX, rtol=rtol)
+
+
+def test_warnings_point_at_the_call() -> None:
+    with pytest.warns(ConvergenceWarning) as caught:
+        sk.diagonal(MATRIX, num_probes=5, max_matvecs=2)
+        sk.frobenius_norm(MATRIX, rtol=1e-9, max_matvecs=20)
+    assert [w.filename for w in caught] == [__file__] * 2

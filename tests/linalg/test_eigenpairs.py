@@ -442,3 +442,9 @@ def test_a_budget_that_ends_during_the_search_says_so() -> None:
     with pytest.warns(ConvergenceWarning, match="before the search for missed eigenvalues ended"):
         pairs = sk.eigenpairs(operator, 4, max_matvecs=full - 2)
     assert not bool(pairs.converged.any()) and pairs.num_matvecs == full - 2
+
+
+def test_warnings_point_at_the_call() -> None:
+    with pytest.warns(ConvergenceWarning) as caught:
+        sk.eigenpairs(operator_with(network_like(100)), max_matvecs=2)
+    assert [w.filename for w in caught] == [__file__]

@@ -138,3 +138,9 @@ def test_fewer_than_three_probes_or_two_steps_are_refused(arguments: dict[str, i
     with pytest.raises(ValueError, match="num_probes >= 3 and num_steps >= 2"):
         overview(**arguments)
     overview(np.arange(5.0), num_probes=3, num_steps=2)
+
+
+def test_warnings_point_at_the_call() -> None:
+    with pytest.warns(ConvergenceWarning) as caught:
+        spectral_overview(operator_with(SPECTRUM), max_matvecs=50)
+    assert [w.filename for w in caught] == [__file__]

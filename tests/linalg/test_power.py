@@ -170,3 +170,9 @@ def test_progress_names_the_pair_and_a_thousandth_and_seed_0_are_the_defaults() 
         assert torch.equal(sk.power_iteration(operator, 2, **options).values, pairs.values)  # type: ignore[arg-type]
     assert not torch.equal(sk.power_iteration(operator, 2, seed=1).vectors, pairs.vectors)
     assert len(sk.power_iteration(operator).values) == 1 and pairs.seconds > 0
+
+
+def test_warnings_point_at_the_call() -> None:
+    with pytest.warns(ConvergenceWarning) as caught:
+        sk.power_iteration(operator_with(network_like(100)), max_matvecs=2)
+    assert [w.filename for w in caught] == [__file__]

@@ -240,3 +240,9 @@ def test_progress_names_the_probe() -> None:
     seen: list[sk.Progress] = []
     sk.spectral_density(operator_with(NETWORK), num_probes=2, num_steps=3, callback=seen.append)
     assert [p.text for p in seen] == ["probe 1 of 2"] * 3 + ["probe 2 of 2"] * 3 and {p.expected for p in seen} == {6}
+
+
+def test_warnings_point_at_the_call() -> None:
+    with pytest.warns(ConvergenceWarning) as caught:
+        sk.spectral_density(operator_with(NETWORK), max_matvecs=2)
+    assert [w.filename for w in caught] == [__file__]

@@ -582,3 +582,9 @@ def test_progress_of_each_stage_expects_what_the_forecast_says() -> None:
     plus: list[sk.Progress] = []
     sk.trace(operator_with(FLAT), method="hutch++", rtol=0.05, callback=plus.append)
     assert "leading subspace" not in {p.text for p in plus} and plus[0].expected == 12
+
+
+def test_warnings_point_at_the_call() -> None:
+    with pytest.warns(ConvergenceWarning) as caught:
+        sk.trace(operator_with(NETWORK), rtol=1e-9, max_matvecs=20)
+    assert [w.filename for w in caught] == [__file__]

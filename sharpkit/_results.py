@@ -158,7 +158,7 @@ class _Layout(NamedTuple):
 
 
 class _Saved:
-    """Holds the class keywords of :class:`Result` and :class:`State`; a subclass begins anew, it inherits none of them.
+    """Holds the class keywords of :class:`Result` and :class:`State`; a subclass that gives any begins anew, it inherits none of them.
 
     They are keywords and no class variables, so that a result may have a field called ``kind`` or ``version``.
     """
@@ -407,6 +407,12 @@ class State(_Saved):
         >>> counter._count, counter.recent
         (7, deque([1.0, 2.0], maxlen=2))
     """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        if keywords:
+            super().__init_subclass__(**keywords)
+        else:  # a subclass without any, such as a user's own monitor, saves what its parent saves
+            super(_Saved, cls).__init_subclass__()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on: plain containers and tensors."""

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from sharpkit._results import format_with_error, number
+from sharpkit._results import Result, format_with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-KIND = "learner_history"
-
-
 @dataclass(frozen=True)
-class Decision:
+class Decision(Result):
     """One measurement and what followed from it.
 
     Attributes:
         step: optimizer steps done.
         lr: the peak rate from here on, before decay.
         lr_in_use: the first group's rate for the next step, with decay.
-        momentum: of the first group; NaN where the optimizer has none.
-        lambda_max: of the batch's (preconditioned) Hessian; NaN where nothing was measured.
-        stderr: its error.
+        momentum: momentum of the first group; NaN if the optimizer has none.
+        lambda_max: largest eigenvalue of the batch's (preconditioned) Hessian; NaN if nothing was measured.
+        stderr: error of ``lambda_max``, a residual bound.
         max_lr: the optimizer's stability limit at that curvature.
-        batch_size: samples it was measured on.
-        num_matvecs: products it took.
-        loss: recent mean; NaN where unknown.
-        reason: in words.
+        batch_size: number of samples that were measured.
+        num_matvecs: number of products that the measurement took.
+        loss: mean of the recent losses; NaN if unknown.
+        reason: why, in words.
     """
 
     step: int
@@ -50,50 +47,39 @@ class Decision:
         curvature = "" if math.isnan(self.lambda_max) else f", lambda_max {format_with_error(self.lambda_max, self.stderr)}"
         return f"step {self.step}: lr {self.lr:.3g}{curvature}: {self.reason}"
 
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Decision:
-        """The decision back from its document."""
-        found: dict[str, Any] = {name: int(document[name]) for name in ("step", "batch_size", "num_matvecs")}
-        found |= {name: number(document[name]) for name in ("lr", "lr_in_use", "momentum", "lambda_max", "stderr", "max_lr", "loss")}
-        return cls(**found, reason=str(document["reason"]))
 
-
-class LearnerHistory:
+@dataclass(eq=False, repr=False)
+class LearnerHistory(Result, kind="learner_history"):
     """All decisions of a learner, in order; a sequence."""
 
-    def __init__(self, decisions: list[Decision] | None = None) -> None:
-        self._decisions = list(decisions or [])
+    decisions: list[Decision] = field(default_factory=list)
 
     def append(self, decision: Decision) -> None:
         """Add the next decision."""
-        self._decisions.append(decision)
+        self.decisions.append(decision)
 
     def __len__(self) -> int:
-        return len(self._decisions)
+        return len(self.decisions)
 
     def __iter__(self) -> Iterator[Decision]:
-        return iter(self._decisions)
+        return iter(self.decisions)
 
     def __getitem__(self, index: int) -> Decision:
-        return self._decisions[index]
+        return self.decisions[index]
 
     def __repr__(self) -> str:
-        return f"LearnerHistory({len(self)} decisions; last: {self[-1]})" if self._decisions else "LearnerHistory(no decision yet)"
+        return f"LearnerHistory({len(self)} decisions; last: {self[-1]})" if self.decisions else "LearnerHistory(no decision yet)"
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self._decisions)) or "no decision yet"
+        return "\n".join(map(str, self.decisions)) or "no decision yet"
 
     def findings(self) -> list[str]:
         """What was decided, in sentences."""
-        if not self._decisions:
+        if not self.decisions:
             return ["No decision was made yet."]
-        last, back = self._decisions[-1], sum("the loss rose" in d.reason for d in self._decisions)
-        went = f"went back {back} time{'' if back == 1 else 's'}" if back else "never had to go back"
-        return [f"The learned rate is {last.lr:.3g} after {last.step} steps and {len(self)} decisions; the run {went}."]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready but for NaN and infinities."""
-        return {"kind": KIND, "version": 1, "decisions": [asdict(d) for d in self._decisions]}
+        last, back = self.decisions[-1], sum("the loss rose" in d.reason for d in self.decisions)
+        went = f"the run went back to an earlier point {back} time{'' if back == 1 else 's'}" if back else "the run never had to go back"
+        return [f"The learned rate is {last.lr:.3g} after {last.step} steps and {len(self)} decisions; {went}."]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The rate in use and the stability limit over the steps, decisions marked."""

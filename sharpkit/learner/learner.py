@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitWarning
+from sharpkit._results import State
 from sharpkit.learner.gauge import BULKS, Gauge
 from sharpkit.learner.history import Decision, LearnerHistory
 from sharpkit.learner.rate import LearnedRate, Pace
 from sharpkit.learner.rollback import LossWatch
-from sharpkit.learner.schedules import DECAYS, Schedule, multiplier_of
+from sharpkit.learner.schedules import DECAYS, Multiplier, Schedule
 from sharpkit.linalg.results import Estimate
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import unwrap
@@ -36,9 +37,17 @@ from sharpkit.optimizers import (
 )
 from sharpkit.training_run import Snapshot
 
+logger = logging.getLogger(__name__)
 
+_CHECK_EVERY = 8  # steps between looks at the losses, each of which waits for the device; by judgement
+_MAX_ROLLBACKS = 8  # by judgement: a run that is lost more often has another cause than the rate
+_STATE_VERSION = 2  # of the layout of a saved learner
+_MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given; by judgement
+
+
+# Also used by the trainers' callbacks, whose learner is made later than they are, when the number of steps is known.
 def check_learner_settings(total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any) -> None:
-    """Raise ValueError where a setting of the learner makes no sense."""
+    """Raise ValueError if a setting of the learner makes no sense."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 20:
         raise ValueError(f"total_steps must be the number of optimizer steps of the whole run, at least 20, got {total_steps!r}")
     if interval != "auto" and (isinstance(interval, (str, bool)) or interval < 1):
@@ -51,55 +60,52 @@ def check_learner_settings(total_steps: int, interval: int | str, budget: float,
 
 
 def check_momentum(momentum: str, bulk: str | float, *, adaptive: bool) -> None:
-    """Raise ValueError where a learner's choice of momentum makes no sense."""
+    """Raise ValueError if a learner's choice of momentum makes no sense."""
     if momentum not in ("keep", "polyak"):
         raise ValueError(f"momentum must be 'keep' or 'polyak', got {momentum!r}")
     if momentum == "polyak" and adaptive:
         raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")
     if bulk not in BULKS if isinstance(bulk, str) else not bulk > 1:
-        raise ValueError(f"bulk must be one of {', '.join(BULKS)}, or lambda_max over it, a number above 1, got {bulk!r}")
+        raise ValueError(f"bulk must be one of {', '.join(BULKS)}, or the ratio of lambda_max to it, a number above 1, got {bulk!r}")
 
 
-logger = logging.getLogger(__name__)
-
-_CHECK_EVERY = 8  # steps between looks at the losses
-_MAX_ROLLBACKS = 8
-_STATE_VERSION = 2
-_MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given
+_SAVED = ("step=_step", "rate=_rate", "ratios=_ratios", "batch_size=_batch_size", "last_size=_last_size", "rollbacks=_rollbacks")
+_PARTS = ("recent=_recent", "losses=_losses", "multiplier=_multiplier", "gauge=_gauge", "snapshot=_snapshot", "history")
 
 
-class CurvatureLearner:
+class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
     """Sets the learning rate of SGD or Adam(W) from the curvature of the batches it trains on; the rate given does not matter.
 
     The first step is made with rate 0, to see a batch. From 2 % of ``safety`` times the stability limit, the rate grows by a constant
     factor a step; at a few points on the way lambda_max of the batch's Hessian (of D^-1 H for Adam) is measured, by a handful of
-    products. When the rate meets ``safety`` times the limit, which by then has been pressed down by the rate itself, it grows no more: it
-    is set by the mean curvature of that batch and a few more, and decays to 0 at the end. Later measurements only lower it, unless the
-    batch size changes: then it is measured at once and grows anew, by the factor of the batch sizes at most. If half of the progress is
-    lost or the loss is not finite, parameters and optimizer state go back to the last good point, with half the rate.
+    products. When the rate meets ``safety`` times the limit at the current rate (training at a higher rate changes the sharpness), it
+    stops growing: it is set by the mean curvature of that batch and a few more, and decays to 0 at the end. Later measurements only lower
+    it, unless the batch size changes: then the limit is measured at once and the rate grows anew, by the ratio of the batch sizes at most.
+    If half of the progress is lost or the loss is not finite, parameters and optimizer state go back to the last good point, with half
+    the rate.
 
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
 
     Args:
         optimizer: torch.optim SGD, Adam, AdamW, RMSprop or Adagrad, or SGDScheduleFree (in train mode, with ``decay="constant"``). Groups
             keep the ratio of their rates to the first group's.
-        model: what it trains.
+        model: the model that it trains.
         loss, closure, count, params, mode, autocast, process_group: as in :class:`sharpkit.Monitor`.
         total_steps: T, optimizer steps of the whole run.
-        interval: steps between measurements once the rate has settled; ``"auto"`` by ``budget``.
-        budget: share of the training cost that measurements may take, in gradients.
+        interval: steps between measurements once the rate has settled; with ``"auto"``, as ``budget`` allows.
+        budget: share of the training cost that measurements may take, both counted in gradients.
         safety: share of the stability limit to settle at.
         warmup: share of T in which the rate grows 50-fold.
         decay: ``"linear"``, ``"cosine"``, ``"constant"``, or a function of the share z of steps done, such as
             :func:`sharpkit.refined_schedule` gives.
-        schedule: optimizer -> a torch learning-rate scheduler, whose rate relative to its start multiplies the learned one.
+        schedule: optimizer -> a torch learning-rate scheduler; its rate relative to the start multiplies the learned one.
         momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the bulk curvature, at most 0.98, from where the rate
             settles on (SGD only).
-        bulk: which curvature counts as the lower end: the ratio of lambda_max to it, or ``"median"``, ``"weighted median"`` or ``"mean"``
-            of a quadrature, at 20 gradients each time.
+        bulk: what counts as the lower end of the curvature: the ratio of lambda_max to it, or ``"median"``, ``"weighted median"`` or
+            ``"mean"`` of a quadrature, at 20 gradients each time.
         per_group: measure each group's own block and give it its own rate.
-        max_lr: never above.
-        seed: of probes and masks.
+        max_lr: upper bound of the rate.
+        seed: seeds the random probes and dropout masks.
 
     Raises:
         TypeError, ValueError, UnsupportedError: arguments that make no sense. Later on nothing is raised.
@@ -121,6 +127,11 @@ class CurvatureLearner:
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092, for learning rates from batch Hessians; the rule here is sharpkit's own.
     """
+
+    _recent: list[Tensor | float]
+    _ratios: list[float]
+    _snapshot: Snapshot | None
+    history: LearnerHistory
 
     def __init__(
         self,
@@ -153,7 +164,7 @@ class CurvatureLearner:
         check_momentum(momentum, bulk, adaptive=adaptive)
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
         self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
-        self._multiplier = multiplier_of(schedule)
+        self._multiplier = Multiplier(schedule)
         self._polyak, self._bulk, self._per_group = momentum == "polyak", bulk, per_group
         settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
         settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
@@ -163,8 +174,7 @@ class CurvatureLearner:
         self._pace = Pace(total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=adaptive)
         self._gauge = Gauge(self.optimizer, adaptive=adaptive, seed=seed)
         self._losses = LossWatch()
-        self._snapshot: Snapshot | None = None
-        self._recent: list[Tensor | float] = []
+        self._snapshot, self._recent = None, []  # the point to go back to; losses not looked at yet
         self._step, self._batch_size, self._last_size, self._rollbacks = 0, 0, 0, 0
         self._rate = LearnedRate(self._pace, safety=safety, max_lr=max_lr)
         self._warned: set[str] = set()
@@ -176,8 +186,8 @@ class CurvatureLearner:
         """Note one optimizer step, and set the rate of the next.
 
         Args:
-            batch: that the step was made on; a list of micro-batches where gradients were accumulated.
-            loss: of the batch if at hand; without it, a lost run is only noticed at measurements.
+            batch: the batch that the step was made on; a list of micro-batches if gradients were accumulated.
+            loss: loss of the batch if at hand; without it, a lost run is only noticed at measurements.
 
         Returns:
             the decision if one was made.
@@ -197,10 +207,10 @@ class CurvatureLearner:
         return decision
 
     def _is_time(self, samples: int) -> bool:
-        """Whether to measure on this batch: at once where its size is a new one, but not on the odd last batch of an epoch."""
+        """Whether to measure on this batch: at once if its size is a new one, but not on the odd last batch of an epoch."""
         usual, repeated = 0 in (samples, self._batch_size) or samples == self._batch_size, samples == self._last_size
         self._last_size = samples
-        return self._pace.is_due(self._step) if usual else repeated
+        return self._pace.is_due(self._step) if usual else repeated  # two batches in a row of another size are a new size
 
     @property
     def lr(self) -> float:
@@ -221,34 +231,33 @@ class CurvatureLearner:
             if not self._recent:
                 self._recent.append(objective.value())
             hessian = HessianOperator(objective)
-            found = self._gauge.measure(hessian, step=self._step)
+            measured = self._gauge.measure(hessian, step=self._step)
             if self._per_group:
                 self._ratios = self._gauge.group_ratios(objective, self._ratios)
         except Exception as error:
-            reason = f"not measured ({type(error).__name__}: {error}); the rate stays"
+            cause = f"{type(error).__name__}: {error}"
+            reason = f"not measured ({cause}); the rate stays"
             if self._rate.value == 0 and len(self.history) >= _MOST_FAILURES - 1:
                 self._rate.settle_at(self._given)
-                reason = (
-                    f"not measured {_MOST_FAILURES} times ({type(error).__name__}: {error}); goes on with the rate given, {self._given:.3g}"
-                )
+                reason = f"not measured {_MOST_FAILURES} times ({cause}); goes on with the rate given, {self._given:.3g}"
             self._warn(reason)
             self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
             return self._record(None, math.nan, reason)
-        limit = self._limit_at(max(found.value, 1e-30))
+        limit = self._limit_at(max(measured.value, 1e-30))  # without positive curvature nothing bounds the rate but its growth
         decay = self._decay(self._step / self.total_steps)
         reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
         if self._polyak and self._rate.settled:
-            reason += self._set_momentum(hessian, found.value)
+            reason += self._set_momentum(hessian, measured.value)
         self._remember_if_good()
         self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
-        return self._record(found, limit, reason)
+        return self._record(measured, limit, reason)
 
     def _limit_at(self, curvature: float) -> float:
-        """Largest stable rate, with the optimizer's present momentum and decay."""
+        """Largest stable rate, with the optimizer's present momentum and weight decay."""
         return update_rule(self.optimizer).max_learning_rate(curvature)
 
     def _set_momentum(self, hessian: HessianOperator, largest: float) -> str:
-        """Polyak's, with the rate at the same share of the limit that it makes; what was done, in words."""
+        """Set Polyak's momentum, keeping the rate's share of the limit, which changes with it; returns what was done, in words."""
         try:
             momentum = self._gauge.polyak_momentum(hessian, largest, self._bulk, step=self._step)
         except Exception as error:
@@ -262,9 +271,8 @@ class CurvatureLearner:
 
     # -- going back ------------------------------------------------------------------------------------------------------------------
     def _is_lost(self) -> bool:
-        for loss in self._recent:
-            self._losses.add(float(loss))
-        self._recent.clear()
+        self._look_at_losses()
+        # agreed on, as a process with other batches may see it earlier
         return self._rollbacks < _MAX_ROLLBACKS and bool(self._maker.agree(float(self._losses.is_lost)))
 
     def _go_back(self) -> Decision:
@@ -275,15 +283,18 @@ class CurvatureLearner:
             self._snapshot.restore(self.model, self.optimizer)
             reason += ": back to the last good point with half the rate"
         else:
-            reason += ": no good point yet, half the rate"
+            reason += ": no checkpoint to restore yet; rate halved"
         self._losses.come_back()
         self._warn(reason)
         return self._record(None, math.nan, reason)
 
-    def _remember_if_good(self) -> None:
+    def _look_at_losses(self) -> None:
         for loss in self._recent:
             self._losses.add(float(loss))
         self._recent.clear()
+
+    def _remember_if_good(self) -> None:
+        self._look_at_losses()
         if not self._maker.agree(float(not self._losses.is_good)):  # on every process, so that all go back to the same point
             self._snapshot = Snapshot(self.model, self.optimizer)
             self._rate.remember()
@@ -293,27 +304,27 @@ class CurvatureLearner:
         factor = self._decay(min(self._step / self.total_steps, 1.0)) * self._multiplier.value
         set_learning_rates(self.optimizer, [self._rate.value * ratio * factor for ratio in self._ratios])
 
-    def _record(self, found: Estimate | None, limit: float, reason: str) -> Decision:
+    def _record(self, measured: Estimate | None, limit: float, reason: str) -> Decision:
         self._apply()
         decision = Decision(
-            self._step,
-            self._rate.value,
-            learning_rate(self.optimizer),
-            current_momentum(self.optimizer),
-            math.nan if found is None else found.value,
-            math.nan if found is None else found.stderr,
-            limit,
-            self._batch_size,
-            0 if found is None else found.num_matvecs,
-            self._losses.mean,
-            reason,
+            step=self._step,
+            lr=self._rate.value,
+            lr_in_use=learning_rate(self.optimizer),
+            momentum=current_momentum(self.optimizer),
+            lambda_max=math.nan if measured is None else measured.value,
+            stderr=math.nan if measured is None else measured.stderr,
+            max_lr=limit,
+            batch_size=self._batch_size,
+            num_matvecs=0 if measured is None else measured.num_matvecs,
+            loss=self._losses.mean,
+            reason=reason,
         )
         self.history.append(decision)
         logger.info("%s", decision)
         return decision
 
     def _warn(self, reason: str) -> None:
-        kind = reason.split(":", maxsplit=1)[0].split("(")[0][:20]
+        kind = reason.split(":", maxsplit=1)[0].split("(")[0][:20]  # once a kind: the numbers in a reason differ each time
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"the learner at step {self._step}: {reason}", SharpkitWarning, stacklevel=4)
@@ -321,40 +332,16 @@ class CurvatureLearner:
     # -- saving ----------------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """All that the next decision depends on, with the point to go back to: plain containers and tensors."""
-        return {
-            "version": _STATE_VERSION,
-            "step": self._step,
-            "rate": self._rate.state_dict(),
-            "ratios": list(self._ratios),
-            "batch_size": self._batch_size,
-            "last_size": self._last_size,
-            "rollbacks": self._rollbacks,
-            "recent": [float(loss) for loss in self._recent],
-            "losses": self._losses.state_dict(),
-            "multiplier": self._multiplier.state_dict(),
-            "gauge": self._gauge.state_dict(),
-            "snapshot": None if self._snapshot is None else self._snapshot.state_dict(),
-            "history": self.history.to_dict(),
-        }
+        self._recent = [float(loss) for loss in self._recent]  # tensors would keep their device
+        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a saved learner stopped; the model and the optimizer are loaded by the user.
 
         Raises:
-            ValueError: a state of another version.
+            DocumentError: a state of another version, or one that lacks something; a ValueError.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"a learner state of version {state.get('version')!r} cannot be loaded by version {_STATE_VERSION}")
-        self._step, self._ratios = int(state["step"]), [float(r) for r in state["ratios"]]
-        self._rate.load_state_dict(state["rate"])
-        self._batch_size, self._last_size = int(state["batch_size"]), int(state["last_size"])
-        self._rollbacks = int(state["rollbacks"])
-        self._recent = [float(v) for v in state["recent"]]
-        self._losses.load_state_dict(state["losses"])
-        self._multiplier.load_state_dict(state["multiplier"])
-        self._gauge.load_state_dict(state["gauge"])
-        self._snapshot = None if state["snapshot"] is None else Snapshot.from_state(state["snapshot"])
-        self.history = LearnerHistory([Decision.from_dict(d) for d in state["history"]["decisions"]])
+        super().load_state_dict(state)
         self._apply()
 
     def __repr__(self) -> str:

@@ -1,36 +1,40 @@
-"""The learned rate: how it starts, grows, settles, is lowered, and grows anew."""
+"""The learned rate: how it starts, grows, settles, is lowered, and grows anew; and its pace, when to measure for that.
+
+The experiments that the constants come from are described in docs/learner_results.md.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
+from sharpkit._results import State
 from sharpkit.learner.rollback import LossWatch
 
-_GRAPH, _PRODUCT = 1.3, 2.0  # gradients that the graph of a measurement, and each of its products, cost
-COLD_MATVECS, WARM_MATVECS = 4, 3
+_GRAPH, _PRODUCT = 1.3, 2.0  # gradients that a graph and each product cost; experiments/product_cost.py measured 1.6 to 2.4 for a product
+COLD_MATVECS, WARM_MATVECS = 4, 3  # by judgement: one batch is off by a factor of two either way, so that more products would buy nothing
 _COLD_COST, _COST = _GRAPH + COLD_MATVECS * _PRODUCT, _GRAPH + WARM_MATVECS * _PRODUCT
-_LEAST, _MOST = 4, 200  # measurements after the first
-_GROWING_SHARE = 0.6  # of them fall into the growth
-_TYPICAL, _CONFIRMING_SHARE, _MOST_CONFIRMING = 4, 0.06, 12  # batches whose limits are averaged where the growth ends
-_LONGEST_GROWTH = 3  # warm-ups
-_SETTLE = 20  # steps of an adaptive optimizer before its second moments say anything
+_LEAST, _MOST = 4, 200  # measurements after the first, whatever the budget; by judgement
+_GROWING_SHARE = 0.6  # share of them that falls into the growth; by judgement: there the limit moves most
+# Batches whose limits are averaged where the growth ends. One batch left a scatter of 0.41 in the logarithm of the settled rate, several
+# 0.23 (the digits; docs/learner_results.md, Against the grid); the share and the bounds are by judgement.
+_TYPICAL, _CONFIRMING_SHARE, _MOST_CONFIRMING = 4, 0.06, 12
+_LONGEST_GROWTH = 3  # warm-ups after which growth ends; by judgement
+_SETTLE = 20  # steps of an adaptive optimizer before its second moments say anything; by judgement
 
 
-class Pace:
+class Pace(State, saved=("next=_next", "grown=_grown", "made=_made", "settled_every=_settled_every")):
     """Steps at which to measure, within a share of the gradients of the run.
 
     Args:
-        total_steps: of the run.
-        start: share of the target to grow from.
+        total_steps: optimizer steps of the run.
+        start: share of the target that growth starts from.
         warmup: share of the run in which the rate grows from there to the target.
-        budget: share of the run's gradients.
+        budget: share of the run's gradients that measurements may take.
         interval: steps between measurements once settled, or ``"auto"``.
         adaptive: whether the optimizer's state must settle first.
 
     Attributes:
-        longest_growth: steps after which it ends even where the limit was not met.
+        longest_growth: steps after which growth ends even if the limit was not met.
     """
 
     def __init__(self, total_steps: int, *, start: float, warmup: float, budget: float, interval: int | str, adaptive: bool) -> None:
@@ -45,17 +49,17 @@ class Pace:
 
     @property
     def growth(self) -> float:
-        """Factor of the rate, a step: the same from one measurement to the next, however far apart they are."""
+        """Factor by which the rate grows a step; it grows by the same factor between any two measurements, however far apart they are."""
         return math.exp(self._growth / self._stretch)
 
     @property
     def _stretch(self) -> int:
-        """How many times further apart than planned measurements are, once there are more than planned."""
+        """How many times further apart than planned the measurements are: doubled at each one beyond the plan, to bound their cost."""
         return int(2 ** max(self._grown - self._planned, 0))
 
     @property
     def num_confirming(self) -> int:
-        """Batches, with the one that ends the growth, whose limits the rate should settle by: what the budget leaves, but two at least."""
+        """Number of batches whose limits the rate settles by, with the one that ended the growth: what the budget leaves, at least two."""
         wanted = min(max(round(_CONFIRMING_SHARE * self._count), _TYPICAL), _MOST_CONFIRMING)
         return max(2, min(wanted, self._count - self._grown + 1))
 
@@ -64,10 +68,10 @@ class Pace:
         return self._next <= step < self._total
 
     def plan(self, step: int, *, settled: bool, growing: bool) -> None:
-        """Fix the next measurement; where the rate grows for longer than planned, they come further and further apart."""
+        """Fix the next measurement; if the rate grows for longer than planned, measurements come further and further apart."""
         self._made += 1
         if settled:
-            if not self._settled_every:
+            if not self._settled_every:  # what is left of the budget is spread evenly over the rest of the run
                 left = max(self._count + 1 - self._made, 0)
                 self._settled_every = self._interval or (self._total - step) // (left + 1) + 1
             self._next = step + self._settled_every
@@ -80,32 +84,26 @@ class Pace:
         """The rate grows anew."""
         self._grown = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """The next step, and the measurements so far."""
-        return {"next": self._next, "grown": self._grown, "made": self._made, "settled_every": self._settled_every}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from it."""
-        self._next, self._grown = int(state["next"]), int(state["grown"])
-        self._made, self._settled_every = int(state["made"]), int(state["settled_every"])
-
-
-_START = 0.02  # of the target, at first: sharpness at initialisation is low and rises
-_BACK_OFF = 0.5  # of the rate, after going back
-_NEAR = 0.1  # of the target: a rate that was lost there has grown enough
-_MOSTLY_DONE = 0.1  # of the first loss: the curvature of what is fitted says nothing, and the rate need not grow any more
-_DONE = 0.02  # of the first loss: nor may it rise, where a limit is being confirmed
-_STEP = 1.4  # a rate this near to its target has met it, and rises by no more in one decision from there on
-_STEEPEST_CUT = 0.5  # of the rate, in one decision once it has settled
+_START = 0.02  # share of the target to start from; by judgement: sharpness at initialisation is low and rises
+_BACK_OFF = 0.5  # of the rate, after going back; by judgement
+_NEAR = 0.1  # of the target: a rate that was lost there has grown enough; by judgement
+_MOSTLY_DONE = 0.1  # of the first loss, by judgement: curvature of fitted data bounds nothing (experiments/learner_robust.py: up to 6e6)
+_DONE = 0.02  # of the first loss: nor may the rate rise there while a limit is being confirmed; by judgement
+_STEP = 1.4  # a rate this near to its target has met it, and rises by no more in one decision from there on; by judgement
+_STEEPEST_CUT = 0.5  # of the rate, in one decision once it has settled; by judgement: one batch's limit is off by a factor of two
 
 
-class LearnedRate:
+_NUMBERS = ("value", "settled", "cap=_cap", "grows_since=_grows_since", "target=_target", "before=_before", "good=_good")
+
+
+class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace=_pace")):
     """The peak rate of the first group, and the reasons for its moves.
 
     Args:
-        pace: how fast it grows.
+        pace: how fast it grows, and when to measure.
         safety: share of the limit to settle at.
-        max_lr: never above.
+        max_lr: upper bound of the rate.
 
     Attributes:
         value: the rate; 0 before the first limit is known.
@@ -113,14 +111,15 @@ class LearnedRate:
     """
 
     start_share = _START
+    _limits: list[float]  # the last two while growing
+    _pool: list[float]  # all since the rate met its share of one
 
     def __init__(self, pace: Pace, *, safety: float, max_lr: float) -> None:
         self.value, self.settled = 0.0, False
         self._pace, self._safety, self._max_lr = pace, safety, max_lr
-        self._cap, self._grows_since, self._target = math.inf, 0, math.inf
+        self._cap, self._grows_since, self._target = math.inf, 0, math.inf  # the cap is linear scaling's, after a change of the batch size
         self._before, self._good = 0.0, 0.0  # the rate before it met its limit, and at the point to go back to
-        self._limits: list[float] = []
-        self._pool: list[float] = []  # limits since the rate met its share of one
+        self._limits, self._pool = [], []
 
     @property
     def growing(self) -> bool:
@@ -128,11 +127,11 @@ class LearnedRate:
         return not self.settled and not self._pool
 
     def settle_at(self, value: float) -> None:
-        """A rate from elsewhere."""
+        """Take a rate from elsewhere, for good."""
         self.value, self.settled = value, True
 
     def grow(self) -> None:
-        """One step of growth towards the last target, where it has not met it."""
+        """One step of growth towards the last target; never beyond it, which spoiled single runs in experiments/learner_ablation.py."""
         if self.value > 0 and self.growing:
             self.value = max(self.value, min(self.value * self._pace.growth, self._target, self._cap))
 
@@ -142,10 +141,10 @@ class LearnedRate:
         Args:
             limit: largest stable rate on the batch.
             step: optimizer steps done.
-            decay: what the rate is multiplied by at this step.
-            losses: of the run so far.
-            batch_size: of the batch.
-            changed: whether that is another size than before.
+            decay: factor of the rate at this step.
+            losses: losses of the run so far.
+            batch_size: number of samples in the batch.
+            changed: whether the batch size is a new one.
 
         Returns:
             the reason in words.
@@ -153,7 +152,7 @@ class LearnedRate:
         if self._pool and not changed:
             return self._confirm(limit, losses)
         self._limits = [*self._limits, limit][-2:]
-        # one batch says little, but a fall of the limit counts at once
+        # one batch says little, so two are averaged, but a fall of the limit counts at once
         typical = min(limit, _geometric_mean(self._limits))
         target = self._target = min(self._safety * typical, self._max_lr)
         if self.value == 0:
@@ -178,7 +177,7 @@ class LearnedRate:
             return f"reached {self._safety:.3g} of the limit {target / self._safety:.3g}: held there while more batches are measured"
         self.settled = True
         if self.value >= self._cap:
-            return f"gained as much as linear scaling allows: settles at {self.value:.3g}, below its share {target:.3g} of the limit"
+            return f"capped by the linear scaling rule; fixed at {self.value:.3g}, below its share {target:.3g} of the limit"
         if math.isinf(self._cap) and losses.mean < _MOSTLY_DONE * losses.first:
             return f"the loss has fallen to {losses.mean:.3g} from {losses.first:.3g}: settles at {self.value:.3g}"
         if step - self._grows_since >= self._pace.longest_growth:
@@ -190,7 +189,7 @@ class LearnedRate:
     def _confirm(self, limit: float, losses: LossWatch) -> str:
         """One batch's limit is off by a factor of two either way: go by the mean curvature of several, the harmonic mean of their limits.
 
-        A rate that rises presses the curvature down further, so that the rise is bounded; after a change of the batch size there is none.
+        Training at a higher rate lowers the curvature further, so the rise is bounded; after a change of the batch size there is none.
         """
         self._pool.append(limit)
         count, typical = len(self._pool), len(self._pool) / sum(1 / limit for limit in self._pool)
@@ -204,10 +203,11 @@ class LearnedRate:
         return f"{words}: settles at {self.value:.3g}"
 
     def grow_anew(self, ratio: float, *, step: int) -> None:
-        """After a change of the batch size by a factor: linear scaling bounds the rate.
+        """After a change of the batch size by a factor ``ratio``, grow again, bounded by the linear scaling rule.
 
-        On larger batches it gains that factor at most, and its square root at once, the least that any batch rule gives; on smaller ones
-        it loses the factor at once, as the curvature of fitted data would not say so, and grows back to what it was at most.
+        For larger batches the rate gains sqrt(ratio) at once, the least that any batch rule gives, and ``ratio`` at most. For smaller ones
+        it is multiplied by ``ratio`` at once, since the curvature of fitted data would not show that it must fall, and grows back to at
+        most what it was.
         """
         self._limits.clear()
         self._pool.clear()
@@ -218,15 +218,16 @@ class LearnedRate:
         self._pace.restart()
 
     def scale(self, factor: float) -> None:
-        """By what the limit gained by another momentum."""
+        """Multiply the rate by the factor that another momentum gave its limit."""
         self.value *= factor
         self._cap *= factor
         self._limits = [limit * factor for limit in self._limits]
 
     def back_off(self) -> None:
-        """Half the rate after a lost run, which grows on only if it was far from its target.
+        """Halve the rate after a lost run; it grows on only if it was far from its target.
 
-        A run lost just after the rate met its limit was lost by the rate before, and goes back to a point where that was lower.
+        A run lost just after the rate met its limit was lost by the higher rate before that, so the halving starts from the rate at the
+        point that the run goes back to.
         """
         if self._pool:
             self.value = max(self.value, min(self._before, self._good))
@@ -236,22 +237,8 @@ class LearnedRate:
         self._pool.clear()
 
     def remember(self) -> None:
-        """The present rate is that of the last good point."""
+        """Note the present rate as that of the last good point."""
         self._good = self.value
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        names = ("value", "settled", "_cap", "_grows_since", "_target", "_before", "_good")
-        lists = {"limits": list(self._limits), "pool": list(self._pool)}
-        return {**{name.strip("_"): getattr(self, name) for name in names}, **lists, "pace": self._pace.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved numbers."""
-        self.value, self.settled, self._cap = float(state["value"]), bool(state["settled"]), float(state["cap"])
-        self._grows_since, self._target = int(state["grows_since"]), float(state["target"])
-        self._before, self._good = float(state["before"]), float(state["good"])
-        self._limits, self._pool = [float(v) for v in state["limits"]], [float(v) for v in state["pool"]]
-        self._pace.load_state_dict(state["pace"])
 
 
 def _geometric_mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: decays, what a torch scheduler multiplies the learned rate by, and one made from a run's own gradient norms."""
+"""Learning-rate schedules: decays by name, a torch scheduler as a factor of the learned rate, and one made from a run's gradient norms."""
 
 from __future__ import annotations
 
@@ -11,15 +11,27 @@ import torch
 
 from sharpkit.optimizers import gradient_descent, learning_rate, set_learning_rates
 
-Schedule = Callable[[float], float]
+Schedule = Callable[[float], float]  # share of the run that is done, 0 to 1 -> factor of the peak rate
 
 DECAYS: dict[str, Schedule] = {"linear": lambda z: 1 - z, "cosine": lambda z: 0.5 * (1 + math.cos(math.pi * z)), "constant": lambda z: 1.0}
 
 
 class Multiplier:
-    """A torch scheduler run on a stand-in of rate 1: what it makes of it multiplies the learned rate."""
+    """A torch scheduler run on a stand-in optimizer of rate 1: its lr is used as the multiplier.
+
+    Args:
+        make: optimizer -> scheduler; None for a multiplier that stays 1.
+
+    Raises:
+        TypeError: a scheduler instead of a function that makes one.
+    """
 
     def __init__(self, make: Callable[[torch.optim.Optimizer], Any] | None) -> None:
+        if make is not None and not callable(make):
+            raise TypeError(
+                "schedule must be a function optimizer -> scheduler, such as lambda o: torch.optim.lr_scheduler.StepLR(o, 30), got a "
+                f"{type(make).__name__}: an existing scheduler would overwrite the learned rate"
+            )
         self._optimizer = gradient_descent([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         self._scheduler = None if make is None else make(self._optimizer)
 
@@ -29,13 +41,14 @@ class Multiplier:
         return learning_rate(self._optimizer)
 
     def advance(self) -> None:
-        """One step."""
+        """One step of the scheduler."""
         if self._scheduler is not None:
             self._optimizer.step()  # type: ignore[call-overload]  # schedulers warn where it was left out
             self._scheduler.step()
 
+    # Written by hand: a saved scheduler may be absent, and some schedulers compute the next value from the present one.
     def state_dict(self) -> dict[str, Any]:
-        """Of the scheduler."""
+        """The present value, and the scheduler's state."""
         return {"value": self.value, "scheduler": None if self._scheduler is None else self._scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -45,21 +58,8 @@ class Multiplier:
         set_learning_rates(self._optimizer, [float(state["value"])])
 
 
-def multiplier_of(schedule: Callable[[torch.optim.Optimizer], Any] | None) -> Multiplier:
-    """The multiplier of a scheduler factory, 1 without one.
-
-    Raises:
-        TypeError: a scheduler instead of a function that makes one.
-    """
-    if schedule is not None and not callable(schedule):
-        raise TypeError(
-            f"schedule must be a function optimizer -> scheduler, such as lambda o: torch.optim.lr_scheduler.StepLR(o, 30), got a "
-            f"{type(schedule).__name__}: an existing scheduler would overwrite the learned rate"
-        )
-    return Multiplier(schedule)
-
-
-_WINDOW = 0.1  # of the run: width of the median filter
+# -- from the gradient norms of an earlier run ----------------------------------------------------------------------------------------
+_WINDOW = 0.1  # of the run: width of the median filter, tau of Defazio et al.; its size by judgement
 
 
 def refined_schedule(norms: Sequence[float], *, power: int = 2) -> Callable[[float], float]:
@@ -69,7 +69,7 @@ def refined_schedule(norms: Sequence[float], *, power: int = 2) -> Callable[[flo
     the end, as they often do, decay earlier. Give the result to ``CurvatureLearner(decay=...)`` or multiply a rate by it.
 
     Args:
-        norms: G_t of every step, before clipping: l2 norms with ``power=2`` for SGD, l1 norms with ``power=1`` for Adam.
+        norms: gradient norm G_t of every step, before clipping: l2 norms with ``power=2`` for SGD, l1 norms with ``power=1`` for Adam.
         power: 2 or 1.
 
     Returns:
@@ -87,17 +87,19 @@ def refined_schedule(norms: Sequence[float], *, power: int = 2) -> Callable[[flo
     References:
         Defazio, Cutkosky, Mehta and Mishchenko (2023), arXiv 2310.07831.
     """
-    found = np.asarray(norms, dtype=np.float64)
-    if found.ndim != 1 or len(found) < 3:
-        raise ValueError(f"norms must hold the gradient norm of every step of a run, at least 3, got shape {found.shape}")
-    if not (np.isfinite(found).all() and (found > 0).all()):
+    values = np.asarray(norms, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 3:
+        raise ValueError(f"norms must hold the gradient norm of every step of a run, at least 3, got shape {values.shape}")
+    if not (np.isfinite(values).all() and (values > 0).all()):
         raise ValueError("every gradient norm must be positive and finite: leave out the steps that were skipped")
     if power not in (1, 2):
         raise ValueError(f"power must be 2 (SGD, l2 norms) or 1 (Adam, l1 norms), got {power}")
     from scipy.ndimage import median_filter
 
-    width = max(1, round(_WINDOW * len(found))) | 1
-    weights = (found.min() / median_filter(found, size=width, mode="reflect")) ** power
+    # divided by the least norm first: a high power of small norms would overflow
+    width = max(1, round(_WINDOW * len(values))) | 1
+    weights = (values.min() / median_filter(values, size=width, mode="reflect")) ** power
+    # sum of w_p over later steps p > t
     after = weights[::-1].cumsum()[::-1] - weights
     rates = weights * after
     rates = rates / rates.max()

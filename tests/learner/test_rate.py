@@ -205,7 +205,7 @@ def test_a_settled_rate_moves_by_the_least_a_batch_rule_gives_and_grows_as_linea
     assert rate.value == pytest.approx(0.1 * at_once) and rate.growing
     rate.see(1000.0, step=110)
     assert grown(rate) == pytest.approx(0.1 * at_most)
-    assert rate.see(1000.0, step=120).startswith("gained as much as linear scaling allows: settles at") and rate.settled
+    assert rate.see(1000.0, step=120).startswith("capped by the linear scaling rule; fixed at") and rate.settled
 
 
 @pytest.mark.parametrize(("ratio", "at_once"), [(4.0, 1.0), (0.25, 0.25)])

@@ -130,7 +130,8 @@ def per_layer(
     started = time.perf_counter()
     # a dictionary without values: each layer once, in the model's order
     layers = tuple(dict.fromkeys(layer_of(p) for p in objective.layout.names))
-    sizes, tops, traces, matvecs = [], [], [], 0
+    sizes: list[int] = []
+    tops, traces, matvecs = [], [], 0
 
     def report(progress: Progress) -> None:
         """Progress of one layer as progress of the whole call: the layers to come are expected to cost what those so far did."""

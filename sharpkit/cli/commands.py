@@ -67,12 +67,12 @@ def run_spectrum_command(arguments: argparse.Namespace) -> Answer:
 
 def run_doctor_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit doctor``: whether measurements of a target can be trusted."""
-    from sharpkit.cli.output import say
+    from sharpkit.cli.output import tell
     from sharpkit.measuring.doctor import examine
     from sharpkit.reporting import to_document
 
     objective, _ = _objective(arguments, forecast=False)
-    diagnosis = examine(objective, seed=arguments.seed, callback=None if arguments.quiet else lambda check: say(f"  {check.text} ..."))
+    diagnosis = examine(objective, seed=arguments.seed, callback=None if arguments.quiet else tell)
     documents, extra, _ = _finish(arguments, [to_document(diagnosis)])
     extra["text"] = str(diagnosis)
     return documents, extra, OK if diagnosis.passed else FAILED
@@ -81,7 +81,7 @@ def run_doctor_command(arguments: argparse.Namespace) -> Answer:
 def run_batch_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit batch``: the largest stable learning rate at every batch size."""
     from sharpkit.batch_size.learning_rate_curve import learning_rate_curve
-    from sharpkit.cli.output import say
+    from sharpkit.cli.output import tell
     from sharpkit.cli.target import UsageError
 
     objective, optimizer = _objective(arguments, forecast=False)
@@ -94,7 +94,7 @@ def run_batch_command(arguments: argparse.Namespace) -> Answer:
         pilot=arguments.pilot,
         calibrate=not arguments.no_calibration,
         seed=arguments.seed,
-        callback=None if arguments.quiet else say,
+        callback=None if arguments.quiet else tell,
     )
     documents, extra, code = _finish(arguments, [curve.to_dict()])
     extra["text"] = f"{curve.table()}\n\n{curve}\ncost: {curve.gradients:.0f} full-data gradients, {curve.seconds:.3g} s"
@@ -323,7 +323,7 @@ def run_race_command(arguments: argparse.Namespace) -> Answer:
     rates = arguments.rates or default_rates(problem, points=_QUICK_RATES if quick else 9)
     result = race(
         problem,
-        steps=arguments.steps or (_QUICK_STEPS if quick else _STEPS),
+        max_gradients=arguments.steps or (_QUICK_STEPS if quick else _STEPS),
         seeds=range(arguments.seed, arguments.seed + seeds),
         rates=rates,
         callback=None if arguments.quiet else say,

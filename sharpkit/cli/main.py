@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     batch = _command(subparsers, "batch", run_batch_command, "the largest stable learning rate for every batch size")
     batch.add_argument("--batch-sizes", type=_count, nargs="+", metavar="B", help="where to evaluate (default: powers of two from 4 on)")
     batch.add_argument(
-        "--pilot", type=_count, default=100, metavar="STEPS", help="of the pilot and of each short run (default: %(default)s)"
+        "--pilot", type=_count, default=100, metavar="STEPS", help="steps of the pilot run and of each short run (default: %(default)s)"
     )
     batch.add_argument("--no-calibration", action="store_true", help="curvature only: no short training runs")
     for command in (measure, spectrum, doctor, batch):
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--tol", type=_amount, default=1e-3, help="relative tolerance of the eigenvalues (default: %(default)s)")
         command.add_argument("--probes", type=_count, default=probes, help="random probes of the density (default: %(default)s)")
         command.add_argument("--steps", type=_count, default=steps, help="Lanczos steps for each probe (default: %(default)s)")
-        command.add_argument("--max-seconds", type=_amount, help="stop after this long; what is there by then comes back flagged")
+        command.add_argument("--max-seconds", type=_amount, help="stop after so many seconds; a partial result is marked as not converged")
     report = _command(
         subparsers,
         "report",
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "sources", nargs="+", metavar="FILE|TARGET", help="files saved by --json or by a monitor (run.jsonl), or one file.py:function"
     )
-    report.add_argument("--title", default="Curvature report", help="of the page (default: %(default)s)")
+    report.add_argument("--title", default="Curvature report", help="title of the page (default: %(default)s)")
     _add_common(report)
     _add_watch(_command(subparsers, "watch", run_watch_command, "follow a monitored run in the terminal; Ctrl-C ends it"))
     summary = "do hyperparameters transfer from narrow to wide networks? exit code 0: they do, 3: they do not, or it is undecided"
@@ -203,7 +203,7 @@ def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], Ans
     command: argparse.ArgumentParser = subparsers.add_parser(name, help=summary, description=summary, epilog=_CODES)
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print exactly one JSON document on stdout")
-    command.add_argument("--seed", type=int, default=0, help="of random vectors (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seeds the random vectors (default: %(default)s)")
     command.add_argument("--quiet", action="store_true", help="no remarks and no progress bar on stderr")
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return command
@@ -218,7 +218,7 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quick", action="store_true", help="fewer images, steps and checkpoints")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train and measure (default: %(default)s)")
     command.add_argument("--dataset", default="digits", choices=("digits", "fashion-mnist"), help="(default: %(default)s)")
-    command.add_argument("--data-folder", type=Path, metavar="FOLDER", help="of Fashion-MNIST's four *-ubyte.gz files")
+    command.add_argument("--data-folder", type=Path, metavar="FOLDER", help="holds Fashion-MNIST's four *-ubyte.gz files")
     command.add_argument("--out", default="demo.html", metavar="PATH", help="where the page goes (default: %(default)s)")
 
 

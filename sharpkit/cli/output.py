@@ -56,6 +56,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def tell(progress: Progress) -> None:
+    """The ``callback`` of calls that report in sentences: the text alone, a line each, to stderr."""
+    say(progress.text)
+
+
 class ProgressBar:
     """A tqdm bar on stderr fed by an algorithm's ``callback``; silent where stderr is no terminal.
 
@@ -68,9 +73,8 @@ class ProgressBar:
         self._bar = tqdm(unit=" products", file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True)
 
     def __call__(self, progress: Progress) -> None:
-        self._bar.total = progress.expected_matvecs
-        self._bar.n = progress.num_matvecs
-        self._bar.set_description(progress.stage, refresh=False)
+        self._bar.total, self._bar.n, self._bar.unit = progress.expected, progress.done, f" {progress.unit}"
+        self._bar.set_description(progress.text, refresh=False)
         self._bar.refresh()
 
     def __enter__(self) -> ProgressBar:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -237,13 +237,6 @@ class Snapshot(State, saved=("tensors", "state")):
                 t.copy_(self.tensors[name])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": copy.deepcopy(self.state), "param_groups": groups})  # it would keep the copies themselves
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
-        """The snapshot back from its state."""
-        snapshot = cls.__new__(cls)
-        snapshot.load_state_dict(state)
-        return snapshot
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

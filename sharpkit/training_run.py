@@ -142,7 +142,7 @@ class TrainingRun:
             learner may go back to an earlier point.
 
     Attributes:
-        losses: of the batch of each step, before it; without those of trials.
+        losses: each step's loss on its batch, before the step; without those of trials.
         position: in the order of batches.
         spent, searched: gradients spent so far, and those of them in trials.
         curve: (gradients spent, batch loss) of every step outside trials.

@@ -28,6 +28,9 @@ _GROUPS = 64  # disjoint groups whose Hessians give the noise, by judgement: s^2
 _PART, _PART_SHARE = (64, 256), 6
 _ENDS_TOL = 3e-2  # of both ends' residuals, by judgement; the top one has converged far beyond by then
 
+Floats = NDArray[np.float64]
+Wrap = Callable[[SymmetricOperator], SymmetricOperator]
+
 
 @dataclass(frozen=True)
 class DirectPoint(Result):
@@ -48,62 +51,12 @@ class DirectPoint(Result):
         return float(values.mean()), standard_error(values)
 
 
-def direct_point(
-    pool: SamplePool,
-    turned: Callable[[SymmetricOperator], SymmetricOperator],
-    size: int,
-    *,
-    seed: int,
-    ledger: Ledger,
-    repeats: int,
-    full: float,
-) -> DirectPoint:
-    """Draw ``repeats`` batches of ``size`` and measure both ends; ``full`` is lambda_max of all data."""
-    draws = pool.draws(size, generator=torch.Generator().manual_seed(seed + size))
-    largest, smallest = [], []
-    for number, batch in zip(range(repeats), draws, strict=False):
-        operator = HessianOperator(batch)
-        ends = extreme_values(turned(operator), seed=seed + number, ignorable=_NOTHING * full)
-        largest.append(ends[0])
-        smallest.append(ends[1])
-        ledger.spend(2 * operator.num_matvecs * size)
-    return DirectPoint(size, tuple(largest), tuple(smallest))
-
-
-def extreme_values(operator: SymmetricOperator, *, seed: int, ignorable: float = 0.0) -> tuple[float, float]:
-    """(largest, smallest) eigenvalue from one Krylov space; zeros where the matrix is below ``ignorable`` and rounding alone.
-
-    A batch whose samples are all fitted has a Hessian of the size of rounding, whose products need not be symmetric.
-    """
-    try:
-        largest, smallest = both_ends(operator, tol=_TOL, seed=seed, num_steps=8)
-    except NotSymmetricError:
-        if _size(operator, seed) > ignorable:
-            raise
-        return 0.0, 0.0
-    return float(largest.values[0]), float(smallest.values[0])
-
-
-def _size(operator: SymmetricOperator, seed: int) -> float:
-    """Size of the matrix by three steps of the power method."""
-    vector = operator.random_vectors(1, generator=torch.Generator().manual_seed(seed))[:, 0]
-    norm = float(vector.norm())
-    for _ in range(3):
-        vector = operator.multiply(vector / max(norm, 1e-30))
-        norm = float(vector.norm())
-    return norm
-
-
-Floats = NDArray[np.float64]
-Wrap = Callable[[SymmetricOperator], SymmetricOperator]
-
-
 @dataclass(frozen=True)
 class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "directional", "isotropic", "num_samples", "estimator", "direct")):
     """Curvature of the full data and its mini-batch noise.
 
     Attributes:
-        lambda_max, lambda_min, trace: of the full-data Hessian; lambda_min to some 3 % of lambda_max, from above.
+        lambda_max, lambda_min, trace: what the full-data Hessian has; lambda_min to some 3 % of lambda_max, from above.
         nodes, counts: the spectrum on a sixth of the data (64 to 256 samples) as a quadrature: eigenvalues, how many each. The trace comes
             from the same samples.
         directional: s^2 = E ||(h_i - H) v||^2 of a single sample along the top eigenvector, with its standard error.
@@ -271,7 +224,7 @@ def measure_batch_curvature(
     noise = _group_noise(pool, turned, span, seed=seed, ledger=ledger)
     drawn = [size for size in sorted(set(sizes)) if size <= pool.size // 2]
     direct = tuple(
-        direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats, full=float(largest.values[0])) for size in drawn
+        _direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats, full=float(largest.values[0])) for size in drawn
     )
     return BatchCurvature(
         lambda_max=float(largest.values[0]),
@@ -287,6 +240,43 @@ def measure_batch_curvature(
         direct=direct,
         num_samples=pool.size,
     )
+
+
+def _direct_point(pool: SamplePool, turned: Wrap, size: int, *, seed: int, ledger: Ledger, repeats: int, full: float) -> DirectPoint:
+    """Draw ``repeats`` batches of ``size`` and measure both ends; ``full`` is lambda_max of all data."""
+    draws = pool.draws(size, generator=torch.Generator().manual_seed(seed + size))
+    largest, smallest = [], []
+    for number, batch in zip(range(repeats), draws, strict=False):
+        operator = HessianOperator(batch)
+        ends = extreme_values(turned(operator), seed=seed + number, ignorable=_NOTHING * full)
+        largest.append(ends[0])
+        smallest.append(ends[1])
+        ledger.spend(2 * operator.num_matvecs * size)
+    return DirectPoint(size, tuple(largest), tuple(smallest))
+
+
+def extreme_values(operator: SymmetricOperator, *, seed: int, ignorable: float = 0.0) -> tuple[float, float]:
+    """(largest, smallest) eigenvalue from one Krylov space; zeros where the matrix is below ``ignorable`` and rounding alone.
+
+    A batch whose samples are all fitted has a Hessian of the size of rounding, whose products need not be symmetric.
+    """
+    try:
+        largest, smallest = both_ends(operator, tol=_TOL, seed=seed, num_steps=8)
+    except NotSymmetricError:
+        if _size(operator, seed) > ignorable:
+            raise
+        return 0.0, 0.0
+    return float(largest.values[0]), float(smallest.values[0])
+
+
+def _size(operator: SymmetricOperator, seed: int) -> float:
+    """Size of the matrix by three steps of the power method."""
+    vector = operator.random_vectors(1, generator=torch.Generator().manual_seed(seed))[:, 0]
+    norm = float(vector.norm())
+    for _ in range(3):
+        vector = operator.multiply(vector / max(norm, 1e-30))
+        norm = float(vector.norm())
+    return norm
 
 
 def top_and_noise(pool: SamplePool, *, seed: int, ledger: Ledger, wrap: Wrap) -> tuple[float, float]:

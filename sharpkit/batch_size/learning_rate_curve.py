@@ -71,7 +71,8 @@ class Anchor(Result):
         return math.sqrt(self.trained * self.broke)
 
 
-_READINGS = ("optimizer", "condition=rule.condition", "exponent", "rows", "crossover", "rule_holds_to", "curvature", "anchors")  # written
+# What a document holds first.
+_READINGS = ("optimizer", "condition=rule.condition", "exponent", "rows", "crossover", "rule_holds_to", "curvature", "anchors")
 
 
 @dataclass(frozen=True)
@@ -203,20 +204,10 @@ class LearningRateCurve(
         """One row per batch size, plain numbers."""
         rows = []
         for b in self.batch_sizes:
-            top, rate = self.lambda_max(b), self.max_lr(b)
-            rows.append(
-                {
-                    "batch_size": b,
-                    "lambda_max": float(top),
-                    "lambda_max_lower": top.lower,
-                    "lambda_max_upper": top.upper,
-                    "lambda_min": float(self.lambda_min(b)),
-                    "max_lr": float(rate),
-                    "max_lr_lower": rate.lower,
-                    "max_lr_upper": rate.upper,
-                    "by_curvature": self.by_curvature(b),
-                }
-            )
+            top, low, rate = self.lambda_max(b), self.lambda_min(b), self.max_lr(b)
+            row = {"batch_size": b, "lambda_max": float(top), "lambda_max_lower": top.lower, "lambda_max_upper": top.upper}
+            row |= {"lambda_min": float(low), "max_lr": float(rate), "max_lr_lower": rate.lower, "max_lr_upper": rate.upper}
+            rows.append(row | {"by_curvature": self.by_curvature(b)})
         return rows
 
     def table(self) -> str:
@@ -380,7 +371,7 @@ class _Plan:
 
     Attributes:
         batch_size: B.
-        steps: of each run. Small batches need more of them to show what breaks, and cost less.
+        steps: steps of each run; small batches need more of them to show what breaks, and cost less.
         repeats: searches.
     """
 

@@ -81,8 +81,8 @@ def critical_learning_rate(
         >>> import torch, sharpkit as sk
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> objective = sk.Objective(model, (torch.ones(1, 1), torch.zeros(1, 1)), loss=torch.nn.functional.mse_loss)
-        >>> found = sk.critical_learning_rate(objective, torch.optim.SGD(model.parameters(), lr=0.3))
-        >>> found.lower <= 1.0 <= found.upper
+        >>> critical = sk.critical_learning_rate(objective, torch.optim.SGD(model.parameters(), lr=0.3))
+        >>> critical.lower <= 1.0 <= critical.upper
         True
 
     References:

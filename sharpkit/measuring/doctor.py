@@ -42,7 +42,7 @@ class Check(Result):
     """One thing looked at.
 
     Attributes:
-        name: of the table of checks.
+        name: what is checked.
         status: ``"ok"``, ``"note"`` (worth knowing), ``"warning"`` (numbers need care) or ``"failed"`` (numbers cannot be trusted).
         message: the result, with numbers.
         remedy: what to change; empty where nothing need be.

@@ -31,7 +31,7 @@ _NESTED = ("lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_ran
 
 @dataclass(frozen=True)
 class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditioned_lambda_max", "findings")):
-    """What :func:`measure` found. Eigenvalue errors are residual bounds; errors of sums are standard errors over random probes.
+    """The numbers of :func:`measure`. Eigenvalue errors are residual bounds; errors of sums are standard errors over random probes.
 
     Attributes:
         lambda_max: largest eigenvalue of the Hessian.

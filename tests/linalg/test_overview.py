@@ -91,6 +91,14 @@ def test_one_end_alone_is_not_enough() -> None:
     assert bool(bottom.converged) and float(bottom.residuals) <= 1e-3 * 10 and float(bottom.values) == pytest.approx(-1, abs=1e-2)
 
 
+def test_where_no_pair_has_converged_the_sums_are_those_of_the_plain_probes() -> None:
+    """Two steps a probe, and eight for the first: no end of an even spectrum is known to a hundredth by then."""
+    made = overview(np.linspace(-1, 1, 300) + 0.3, num_probes=5, num_steps=2)
+    later = (made.density.nodes * made.density.weights)[1:].sum(dim=1) * 5 * 300
+    assert made.trace.value == pytest.approx(float(later.mean())) and abs(made.trace.value - 90) <= 3 * made.trace.stderr
+    assert not bool(made.largest.converged) and not bool(made.smallest.converged) and made.num_matvecs == 8 + 4 * 2
+
+
 def test_a_small_matrix_is_known_exactly() -> None:
     spectrum = np.array([3.0, 1.0, -2.0, 0.5])
     made = overview(spectrum, num_probes=4)

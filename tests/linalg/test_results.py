@@ -77,6 +77,18 @@ def test_results_cannot_be_changed() -> None:
     assert {c.__name__ for c in classes if not c.__dataclass_params__.frozen} == {"EigenvalueTracker"}  # type: ignore[attr-defined]
 
 
+def test_documents_name_their_kind_and_the_first_version() -> None:
+    pairs = Eigenpairs(torch.zeros(1), torch.zeros(3, 1), torch.zeros(1), torch.ones(1, dtype=torch.bool), 1)
+    for result, kind in ((Estimate(1.0, 0.1), "estimate"), (pairs, "eigenpairs"), (density(), "spectral_density")):
+        document = result.to_dict()
+        assert list(document)[:2] == ["kind", "version"] and (document["kind"], document["version"]) == (kind, 1)
+
+
+def test_the_kind_of_an_error_is_given_by_name() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Estimate(1.0, 0.1, 0, 0.0, "", True, "residual bound")  # type: ignore[misc]
+
+
 # -- eigenpairs ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("k", "more"), [(2, ""), (10, ""), (11, ", ... 11 in all")])
 def test_eigenpairs_show_ten_values_at_most(k: int, more: str) -> None:

@@ -309,12 +309,12 @@ class RaceRun(TrainingRun):
     Args:
         problem: what is trained.
         seed: seeds the model, the order of batches and the dropout masks.
-        budget: gradients it may spend.
+        max_gradients: gradients it may spend.
         optimizer: params -> its own optimizer; by default the problem's, made with rate 1.
     """
 
-    def __init__(self, problem: RaceProblem, *, seed: int, budget: int, optimizer: MakeOptimizer | None = None) -> None:
-        self.problem, self.seed, self.budget = problem, seed, budget
+    def __init__(self, problem: RaceProblem, *, seed: int, max_gradients: int, optimizer: MakeOptimizer | None = None) -> None:
+        self.problem, self.seed, self.max_gradients = problem, seed, max_gradients
         with torch.random.fork_rng():  # the optimizer inside too: some draw random numbers when they are made
             torch.manual_seed(seed)
             model = problem.make_model(seed)
@@ -329,7 +329,7 @@ class RaceRun(TrainingRun):
     @property
     def remaining(self) -> int:
         """Gradients left."""
-        return self.budget - self.spent
+        return self.max_gradients - self.spent
 
     def charge(self, gradients: int) -> None:
         """Count what was spent on anything but a step."""

@@ -311,7 +311,7 @@ def add_race_arguments(command: argparse.ArgumentParser, *, count: Callable[[str
 
 def run_race_command(arguments: argparse.Namespace) -> Answer:
     """Race, and give the table; exit code 0."""
-    from sharpkit.cli.output import say
+    from sharpkit.cli.output import tell
     from sharpkit.learner.race import default_rates, race
     from sharpkit.reporting import report
 
@@ -326,7 +326,7 @@ def run_race_command(arguments: argparse.Namespace) -> Answer:
         max_gradients=arguments.steps or (_QUICK_STEPS if quick else _STEPS),
         seeds=range(arguments.seed, arguments.seed + seeds),
         rates=rates,
-        callback=None if arguments.quiet else say,
+        callback=None if arguments.quiet else tell,
     )
     document, extra = result.to_dict(), {"target": arguments.target, "text": str(result)}
     if arguments.html:

@@ -1,4 +1,4 @@
-"""Who races: the learner, rates that were given, and ways to find a rate that pay for it out of the same budget."""
+"""Who races: the learner, rates that were given, and ways to find a rate that pay for it out of the same number of gradients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from sharpkit.training_run import MakeOptimizer, RaceProblem, RaceRun
 
 LEARNER = "learner"
 MISSING = "not installed: pip install 'sharpkit[race]'"
-_SHARE = 0.05  # of its steps that the learner may spend on measuring
-_RAMP = 0.1  # of the budget for a range test
-_SEARCH = 0.5  # of the budget for trials
-_STAGES, _TRIALS, _LEAST_TRIAL = 3, 10, 8
+_SHARE = 0.05  # of its steps that the learner may spend on measuring: its default
+# What the searches may spend is by judgement: none is told how much of the run a good rate deserves.
+_RAMP = 0.1  # of the gradients for a range test
+_SEARCH = 0.5  # of the gradients for trials
+_LEAST_RAMP = 20  # steps of a range test, by judgement: fewer have no slope
+_STAGES, _TRIALS, _LEAST_TRIAL = 3, 10, 8  # ten trials as in AutoLRS; stages, and the least steps of a trial, by judgement
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Entrant:
     """A way to train.
 
     Attributes:
-        name: in the table.
-        run: trains within the run's budget and returns the rate used.
-        given: the rate was given; finding it would have cost the runs with the other rates.
-        foreign: another package does the work; what it raises does not end the race.
-        optimizer: params -> its own optimizer, where it is not the problem's.
+        name: name in the table.
+        run: trains until no gradients remain and returns the rate used.
+        given: whether the rate was given; finding it would have cost the runs with the other rates.
+        foreign: whether another package does the work; what it raises does not end the race.
+        optimizer: params -> its own optimizer, if it does not use the problem's.
     """
 
     name: str
@@ -48,43 +50,43 @@ def entrants(problem: RaceProblem, rates: Sequence[float]) -> tuple[list[Entrant
     """All that can start.
 
     Args:
-        problem: whose optimizer decides between the variants of a method.
-        rates: the grid.
+        problem: the problem; its optimizer decides between the variants of a method.
+        rates: the grid, increasing.
 
     Returns:
         the entrants, and why others cannot start.
     """
-    found = [Entrant(LEARNER, learn)]
+    starting = [Entrant(LEARNER, learn)]
     for name in ("constant", "cosine"):
-        found += [Entrant(f"{name}, lr {rate:.3g}", _given(rate, DECAYS[name]), given=True) for rate in rates]
-    found.append(Entrant("grid search, then cosine", lambda run: grid_search(run, rates)))
+        starting += [Entrant(f"{name}, lr {rate:.3g}", _given(rate, DECAYS[name]), given=True) for rate in rates]
+    starting.append(Entrant("grid search, then cosine", lambda run: grid_search(run, rates)))
     for rule in ("steepest/10", "minimum/10"):
-        found.append(Entrant(f"range test ({rule}), then cosine", _ranged(rates, rule)))
+        starting.append(Entrant(f"range test ({rule}), then cosine", _ranged(rates, rule)))
     skipped = {}
     if importlib.util.find_spec("optuna") is not None:
-        found.append(Entrant("Bayesian search in stages", lambda run: bayesian(run, rates[0], rates[-1]), foreign=True))
+        starting.append(Entrant("Bayesian search in stages", lambda run: bayesian(run, rates[0], rates[-1]), foreign=True))
     else:
         skipped["Bayesian search in stages"] = f"optuna is {MISSING}"
     for name, package, make in (("schedule-free", "schedulefree", _schedule_free), ("Prodigy, cosine", "prodigyopt", _prodigy)):
         if importlib.util.find_spec(package) is not None:
-            found.append(make(name, problem))
+            starting.append(make(name, problem))
         else:
             skipped[name] = f"{package} is {MISSING}"
-    return found, skipped
+    return starting, skipped
 
 
 def learn(run: RaceRun) -> float:
     """sharpkit's learner; a measurement is charged one gradient for its graph and two for each product."""
 
-    def decay(_: float) -> float:
-        return max(0.0, 1 - run.spent / run.budget)
+    def decay(_: float) -> float:  # by gradients, not by steps: how many steps its measurements leave is not known before
+        return max(0.0, 1 - run.spent / run.max_gradients)
 
     learner = CurvatureLearner(
         run.optimizer,
         model=run.model,
         loss=run.problem.loss,
         closure=run.problem.closure,
-        total_steps=max(20, round(run.budget / (1 + _SHARE))),
+        total_steps=max(20, round(run.max_gradients / (1 + _SHARE))),
         budget=_SHARE,
         decay=decay,
         process_group=False,
@@ -107,15 +109,15 @@ def _given(rate: float, schedule: Schedule) -> Callable[[RaceRun], float]:
 
 
 def grid_search(run: RaceRun, rates: Sequence[float]) -> float:
-    """Half of the budget for one short trial of each rate from the start, the rest for a run with the best."""
-    steps = max(1, int(_SEARCH * run.budget / len(rates)))
+    """Half of the gradients for one short trial of each rate from the start, the rest for a run with the best."""
+    steps = max(1, int(_SEARCH * run.max_gradients / len(rates)))
     best = min(rates, key=lambda rate: _trial(run, rate, steps))
     run.train(best, run.remaining, schedule=DECAYS["cosine"])
     return best
 
 
 def _trial(run: RaceRun, rate: float, steps: int) -> float:
-    """Mean loss of a trial's second half; its unused steps are not charged when it is lost."""
+    """Mean loss of a trial's second half; the steps that a diverged trial did not make are not charged."""
     with run.trial():
         losses = run.train(rate, steps, schedule=DECAYS["constant"])
         tail = losses[-max(steps // 2, 1) :]
@@ -135,24 +137,24 @@ def range_test(run: RaceRun, low: float, high: float, *, rule: str) -> float:
     """The rate grows exponentially, one step each; the loss says which to take.
 
     Args:
-        run: a tenth of its budget is spent, at least 20 steps; less where the loss quadruples before the end.
+        run: the run; a tenth of its gradients is spent, at least 20, fewer if the loss quadruples before the end.
         low, high: first and last rate.
-        rule: ``"steepest/10"``: a tenth of the rate where the smoothed loss falls fastest against log rate; ``"minimum/10"``: of where it
-            is lowest.
+        rule: ``"steepest/10"`` for a tenth of the rate at which the smoothed loss falls fastest against log rate; ``"minimum/10"`` for a
+            tenth of the rate at which it is lowest.
 
     References:
         Smith (2017), arXiv 1506.01186, section 3.3.
     """
-    steps = min(max(20, round(_RAMP * run.budget)), run.budget // 2)
+    steps = min(max(_LEAST_RAMP, round(_RAMP * run.max_gradients)), run.max_gradients // 2)
     rates: list[float] = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
-    keep = 1 - 10 / steps if steps > 20 else 0.5  # smoothed over a tenth of the ramp
+    keep = 1 - 10 / steps if steps > _LEAST_RAMP else 0.5  # smoothed over a tenth of the ramp, by judgement
     smooth: list[float] = []
     mean = 0.0
     with run.trial():
         for i, rate in enumerate(rates):
             run.set_rate(rate)
             mean = keep * mean + (1 - keep) * run.step()
-            smooth.append(mean / (1 - keep ** (i + 1)))
+            smooth.append(mean / (1 - keep ** (i + 1)))  # the running mean starts from 0, which this corrects
             if run.diverged or not smooth[-1] <= 4 * max(min(smooth), 1e-12):
                 smooth.pop()
                 break
@@ -171,13 +173,14 @@ def bayesian(run: RaceRun, low: float, high: float) -> float:
     References:
         Jin et al. (2021), arXiv 2105.10762; there the loss of a trial is extrapolated, here it is taken as it is.
     """
-    per_stage = run.budget // _STAGES
+    per_stage = run.max_gradients // _STAGES
     trials = max(4, min(_TRIALS, int(_SEARCH * per_stage / _LEAST_TRIAL)))
     steps = max(1, int(_SEARCH * per_stage / trials))
     first = math.nan
     for stage in range(_STAGES):
         rate = _suggested(run, low, high, trials=trials, steps=steps, seed=run.seed + 101 * stage)
         first = rate if stage == 0 else first
+        # trials that diverged early left some of their share: the last stage gets it
         until = per_stage - trials * steps if stage < _STAGES - 1 else run.remaining
         run.train(rate, until, schedule=DECAYS["constant"])
         if run.diverged:
@@ -188,6 +191,7 @@ def bayesian(run: RaceRun, low: float, high: float) -> float:
 def _suggested(run: RaceRun, low: float, high: float, *, trials: int, steps: int, seed: int) -> float:
     import optuna
 
+    # a diverged trial's loss would flatten the Gaussian process everywhere else
     worst = 10 * abs(run.losses[0]) if run.losses and math.isfinite(run.losses[0]) else 1e3
     before = optuna.logging.get_verbosity()
     with _quiet():
@@ -250,7 +254,7 @@ def _own_rate(schedule: Schedule) -> Callable[[RaceRun], float]:
 
 
 def _sample(problem: RaceProblem) -> torch.optim.Optimizer:
-    """The problem's optimizer over a single number, to read its kind and settings from."""
+    """The problem's optimizer over a single parameter, to read its kind and settings from."""
     return problem.optimizer([torch.nn.Parameter(torch.zeros(1))], 1.0)
 
 

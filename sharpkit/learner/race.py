@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean, median, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
-from sharpkit._results import format_with_error, number
+from sharpkit._results import Progress, ProgressCallback, Result, format_with_error
 from sharpkit.learner.baselines import LEARNER, Entrant, entrants, has_adaptive_optimizer
-from sharpkit.training_run import RaceProblem, RaceRun
+from sharpkit.training_run import RaceProblem, RaceRun, as_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-KIND = "learning_rate_race"
 COUNTING = (
     "One gradient is a forward and a backward pass over one batch. A training step costs one, in trials as well; a measurement of the "
     "learner costs one for its graph and two for each product. The losses shown are computed once at the end, for all alike."
 )
-_RATES = {True: (1e-5, 1e-1), False: (1e-3, 10.0)}  # adaptive or not: half decades around what is in use
-_CURVE_POINTS = 60
+# First and last rate of the default grid for adaptive and other optimizers; by judgement: two decades to either side of common choices.
+_RATES = {True: (1e-5, 1e-1), False: (1e-3, 10.0)}
+_CURVE_POINTS = 60  # of a curve in a result, by judgement: as many as a figure shows
+_LEAST_GRADIENTS = 100  # by judgement: a search for a rate in fewer says nothing
 
 
 @dataclass(frozen=True)
-class Finish:
+class Finish(Result):
     """How one entrant did, over the seeds.
 
     Attributes:
-        name: of the entrant.
-        given: its rate was given; finding it would have cost the runs with the other rates.
-        rates: used, one a seed; the peak where it changes.
-        train_losses, test_losses: at the end, one a seed; infinite where the run was lost. No test losses without test data.
-        spent: gradients, one a seed; fewer than the budget where the run was lost.
-        searched: of them on finding the rate.
+        name: name of the entrant.
+        given: whether its rate was given; finding it would have cost the runs with the other rates.
+        rates: rate used, for each seed; the peak if it changes.
+        train_losses, test_losses: losses at the end, for each seed; infinite if the run diverged. No test losses without test data.
+        spent: gradients spent, for each seed; fewer than allowed if the run diverged.
+        searched: how many of them were spent on finding the rate.
         curve: (gradients spent, batch loss) of the first seed, averaged over stretches.
     """
 
@@ -51,7 +52,7 @@ class Finish:
 
     @property
     def train_loss(self) -> float:
-        """Mean over seeds; infinite where any was lost."""
+        """Mean over seeds; infinite if any run diverged."""
         return fmean(self.train_losses) if self.train_losses else math.inf
 
     @property
@@ -61,49 +62,44 @@ class Finish:
 
     @property
     def lost(self) -> int:
-        """Seeds whose run was lost."""
+        """Number of seeds whose run diverged."""
         return sum(not math.isfinite(loss) for loss in self.train_losses)
 
     @property
     def typical_rate(self) -> float:
-        """Geometric mean over seeds."""
+        """Geometric mean of the rates over seeds."""
         positive = [rate for rate in self.rates if rate > 0]
         return math.exp(fmean(map(math.log, positive))) if positive else 0.0
 
     def cells(self) -> list[str]:
-        """Of a table: name, training loss, test loss, rate, gradients, of them searching, lost."""
+        """A row of the table, in the order of :attr:`RaceResult.columns`."""
         searched = "the rate was given" if self.given else f"{fmean(self.searched or [0]):.0f}"
-        found = [self.name, _with_error(self.train_losses), _with_error(self.test_losses), f"{self.typical_rate:.3g}"]
-        return [*found, f"{fmean(self.spent or [0]):.0f}", searched, f"{self.lost} lost" if self.lost else ""]
+        results = [self.name, _with_error(self.train_losses), _with_error(self.test_losses), f"{self.typical_rate:.3g}"]
+        return [*results, f"{fmean(self.spent or [0]):.0f}", searched, f"{self.lost} lost" if self.lost else ""]
 
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Finish:
-        """Back from its document."""
-        floats: dict[str, Any] = {name: [number(v) for v in document[name]] for name in ("rates", "train_losses", "test_losses")}
-        ints: dict[str, Any] = {name: [int(v) for v in document[name]] for name in ("spent", "searched")}
-        curve = [(number(x), number(y)) for x, y in document["curve"]]
-        return cls(str(document["name"]), bool(document["given"]), **floats, **ints, curve=curve)
+
+_SAVED = ("budget=max_gradients", "seeds", "skipped", "seconds", "finishes", "findings")
 
 
 @dataclass(frozen=True)
-class RaceResult:
+class RaceResult(Result, kind="learning_rate_race", saved=_SAVED):
     """Who trained how far with the same number of gradients.
 
     Attributes:
-        finishes: by training loss, the lowest first.
-        budget: gradients that each could spend.
-        seeds: of the runs.
-        skipped: entrant -> why it did not start.
-        seconds: that all took.
+        finishes: results of the entrants by training loss, the lowest first.
+        max_gradients: gradients that each could spend, for each seed.
+        seeds: seeds of the runs.
+        skipped: why an entrant did not start, by its name.
+        seconds: time that all took.
     """
 
     finishes: list[Finish]
-    budget: int
+    max_gradients: int
     seeds: list[int]
     skipped: dict[str, str]
     seconds: float
 
-    columns = ("entrant", "training loss", "test loss", "rate", "gradients", "of them searching", "")
+    columns: ClassVar = ("entrant", "training loss", "test loss", "rate", "gradients", "of them searching", "")
 
     def __getitem__(self, name: str) -> Finish:
         """The entrant of this name.
@@ -118,7 +114,7 @@ class RaceResult:
 
     def findings(self) -> list[str]:
         """What came out, in sentences."""
-        best, found = self.finishes[0], [f for f in self.finishes if not f.given and f.name != LEARNER]
+        best, rivals = self.finishes[0], [f for f in self.finishes if not f.given and f.name != LEARNER]
         said = [f"Lowest training loss: {best.name}, {_with_error(best.train_losses)}{' (its rate was given)' if best.given else ''}."]
         mine = next((f for f in self.finishes if f.name == LEARNER), None)
         if mine is None:
@@ -129,8 +125,8 @@ class RaceResult:
                 f"The learner's training loss is {_times(mine.train_loss, min(given))} the best of {len(given)} given rates and "
                 f"{_times(mine.train_loss, median(given))} their median."
             )
-        if found:
-            rival = min(found, key=lambda f: f.train_loss)
+        if rivals:
+            rival = min(rivals, key=lambda f: f.train_loss)
             ratio = _times(mine.train_loss, rival.train_loss)
             said.append(f"Of the others that were given no rate, {rival.name} did best: the learner's loss is {ratio} that.")
         if tested := [f for f in self.finishes if f.test_losses]:
@@ -142,22 +138,10 @@ class RaceResult:
         rows = [list(self.columns), *(finish.cells() for finish in self.finishes)]
         keep = [j for j in range(len(self.columns)) if any(row[j] for row in rows[1:])]
         widths = {j: max(len(row[j]) for row in rows) for j in keep}
-        lines = [f"{self.budget} gradients each, {len(self.seeds)} seed{'' if len(self.seeds) == 1 else 's'}"]
+        lines = [f"{self.max_gradients} gradients each, {len(self.seeds)} seed{'' if len(self.seeds) == 1 else 's'}"]
         lines += ["  ".join(row[j].ljust(widths[j]) for j in keep).rstrip() for row in rows]
         lines += [f"not started: {name} ({why})" for name, why in self.skipped.items()]
         return "\n".join([*lines, "", *(f"* {finding}" for finding in self.findings()), "", COUNTING])
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready but for NaN and infinities."""
-        rest = {name: getattr(self, name) for name in ("budget", "seeds", "skipped", "seconds")}
-        return {"kind": KIND, "version": 1, **rest, "finishes": [asdict(f) for f in self.finishes], "findings": self.findings()}
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> RaceResult:
-        """Back from its document."""
-        finishes = [Finish.from_dict(f) for f in document["finishes"]]
-        skipped = {str(name): str(why) for name, why in document["skipped"].items()}
-        return cls(finishes, int(document["budget"]), [int(s) for s in document["seeds"]], skipped, number(document["seconds"]))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Losses against gradients spent."""
@@ -169,12 +153,12 @@ class RaceResult:
 def race(
     problem: RaceProblem,
     *,
-    steps: int = 1000,
-    seeds: Sequence[int] = (0, 1, 2),
+    max_gradients: int = 1000,
+    seeds: int | Sequence[int] = 3,
     rates: Sequence[float] | None = None,
-    callback: Callable[[str], None] | None = None,
+    callback: ProgressCallback | None = None,
 ) -> RaceResult:
-    """Train the same problem from scratch in every way, each with ``steps`` gradients including what finding the rate costs.
+    """Train the same problem from scratch in every way, each with ``max_gradients`` gradients including what finding the rate costs.
 
     Entrants: :class:`sharpkit.CurvatureLearner`; constant and cosine at each rate of the grid (whose rate is given: finding it costs the
     other runs); a grid search in short trials; an LR range test by two rules; Bayesian search in stages as in AutoLRS (needs optuna);
@@ -182,53 +166,56 @@ def race(
 
     Args:
         problem: what to train.
-        steps: gradients that each entrant may spend, a seed; at least 100.
-        seeds: of initialisations and of the order of batches.
-        rates: the grid, at least two; by default nine from 1e-3 to 10, for adaptive optimizers from 1e-5 to 0.1.
-        callback: told each entrant's result.
+        max_gradients: gradients that each entrant may spend, for each seed; at least 100.
+        seeds: number of runs of each entrant (seeds 0, 1, ...), or their seeds, which determine initialisation and order of batches.
+        rates: the grid, at least two rates; by default nine from 1e-3 to 10, for adaptive optimizers from 1e-5 to 0.1.
+        callback: receives :class:`sharpkit.Progress` after each entrant, with its result as text; counts runs.
 
     Raises:
-        ValueError: too few steps or rates, or no seed.
+        TypeError: seeds that are no whole numbers.
+        ValueError: too few gradients or rates, or no seed.
         UnsupportedError: an optimizer that the learner does not know.
 
     Example:
         >>> import torch, sharpkit as sk
         >>> batch = (torch.eye(4), torch.ones(4, 1))
         >>> problem = RaceProblem(lambda seed: torch.nn.Linear(4, 1), torch.optim.SGD, [batch], torch.nn.functional.mse_loss)
-        >>> result = race(problem, steps=100, seeds=[0], rates=[0.01, 0.1, 1.0])
+        >>> result = race(problem, max_gradients=100, seeds=1, rates=[0.01, 0.1, 1.0])
         >>> result["learner"].train_loss < result["constant, lr 0.01"].train_loss
         True
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 100:
-        raise ValueError(f"steps must be a whole number from 100 on: a search in fewer gradients says nothing; got {steps!r}")
-    if not seeds:
-        raise ValueError("seeds must be at least one whole number, got none")
+    if isinstance(max_gradients, bool) or not isinstance(max_gradients, int) or max_gradients < _LEAST_GRADIENTS:
+        raise ValueError(f"max_gradients must be a whole number from {_LEAST_GRADIENTS} on, got {max_gradients!r}: fewer say nothing")
+    chosen_seeds = as_seeds(seeds)
     grid = sorted({float(r) for r in (default_rates(problem) if rates is None else rates)})
     if len(grid) < 2 or not grid[0] > 0 or not math.isfinite(grid[-1]):
         raise ValueError(f"rates must be at least two different positive numbers, got {rates!r}")
     began = time.perf_counter()
     started, skipped = entrants(problem, grid)
     finishes = []
-    for entrant in started:
+    for done, entrant in enumerate(started, start=1):
         try:
-            finishes.append(_finish(problem, entrant, steps=steps, seeds=seeds))
+            finish = _finish(problem, entrant, max_gradients=max_gradients, seeds=chosen_seeds)
         except Exception as error:
             if not entrant.foreign:
                 raise
             skipped[entrant.name] = f"it raised {type(error).__name__}: {error}"
             continue
+        finishes.append(finish)
         if callback is not None:
-            callback(f"{entrant.name}: training loss {_with_error(finishes[-1].train_losses)}")
-    finishes.sort(key=lambda f: (f.train_loss, f.name))
-    return RaceResult(finishes, steps, [int(s) for s in seeds], skipped, time.perf_counter() - began)
+            text = f"{entrant.name}: training loss {_with_error(finish.train_losses)}"
+            elapsed, each = time.perf_counter() - began, len(chosen_seeds)
+            callback(Progress(done * each, len(started) * each, elapsed, elapsed * (len(started) / done - 1), text, unit="runs"))
+    finishes.sort(key=lambda f: (f.train_loss, f.name))  # the name decides between those that all diverged
+    return RaceResult(finishes, max_gradients, list(chosen_seeds), skipped, time.perf_counter() - began)
 
 
 def default_rates(problem: RaceProblem, *, points: int = 9) -> list[float]:
     """A log grid that suits the problem's optimizer.
 
     Args:
-        problem: whose optimizer decides.
-        points: at least two.
+        problem: the problem; its optimizer decides between two ranges.
+        points: number of rates, at least two.
 
     Raises:
         UnsupportedError: an optimizer that the learner does not know.
@@ -242,20 +229,20 @@ def default_rates(problem: RaceProblem, *, points: int = 9) -> list[float]:
     return [float(f"{low * (high / low) ** (i / (points - 1)):.3g}") for i in range(points)]
 
 
-def _finish(problem: RaceProblem, entrant: Entrant, *, steps: int, seeds: Sequence[int]) -> Finish:
-    found = Finish(entrant.name, entrant.given, [], [], [], [], [], [])
+def _finish(problem: RaceProblem, entrant: Entrant, *, max_gradients: int, seeds: Sequence[int]) -> Finish:
+    finish = Finish(entrant.name, entrant.given, [], [], [], [], [], [])
     for seed in seeds:
-        run = RaceRun(problem, seed=seed, budget=steps, optimizer=entrant.optimizer)
-        found.rates.append(entrant.run(run))
-        lost = run.diverged
-        found.train_losses.append(math.inf if lost else run.final_loss(problem.data))
+        run = RaceRun(problem, seed=seed, max_gradients=max_gradients, optimizer=entrant.optimizer)
+        finish.rates.append(entrant.run(run))
+        diverged = run.diverged
+        finish.train_losses.append(math.inf if diverged else run.final_loss(problem.data))
         if problem.test_data is not None:
-            found.test_losses.append(math.inf if lost else run.final_loss(problem.test_data))
-        found.spent.append(run.spent)
-        found.searched.append(run.searched)
+            finish.test_losses.append(math.inf if diverged else run.final_loss(problem.test_data))
+        finish.spent.append(run.spent)
+        finish.searched.append(run.searched)
         if seed == seeds[0]:
-            found.curve.extend(_thinned(run.curve))
-    return found
+            finish.curve.extend(_thinned(run.curve))
+    return finish
 
 
 def _thinned(curve: list[tuple[int, float]]) -> list[tuple[float, float]]:

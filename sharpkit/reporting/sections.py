@@ -451,7 +451,7 @@ def _race_section(document: Document) -> Section:
     count = len(result.seeds)
     section = Section(
         "Learning rates raced",
-        f"The same problem trained from scratch in every way, with {result.budget} gradients each, "
+        f"The same problem trained from scratch in every way, with {result.max_gradients} gradients each, "
         f"{count} seed{'' if count == 1 else 's'}. {COUNTING}",
     )
     section.findings = [*result.findings(), *(f"Not started: {name} ({why})." for name, why in result.skipped.items())]

@@ -61,9 +61,12 @@ def classification(optimizer: Any = sgd) -> RaceProblem:
 def result() -> RaceResult:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    found = race(classification(), steps=STEPS, seeds=[0, 1], rates=[0.01, 0.1, 1.0])
+    seen: list[sk.Progress] = []
+    raced = race(classification(), max_gradients=STEPS, seeds=2, rates=[0.01, 0.1, 1.0], callback=seen.append)
     assert torch.equal(before, torch.get_rng_state()), "the global random state was touched"
-    return found
+    assert len(seen) == len(raced.finishes) and {progress.unit for progress in seen} == {"runs"}
+    assert seen[-1].done == seen[-1].expected == 2 * len(seen) and seen[0].text.startswith("learner: training loss")
+    return raced
 
 
 # -- the budget ------------------------------------------------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def test_the_gradients_counted_are_those_made() -> None:
     problem, passes = counted(classification())
     started, _ = baselines.entrants(problem, [0.01, 0.1, 1.0])
     for entrant in started:
-        run = RaceRun(problem, seed=0, budget=STEPS, optimizer=entrant.optimizer)
+        run = RaceRun(problem, seed=0, max_gradients=STEPS, optimizer=entrant.optimizer)
         passes[0] = 0
         entrant.run(run)
         if entrant.name == baselines.LEARNER:  # a product passes twice, once for the gradient's graph and once through it
@@ -106,7 +109,7 @@ def test_the_gradients_counted_are_those_made() -> None:
 
 # -- rates -----------------------------------------------------------------------------------------------------------------------
 def test_on_a_quadratic_searches_find_the_rate_that_is_known_to_be_best() -> None:
-    result = race(quadratic(), steps=STEPS, seeds=[0], rates=RATES)
+    result = race(quadratic(), max_gradients=STEPS, seeds=[0], rates=RATES)
     # constant steps leave (1 - rate c)^T of each coordinate: 0.4 is best of the grid, 0.6 > 2/4 diverges
     for rate in (0.01, 0.1, 0.4):
         left = (1 - rate * CURVATURES[0].double()) ** STEPS
@@ -123,7 +126,7 @@ def test_on_a_quadratic_searches_find_the_rate_that_is_known_to_be_best() -> Non
 
 
 def test_trials_leave_no_trace() -> None:
-    run = RaceRun(classification(), seed=0, budget=STEPS)
+    run = RaceRun(classification(), seed=0, max_gradients=STEPS)
     run.train(0.1, 3, schedule=lambda z: 1.0)
     before = {name: t.clone() for name, t in run.model.state_dict().items()}
     scores = [baselines._trial(run, rate, 8) for rate in (0.1, 0.3, 0.1)]
@@ -144,7 +147,7 @@ def test_a_race_is_deterministic(result: RaceResult) -> None:
     for entrant in started:
         if entrant.given and entrant.name != "cosine, lr 0.1":
             continue
-        run = RaceRun(problem, seed=1, budget=STEPS, optimizer=entrant.optimizer)
+        run = RaceRun(problem, seed=1, max_gradients=STEPS, optimizer=entrant.optimizer)
         again = (entrant.run(run), run.final_loss(problem.data))
         assert again == (result[entrant.name].rates[1], result[entrant.name].train_losses[1]), entrant.name
 
@@ -168,7 +171,7 @@ def test_the_picture_shows_every_way(result: RaceResult) -> None:
 
 def test_adam_and_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = classification(lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.01))
-    result = race(problem, steps=100, seeds=[0], rates=[1e-3, 1e-2])
+    result = race(problem, max_gradients=100, seeds=[0], rates=[1e-3, 1e-2])
     assert all(math.isfinite(f.train_loss) for f in result.finishes)
     found = importlib.util.find_spec
 
@@ -192,12 +195,16 @@ def test_what_another_package_raises_does_not_end_the_race(monkeypatch: pytest.M
         return True if name == "optuna" else None if name in ("schedulefree", "prodigyopt") else found(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", only_optuna)
-    result = race(quadratic(), steps=100, seeds=[0], rates=[0.1, 0.2])
+    result = race(quadratic(), max_gradients=100, seeds=[0], rates=[0.1, 0.2])
     assert result.skipped["Bayesian search in stages"] == "it raised RuntimeError: no kernel today"
 
 
 def test_arguments_that_make_no_sense_are_named() -> None:
-    for wrong, said in (({"steps": 50}, "from 100 on"), ({"seeds": []}, "at least one"), ({"rates": [0.1]}, "two different positive")):
+    for wrong, said in (
+        ({"max_gradients": 50}, "from 100 on"),
+        ({"seeds": []}, "at least one"),
+        ({"rates": [0.1]}, "two different positive"),
+    ):
         with pytest.raises(ValueError, match=said):
             race(quadratic(), **wrong)
     with pytest.raises(TypeError, match=r"model must be a function of \(seed\)"):

@@ -1,7 +1,7 @@
 """Do hyperparameters transfer from narrow to wide (and shallow to deep) networks? ``sk.transfer`` measures, and says which rule is broken.
 
-    check = sk.transfer.coordinate_check(build, [64, 128, 256], optimizer=optimizer, data=data, loss=loss)
-    sk.transfer.find_culprits(build, [64, 128, 256], optimizer=optimizer, data=data, loss=loss)
+``sk.transfer.coordinate_check(build, [64, 128, 256], optimizer=optimizer, data=data, loss=loss)`` measures, ``find_culprits`` names the
+rule, ``diagnose`` gives the verdict.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.25  # half of what the mildest broken rule makes; correct networks of widths 64 to 512 show up to about 0.2
 _ERRORS = 3.0  # standard errors: a check judges dozens of exponents, so that 95 % would not do
-_MOST_FINDINGS = 6
+_MOST_FINDINGS = 6  # by judgement: a reader goes through so many sentences
 _JUDGED = ("module", "output", "attention logits")
 
 

@@ -71,11 +71,12 @@ def growing_dimensions(shapes: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]
     return tuple(i for i, column in enumerate(columns) if len(set(column)) > 1)
 
 
+# The mildest broken rule shifts an exponent by 1/2, and widths of 64 to 512 of a correct network show up to about 0.15: half way
+# (experiments/transfer_faults.py).
 MINIMAL_EXPONENT = 0.25
-"""The mildest broken rule shifts an exponent by 1/2, and widths of 64 to 512 of a correct network show up to about 0.15: half way."""
+# Standard errors: some ten rules are tested with errors known from 7 to 10 degrees of freedom, whose t-quantile for one false alarm in a
+# hundred checks is 4 to 5; the exponent asked for above makes the joint condition stricter (experiments/transfer_faults.py).
 MINIMAL_ERRORS = 4.0
-"""Standard errors: some ten rules are tested with errors known from 7 to 10 degrees of freedom, whose t-quantile for one false alarm in a
-hundred checks is 4 to 5; the exponent asked for above makes the joint condition stricter."""
 
 RULES = {
     "hidden initialisation": "variance 1/fan_in",

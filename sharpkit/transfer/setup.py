@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkit._results import Progress, ProgressCallback
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.objective import Closure, Objective
 from sharpkit.optimizers import learning_rates, set_learning_rates
@@ -44,23 +46,25 @@ class Family:
         if not callable(self.build):
             raise TypeError(f"build must be a function from {self.dimension} to a model, got {type(self.build).__name__}")
         if not callable(self.optimizer):
+            # one object would hold the parameters of one model, and parametrisations differ in the rates that they give each size
             raise TypeError(
                 f"optimizer must be a function (model, {self.dimension}) -> torch optimizer, got {type(self.optimizer).__name__}: "
-                "parametrisations differ in the rates they give each width, so one optimizer object would not do"
+                f"parametrisations differ in the rates they give each {self.dimension}, so one optimizer object would not do"
             )
         self.batches.extend(training_batches(self.data, loss=self.loss, closure=self.closure))
 
     def start(self, size: int, *, seed: int = 0, lr_factor: float = 1.0) -> FamilyRun:
-        """A model of this size with its optimizer, not trained yet; the global random state is left as found.
+        """A model of this size with its optimizer, not trained yet; the global random state is left as it was.
 
         Args:
             size: width or depth.
-            seed: of the initialisation and of the order of batches.
+            seed: seeds the initialisation, the order of batches and the dropout masks.
             lr_factor: multiplies the learning rate of every parameter group.
 
         Raises:
             TypeError: build or optimizer returned something else.
         """
+        # the optimizer inside too: some draw random numbers when they are made
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self.build(size)
@@ -69,6 +73,7 @@ class Family:
             optimizer = self.optimizer(model, size)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer(model, {size}) must return a torch optimizer, got {type(optimizer).__name__}")
+        # every group by the same factor: their ratios are the parametrisation
         set_learning_rates(optimizer, [rate * lr_factor for rate in learning_rates(optimizer)])
         return FamilyRun(self, model, optimizer, size, seed)
 
@@ -78,12 +83,12 @@ class Family:
 
 
 class FamilyRun(TrainingRun):
-    """One training run of a family; once it diverged, nothing is done any more.
+    """One training run of a family; once it has diverged, further steps do nothing.
 
     Attributes:
-        family: where it comes from.
+        family: the family that started it.
         size: width or depth.
-        seed: of the order of batches and the dropout masks.
+        seed: seeds the order of batches and the dropout masks.
     """
 
     def __init__(self, family: Family, model: nn.Module, optimizer: torch.optim.Optimizer, size: int, seed: int) -> None:
@@ -96,11 +101,51 @@ class FamilyRun(TrainingRun):
         return Objective(self.model, data, loss=self.family.loss, closure=self.family.closure, mode=mode, process_group=False)
 
     def final_loss(self, batches: Sequence[Batch] | None = None) -> float:
-        """Mean loss over batches in eval mode (default: all the family's); infinite where the run diverged."""
+        """Mean loss over batches in eval mode (default: all the family's); infinite if the run diverged."""
         if self.diverged:
             return math.inf
         chosen = self.family.batches if batches is None else batches
         return mean_loss(self.model, chosen, loss=self.family.loss, closure=self.family.closure)
+
+
+class RunProgress:
+    """Counts the training runs of one call and tells its callback where the call stands.
+
+    Args:
+        callback: is told; None for silence.
+        expected: runs of the whole call, as far as known.
+
+    Example:
+        >>> progress = RunProgress(lambda p: print(p.text, p.done, p.expected, p.unit), expected=4)
+        >>> progress.tell("width 64, seed 0", runs=1)
+        width 64, seed 0 1 4 runs
+    """
+
+    def __init__(self, callback: ProgressCallback | None, expected: int) -> None:
+        self._callback, self._expected, self.done, self._started = callback, expected, 0, time.perf_counter()
+
+    def tell(self, text: str, *, runs: int = 0) -> None:
+        """Count runs just finished and say what was done."""
+        self.done += runs
+        if self._callback is not None:
+            elapsed, expected = self.seconds, max(self._expected, self.done)
+            left = elapsed / self.done * (expected - self.done) if self.done else math.nan
+            self._callback(Progress(self.done, expected, elapsed, left, text, unit="runs"))
+
+    def part(self) -> ProgressCallback:
+        """The callback for a call inside this one: its runs are added to those done before it."""
+        before = self.done
+
+        def tell(progress: Progress) -> None:
+            self.done = before + progress.done
+            self.tell(progress.text)
+
+        return tell
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self._started
 
 
 def check_sizes(sizes: Sequence[int], *, dimension: str = "width", least: int = 2) -> tuple[int, ...]:
@@ -109,7 +154,7 @@ def check_sizes(sizes: Sequence[int], *, dimension: str = "width", least: int = 
     Raises:
         ValueError: too few, or not positive.
     """
-    found = tuple(sorted({int(s) for s in sizes}))
-    if len(found) < least or found[0] < 1:
+    different = tuple(sorted({int(s) for s in sizes}))
+    if len(different) < least or different[0] < 1:
         raise ValueError(f"{dimension}s must be at least {least} different positive numbers, got {list(sizes)}")
-    return found
+    return different

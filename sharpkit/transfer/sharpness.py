@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_NTK_SAMPLES, _TRACE_MATVECS = 32, 12
+_NTK_SAMPLES, _TRACE_MATVECS = 32, 12  # by judgement: enough for a curve over time, at the cost of a few training steps
 
 
 class Probe:

@@ -19,10 +19,10 @@ from sharpkit.training_run import MakeOptimizer, RaceProblem, RaceRun
 
 LEARNER = "learner"
 MISSING = "not installed: pip install 'sharpkit[race]'"
-_SHARE = 0.05  # of its steps that the learner may spend on measuring: its default
-# What the searches may spend is by judgement: none is told how much of the run a good rate deserves.
-_RAMP = 0.1  # of the gradients for a range test
-_SEARCH = 0.5  # of the gradients for trials
+_SHARE = 0.05  # of its steps that the learner may spend on measuring; by judgement, the default of CurvatureLearner
+# Nothing in the methods says how much of a run a good rate is worth.
+_RAMP = 0.1  # of the gradients for a range test; by judgement
+_SEARCH = 0.5  # of the gradients for trials; by judgement
 _LEAST_RAMP = 20  # steps of a range test, by judgement: fewer have no slope
 _STAGES, _TRIALS, _LEAST_TRIAL = 3, 10, 8  # ten trials as in AutoLRS; stages, and the least steps of a trial, by judgement
 

@@ -77,6 +77,7 @@ class LearnerHistory(Result, kind="learner_history"):
         """What was decided, in sentences."""
         if not self.decisions:
             return ["No decision was made yet."]
+        # the learner's reason for going back begins so, see CurvatureLearner
         last, back = self.decisions[-1], sum("the loss rose" in d.reason for d in self.decisions)
         went = f"the run went back to an earlier point {back} time{'' if back == 1 else 's'}" if back else "the run never had to go back"
         return [f"The learned rate is {last.lr:.3g} after {last.step} steps and {len(self)} decisions; {went}."]

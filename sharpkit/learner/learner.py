@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 8  # steps between looks at the losses, each of which waits for the device; by judgement
 _MAX_ROLLBACKS = 8  # by judgement: a run that is lost more often has another cause than the rate
-_STATE_VERSION = 2  # of the layout of a saved learner
+_STATE_VERSION = 2  # of the layout, counted by convention; 2 since several batches decide where the rate settles
 _MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given; by judgement
 
 
@@ -193,7 +193,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             the decision if one was made.
         """
         self._step += 1
-        self._multiplier.advance()
+        self._multiplier.advance()  # after optimizer.step(), as torch asks of a scheduler
         if loss is not None:
             self._recent.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
         decision = None
@@ -222,19 +222,20 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         samples = self._maker.samples_of(batch)
         changed = 0 not in (samples, self._batch_size) and samples != self._batch_size
         if changed:
+            # losses of another batch size have another level and scatter
             self._rate.grow_anew(samples / self._batch_size, step=self._step)
             self._losses.restart()
             self._recent.clear()
         self._batch_size = samples or self._batch_size  # 0 where they cannot be counted: the measurement will say why
         try:
             objective, _ = self._maker.over(batch, part=1.0, seed=self.seed + self._step)
-            if not self._recent:
+            if not self._recent:  # no loss= was given to step: without one, nothing could tell a good point
                 self._recent.append(objective.value())
             hessian = HessianOperator(objective)
             measured = self._gauge.measure(hessian, step=self._step)
             if self._per_group:
                 self._ratios = self._gauge.group_ratios(objective, self._ratios)
-        except Exception as error:
+        except Exception as error:  # whatever it was, training goes on
             cause = f"{type(error).__name__}: {error}"
             reason = f"not measured ({cause}); the rate stays"
             if self._rate.value == 0 and len(self.history) >= _MOST_FAILURES - 1:
@@ -319,7 +320,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             loss=self._losses.mean,
             reason=reason,
         )
-        self.history.append(decision)
+        self.history.append(decision)  # failures too: every change of the rate, and every reason why it stayed, is in the history
         logger.info("%s", decision)
         return decision
 

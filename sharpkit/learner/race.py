@@ -99,7 +99,7 @@ class RaceResult(Result, kind="learning_rate_race", saved=_SAVED):
     skipped: dict[str, str]
     seconds: float
 
-    columns: ClassVar = ("entrant", "training loss", "test loss", "rate", "gradients", "of them searching", "")
+    columns: ClassVar[tuple[str, ...]] = ("entrant", "training loss", "test loss", "rate", "gradients", "of them searching", "")
 
     def __getitem__(self, name: str) -> Finish:
         """The entrant of this name.
@@ -136,6 +136,7 @@ class RaceResult(Result, kind="learning_rate_race", saved=_SAVED):
 
     def __str__(self) -> str:
         rows = [list(self.columns), *(finish.cells() for finish in self.finishes)]
+        # columns that nobody fills, such as the test loss without test data, are left out
         keep = [j for j in range(len(self.columns)) if any(row[j] for row in rows[1:])]
         widths = {j: max(len(row[j]) for row in rows) for j in keep}
         lines = [f"{self.max_gradients} gradients each, {len(self.seeds)} seed{'' if len(self.seeds) == 1 else 's'}"]
@@ -197,7 +198,7 @@ def race(
         try:
             finish = _finish(problem, entrant, max_gradients=max_gradients, seeds=chosen_seeds)
         except Exception as error:
-            if not entrant.foreign:
+            if not entrant.foreign:  # an error of the problem or of sharpkit is the user's to see
                 raise
             skipped[entrant.name] = f"it raised {type(error).__name__}: {error}"
             continue
@@ -240,7 +241,7 @@ def _finish(problem: RaceProblem, entrant: Entrant, *, max_gradients: int, seeds
             finish.test_losses.append(math.inf if diverged else run.final_loss(problem.test_data))
         finish.spent.append(run.spent)
         finish.searched.append(run.searched)
-        if seed == seeds[0]:
+        if seed == seeds[0]:  # a mean over seeds would hide the spikes that a curve is looked at for
             finish.curve.extend(_thinned(run.curve))
     return finish
 
@@ -256,6 +257,7 @@ def _with_error(losses: list[float]) -> str:
     if not losses:
         return ""
     mean = fmean(losses)
+    # one diverged seed decides the mean: a method that fails one time in three is not better for its other two
     if not math.isfinite(mean):
         return "inf"
     return format_with_error(mean, stdev(losses) / math.sqrt(len(losses))) if len(losses) > 1 else f"{mean:.4g}"

@@ -8,11 +8,11 @@ from collections import deque
 
 from sharpkit._results import State
 
-# By judgement; in experiments/learner_robust.py none of 60 runs that trained well was taken for lost.
-_WINDOW = 16  # losses whose mean is the present level
-_LOST_SHARE = 0.5  # of the improvement so far
-_SCATTER = 5.0  # standard errors of the recent mean: many, since the best mean is the lowest of many
-_NEAR_BEST = 0.1  # of the best mean
+# In experiments/learner_robust.py none of 60 runs, all of which trained well, was taken for lost.
+_WINDOW = 16  # losses whose mean is the present level; by judgement
+_LOST_SHARE = 0.5  # of the improvement so far; by judgement
+_SCATTER = 5.0  # standard errors of the recent mean: many, since the best mean is the lowest of many; by judgement
+_NEAR_BEST = 0.1  # of the best mean; by judgement
 
 
 class LossWatch(State, saved=("first", "best", "recent=_recent", "broken=_broken")):

@@ -15,7 +15,7 @@ from sharpkit.monitor.schema import CURVATURES, Reading, in_words, reading
 
 # Memory is bounded, by judgement: the scatter, a median of absolute differences, is known to about a fifth from so many.
 MAX_READINGS, MAX_LOSSES = 32, 48
-_TO_SIGMA = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
+_TO_SIGMA = 1.4826  # median absolute deviation to standard deviation of a normal distribution: 1 / 0.6745 (Hampel 1974)
 
 Readings = deque[Reading]
 Losses = deque[tuple[int, float]]  # (step, loss), finite ones only

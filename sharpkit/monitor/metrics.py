@@ -53,12 +53,12 @@ from sharpkit.optimizers import (
 )
 
 Values = dict[str, Measurement]
-# All by judgement: what a mean over batches needs to be known to about a tenth, at a cost that a budget of a few per cent bears.
-_WINDOW = 16  # training batches that a mean looks back on
-_MEAN_BATCHES = 24  # batches drawn from the probe set for a mean
-_NOISE_GROUPS = 8  # parts of a batch whose gradients are compared for the noise scale
-_TRACE_MATVECS = 24  # products of a trace without a budget
-_LEAST_MATVECS = 3  # products without which neither a trace nor the ends of a spectrum have an error
+# How many batches and products a slow quantity gets: enough for a useful error at a cost that a budget of a few per cent bears.
+_WINDOW = 16  # training batches that a mean looks back on; by judgement
+_MEAN_BATCHES = 24  # batches drawn from the probe set for a mean; by judgement
+_NOISE_GROUPS = 8  # parts of a batch whose gradients are compared for the noise scale; by judgement
+_TRACE_MATVECS = 24  # products of a trace without a budget; by judgement
+_LEAST_MATVECS = 3  # products without which neither a trace nor the ends of a spectrum have an error; by judgement
 
 
 @dataclass
@@ -80,6 +80,7 @@ class Memory(State, saved=("trackers", "windows", "numbers")):
     numbers: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # made at the first measurement: the monitor tells a cold start by whether the tracker was there before
         self.trackers = Parts(lambda _: EigenvalueTracker(tol=self.tol, seed=self.seed))
 
     def window(self, name: str) -> deque[tuple[float, ...]]:
@@ -198,6 +199,7 @@ def _probe_lambda_max(s: Situation) -> Values:
 
 def _ends(s: Situation, k: int, which: str) -> Eigenpairs:
     with _unwarned():
+        # the stopping rule looks at k + 2 Ritz pairs: with a basis no larger than that, nothing would be known of them
         matvecs = None if s.max_matvecs is None else max(s.max_matvecs, k + _LEAST_MATVECS)
         k = min(k, s.wide_hessian.size)
         return eigenpairs(s.wide_hessian, k, which=which, tol=s.memory.tol, seed=s.memory.seed, max_matvecs=matvecs)  # type: ignore[arg-type]
@@ -226,6 +228,7 @@ def _top_k(s: Situation) -> Values:
 def _per_layer(s: Situation) -> Values:
     values: Values = {}
     for layer in dict.fromkeys(layer_of(name) for name in s.wide.layout.names):
+        # a block shares the graph of the whole Hessian: only the vectors are shorter
         block = s.wide_hessian.block(partial(_is_in_layer, layer))
         name = f"lambda_max/{layer}"
         values[name] = _tracked(s, name, block, s.hessian_limit(), f" {s.where}")
@@ -244,7 +247,7 @@ def _groups(s: Situation) -> Values:
     for index, (params, lr) in enumerate(zip(held_parameters(s.optimizer), learning_rates(s.optimizer), strict=True)):
         own = {id(p) for p in params}
         if not any(id(p) in own for p in s.objective.layout.params):
-            continue
+            continue  # params= leaves this group out
         block: SymmetricOperator = live.block(among(own))
         rule, name = rules[index] if rules is not None else None, f"lambda_max/group{index}"
         # the live matrix carries each group's rate relative to the first's, so that all are held against the first's
@@ -264,6 +267,7 @@ def _batch_sharpness(s: Situation) -> Values:
                 s.probe.by_samples(), batch_size=size, optimizer=stepper, max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
             )
         return {name: Measurement.of(estimate, limit=s.step_limit(), method=f"{estimate.method} from the probe set")}
+    # One product, not a mean: averaged over this and the last batches, each at the parameters of its own step, which move little meanwhile.
     gradient, along, product = gradient_and_product(s.objective, momentum_step(s.objective, stepper))
     dot = s.hessian.dot
     below, above = float(dot(along, gradient)), float(dot(along, product))
@@ -322,6 +326,7 @@ def _trace_limit(s: Situation) -> float | None:
     rule, points = s.rule, s.memory.trackers["lambda_max"].points
     if rule is None or rule.adaptive or rule.nesterov or rule.dampening or s.hessian_limit() is None or not points:
         return None
+    # the last known lambda_max, measured by the main metric: another run of products for it would cost as much as the trace
     room = 2 * (1 + rule.momentum) / s.lr - points[-1][1]
     return room * (1 - rule.momentum) * s.batch_size / (1 + rule.momentum) if room > 0 else None
 
@@ -336,7 +341,7 @@ def _noise_scale(s: Situation) -> Values:
     window.append((float(s.step), noise_of_batch.trace.value, noise_of_batch.gradient_norm_squared.value))
     noise, signal = (np.array([entry[j] for entry in window]) for j in (1, 2))
     value, error = _ratio_of_means(noise, signal)
-    if len(window) == 1:
+    if len(window) == 1:  # the jackknife needs two batches; the first has only its own groups to compare
         value, error = noise_of_batch.noise_scale.value, noise_of_batch.noise_scale.stderr
     how = f"{len(window)} training batches, steps {int(window[0][0])} to {s.step}"
     return {name: Measurement(value, error, 0, time.perf_counter() - started, how, math.isfinite(value))}
@@ -347,6 +352,7 @@ def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) ->
     n, total, base = len(above), above.sum(), below.sum()
     if n < 2 or base <= 0:
         return math.nan, math.inf
+    # left_out: (n,), the ratio without each batch in turn
     left_out = (total - above) / (base - below)
     return float(total / base), float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
 
@@ -463,6 +469,7 @@ def register_metric(
 def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.Optimizer, probe: Any) -> dict[str, Metric]:
     """The metrics asked for by name, the main one first; defaults by the kind of optimizer."""
     if metrics is None:
+        # groups with other rates have one limit only for H scaled by their rates, as adaptive optimizers have one only for D^-1 H
         several = len(set(learning_rates(optimizer))) > 1
         main = ["preconditioned_lambda_max", "lambda_max"] if several or is_adaptive(optimizer, unknown=False) else ["lambda_max"]
         metrics = [*main, "batch_sharpness", "critical_sharpness"]

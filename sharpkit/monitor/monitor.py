@@ -33,6 +33,7 @@ from sharpkit.optimizers import held_parameters, learning_rate, unwrap_optimizer
 logger = logging.getLogger(__name__)
 
 _MAX_LOSSES = 4096  # kept between two measurements; by judgement: a few times the longest interval, max_interval
+# Out of memory or a NaN may pass; a wrong batch, an unsupported layer or optimizer will not.
 _PERMANENT = (TypeError, ValueError, UnsupportedError)  # a metric that fails so will fail again
 
 
@@ -157,14 +158,14 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         if loss is not None:
             self._losses.append((self._step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
         record = None
-        if not self._planner.is_due(self._step):
+        if not self._planner.is_due(self._step):  # nearly all steps end here, after two clock readings and little else
             watch.leave()
         else:
             self._synchronise()  # or the training step's work on the device would count as measuring
             watch.enter_again(entered)
             if self._planner.measures:
                 record = self._measure(batch)
-            watch.leave()
+            watch.leave()  # before the plan, which charges all that was measured
             self._planner.plan(self._step, may_halve=self._maker.may_halve(batch, self._planner.part))
         self._step += 1
         return record
@@ -187,22 +188,24 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             loss = self._flush_losses(situation)
         except Exception as error:
             self._fail("objective", error, failed)
-        if not values and not failed:
+        if not values and not failed:  # an adaptive optimizer before its first step, or all metrics disabled
             return None
         self._synchronise()
         watch = self._planner.watch
         spent = watch.mark() - watch.entered
         lr, overhead = learning_rate(self.optimizer), watch.overhead_with(spent)
         record = Record(self._step, values, {**self._disabled, **failed}, loss, lr, (), samples, spent, overhead)
+        # the detector reads documents, as it does from a file: what it finds here and what it would find there cannot differ
         record = replace(record, events=tuple(self._detector.update(record.to_dict())))
         for event in record.events:
             logger.info("step %d: %s", event.step, event.text)
         self.history.append(record)
-        if self._maker.rank == 0:
+        if self._maker.rank == 0:  # all processes hold the same record; one writes it
             self._write(record.to_dict())
         return record
 
     def _situation(self, batch: Batch) -> Situation:
+        # the seed of the step draws the dropout masks, so that they differ between records and a resumed run has the same
         objective, samples = self._maker.over(batch, part=self._planner.part, seed=self.seed + self._step)
         return Situation(objective, self._maker.probe, self.optimizer, samples, self._step, self._memory, top_k=self._top_k)
 

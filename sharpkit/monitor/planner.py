@@ -15,10 +15,10 @@ import torch
 from sharpkit._results import Parts, State
 from sharpkit.objective.distributed import find_ranks
 
-# All by judgement. What they are compared with, steps of 0.3 to 10 ms, is in experiments/monitor_overhead.py.
-_PAUSE = 5.0  # a gap longer than so many typical steps is a pause (validation, a checkpoint) and counts as so many
-_RECENT = 32  # gaps whose median is the typical step
-_REFRESH = 8  # gaps between two computations of that median, which takes longer than all else on a step without measurement
+# What a call costs on steps of 0.3 to 10 ms is measured in experiments/monitor_overhead.py.
+_PAUSE = 5.0  # a gap longer than so many typical steps is a pause (validation, a checkpoint) and counts as so many; by judgement
+_RECENT = 32  # gaps whose median is the typical step; by judgement
+_REFRESH = 8  # gaps between two computations of that median, the slowest part of a step without measurement; by judgement
 
 
 @dataclass

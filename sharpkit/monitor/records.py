@@ -45,6 +45,7 @@ class Measurement(Estimate, saved=("value", "stderr", "limit", "num_matvecs", "s
         return self.value / self.limit if self.limit else math.nan
 
 
+# in the order of the files written so far, which put what a reader looks for first
 _RECORD_FIELDS = ("step", "loss", "lr", "values", "failed", "events", "num_samples", "seconds", "overhead")
 
 
@@ -94,6 +95,7 @@ class Record(Result, kind=RECORD, version=VERSION, saved=_RECORD_FIELDS):
         return len(self.values)
 
     def __repr__(self) -> str:
+        # a notebook shows this after every step(): what matters in one line
         parts = [f"{in_words(name)} {_against_limit(m)}" for name, m in self.values.items()]
         parts += [f"{in_words(name)} failed ({reason})" for name, reason in self.failed.items()]
         parts += [event.text for event in self.events]
@@ -153,6 +155,7 @@ class MonitorHistory(Result, kind=HISTORY, version=VERSION):
         measured = [(r.step, r[name]) for r in self.records if name in r]
         if not measured:
             raise KeyError(f"{name!r} was never measured; measured were {', '.join(self.names) or 'none'}")
+        # NaN, not None: figures leave a gap there
         columns = [(step, m.value, m.stderr, math.nan if m.limit is None else m.limit) for step, m in measured]
         steps, values, stderr, limits = (np.array(column) for column in zip(*columns, strict=True))
         return Series(steps, values, stderr, limits)

@@ -185,6 +185,7 @@ def _check(document: Any, where: str) -> None:
         raise ValueError(f"{where}: expected a document of kind {RUN!r} or {RECORD!r}, got kind {document.get('kind')!r}")
     if document.get("version", VERSION) > VERSION:
         raise ValueError(f"{where}: version {document['version']} of the format was written by a newer sharpkit; update this one")
+    # what all readers rely on; everything else may be missing from a record
     if document["kind"] == RECORD and not (isinstance(document.get("step"), int) and isinstance(document.get("values"), dict)):
         raise ValueError(f"{where}: a record needs a whole number 'step' and an object 'values', got the fields {', '.join(document)}")
 
@@ -246,7 +247,7 @@ class RunFollower:
             fresh = stream.read()
         # the last line may be half written: it is read again with the next call
         whole = fresh[: fresh.rfind(b"\n") + 1]
-        self._head = self._head or whole[:256]
+        self._head = self._head or whole[:256]  # the beginning of the header, by which another file is told from this one grown
         self._offset += len(whole)
         lines = whole.splitlines()
         documents = parse_lines(lines, self.path, first=self._lines + 1)

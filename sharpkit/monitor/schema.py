@@ -14,7 +14,7 @@ from sharpkit._results import number
 Document = Mapping[str, Any]
 
 RUN, RECORD, HISTORY = "monitor_run", "monitor_record", "monitor_history"
-VERSION = 1  # of the layout; files of a newer one are refused by sharpkit.monitor.runs
+VERSION = 1  # of the layout, counted from 1 by convention; files of a newer one are refused by sharpkit.monitor.runs
 
 # The curvature that is held against the limit, the most telling first: for an adaptive optimizer the limit is one on D^-1 H, and the batch
 # that a step is made on says more about that step than a fixed probe set.

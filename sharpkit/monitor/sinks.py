@@ -76,9 +76,9 @@ class LineFile:
         Args:
             text: ends with a newline.
         """
-        self._waiting.append(text.encode())
+        self._waiting.append(text.encode())  # always through the queue: the order of lines is that of the steps
         while len(self._waiting) > self._max_waiting:
-            del self._waiting[1]  # the first may have been begun
+            del self._waiting[1]  # the first may be written in part
             self.num_dropped += 1
         self._flush()
 
@@ -127,6 +127,7 @@ class LineFile:
             self._sync()
         except OSError as error:
             self._explain(error)
+        # the file is closed even if it cannot be synced: an open descriptor would outlive the run
         lost = self.num_dropped + len(self._waiting)
         with contextlib.suppress(OSError):
             self._file.close()
@@ -198,6 +199,7 @@ class Sink:
         if close is not None:
             self._try(close)
 
+    # Exception, not OSError: behind a sink stands foreign code, and none of its errors may end a training run.
     def _try(self, action: Callable[[], Any]) -> None:
         try:
             action()

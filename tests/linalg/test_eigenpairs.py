@@ -11,7 +11,9 @@ from problems_linalg import network_like, operator_with, rotated, true_residuals
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, NotSymmetricError
-from sharpkit.linalg.krylov import BasisRows
+from sharpkit.linalg.krylov import BasisRows, KrylovSpace
+from sharpkit.linalg.lanczos import _Iteration
+from sharpkit.linalg.results import Budget
 from sharpkit.operators.base import CallableOperator
 
 TOL = 1e-3
@@ -303,6 +305,15 @@ def test_where_the_complement_reaches_the_wanted_the_search_makes_six_products_f
     assert sum(p.text == "search for missed eigenvalues" for p in seen) == 1 + 6
 
 
+def test_where_it_stays_unclear_the_search_makes_half_of_the_products_so_far() -> None:
+    for tol in (0.05, 0.02, 0.01):
+        seen: list[sk.Progress] = []
+        sk.eigenpairs(operator_with(np.linspace(0, 1, 300)), 2, tol=tol, callback=seen.append)
+        texts = [p.text == "search for missed eigenvalues" for p in seen]
+        before = texts.index(True)
+        assert before > 12 and sum(texts) == 1 + before // 2
+
+
 def test_the_last_vector_of_a_complete_basis_is_multiplied_too() -> None:
     """Six rows: the two wanted are settled after five products, and what is left may still hold one."""
     assert sk.eigenpairs(operator_with(np.array([100.0, 50, 4e-3, 3e-3, 2e-3, 1e-3])), 2, tol=1e-2).num_matvecs == 6
@@ -382,6 +393,37 @@ def test_half_the_free_memory_bounds_the_basis_but_not_below_ten_more_than_wante
             warnings.simplefilter("ignore", ConvergenceWarning)
             sk.eigenpairs(operator, 3, tol=1e-9, max_matvecs=100)
         assert rows_kept[0] == kept
+
+
+@pytest.mark.parametrize(("size", "kept"), [(16, 9), (40, 17), (13, 8)])
+def test_a_restart_keeps_the_wanted_two_in_reserve_and_a_third_of_the_rest(size: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, compress = [], KrylovSpace.compress
+
+    def watched(self: KrylovSpace, values: np.ndarray, coordinates: np.ndarray) -> None:
+        assert self.size <= size
+        sizes.append(len(values))
+        compress(self, values, coordinates)
+
+    monkeypatch.setattr(KrylovSpace, "compress", watched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        sk.eigenpairs(operator_with(np.linspace(0, 1, 400)), 3, tol=1e-9, basis_size=size, max_matvecs=100)
+    assert len(sizes) > 2 and set(sizes) == {kept}, f"3 + 2 + ({size} - 3) // 3"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_pending_vectors_the_one_that_carries_the_residuals_is_multiplied(first: int) -> None:
+    """One start spans the space of the wanted pairs, the other two rows that nothing else is coupled to."""
+    matrix = torch.diag(torch.tensor([9.0, 8.0, 7.0, 6.0, 0.2, 0.1], dtype=torch.float64))
+    starts = [torch.tensor([1.0, 1, 1, 1, 0, 0]).double(), torch.tensor([0.0, 0, 0, 0, 1, 1]).double()]
+    space = KrylovSpace(sk.as_operator(matrix))
+    for start in starts[first:] + starts[:first]:
+        space.add_start(start)
+    wanted = first  # its index in the basis
+    iteration = _Iteration(space, Budget(space.operator), 1, "largest", 1e-3, torch.Generator(), 6, warm=True)
+    space.expand(wanted)
+    iteration._update()
+    assert iteration._most_useful() == 2, "what grew from it, not the other start"
 
 
 @pytest.mark.parametrize(("k", "n", "least"), [(3, 50, 13), (3, 12, 12)])

@@ -99,6 +99,29 @@ def test_two_passes_leave_nothing_of_the_basis_in_a_vector_that_lies_almost_in_i
     torch.testing.assert_close(rest / 1e-9, outside, atol=1e-5, rtol=0)
 
 
+def test_two_passes_are_made_and_no_third() -> None:
+    class Counted(CallableOperator):
+        dots = 0
+
+        def dot(self, left: Tensor, right: Tensor) -> Tensor:
+            self.dots += 1
+            return super().dot(left, right)
+
+    operator = Counted(lambda v: v, N, dtype=torch.float64, device=torch.device("cpu"))
+    rows = BasisRows(operator)
+    for vector in orthonormal(3):
+        rows.append(vector)
+    rows.orthogonalise(torch.ones(N, dtype=torch.float64))
+    assert operator.dots == 2
+
+
+@pytest.mark.parametrize(("options", "where"), [({}, "meta"), ({"offload": False}, "meta"), ({"offload": True}, "cpu")], ids=str)
+def test_vectors_stay_on_the_operators_device_unless_offloaded(options: dict[str, bool], where: str) -> None:
+    operator = CallableOperator(lambda v: v, N, dtype=torch.float64, device=torch.device("meta"))
+    assert BasisRows(operator, **options).storage_device.type == where
+    assert KrylovSpace(operator, **options).rows.storage_device.type == where
+
+
 @pytest.mark.parametrize("kept", [1, 5, 16, 20])
 @pytest.mark.parametrize("count", [5, 20, 40])
 def test_replacing_the_basis_mixes_it(count: int, kept: int) -> None:

@@ -10,8 +10,11 @@ from scipy.stats import wasserstein_distance
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning
+from sharpkit.linalg import slq
+from sharpkit.linalg.krylov import KrylovSpace
 from sharpkit.linalg.results import Budget
 from sharpkit.linalg.slq import Quadrature, density_from
+from sharpkit.operators.base import MatrixOperator
 
 UNIFORM = np.random.default_rng(0).random(500)
 NETWORK = network_like(500)
@@ -160,7 +163,7 @@ def test_a_gap_counts_only_if_it_is_wider_than_a_hundredth_of_the_spectrum() -> 
     assert outliers(rule(top=(1900.0, 19 + 10.0))) == [1900.0] and outliers(rule(top=(1900.0, 19 + 30.0))) == [1900.0, 49.0]
 
 
-@pytest.mark.parametrize(("residual", "seen"), [(0.009, [60.0, 40.0]), (0.011, [])])
+@pytest.mark.parametrize(("residual", "seen"), [(0.009, [60.0, 40.0]), (0.01, [60.0, 40.0]), (0.011, [])])
 def test_an_outlier_has_converged_to_a_hundredth_of_the_width(residual: float, seen: list[float]) -> None:
     assert outliers(rule(top=(40.0, 60.0), residuals={60.0: residual * 60})) == seen, (
         "nothing is an outlier behind one that has not converged"
@@ -233,7 +236,25 @@ def test_the_distribution_of_the_probes_can_be_chosen() -> None:
 def test_a_budget_that_ends_with_a_probe_warns_of_the_next_one() -> None:
     with pytest.warns(ConvergenceWarning, match="2 of 3 probes"):
         made = sk.spectral_density(operator_with(NETWORK), num_probes=3, num_steps=20, max_matvecs=40)
-    assert made.num_probes == 2 and not made.converged
+    assert made.num_probes == 2 and not made.converged and made.num_matvecs == 40
+
+
+@pytest.mark.parametrize(("steps", "offloaded"), [(5, False), (6, True)])
+def test_a_basis_that_half_the_free_memory_does_not_hold_is_offloaded(steps: int, offloaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(MatrixOperator):
+        def free_memory(self, *, host: bool = False) -> float:
+            return 2.0 * 5 * 500 * 8
+
+    made = []
+
+    class Watched(KrylovSpace):
+        def __init__(self, operator: sk.SymmetricOperator, *, offload: bool = False) -> None:
+            made.append(offload)
+            super().__init__(operator, offload=offload)
+
+    monkeypatch.setattr(slq, "KrylovSpace", Watched)
+    sk.spectral_density(Small(operator_with(NETWORK).matrix), num_probes=1, num_steps=steps)  # type: ignore[attr-defined]
+    assert made == [offloaded]
 
 
 def test_progress_names_the_probe() -> None:

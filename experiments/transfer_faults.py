@@ -45,22 +45,21 @@ def trial(network: str, fault: str | None, trial_seed: int, *, sizes: tuple[int,
     make, settings, _ = NETWORKS[network]
     family = make(fault=fault, **settings)
     began, cpu = time.perf_counter(), time.process_time()
-    seen = observe(
-        family, sizes, steps=4, seeds=INNER_SEEDS, effects=True, first_seed=5000 + 100 * (trial_seed + 1)
-    )  # the thresholds were set on other seeds
-    found = culprits_of(seen)
-    named = [culprit.rule for culprit in found]
+    first_seed = 5000 + 100 * (trial_seed + 1)  # the thresholds were set on other seeds
+    seen = observe(family, sizes, steps=4, seeds=range(first_seed, first_seed + INNER_SEEDS), effects=True)
+    culprits = culprits_of(seen)
+    named = [culprit.rule for culprit in culprits]
     expected = [] if fault is None else [NAMES[fault]]
     return {
         "network": network,
         "fault": fault,
         "trial": trial_seed,
-        "first_seed": 5000 + 100 * (trial_seed + 1),
+        "first_seed": first_seed,
         "sizes": list(sizes),
         "named": named,
         "right": expected == named[: len(expected)] and (fault is not None or not named),
         "alone": expected == named,
-        "evidence": [{"rule": c.rule, "slope": c.slope.value, "stderr": c.slope.stderr, "confidence": c.confidence} for c in found],
+        "evidence": [{"rule": c.rule, "slope": c.slope.value, "stderr": c.slope.stderr, "confidence": c.confidence} for c in culprits],
         "tested": [{"rule": e.rule, "excess": e.excess, "stderr": e.slope.stderr, "broken": e.broken} for e in gather(seen)],
         "check": [c.name for c in check_of(seen).failed],
         "seconds": time.perf_counter() - began,

@@ -51,7 +51,7 @@ def measure(quick: bool) -> list[Row]:
             steps=40 if quick else STEPS,
             seeds=seeds,
             store=store,
-            callback=lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True),
+            callback=lambda progress, name=name: print(f"{name}: {progress.text}", file=sys.stderr, flush=True),
         )
         rows.append({"case": name, **found.to_dict()})
         print(name, found, file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def measure(quick: bool) -> list[Row]:
             steps=20 if quick else 200,
             every=5,
             seeds=1,
-            callback=lambda line, case=case: print(f"{case}: {line}", file=sys.stderr, flush=True),
+            callback=lambda progress, case=case: print(f"{case}: {progress.text}", file=sys.stderr, flush=True),
         )
         print(case, found, file=sys.stderr, flush=True)
         rows.append({"case": case, **found.to_dict()})

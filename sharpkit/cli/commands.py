@@ -380,7 +380,7 @@ _TRANSFER_KEYS = ("build", "optimizer", "data", "loss", "closure")
 
 def run_transfer_command(arguments: argparse.Namespace) -> Answer:
     """Diagnose the family; exit code 0 where hyperparameters transfer, 3 where they do not or where it is undecided."""
-    from sharpkit.cli.output import say
+    from sharpkit.cli.output import tell
     from sharpkit.cli.target import UsageError
     from sharpkit.reporting import report
     from sharpkit.transfer.verdict import diagnose
@@ -403,7 +403,7 @@ def run_transfer_command(arguments: argparse.Namespace) -> Answer:
         mode="full" if arguments.full else "quick",
         seeds=arguments.seeds,
         store=arguments.store,
-        callback=None if arguments.quiet else say,
+        callback=None if arguments.quiet else tell,
     )
     whole = verdict.to_dict()
     documents = [{key: value for key, value in whole.items() if key != "parts"}, *whole["parts"]]

@@ -14,25 +14,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpkit._results import ProgressCallback
 from sharpkit.objective.batches import Batch, batch_length, slice_batch, to_device
 from sharpkit.objective.guard import undisturbed, unwrap
 from sharpkit.objective.loss import call_model
 from sharpkit.optimizers import decoupled_decays, held_parameters, is_adaptive, learning_rates
-from sharpkit.transfer.setup import Family, FamilyRun
+from sharpkit.training_run import as_seeds
+from sharpkit.transfer.setup import Family, FamilyRun, RunProgress
 
 Numbers = dict[int, list[list[float]]]  # size -> a list for each seed: one number for each step 0 .. num_steps
 Values = dict[int, list[float]]  # size -> one number for each seed
 
+ATTENTION = ": attention logits"
+INPUT = ": input"
+MOST_SAMPLES = 64  # of the fixed batch, by judgement: sizes are means over all its entries, thousands in the narrowest layer
+# the operators of a softmax and of the products around it, as attention is decomposed into
+_PRODUCTS = ("aten::bmm", "aten::baddbmm")
+_SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
 
+
+# -- what is noted ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Track:
     """One coordinate over sizes, seeds and steps.
 
     Attributes:
-        name, kind: as of an Activation.
-        rms, mean_abs: of x_t.
+        name, kind: those of the :class:`Activation`.
+        rms, mean_abs: root mean square and mean absolute value of x_t.
         update: root mean square of x_t - x_0.
-        input_rms: of the module's input, NaN without one.
+        input_rms: root mean square of the module's input, NaN without one.
         spread: of x_0 over samples, without what biases add.
         entries: number of entries by size.
         inner: by size, the dimension that attention logits sum over.
@@ -60,10 +70,10 @@ class TensorTrack:
         shown_in: the first coordinate in which its change shows.
         effect: RMS of the change of that coordinate when the tensor is put back to its initial value.
         level: RMS of that coordinate.
-        input_rms: of the module that owns the tensor; 1 where the coordinate is not its own output, or it has no floating input.
-        entries: of that coordinate, by size.
+        input_rms: of the module that owns the tensor; 1 if the coordinate is not its own output, or it has no floating input.
+        entries: number of entries of that coordinate, by size.
         signal: RMS of the loss's gradient by the coordinate while training (geometric mean over steps); NaN for adaptive optimizers.
-        lr, weight_decay: of its parameter group, by size; decay only where decoupled.
+        lr, weight_decay: of its parameter group, by size; decay only if decoupled.
     """
 
     name: str
@@ -86,11 +96,11 @@ class Observations:
     Attributes:
         sizes, num_seeds, num_steps, dimension: what was run.
         coordinates: by name, in the order of computing; only those that every size has.
-        tensors: by name; empty where effects were not asked for.
+        tensors: by name; empty unless effects were asked for.
         stream: for depths, RMS at initialisation of what all blocks together add to the residual stream.
         blocks: for depths, RMS of the output's change when all tensors of the blocks are put back.
         adaptive: whether the optimizer's step does not grow with the gradient.
-        diverged: (size, seed) of runs whose loss left the finite.
+        diverged: (size, seed) of runs whose loss became NaN or infinite.
     """
 
     sizes: tuple[int, ...]
@@ -103,11 +113,6 @@ class Observations:
     blocks: Values = field(default_factory=dict)
     adaptive: bool = True
     diverged: list[tuple[int, int]] = field(default_factory=list)
-
-    def keep_common(self) -> None:
-        """Leave out what not every size has."""
-        self.coordinates = {n: t for n, t in self.coordinates.items() if len(t.rms) == len(self.sizes)}
-        self.tensors = {n: t for n, t in self.tensors.items() if len(t.shapes) == len(self.sizes)}
 
 
 def at(values: Numbers, step: int) -> Values:
@@ -126,28 +131,38 @@ def over_steps(values: Numbers, *, start: int = 1) -> Values:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """NaN where nothing is positive and finite, or anything is not."""
-    found = list(values)
-    if not found or not all(math.isfinite(v) and v > 0 for v in found):
+    """NaN unless there are values and all of them are positive and finite."""
+    every = list(values)
+    if not every or not all(math.isfinite(v) and v > 0 for v in every):
         return math.nan
-    return math.exp(sum(map(math.log, found)) / len(found))
+    return math.exp(sum(map(math.log, every)) / len(every))
 
 
-ATTENTION = ": attention logits"
-INPUT = ": input"
-_PRODUCTS = ("aten::bmm", "aten::baddbmm")
-_SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
+def root_mean_square(x: Tensor) -> float:
+    """In single precision at least; 0 for an empty tensor.
+
+    Example:
+        >>> root_mean_square(torch.tensor([3.0, -3.0, 3.0, -3.0]))
+        3.0
+    """
+    return _norm(x, 2) / math.sqrt(x.numel()) if x.numel() else 0.0
 
 
+def _norm(x: Tensor, power: int) -> float:
+    # squares of half-precision activations overflow, and their sums lose what is small
+    return float(torch.linalg.vector_norm(x.detach(), power, dtype=torch.promote_types(x.dtype, torch.float32)))
+
+
+# -- one forward pass ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Activation:
     """One tensor seen in a forward pass.
 
     Attributes:
-        name: of the module, with the call where it is called again and the place in the output where that holds several tensors:
+        name: name of the module, with the call if it is called again and the place in the output if that holds several tensors:
             ``"block"``, ``"block (call 2)"``, ``"block[0]"``, ``"model.logits"``; the model itself is ``"output"``.
         kind: ``"module"``, ``"output"`` (the model's, or a module's that is the model's too), ``"before output"`` (of the last module,
-            changed afterwards into the model's output), ``"attention logits"``, ``"input"`` (of a module, where asked for).
+            changed afterwards into the model's output), ``"attention logits"``, ``"input"`` (of a module, if asked for).
         tensor: its values, any shape; masked attention logits left out.
         owner: name of the module.
         input_rms: root mean square of the module's first floating input; None without one.
@@ -167,26 +182,26 @@ class Activation:
         return root_mean_square(self.tensor)
 
     @property
+    def mean_abs(self) -> float:
+        """Mean absolute value; 0 for an empty tensor."""
+        return _norm(self.tensor, 1) / self.tensor.numel() if self.tensor.numel() else 0.0
+
+    @property
     def spread(self) -> float:
         """Root mean square of the deviation from the mean over the first dimension, the samples: without what a bias adds."""
         return root_mean_square(self.tensor - self.tensor.mean(0)) if self.tensor.ndim > 1 else 0.0
 
-
-def root_mean_square(x: Tensor) -> float:
-    """In single precision at least; 0 for an empty tensor.
-
-    Example:
-        >>> root_mean_square(torch.tensor([3.0, -3.0, 3.0, -3.0]))
-        3.0
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(x.detach(), dtype=dtype)) / math.sqrt(x.numel()) if x.numel() else 0.0
+    def change(self, other: Activation | None) -> float:
+        """Root mean square of the difference from another; NaN if there is none, or it has another shape."""
+        if other is None or other.tensor.shape != self.tensor.shape:
+            return math.nan
+        return root_mean_square(self.tensor - other.tensor)
 
 
 def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collection[str] = ()) -> dict[str, Activation]:
-    """Every module's output in one forward pass, in eval mode and without gradients; the model is left as found, also after an exception.
+    """Every module's output in one forward pass, in eval mode and without gradients; the model is left as it was, also after an exception.
 
-    Containers that hand on a child's output unchanged are left out, but for the model itself; so are integers and single numbers (a loss).
+    Containers that hand on a child's output unchanged are left out, except the model itself; so are integers and single numbers (a loss).
 
     Args:
         model: without wrappers.
@@ -209,7 +224,7 @@ def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collectio
 
 @contextmanager
 def _slow_attention() -> Iterator[None]:
-    """nn.MultiheadAttention step by step: its fast path is one kernel, into which nobody sees."""
+    """nn.MultiheadAttention step by step: its fast path is one kernel, which calls no hooks and shows no logits."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -224,9 +239,9 @@ class _Watch:
     def __init__(self, model: nn.Module, inputs_of: Collection[str]) -> None:
         self.model, self._inputs_of = model, inputs_of
         self.place: list[str] = [""]
-        self.found: list[tuple[Activation, Tensor]] = []  # with the very tensor, which keeps its storage from being used again
+        self.seen: list[tuple[Activation, Tensor]] = []  # with the very tensor, which keeps its storage from being used again
         self._calls: dict[str, int] = {}
-        self._inputs: list[float | None] = []
+        self._inputs: list[float | None] = []  # RMS of the inputs of the modules being computed, innermost last
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -246,7 +261,8 @@ class _Watch:
             first = next((t for _, t in _tensors((args, kwargs)) if t.is_floating_point()), None)
             self._inputs.append(None if first is None else root_mean_square(first))
             if first is not None and name in self._inputs_of:
-                self.add(Activation(name + INPUT, "input", first.detach().clone(), name), torch.empty(0))
+                # a copy, as the module may change its input in place; with an empty tensor, since an input hides no later output
+                self.seen.append((Activation(name + INPUT, "input", first.detach().clone(), name), torch.empty(0)))
 
         return hook
 
@@ -254,11 +270,12 @@ class _Watch:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.place.pop()
             size = self._inputs.pop()
-            known = {id(t) for _, t in self.found}
-            label = self._call(name or "output")
+            known = {id(t) for _, t in self.seen}
+            label, kind = self._call(name or "output"), "module" if name else "output"
             for where, tensor in _tensors(output):
+                # a child's very tensor is there already, under the child's name
                 if tensor.is_floating_point() and tensor.ndim and (name == "" or id(tensor) not in known):
-                    self.add(Activation(label + where, "output" if name == "" else "module", tensor.detach().clone(), name, size), tensor)
+                    self.seen.append((Activation(label + where, kind, tensor.detach().clone(), name, size), tensor))
 
         return hook
 
@@ -266,22 +283,21 @@ class _Watch:
         self._calls[label] = count = self._calls.get(label, 0) + 1
         return label if count == 1 else f"{label} (call {count})"
 
-    def add(self, activation: Activation, tensor: Tensor) -> None:
-        self.found.append((activation, tensor))
-
     def add_attention(self, name: str, logits: Tensor, inner: int | None) -> None:
+        """Logits of a softmax that turned out to be attention, computed in this module."""
         label = self._call(f"{name or 'output'}{ATTENTION}")
-        shown = logits[logits > torch.finfo(logits.dtype).min / 2]
-        self.add(Activation(label, "attention logits", shown, name, None, inner), logits)
+        shown = logits[logits > torch.finfo(logits.dtype).min / 2]  # masks are the lowest number, or minus infinity
+        self.seen.append((Activation(label, "attention logits", shown, name, None, inner), logits))
 
     def finish(self) -> dict[str, Activation]:
         """What is also the model's output is called so, and what is turned into it outside of any module is marked."""
-        outputs = [t for a, t in self.found if a.kind == "output"]
+        outputs = [t for a, t in self.seen if a.kind == "output"]
+        # by storage and not by object: the last module's output, reshaped, is the same numbers
         storages = {t.untyped_storage().data_ptr() for t in outputs}
-        last = next((i for i in range(len(self.found) - 1, -1, -1) if self.found[i][0].kind == "module"), -1)
-        direct = any(a.kind == "module" and t.untyped_storage().data_ptr() in storages for a, t in self.found)
+        last = next((i for i in range(len(self.seen) - 1, -1, -1) if self.seen[i][0].kind == "module"), -1)
+        direct = any(a.kind == "module" and t.untyped_storage().data_ptr() in storages for a, t in self.seen)
         marked = {}
-        for i, (a, t) in enumerate(self.found):
+        for i, (a, t) in enumerate(self.seen):
             if a.kind == "module" and t.untyped_storage().data_ptr() in storages:
                 a = dataclasses.replace(a, kind="output")
             elif i == last and not direct and any(t.numel() == o.numel() for o in outputs):
@@ -300,7 +316,7 @@ class _SoftmaxWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._watch = watch
         self._product: tuple[int, int] | None = None  # (entries, inner dimension) of the latest batched product
-        self._pending: list[tuple[Tensor, Tensor, str, int | None]] = []
+        self._pending: list[tuple[Tensor, Tensor, str, int | None]] = []  # (result, logits, module, inner dimension)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -310,6 +326,7 @@ class _SoftmaxWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _PRODUCTS:
             self._product = (result.numel(), args[-2].shape[-1])
         elif name in _SOFTMAX and args[0].ndim > 2 and args[1] in (-1, args[0].ndim - 1):
+            # a scale and a mask may lie between q.k and the softmax, so only the number of entries ties the two together
             inner = self._product[1] if self._product is not None and self._product[0] == args[0].numel() else None
             self._pending.append((result, args[0].clone(), self._watch.place[-1], inner))
         return result
@@ -338,12 +355,13 @@ def _tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(getattr(value, f.name), f"{where}.{f.name}")
 
 
+# -- blocks over depths -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Stacks:
     """The numbered containers (``blocks.0``, ``blocks.1``, ...) whose length differs between the sizes.
 
     Attributes:
-        names: of the containers.
+        names: names of the containers.
         lengths: container -> size -> number of blocks.
     """
 
@@ -352,19 +370,20 @@ class Stacks:
 
     @classmethod
     def of(cls, models: Mapping[int, nn.Module]) -> Stacks:
-        """Find them in one model for each size.
+        """Those in one model for each size.
 
         Example:
             >>> make = lambda depth: nn.Sequential(nn.Linear(2, 2), nn.Sequential(*[nn.ReLU() for _ in range(depth)]))
             >>> Stacks.of({2: make(2), 4: make(4)}).lengths
             {'1': {2: 2, 4: 4}}
         """
-        found: dict[str, dict[int, int]] = {}
+        lengths: dict[str, dict[int, int]] = {}
         for size, model in models.items():
             for name, module in model.named_modules():
                 if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
-                    found.setdefault(name, {})[size] = len(module)
-        varying = {n: by for n, by in found.items() if len(by) == len(models) and len(set(by.values())) > 1}
+                    lengths.setdefault(name, {})[size] = len(module)
+        varying = {n: by for n, by in lengths.items() if len(by) == len(models) and len(set(by.values())) > 1}
+        # blocks within blocks are part of the blocks around them
         outermost = {n: by for n, by in varying.items() if not any(n.startswith(f"{o}.") for o in varying if o != n)}
         return cls(tuple(outermost), outermost)
 
@@ -377,10 +396,9 @@ class Stacks:
             (['blocks.first.out', 'blocks.last.out'], ['blocks.last.out'], [])
         """
         for stack in self.names:
-            match = re.match(rf"{re.escape(stack)}\.(\d+)(.*)", name) if stack else re.match(r"(\d+)(.*)", name)
-            if match:
+            begin = f"{stack}." if stack else ""  # the model itself may be the stack
+            if match := re.match(rf"{re.escape(begin)}(\d+)(.*)", name):
                 place, rest = int(match[1]), match[2]
-                begin = f"{stack}." if stack else ""
                 ends = {"first": place == 0, "last": place == self.lengths[stack][size] - 1}
                 return [f"{begin}{end}{rest}" for end, here in ends.items() if here]
         return [name]
@@ -398,61 +416,69 @@ class Stacks:
         return f"{begin}0", f"{begin}{self.lengths[longest][size] - 1}"
 
 
-Callback = Callable[[int, int], None]
-MOST_SAMPLES = 64  # of the fixed batch: sizes are means over all its entries
-
-
+# -- the runs -----------------------------------------------------------------------------------------------------------------
 def observe(
-    family: Family, sizes: Sequence[int], *, steps: int, seeds: int, effects: bool, first_seed: int = 0, callback: Callback | None = None
+    family: Family, sizes: Sequence[int], *, steps: int, seeds: int | Sequence[int], effects: bool, callback: ProgressCallback | None = None
 ) -> Observations:
     """Train and note; one run after another.
 
     Args:
-        family: of networks.
+        family: what is trained.
         sizes: ascending.
         steps: optimizer steps of each run.
-        seeds: runs of each size.
+        seeds: how many runs at each size, or their seeds.
         effects: also put back each tensor in turn, one forward pass each.
-        first_seed: of the runs of each size; the others follow it.
-        callback: called with (size, seed) after each run.
+        callback: called with a :class:`sharpkit.Progress` after each run.
+
+    Raises:
+        ValueError, TypeError: steps or seeds that are no positive whole numbers.
     """
-    found = Observations(tuple(sizes), seeds, steps, family.dimension)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive whole number, got {steps!r}")
+    chosen = as_seeds(seeds)
+    seen = Observations(tuple(sizes), len(chosen), steps, family.dimension)
+    progress = RunProgress(callback, len(sizes) * len(chosen))
+    # over widths every module has the same name in all models; over depths blocks are compared by their place from either end
     deep = family.dimension == "depth"
     stacks = Stacks.of({size: unwrap(family.start(size).model) for size in sizes}) if deep else Stacks()
     for size in sizes:
-        for seed in range(first_seed, first_seed + seeds):
-            _Observer(found, family.start(size, seed=seed), stacks).observe(effects=effects)
-            if callback is not None:
-                callback(size, seed)
-    found.keep_common()
-    return found
+        for seed in chosen:
+            _Observer(seen, family.start(size, seed=seed), stacks).observe(effects=effects)
+            progress.tell(f"{family.dimension} {size}, seed {seed}", runs=1)
+    # what not every size has, as a layer that only wide networks get, has no exponent
+    seen.coordinates = {n: t for n, t in seen.coordinates.items() if len(t.rms) == len(sizes)}
+    seen.tensors = {n: t for n, t in seen.tensors.items() if len(t.shapes) == len(sizes)}
+    return seen
 
 
 class _Observer:
-    """One run."""
+    """One run, noted in the observations of all."""
 
-    def __init__(self, found: Observations, run: FamilyRun, stacks: Stacks) -> None:
-        self.found, self.training, self.stacks, self.size = found, run, stacks, run.size
+    def __init__(self, seen: Observations, run: FamilyRun, stacks: Stacks) -> None:
+        self.seen, self.training, self.stacks, self.size = seen, run, stacks, run.size
         self.model = unwrap(run.model)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.probe = to_device(probe_batch(run.family), device)
         self.signals: dict[str, list[float]] = {}
-        found.adaptive = is_adaptive(run.optimizer, unknown=True)
+        seen.adaptive = is_adaptive(run.optimizer, unknown=True)
 
     def observe(self, *, effects: bool) -> None:
+        # by identity, since a tied tensor has several names
         start = {id(p): p.detach().clone() for p in self.model.parameters()}
         first = self._record()
         self._note(first, first)
+        # the depth multiplier shows before any step: what all branches together add must not grow with their number
         if self.stacks.names:
-            self.found.stream.setdefault(self.size, []).append(self._added(first))
+            self.seen.stream.setdefault(self.size, []).append(self._added(first))
         now = first
-        for _ in range(self.found.num_steps):
-            with self._signals_heard() if effects and not self.found.adaptive else nullcontext():
+        for _ in range(self.seen.num_steps):
+            # an adaptive step does not grow with the gradient, so that only under SGD its size at each output is needed
+            with self._signals_heard() if effects and not self.seen.adaptive else nullcontext():
                 self.training.step()
             now = self._record()
             self._note(now, first)
         if self.training.diverged:
-            self.found.diverged.append((self.size, self.training.seed))
+            self.seen.diverged.append((self.size, self.training.seed))
         if effects:
             self._put_back_each(start, now)
 
@@ -465,10 +491,11 @@ class _Observer:
     def _note(self, now: dict[str, Activation], first: dict[str, Activation]) -> None:
         for raw, a in now.items():
             for name in self.stacks.aliases(raw, self.size) if a.kind != "input" else []:
+                # in the residual stream only the last block's output has a size that the depth may not change
                 within = name != raw and name.rpartition(".")[2] != "last"
-                track = self.found.coordinates.setdefault(name, Track(name, "inside a block" if within else a.kind))
+                track = self.seen.coordinates.setdefault(name, Track(name, "inside a block" if within else a.kind))
                 track.entries[self.size], track.inner[self.size] = a.tensor.numel(), a.inner
-                values = {"rms": a.rms, "mean_abs": _mean_abs(a.tensor), "update": _change(a, first.get(raw))}
+                values = {"rms": a.rms, "mean_abs": a.mean_abs, "update": a.change(first.get(raw))}
                 values["input_rms"] = math.nan if a.input_rms is None else a.input_rms
                 if now is first:
                     track.spread.setdefault(self.size, []).append(a.spread)
@@ -483,13 +510,15 @@ class _Observer:
         begin, end = self.stacks.ends(self.size)
         into = first.get(begin + INPUT)
         out = first.get(end) or first.get(f"{end}[0]")
-        return math.nan if into is None or out is None else _change(out, into)
+        return math.nan if into is None or out is None else out.change(into)
 
-    # -- what each tensor's change does -----------------------------------------------------------------------------------
-
+    # -- what each tensor's change does ---------------------------------------------------------------------------------------
     def _put_back_each(self, start: dict[int, Tensor], now: dict[str, Activation]) -> None:
-        settings = group_settings(self.training.optimizer)
+        optimizer = self.training.optimizer
+        groups = zip(held_parameters(optimizer), learning_rates(optimizer), decoupled_decays(optimizer), strict=True)
+        settings = {id(p): (lr, decay) for params, lr, decay in groups for p in params}
         inside = {}
+        # a tied tensor at each of its places, since it may have another role at each
         for raw, p in self.model.named_parameters(remove_duplicate=False):
             if not p.requires_grad:
                 continue
@@ -498,28 +527,33 @@ class _Observer:
             names = self.stacks.aliases(raw, self.size)
             if names:
                 back = self._record({raw: start[id(p)]})
-                shown = next((a for a in now.values() if _counts(a) and _change(a, back.get(a.name)) > 0), None)
+                named = [(a, back.get(a.name)) for a in now.values() if a.kind not in ("attention logits", "input")]
+                changed = (a for a, before in named if a.change(before) > 0)  # lazily: the first one is found early
+                shown = next(changed, None)
                 if shown is not None and shown.kind == "before output":  # a multiplier outside of the module is part of the readout
-                    shown = next((a for a in now.values() if a.kind == "output" and _change(a, back.get(a.name)) > 0), shown)
+                    shown = next((a for a in changed if a.kind == "output"), shown)
                 for name in names:
                     self._note_effect(name, raw, p, shown, back)
-                    track = self.found.tensors[name]
+                    track = self.seen.tensors[name]
+                    # an optimizer need not hold every parameter that requires gradients
                     track.lr[self.size], track.weight_decay[self.size] = settings.get(id(p), (math.nan, 0.0))
+        # all blocks at once: each one's share shrinks with the depth in any parametrisation
         if inside:
-            change = _change(now["output"], self._record(inside).get("output")) if "output" in now else math.nan
-            self.found.blocks.setdefault(self.size, []).append(math.nan if self.training.diverged else change)
+            change = now["output"].change(self._record(inside).get("output")) if "output" in now else math.nan
+            self.seen.blocks.setdefault(self.size, []).append(math.nan if self.training.diverged else change)
 
     def _note_effect(self, name: str, raw: str, p: Tensor, shown: Activation | None, back: dict[str, Activation]) -> None:
         owner = raw.rpartition(".")[0]
-        track = self.found.tensors.setdefault(name, TensorTrack(name))
+        track = self.seen.tensors.setdefault(name, TensorTrack(name))
         track.shapes[self.size] = tuple(p.shape)
         track.table = isinstance(self.model.get_submodule(owner), nn.Embedding)
         effect = level = signal = math.nan
         scale = 1.0
         if shown is not None and not self.training.diverged:
-            effect, level = _change(shown, back.get(shown.name)), shown.rms
+            effect, level = shown.change(back.get(shown.name)), shown.rms
             track.shown_in, track.entries[self.size] = shown.name, shown.tensor.numel()
             signal = geometric_mean(self.signals.get(shown.owner, []))
+            # a tensor used outside of its module shows elsewhere, where this input says nothing about it
             if shown.owner == owner and shown.input_rms is not None:
                 scale = shown.input_rms
         for values, value in ((track.effect, effect), (track.level, level), (track.input_rms, scale), (track.signal, signal)):
@@ -530,12 +564,13 @@ class _Observer:
         """Note the gradient by each module's output in the training step inside."""
 
         def listener(name: str) -> Callable[..., None]:
+            def note(gradient: Tensor) -> None:
+                self.signals.setdefault(name, []).append(root_mean_square(gradient))
+
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 first = output[0] if isinstance(output, (tuple, list)) and output else output
                 if isinstance(first, Tensor) and first.requires_grad:
-                    first.register_hook(  # type: ignore[no-untyped-call]
-                        lambda g: self.signals.setdefault(name, []).append(root_mean_square(g))
-                    )
+                    first.register_hook(note)  # type: ignore[no-untyped-call]
 
             return hook
 
@@ -545,17 +580,6 @@ class _Observer:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def check_counts(*, steps: int, seeds: int) -> None:
-    """At least one step and one seed.
-
-    Raises:
-        ValueError: fewer.
-    """
-    for name, value in (("steps", steps), ("seeds", seeds)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
 
 
 def probe_batch(family: Family) -> Batch:
@@ -568,46 +592,27 @@ def probe_batch(family: Family) -> Batch:
 def forward(family: Family, model: nn.Module, batch: Batch) -> None:
     """One call of the model on a batch, whatever its form."""
     if family.loss is not None:
-        call_model(model, batch[0])
+        call_model(model, batch[0])  # the loss is not needed; in the other two forms it is the loss that calls the model
     else:
         family.loss_of(model, batch)
-
-
-def group_settings(optimizer: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
-    """id of a parameter -> its learning rate and decoupled weight decay, which is 0 where decay enters the gradient instead."""
-    groups = zip(held_parameters(optimizer), learning_rates(optimizer), decoupled_decays(optimizer), strict=True)
-    return {id(p): (lr, decay) for params, lr, decay in groups for p in params}
 
 
 @contextmanager
 def _replaced(model: nn.Module, replaced: Mapping[str, Tensor]) -> Iterator[None]:
     """Other values in some places of the model; a tied tensor stays as it is in its other places."""
     before = {name: model.get_parameter(name) for name in replaced}
+
+    def place(name: str, value: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
+
     try:
         for name, value in replaced.items():
+            # a new parameter, not a copy into the old one, which tied places and the optimizer share
             other = nn.Parameter(value, requires_grad=False)
             other.__dict__.update(before[name].__dict__)  # what libraries note on a parameter (its base shape)
-            _set(model, name, other)
+            place(name, other)
         yield
     finally:
         for name, p in before.items():
-            _set(model, name, p)
-
-
-def _set(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, value)
-
-
-def _counts(a: Activation) -> bool:
-    return a.kind not in ("attention logits", "input")
-
-
-def _change(a: Activation, other: Activation | None) -> float:
-    if other is None or other.tensor.shape != a.tensor.shape:
-        return math.nan
-    return root_mean_square(a.tensor - other.tensor)
-
-
-def _mean_abs(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, 1, dtype=torch.promote_types(x.dtype, torch.float32))) / x.numel() if x.numel() else 0.0
+            place(name, p)

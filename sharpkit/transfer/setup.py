@@ -77,6 +77,19 @@ class Family:
         set_learning_rates(optimizer, [rate * lr_factor for rate in learning_rates(optimizer)])
         return FamilyRun(self, model, optimizer, size, seed)
 
+    def step_seconds(self, sizes: Sequence[int]) -> list[float]:
+        """Seconds of one optimizer step at each size; the better of two after a first that warms up."""
+        each = []
+        # timed and not reckoned from the number of parameters: small models wait for Python, not for arithmetic
+        for size in sizes:
+            run, times = self.start(size), []
+            for _ in range(3):
+                began = time.perf_counter()
+                run.step()
+                times.append(time.perf_counter() - began)
+            each.append(min(times[1:]))
+        return each
+
     def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
         """The scalar loss of a batch, with its graph."""
         return training_loss(model, batch, loss=self.loss, closure=self.closure)
@@ -97,6 +110,7 @@ class FamilyRun(TrainingRun):
 
     def objective(self, batch: Any = None, *, mode: str = "eval") -> Objective:
         """The loss over given data (default: all the family's batches) as an objective at the present parameters."""
+        # the processes of a distributed job each run their own family: nothing is summed over them
         data = self.family.batches if batch is None else batch
         return Objective(self.model, data, loss=self.family.loss, closure=self.family.closure, mode=mode, process_group=False)
 
@@ -113,22 +127,18 @@ class RunProgress:
 
     Args:
         callback: is told; None for silence.
-        expected: runs of the whole call, as far as known.
-
-    Example:
-        >>> progress = RunProgress(lambda p: print(p.text, p.done, p.expected, p.unit), expected=4)
-        >>> progress.tell("width 64, seed 0", runs=1)
-        width 64, seed 0 1 4 runs
+        expected: runs of the whole call, as far as known; may be raised on the way.
     """
 
     def __init__(self, callback: ProgressCallback | None, expected: int) -> None:
-        self._callback, self._expected, self.done, self._started = callback, expected, 0, time.perf_counter()
+        self._callback, self.expected, self.done, self._started = callback, expected, 0, time.perf_counter()
 
     def tell(self, text: str, *, runs: int = 0) -> None:
         """Count runs just finished and say what was done."""
         self.done += runs
         if self._callback is not None:
-            elapsed, expected = self.seconds, max(self._expected, self.done)
+            # a search may need more runs than were forecast
+            elapsed, expected = self.seconds, max(self.expected, self.done)
             left = elapsed / self.done * (expected - self.done) if self.done else math.nan
             self._callback(Progress(self.done, expected, elapsed, left, text, unit="runs"))
 
@@ -154,7 +164,18 @@ def check_sizes(sizes: Sequence[int], *, dimension: str = "width", least: int = 
     Raises:
         ValueError: too few, or not positive.
     """
+    # a size given twice would enter the fits twice, with the very same runs
     different = tuple(sorted({int(s) for s in sizes}))
     if len(different) < least or different[0] < 1:
         raise ValueError(f"{dimension}s must be at least {least} different positive numbers, got {list(sizes)}")
     return different
+
+
+def duration(seconds: float) -> str:
+    """In seconds or minutes.
+
+    Example:
+        >>> duration(3.14), duration(600)
+        ('3.1 s', '10 min')
+    """
+    return f"{seconds:.2g} s" if seconds < 99 else f"{seconds / 60:.2g} min"

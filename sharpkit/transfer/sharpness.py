@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sharpkit._errors import NonFiniteError
+from sharpkit._results import ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
@@ -23,134 +22,52 @@ from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.gauss_newton import GaussNewtonOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import PreconditionedOperator
-from sharpkit.optimizers import UpdateRule, known_rule, learning_rate, learning_rates
+from sharpkit.optimizers import known_rule, learning_rate, learning_rates
+from sharpkit.training_run import as_seeds
 from sharpkit.transfer.fits import Slope, log_slope
-from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, check_sizes
+from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-_NTK_SAMPLES, _TRACE_MATVECS = 32, 12  # by judgement: enough for a curve over time, at the cost of a few training steps
-
-
-class Probe:
-    """What to measure, the same for every run.
-
-    Args:
-        family: of networks.
-        batches: to measure on; None is the family's first batch.
-        preconditioned: D^-1 H in place of H.
-        adaptive: D is known only after a step.
-        top_k, with_trace, with_ntk, tol: as of :func:`sharpkit.transfer.sharpness_transfer`.
-    """
-
-    def __init__(
-        self, family: Family, batches: Any, preconditioned: bool, adaptive: bool, top_k: int, with_trace: bool, with_ntk: bool, tol: float
-    ) -> None:
-        self.batches: Sequence[Batch] = [family.batches[0]] if batches is None else batches if isinstance(batches, list) else [batches]
-        self.preconditioned, self.adaptive = preconditioned, preconditioned and adaptive
-        self.top_k, self.with_trace, self.with_ntk, self.tol = top_k, with_trace, with_ntk, tol
-
-    def matrix(self, run: FamilyRun) -> SymmetricOperator:
-        """H or D^-1 H at the run's present parameters."""
-        hessian = HessianOperator(run.objective(self.batches))
-        if not self.preconditioned:
-            return hessian
-        return preconditioned_hessian(hessian, run.optimizer) if self.adaptive else PreconditionedOperator(hessian, run.optimizer)
-
-    def ntk(self, run: FamilyRun) -> float:
-        """Top eigenvalue of J J^T / n, that of the Gauss-Newton matrix of half the squared outputs."""
-        first = self.batches[0]
-        length = batch_length(first) or 0
-        few = slice_batch(first, 0, min(_NTK_SAMPLES, length), length=length)
-        matrix = GaussNewtonOperator(Objective(run.model, [few], loss=_half_square, process_group=False))
-        return float(eigenpairs(matrix, k=1, tol=self.tol).values[0])
-
-
-def _half_square(output: Tensor, target: Any) -> Tensor:
-    return 0.5 * output.pow(2).sum() / len(output)
-
-
-class Track:
-    """One run's series, grown by one value at each measurement.
-
-    Attributes:
-        series: by name.
-        num_matvecs: products so far.
-    """
-
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
-        self.series: dict[str, list[float]] = {}
-        self.num_matvecs = 0
-        self._tracker = EigenvalueTracker(tol=probe.tol)
-
-    def measure(self, run: FamilyRun) -> None:
-        """Add what holds now; NaN once the run has diverged."""
-        try:
-            now = {"loss": math.nan, "lambda_max": math.nan, "error": math.nan} if run.diverged else self._values(run)
-        except NonFiniteError:
-            now = {}
-        for name in dict.fromkeys([*now, *self.series, "loss", "lambda_max", "error"]):
-            self.series.setdefault(name, []).append(now.get(name, math.nan))
-
-    def _values(self, run: FamilyRun) -> dict[str, float]:
-        probe = self.probe
-        matrix = probe.matrix(run)
-        now: dict[str, float] = {"loss": run.final_loss(probe.batches)}
-        if probe.top_k == 1:
-            top = self._tracker.update(matrix)
-            now |= {"lambda_max": top.value, "error": top.stderr}
-            self.num_matvecs += top.num_matvecs
-        else:
-            pairs = eigenpairs(matrix, k=min(probe.top_k, matrix.size), tol=probe.tol)
-            values = [float(v) for v in pairs.values]
-            now |= {"lambda_max": values[0], "error": float(pairs.residuals[0])}
-            now |= {f"lambda_{i}": value for i, value in enumerate(values[1:], start=2)}
-            self.num_matvecs += pairs.num_matvecs
-        if probe.with_trace:
-            found = trace(matrix, num_matvecs=_TRACE_MATVECS)
-            now["trace"] = found.value
-            self.num_matvecs += found.num_matvecs
-        if probe.with_ntk:
-            now["ntk"] = probe.ntk(run)
-        return now
-
-
-def scales(family: Family, sizes: Sequence[int], rule: UpdateRule | None) -> bool:
-    """Whether the optimizer divides its gradients by something, or gives its groups different rates."""
-    if rule is None:
-        return False
-    return rule.adaptive or any(len(set(learning_rates(family.start(size).optimizer))) > 1 for size in sizes)
-
-
-SAME, DIFFERENT = 0.15, 0.5  # spread after warm-up: up to the first the sizes agree, from the second on they do not
-STEEP = 0.2  # nor do they where the exponent is surely beyond this
-BLURRED = 2.0  # times the limit
 Array = np.ndarray[Any, Any]
+
+# Spread after warm-up: up to the first the sizes agree, from the second on they do not. By judgement, as in
+# experiments/transfer_sharpness.py muP has 4 %, and other parametrisations 12 % (where the edge of stability hides it), 43 % and 60 %.
+SAME, DIFFERENT = 0.15, 0.5
+STEEP = 0.2  # exponent from which sizes do not agree either, by judgement: in that experiment 0.02 to 0.13 where they do, 0.5 and 0.9 else
+BLURRED = 2.0  # times the limit, by judgement: at the edge of stability the share hovers about 1, and beyond 2 no training goes on
+_NTK_SAMPLES = 32  # by judgement: the top eigenvalue is compared between widths on the same samples, and few show it
+_TRACE_MATVECS = 12  # products for each trace, by judgement: about what following lambda_max takes over a few measurements
 
 
 @dataclass(frozen=True)
-class SharpnessTransfer:
-    """What :func:`sharpness_transfer` found. Sharpness is compared as a share of its stability limit, which has no unit.
+class SharpnessTransfer(
+    Result,
+    kind="sharpness_transfer",
+    saved=(
+        *("dimension", "warmup", "num_seeds", "matrix", "condition", "spread_after", "passed", "num_matvecs", "seconds", "sizes", "steps"),
+        *("lambda_max", "error", "limit", "loss", "extra", "spread", "extent", "exponents", "exponent_after", "findings"),
+    ),
+):
+    """What :func:`sharpness_transfer` measured. Sharpness is compared as a share of its stability limit, which has no unit.
 
     Attributes:
         dimension, sizes: what was trained.
-        steps: at which everything was measured.
-        warmup: step from which :meth:`typical` and what comes of it counts.
+        steps: those at which everything was measured.
+        warmup: step from which :meth:`typical` and all that follows from it counts.
         num_seeds: runs of each size.
         matrix: the matrix whose largest eigenvalue it is, in words.
-        condition: the stability limit in words; empty where the optimizer's is not known.
+        condition: the stability limit in words; empty if the optimizer's is not known.
         lambda_max: size -> (seeds, steps), NaN after divergence.
-        error: the same for its error bounds.
-        limit: size -> the largest stable lambda_max; NaN where not known (sharpness itself is compared then).
+        error: size -> (seeds, steps), the residual bound of each.
+        limit: size -> the largest stable lambda_max; NaN if not known (sharpness itself is compared then).
         loss: size -> (seeds, steps), training loss.
         extra: further series by name (``"trace"``, ``"ntk"``, ``"lambda_2"`` ...), as lambda_max.
         spread: at each step, standard deviation over mean of the sizes' shares (means over seeds).
         extent: at each step, (largest - smallest) / mean of them: grows with the number of sizes.
         exponents: at each step, a in share ~ size^a.
-        num_matvecs, seconds: the cost.
+        num_matvecs, seconds: the cost; products of the NTK are not counted.
     """
 
     dimension: str
@@ -172,98 +89,77 @@ class SharpnessTransfer:
     seconds: float
 
     def shares(self, size: int) -> Array:
-        """(seeds, steps): lambda_max over its limit; lambda_max itself where no limit is known."""
+        """(seeds, steps): lambda_max over its limit; lambda_max itself if no limit is known."""
         limit = self.limit[size]
         return self.lambda_max[size] / limit if math.isfinite(limit) else self.lambda_max[size]
 
     def typical(self, size: int) -> Array:
-        """(seeds,) median share over the time after the warm-up: single spikes of an adaptive optimizer's matrix do not count."""
+        """(seeds,) median share over the time after the warm-up."""
         late = [i for i, t in enumerate(self.steps) if t >= self.warmup]
-        found: Array = np.median(self.shares(size)[:, late], axis=1)
-        return found
+        # not the mean: an adaptive optimizer's matrix has single spikes of many times the limit
+        return np.asarray(np.median(self.shares(size)[:, late], axis=1))
 
     @property
     def spread_after(self) -> float:
         """Standard deviation over mean of the sizes' :meth:`typical` shares."""
+        # of the sizes' means over seeds: scatter between seeds is no dependence on the size
         means = np.array([self.typical(size).mean() for size in self.sizes])
         return float(means.std() / means.mean())
 
     @property
     def exponent_after(self) -> Slope:
-        """a in share ~ size^a, from :meth:`typical`."""
+        """The a in share ~ size^a, from :meth:`typical`."""
         return log_slope({size: self.typical(size).tolist() for size in self.sizes})
 
     @property
     def blurred(self) -> bool:
-        """Whether a size stands beyond twice its limit while it trains: an adaptive optimizer's D is then all but zero somewhere, where
-        recent batches gave no gradient, and the top eigenvalue speaks of those parameters alone.
+        """Whether a size stands beyond twice its limit while it trains: an adaptive optimizer's D is then almost 0 somewhere, where recent
+        batches gave no gradient, and the top eigenvalue speaks of those parameters alone.
         """
         return bool(self.condition) and max(float(self.typical(s).max()) for s in self.sizes) > BLURRED
 
     @property
     def passed(self) -> bool | None:
-        """True where the sizes agree (spread <= 15 %); False where they do not: spread >= 50 %, a run diverged, or the 95 % interval of the
-        exponent lies beyond 0.2; None in between, and where the sharpness is :attr:`blurred`.
+        """True if the sizes agree (spread <= 15 %); False if they do not: spread >= 50 %, a run diverged, or the 95 % interval of the
+        exponent lies beyond 0.2; None in between, and if the sharpness is :attr:`blurred`.
         """
         if any(np.isnan(v).any() for v in self.lambda_max.values()):
             return False
-        spread, slope = self.spread_after, self.exponent_after
-        steep = abs(slope.value) - slope.half_width > STEEP
         if self.blurred:
             return None
+        spread, slope = self.spread_after, self.exponent_after
+        # with many sizes a small exponent makes a large spread, with two a large one makes a small spread: either is enough
+        steep = abs(slope.value) - slope.half_width > STEEP
         return False if spread >= DIFFERENT or steep else True if spread <= SAME else None
 
     def findings(self) -> list[str]:
         """What the numbers say, in sentences."""
         lost = [size for size in self.sizes if np.isnan(self.lambda_max[size]).any()]
-        found = []
+        sentences = []
         if lost:
-            found.append(f"Training diverged at {self.dimension} {', '.join(map(str, lost))}: sharpness there ends before the last step.")
+            sentences.append(
+                f"Training diverged at {self.dimension} {', '.join(map(str, lost))}: sharpness there ends before the last step."
+            )
         if math.isfinite(self.spread_after):
             verdict = {True: "agree", False: "do not agree", None: "agree only roughly"}[self.passed]
-            what = "share of the stability limit" if self.condition else "size"
-            found.append(
-                f"From step {self.warmup} on, sharpness ({self.matrix}, as a {what}) has a relative spread of {self.spread_after:.1%} over "
-                f"{self.dimension}s {self.sizes[0]} to {self.sizes[-1]}"
-                + ("." if self.blurred else f" and goes as {self.dimension}^({self.exponent_after}): the curves {verdict}.")
+            unit = "share of the stability limit" if self.condition else "size"
+            ending = "." if self.blurred else f" and goes as {self.dimension}^({self.exponent_after}): the curves {verdict}."
+            sentences.append(
+                f"From step {self.warmup} on, sharpness ({self.matrix}, as a {unit}) has a relative spread of {self.spread_after:.1%} over "
+                f"{self.dimension}s {self.sizes[0]} to {self.sizes[-1]}{ending}"
             )
         top = max((float(v) for s in self.sizes for v in self.typical(s) if math.isfinite(v)), default=math.nan)
         if self.condition and math.isfinite(top):
-            found.append(f"The sharpest of the runs stands there at {top:.0%} of the limit ({self.condition}).")
+            sentences.append(f"After warm-up the sharpest run is at {top:.0%} of the limit ({self.condition}).")
         if self.blurred:
-            found.append(
-                "That is far beyond the limit, and yet training goes on: somewhere the optimizer divides by all but zero, where recent "
+            sentences.append(
+                "That is far beyond the limit, and yet training continues: somewhere the optimizer divides by almost 0, where recent "
                 "batches gave no gradient. Larger batches or a larger eps would make sharpness comparable; here it says nothing."
             )
-        return found
+        return sentences
 
     def __str__(self) -> str:
         return " ".join(self.findings())
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready but for NaN."""
-
-        def plain(series: Mapping[int, Array]) -> dict[str, Any]:
-            return {str(size): values.tolist() for size, values in series.items()}
-
-        same = ("dimension", "warmup", "num_seeds", "matrix", "condition", "spread_after", "passed", "num_matvecs", "seconds")
-        return {
-            "kind": "sharpness_transfer",
-            "version": 1,
-            **{name: getattr(self, name) for name in same},
-            "sizes": list(self.sizes),
-            "steps": list(self.steps),
-            "lambda_max": plain(self.lambda_max),
-            "error": plain(self.error),
-            "limit": {str(size): value for size, value in self.limit.items()},
-            "loss": plain(self.loss),
-            "extra": {name: plain(series) for name, series in self.extra.items()},
-            "spread": list(self.spread),
-            "extent": list(self.extent),
-            "exponents": [slope.to_dict() for slope in self.exponents],
-            "exponent_after": self.exponent_after.to_dict(),
-            "findings": self.findings(),
-        }
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Share of the limit over steps, one curve for each size; the limit dashed, the loss below."""
@@ -282,7 +178,7 @@ def sharpness_transfer(
     closure: Callable[..., torch.Tensor] | None = None,
     steps: int = 200,
     every: int = 10,
-    seeds: int = 1,
+    seeds: int | Sequence[int] = 1,
     probe: Any = None,
     warmup: int | None = None,
     lr_factor: float = 1.0,
@@ -292,27 +188,27 @@ def sharpness_transfer(
     with_ntk: bool = False,
     dimension: str = "width",
     tol: float = 0.01,
-    callback: Callable[[str], None] | None = None,
+    callback: ProgressCallback | None = None,
 ) -> SharpnessTransfer:
     """Follow the largest eigenvalue of the (preconditioned) Hessian on a fixed batch while networks of several widths train.
 
-    Where optimizers scale their groups' rates, the matrix is D^-1 H with the rates' ratios in D, and the limit that of the first group's
+    If the optimizer scales its groups' rates, the matrix is D^-1 H with the rates' ratios in D, and the limit that of the first group's
     rate; the share of the limit is the same whichever group comes first, and is what widths are compared by.
 
     Args:
-        build, widths, optimizer, data, loss, closure, dimension: as of :func:`sharpkit.transfer.learning_rate_transfer`.
-        steps: of training.
+        build, widths, optimizer, data, loss, closure, dimension: as for :func:`sharpkit.transfer.learning_rate_transfer`.
+        steps: optimizer steps of each run.
         every: steps between measurements.
-        seeds: runs of each width.
+        seeds: how many runs of each width, or their seeds.
         probe: the batch (or batches) measured on; by default the first batch of the data.
         warmup: step from which the spread counts; by default half of the steps.
-        lr_factor: on all learning rates.
-        top_k: eigenvalues to follow; beyond one, by a cold Lanczos run each time.
-        preconditioned: by default where the optimizer is adaptive or its groups have different rates.
+        lr_factor: multiplies all learning rates.
+        top_k: eigenvalues to follow; more than one by a cold Lanczos run each time.
+        preconditioned: by default if the optimizer is adaptive or its groups have different rates.
         with_trace: also the trace of the same matrix (twelve products).
         with_ntk: also the top eigenvalue of J J^T / n on up to 32 samples of the probe; needs ``loss=``.
-        tol: of the eigenvalues, relative.
-        callback: called with a line for each run.
+        tol: relative tolerance of the eigenvalues.
+        callback: called with a :class:`sharpkit.Progress` after each run.
 
     Raises:
         ValueError: arguments out of range, or ``with_ntk`` with a closure.
@@ -321,82 +217,137 @@ def sharpness_transfer(
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> found = sharpness_transfer(
+        >>> transfer = sharpness_transfer(
         ...     lambda width: nn.Linear(4, 1, bias=False), [8, 16], data=[(torch.eye(4), torch.ones(4, 1))], loss=nn.functional.mse_loss,
         ...     optimizer=lambda model, width: torch.optim.SGD(model.parameters(), lr=1.0), steps=4, every=2)
-        >>> found.passed, round(float(found.shares(8)[0, 0]), 3)  # mean of four squares: H = I / 2, the limit 2 / lr
+        >>> transfer.passed, round(float(transfer.shares(8)[0, 0]), 3)  # mean of four squares: H = I / 2, the limit 2 / lr
         (True, 0.25)
 
     References:
         Noci et al., "Super consistency of neural network landscapes and learning rate transfer" (2024), arXiv 2402.17457.
     """
-    sizes = check_sizes(widths, dimension=dimension)
-    if steps < 1 or every < 1 or seeds < 1 or top_k < 1:
-        raise ValueError(f"steps, every, seeds and top_k must be positive, got {steps}, {every}, {seeds}, {top_k}")
+    sizes, chosen = check_sizes(widths, dimension=dimension), as_seeds(seeds)
+    if steps < 1 or every < 1 or top_k < 1:
+        raise ValueError(f"steps, every and top_k must be positive, got {steps}, {every}, {top_k}")
     if with_ntk and loss is None:
         raise ValueError("the NTK needs the model's output: pass (input, target) batches and loss=, not closure=")
-    started = time.perf_counter()
+    progress = RunProgress(callback, len(sizes) * len(chosen))
     family = Family(build, optimizer, data, loss, closure, dimension)
+    # the limit has to be that of the optimizer itself; a model of the smallest size tells which one it is
     rule = known_rule(family.start(sizes[0]).optimizer)
-    scaled = scales(family, sizes, rule) if preconditioned == "auto" else preconditioned
-    what = Probe(family, probe, scaled, rule is not None and rule.adaptive, top_k, with_trace, with_ntk, tol)
-    times = tuple(t for t in range(steps + 1) if t % every == 0 or (t == 1 and what.adaptive))
-    times = times[1:] if what.adaptive else times
-    tracks: dict[int, list[Track]] = {size: [] for size in sizes}
-    limits = {}
+    adaptive = rule is not None and rule.adaptive
+    if preconditioned == "auto":
+        # rates that differ between groups scale the steps as a preconditioner does
+        several = any(len(set(learning_rates(family.start(size).optimizer))) > 1 for size in sizes)
+        preconditioned = rule is not None and (adaptive or several)
+    batches = [family.batches[0]] if probe is None else probe if isinstance(probe, list) else [probe]
+    follower = _Follower(batches, preconditioned, preconditioned and adaptive, top_k, with_trace, with_ntk, tol)
+    times = follower.times(steps, every)
+    rows: dict[int, list[list[Row]]] = {size: [] for size in sizes}
+    limits: dict[int, float] = {}
     for size in sizes:
-        for seed in range(seeds):
+        for seed in chosen:
             run = family.start(size, seed=seed, lr_factor=lr_factor)
             limits[size] = rule.max_curvature(learning_rate(run.optimizer)) if rule is not None else math.nan
-            tracks[size].append(_follow(run, what, times))
-            last = tracks[size][-1].series["lambda_max"][-1]
-            if callback is not None:
-                callback(f"{dimension} {size}, seed {seed}: lambda_max {last:.4g} after {steps} steps, limit {limits[size]:.4g}")
-    return _collected(family, tracks, limits, times, steps // 2 if warmup is None else warmup, what, rule, time.perf_counter() - started)
-
-
-def _follow(run: FamilyRun, what: Probe, times: Sequence[int]) -> Track:
-    track = Track(what)
-    for t in range(times[-1] + 1):
-        if t in times:
-            track.measure(run)
-        run.step()
-    return track
-
-
-def _collected(
-    family: Family,
-    tracks: Mapping[int, Sequence[Track]],
-    limits: Mapping[int, float],
-    times: tuple[int, ...],
-    warmup: int,
-    what: Probe,
-    rule: UpdateRule | None,
-    seconds: float,
-) -> SharpnessTransfer:
-    sizes = tuple(tracks)
-    names = list(dict.fromkeys(name for found in tracks.values() for track in found for name in track.series))
-    series = {name: {size: np.array([track.series[name] for track in tracks[size]]) for size in sizes} for name in names}
-    share = {s: series["lambda_max"][s] / (limits[s] if math.isfinite(limits[s]) else 1.0) for s in sizes}
-    means = np.array([share[s].mean(0) for s in sizes])  # (sizes, steps)
+            rows[size].append(follower.follow(run, times))
+            last = rows[size][-1][-1].get("lambda_max", math.nan)
+            progress.tell(f"{dimension} {size}, seed {seed}: lambda_max {last:.4g} after {steps} steps, limit {limits[size]:.4g}", runs=1)
+    # a run that diverged early has no row of every kind: its numbers there are NaN
+    names = dict.fromkeys(("lambda_max", "error", "loss"))
+    names |= dict.fromkeys(name for runs in rows.values() for run in runs for row in run for name in row)
+    series = {n: {s: np.array([[row.get(n, math.nan) for row in run] for run in rows[s]]) for s in sizes} for n in names}
+    shares = {s: series["lambda_max"][s] / (limits[s] if math.isfinite(limits[s]) else 1.0) for s in sizes}
+    means = np.array([shares[s].mean(0) for s in sizes])  # (sizes, steps)
     middle = means.mean(0)
-    exponents = [log_slope({s: share[s][:, i].tolist() for s in sizes}) for i in range(len(times))]
     return SharpnessTransfer(
-        dimension=family.dimension,
+        dimension=dimension,
         sizes=sizes,
         steps=times,
-        warmup=warmup,
-        num_seeds=len(tracks[sizes[0]]),
-        matrix="lambda_max of D^-1 H" if what.preconditioned else "lambda_max of H",
+        warmup=steps // 2 if warmup is None else warmup,
+        num_seeds=len(chosen),
+        matrix="lambda_max of D^-1 H" if preconditioned else "lambda_max of H",
         condition=rule.condition if rule is not None else "",
-        lambda_max=series["lambda_max"],
-        error=series["error"],
-        limit=dict(limits),
-        loss=series["loss"],
-        extra={name: found for name, found in series.items() if name not in ("lambda_max", "error", "loss")},
+        lambda_max=series.pop("lambda_max"),
+        error=series.pop("error"),
+        limit=limits,
+        loss=series.pop("loss"),
+        extra=series,
         spread=tuple((means.std(0) / middle).tolist()),
         extent=tuple(((means.max(0) - means.min(0)) / middle).tolist()),
-        exponents=tuple(exponents),
-        num_matvecs=sum(track.num_matvecs for found in tracks.values() for track in found),
-        seconds=seconds,
+        exponents=tuple(log_slope({s: shares[s][:, i].tolist() for s in sizes}) for i in range(len(times))),
+        num_matvecs=follower.num_matvecs,
+        seconds=progress.seconds,
     )
+
+
+Row = dict[str, float]  # name -> value at one time of a run
+
+
+@dataclass
+class _Follower:
+    """Trains one run after another and measures the same on each.
+
+    Attributes:
+        batches: measured on.
+        preconditioned: D^-1 H in place of H.
+        adaptive: D is the optimizer's own and known only after a step.
+        top_k, with_trace, with_ntk, tol: as for :func:`sharpness_transfer`.
+        num_matvecs: products so far.
+    """
+
+    batches: Sequence[Batch]
+    preconditioned: bool
+    adaptive: bool
+    top_k: int
+    with_trace: bool
+    with_ntk: bool
+    tol: float
+    num_matvecs: int = 0
+
+    def times(self, steps: int, every: int) -> tuple[int, ...]:
+        """Steps to measure at; before the first step an adaptive optimizer has no second moment, so that the first is after it."""
+        return tuple(t for t in range(steps + 1) if (t % every == 0 and not (self.adaptive and t == 0)) or (self.adaptive and t == 1))
+
+    def follow(self, run: FamilyRun, times: Sequence[int]) -> list[Row]:
+        """A row at each time; empty ones once the run has diverged."""
+        tracker, rows = EigenvalueTracker(tol=self.tol), []  # one a run: each eigenvalue starts from the last one's vector
+        for t in range(times[-1] + 1):
+            if t in times:
+                try:
+                    rows.append({} if run.diverged else self._measure(run, tracker))
+                except NonFiniteError:
+                    rows.append({})
+            run.step()
+        return rows
+
+    def _measure(self, run: FamilyRun, tracker: EigenvalueTracker) -> Row:
+        matrix: SymmetricOperator = HessianOperator(run.objective(self.batches))
+        if self.preconditioned:
+            # without live state D holds the ratios of the groups' rates alone, and no weight decay is divided by it
+            matrix = preconditioned_hessian(matrix, run.optimizer) if self.adaptive else PreconditionedOperator(matrix, run.optimizer)
+        row = {"loss": run.final_loss(self.batches)}
+        if self.top_k == 1:
+            top = tracker.update(matrix)
+            row |= {"lambda_max": top.value, "error": top.stderr}
+            self.num_matvecs += top.num_matvecs
+        else:
+            # the tracker follows one vector: for several there is no warm start
+            pairs = eigenpairs(matrix, k=min(self.top_k, matrix.size), tol=self.tol)
+            values = [float(v) for v in pairs.values]
+            row |= {"lambda_max": values[0], "error": float(pairs.residuals[0])}
+            row |= {f"lambda_{i}": value for i, value in enumerate(values[1:], start=2)}
+            self.num_matvecs += pairs.num_matvecs
+        if self.with_trace:
+            estimate = trace(matrix, num_matvecs=_TRACE_MATVECS)
+            row["trace"] = estimate.value
+            self.num_matvecs += estimate.num_matvecs
+        if self.with_ntk:
+            row["ntk"] = self._ntk(run)
+        return row
+
+    def _ntk(self, run: FamilyRun) -> float:
+        """Top eigenvalue of J J^T / n, that of the Gauss-Newton matrix of half the squared outputs."""
+        length = batch_length(self.batches[0]) or 0
+        few = slice_batch(self.batches[0], 0, min(_NTK_SAMPLES, length), length=length)
+        half_squares = Objective(run.model, [few], loss=lambda output, _: 0.5 * output.pow(2).sum() / len(output), process_group=False)
+        return float(eigenpairs(GaussNewtonOperator(half_squares), k=1, tol=self.tol).values[0])

@@ -5,30 +5,36 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from sharpkit._results import json_ready
+from sharpkit._results import ProgressCallback, Result
+from sharpkit.training_run import as_seeds
 from sharpkit.transfer.coordinates import CoordinateCheck, check_of
-from sharpkit.transfer.culprits import Culprit, culprits_of
-from sharpkit.transfer.learning_rates import LearningRateTransfer, RunStore, duration, learning_rate_transfer, step_seconds
+from sharpkit.transfer.culprits import MINIMAL_ERRORS, MINIMAL_EXPONENT, Culprit, culprits_of
+from sharpkit.transfer.learning_rates import PRECISION, TOLERANCE, LearningRateTransfer, RunStore, expected_runs, learning_rate_transfer
 from sharpkit.transfer.observing import observe
-from sharpkit.transfer.setup import Family, check_sizes
+from sharpkit.transfer.setup import Family, RunProgress, check_sizes, duration
 from sharpkit.transfer.sharpness import SharpnessTransfer, sharpness_transfer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PROXY_STEPS = (
+    4  # of the coordinate check and the culprits, as in experiments/transfer_faults.py, which named every planted rule after so many
+)
+MOST = 8  # times the largest size measured, by judgement: three doublings beyond, over which a slope of logarithms may be extrapolated
+OCTAVES = 0.5  # shift of the optimum that is allowed, by judgement: the grid of rates that were run is no finer
+PENALTY = 0.02  # of the loss, by judgement: where the bowl is so flat that a larger shift costs less than this, it is allowed too
+WIDEST = 1.0  # octaves, by judgement: the parabola is fitted to points up to 1.5 octaves off, and is not trusted at its rim
+_OBSERVING = 3  # times the cost of the training steps, by judgement: putting back every tensor takes about as long as two more steps each
+_PRODUCTS = 3  # for each sharpness: from the last vector it needs two to three (docs/transfer_rates.md), each about as long as two steps
 
-PROXY_STEPS = 4  # by judgement: as many as a coordinate check shows
 
-
-@dataclass(frozen=True)
-class Amounts:
+class _Amounts(NamedTuple):
     """How much of everything a mode does."""
 
     sharpness_steps: int
@@ -37,61 +43,21 @@ class Amounts:
     until_certain: bool
 
 
-AMOUNTS = {"quick": Amounts(40, 4, 60, True), "full": Amounts(200, 10, 150, False)}
+# By judgement: quick mode gives an MLP's verdict within three minutes on one core (seconds in docs/transfer_rates.md); full mode takes the
+# steps of the experiments behind that page and more.
+_AMOUNTS = {"quick": _Amounts(40, 4, 60, True), "full": _Amounts(200, 10, 150, False)}
+
+RULE = (
+    f"does not transfer: a rule of the parametrisation is broken (its exponent is off by more than {MINIMAL_EXPONENT} and by more than "
+    f"{MINIMAL_ERRORS:g} standard errors), or the whole 95 % interval of the drift lies beyond {TOLERANCE} octaves per doubling; "
+    f"transfers: the coordinate check passes and the drift is at most {TOLERANCE}, its interval within {PRECISION}; "
+    "anything else is undecided"
+)
 
 
-def forecast(family: Family, sizes: Sequence[int], amounts: Amounts, seeds: int) -> str:
-    """At most: learning rates at every size, no early end."""
-    each = step_seconds(family, sizes)
-    short = sum(each) * seeds * PROXY_STEPS * 3  # putting back every tensor takes about as long as two more steps
-    products = 3 * amounts.sharpness_steps / amounts.sharpness_every
-    sharp = sum(each) * (amounts.sharpness_steps + 2 * products)
-    rates = sum(each) * amounts.rate_steps * (8 + 7 * (seeds - 1))
-    return (
-        f"cost over {family.dimension}s, from a timed step: coordinates {duration(short)}, sharpness {duration(sharp)}, "
-        f"learning rates at most {duration(rates)}"
-    )
-
-
-def by_depth(build: Any, optimizer: Any, width: int, rest: tuple[Any, Any, Any]) -> Family:
-    """Networks of one width by depth.
-
-    Args:
-        build: called as build(width, depth=...).
-        optimizer: called with ``depth=`` where it takes that.
-        width: of all.
-        rest: data, loss and closure.
-
-    Raises:
-        TypeError: build takes no depth.
-    """
-    if not _takes_depth(build):
-        raise TypeError("with depths, build must take the depth too: build(width, depth=...)")
-    knows = _takes_depth(optimizer)
-    return Family(
-        lambda depth: build(width, depth=depth),
-        lambda model, depth: optimizer(model, width, depth=depth) if knows else optimizer(model, width),
-        *rest,
-        dimension="depth",
-    )
-
-
-def _takes_depth(function: Any) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-    return "depth" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-MOST = 8  # times the largest size measured: nothing is claimed beyond
-OCTAVES = 0.5  # by judgement: a drift up to here costs little (PENALTY says how much)
-WIDEST = 1.0  # octaves: the parabola is not trusted further
-PENALTY = 0.02  # by judgement: a loss 2 % above the best is within the scatter of seeds
-
-
+# -- how far it reaches -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Reach:
+class Reach(Result):
     """The range of sizes in which one learning rate does.
 
     Attributes:
@@ -99,8 +65,8 @@ class Reach:
         octaves: shift of the optimum that is allowed: half an octave, or what costs ``penalty`` of the loss if that is more.
         penalty: relative loss.
         value: largest size by the drift itself.
-        lower: by the end of its 95 % interval that is furthest from zero: up to there with 97.5 % confidence.
-        upper: by the end nearest to zero.
+        lower: largest size by the end of the drift's 95 % interval that is furthest from zero: with 97.5 % confidence.
+        upper: largest size by the end nearest to zero.
         measured: largest size measured.
         cap: the size beyond which nothing is claimed; values stop there.
     """
@@ -120,21 +86,18 @@ class Reach:
         def shown(size: float) -> str:
             return f"at least {self.cap:.0f}" if size >= self.cap else f"{size:.0f}"
 
-        head = f"The best rate of {dimension} {self.proxy} is predicted to stay within {self.octaves:.2g} octaves of the best one"
-        below = " - less than was measured" if self.lower < self.measured else ""
+        below = ", less than was measured" if self.lower < self.measured else ""
         interval = f"95 % interval {shown(self.lower)} to {shown(self.upper)}{below}"
         if self.lower >= self.cap:
             interval = "the whole 95 % interval lies beyond"
-        return f"{head} up to {dimension} {shown(self.value)} ({interval}); past {self.cap:.0f} nothing is claimed."
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        names = ("proxy", "octaves", "penalty", "value", "lower", "upper", "measured", "cap")
-        return {name: getattr(self, name) for name in names}
+        return (
+            f"The best rate of {dimension} {self.proxy} is predicted to stay within {self.octaves:.2g} octaves of the best one "
+            f"up to {dimension} {shown(self.value)} ({interval}); past {self.cap:.0f} nothing is claimed."
+        )
 
 
 def reach(rates: LearningRateTransfer, *, octaves: float = OCTAVES, penalty: float = PENALTY) -> Reach | None:
-    """The drift d says: at size w the optimum has moved by d log2(w / proxy) octaves.
+    """By a drift d the optimum at size w has moved by d log2(w / proxy) octaves: up to which size that is allowed.
 
     Args:
         rates: measured at two sizes or more.
@@ -142,51 +105,52 @@ def reach(rates: LearningRateTransfer, *, octaves: float = OCTAVES, penalty: flo
             octave, is allowed.
 
     Returns:
-        the range; None where the drift or its interval is not known.
+        the range; None if the drift or its interval is not known.
     """
-    drift = rates.drift
-    if not math.isfinite(drift.value) or not math.isfinite(drift.half_width):
+    if not rates.drift.known:
         return None
-    curvature = rates.optima[-1].curvature
+    curvature = rates.optima[-1].curvature  # of log loss: (1 + penalty) is reached where curvature x^2 = log(1 + penalty)
     flat = math.sqrt(math.log1p(penalty) / curvature) if curvature > 0 else 0.0
     allowed = max(octaves, min(flat, WIDEST))
     first, last = rates.sizes[0], rates.sizes[-1]
     cap = float(MOST * last)
-    low, high = drift.interval
+    low, high = rates.drift.interval
+    # an interval that holds 0 has no end nearest to it: up to any size the optimum may stay
     least = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
 
     def size(slope: float) -> float:
         doublings = allowed / abs(slope) if slope else math.inf
-        return min(first * math.exp2(min(doublings, 64.0)), cap)
+        return min(first * math.exp2(min(doublings, 64.0)), cap)  # 2^64 is beyond any cap, and not yet infinite
 
-    return Reach(first, allowed, penalty, size(drift.value), size(max(abs(low), abs(high))), size(least), last, cap)
-
-
-Mode = Literal["quick", "full"]
-Say = Callable[[str], None]
-
-RULE = (
-    "does not transfer: a rule of the parametrisation is broken beyond doubt, or the best learning rate surely drifts; "
-    "transfers: the coordinate check passes and the drift is known to be small; anything else is undecided"
-)
+    return Reach(first, allowed, penalty, size(rates.drift.value), size(max(abs(low), abs(high))), size(least), last, cap)
 
 
+# -- the verdict --------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Verdict:
-    """What :func:`diagnose` found.
+class Verdict(
+    Result,
+    kind="transfer_verdict",
+    strict=True,
+    saved=(
+        *("passed", "headline", "rule", "mode", "widths", "depths", "culprits", "reach", "findings=conclusions", "ended", "seconds"),
+        "parts",
+    ),
+):
+    """The answer of :func:`diagnose`; its document holds those of all measurements, each with its own findings, under ``"parts"``.
 
     Attributes:
         widths, depths: asked for.
         mode: ``"quick"`` or ``"full"``.
-        checks: coordinate checks, over widths and, where asked, depths.
+        checks: coordinate checks, over widths and, if asked, depths.
         culprits: broken rules, the strongest first of each dimension.
-        sharpness: over widths; None where the verdict was certain before.
-        rates: over widths, and depths in full mode; empty where the verdict was certain before.
-        reach: the range in which the smallest width's learning rate does; None where the drift is not known.
+        sharpness: over widths; None if a broken rule decided before.
+        rates: over widths, and depths in full mode; empty if a broken rule decided before.
+        reach: the range in which the smallest width's learning rate does; None if the drift is not known.
         ended: why it ended before everything was measured; empty otherwise.
         seconds: wall time.
     """
 
+    rule: ClassVar[str] = RULE
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     mode: str
@@ -200,8 +164,9 @@ class Verdict:
 
     @property
     def passed(self) -> bool | None:
-        """True: transfers; False: does not; None: what was measured cannot tell. The rule is ``sharpkit.transfer.verdict.RULE``."""
-        drifts = [found.passed for found in self.rates]
+        """True: transfers; False: does not; None: what was measured cannot tell. :attr:`rule` says when."""
+        # sharpness decides nothing: at the edge of stability it agrees at all widths in any parametrisation (docs/transfer_rates.md)
+        drifts = [rates.passed for rates in self.rates]
         if self.culprits or False in drifts:
             return False
         return True if drifts and all(drifts) and all(check.passed for check in self.checks) else None
@@ -222,65 +187,41 @@ class Verdict:
     @property
     def conclusions(self) -> list[str]:
         """The verdict, the culprits and how far it reaches: what no single measurement says."""
-        found = [self.headline, *(f"Culprit: {culprit}." for culprit in self.culprits)]
+        sentences = [self.headline, *(f"Culprit: {culprit}." for culprit in self.culprits)]
         if self.passed is None and any(rates.passed for rates in self.rates):
-            found.append(
-                "The best learning rate holds so far, yet the coordinate check does not pass: what grows will show at larger sizes."
+            sentences.append(
+                "The best learning rate transfers over the sizes measured, but the coordinate check does not pass: "
+                "at larger sizes the best rate may move."
             )
         if self.reach is not None:
-            found.append(self.reach.sentence("width"))
+            sentences.append(self.reach.sentence("width"))
         else:
-            found.append("No range of widths is claimed: the drift of the best learning rate was not measured.")
-        return [*found, self.ended] if self.ended else found
+            sentences.append("No range of widths is claimed: the drift of the best learning rate was not measured.")
+        return [*sentences, self.ended] if self.ended else sentences
 
     @property
     def findings(self) -> list[str]:
         """The conclusions, then what each measurement says."""
-        found = self.conclusions
+        sentences = self.conclusions
         for check in self.checks:
-            found += [f"Coordinates over {check.dimension}s: {_sentence(s)}" for s in check.findings()]
+            sentences += [f"Coordinates over {check.dimension}s: {text.removesuffix('.')}." for text in check.findings()]
         if self.sharpness is not None:
-            found += self.sharpness.findings()
-        return found + [sentence for rates in self.rates for sentence in rates.findings()]
+            sentences += self.sharpness.findings()
+        return sentences + [text for rates in self.rates for text in rates.findings()]
 
     def __str__(self) -> str:
         return "\n".join([self.headline, *(f"* {sentence}" for sentence in self.findings[1:])])
 
     def parts(self) -> list[dict[str, Any]]:
         """The documents of all measurements, in the order they were made."""
-        results: list[Any] = [*self.checks, *([self.sharpness] if self.sharpness is not None else []), *self.rates]
-        return [json_ready(result.to_dict()) for result in results]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the documents of all measurements, each with its own findings, under ``"parts"``."""
-        document = {
-            "kind": "transfer_verdict",
-            "version": 1,
-            "passed": self.passed,
-            "headline": self.headline,
-            "rule": RULE,
-            "mode": self.mode,
-            "widths": list(self.widths),
-            "depths": list(self.depths),
-            "culprits": [culprit.to_dict() for culprit in self.culprits],
-            "reach": self.reach.to_dict() if self.reach is not None else None,
-            "findings": self.conclusions,
-            "ended": self.ended,
-            "seconds": self.seconds,
-            "parts": self.parts(),
-        }
-        ready: dict[str, Any] = json_ready(document)
-        return ready
+        sharpness = () if self.sharpness is None else (self.sharpness,)
+        return [result.to_dict() for result in (*self.checks, *sharpness, *self.rates)]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """All that was measured side by side: coordinates, sharpness, learning rates."""
         from sharpkit.plots.transfer import plot_transfer_verdict
 
         return plot_transfer_verdict(self.to_dict(), ax=ax)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
 
 
 def diagnose(
@@ -292,28 +233,28 @@ def diagnose(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     closure: Callable[..., torch.Tensor] | None = None,
     depths: Sequence[int] | None = None,
-    mode: Mode = "quick",
-    seeds: int = 3,
+    mode: Literal["quick", "full"] = "quick",
+    seeds: int | Sequence[int] = 3,
     store: str | os.PathLike[str] | None = None,
-    callback: Say | None = None,
+    callback: ProgressCallback | None = None,
 ) -> Verdict:
     """Say whether hyperparameters tuned on a small network will do for a large one, and if not, why not.
 
     First the cheap coordinate check and the search for broken rules, a few steps at each size. Quick mode ends there if a rule is broken.
     Then sharpness along training; then learning rates: quick mode measures the smallest and the largest width and the others only until
-    the drift is certain; full mode measures all, longer, whatever was found before. A drift that is not known well enough is measured once
-    more with twice the seeds.
+    the drift is decided; full mode measures all, longer, whatever came before. If the interval of a drift is too wide to decide, it is
+    measured once more with twice the seeds.
 
     Args:
         build: width -> freshly initialised model; with ``depths``, also ``build(width, depth=...)``.
         widths: at least three.
         optimizer: (model, width) -> its optimizer; with ``depths``, it may take ``depth=`` too.
-        data, loss, closure: as of :func:`sharpkit.transfer.learning_rate_transfer`.
+        data, loss, closure: as for :func:`sharpkit.transfer.learning_rate_transfer`.
         depths: at least three, each at the smallest width.
         mode: ``"quick"`` or ``"full"``.
-        seeds: of the coordinate check and of the learning rates; sharpness has one.
-        store: file for finished runs of the learning rates, to go on after a kill.
-        callback: called with words; a forecast of the cost first.
+        seeds: how many runs, or their seeds, for the coordinate check and the learning rates; sharpness has one run.
+        store: file for finished runs of the learning rates, so that a killed diagnosis continues where it stopped.
+        callback: called with a :class:`sharpkit.Progress`: a forecast of the cost first, then a sentence for each measurement.
 
     Raises:
         ValueError: too few sizes, or another mode.
@@ -330,87 +271,116 @@ def diagnose(
         >>> verdict.passed
         False
     """
-    if mode not in AMOUNTS:
+    if mode not in _AMOUNTS:
         raise ValueError(f"mode must be 'quick' or 'full', got {mode!r}")
-    started, amounts = time.perf_counter(), AMOUNTS[mode]
+    amounts, chosen = _AMOUNTS[mode], as_seeds(seeds)
     across = check_sizes(widths, least=3)
     deep = check_sizes(depths, dimension="depth", least=3) if depths is not None else ()
     families = [(Family(build, optimizer, data, loss, closure), across)]
     if deep:
-        families.append((by_depth(build, optimizer, across[0], (data, loss, closure)), deep))
-    say: Say = callback if callback is not None else lambda line: None
+        families.append((_by_depth(build, optimizer, across[0], data, loss, closure), deep))
+    swept = families if mode == "full" else families[:1]
+    sweeps = sum(sum(expected_runs(len(sizes), len(chosen))) for _, sizes in swept)
+    progress = RunProgress(callback, sum(len(sizes) for _, sizes in families) * len(chosen) + len(across) + sweeps)
     for family, sizes in families:
-        say(forecast(family, sizes, amounts, seeds))
+        progress.tell(_forecast(family, sizes, amounts, len(chosen)))
 
-    checks, culprits = _inspect(families, seeds, say)
-    sharpness, rates, ended = None, [], ""
-    if culprits and mode == "quick":
-        ended = "Quick mode ended here, as a broken rule is certain: sharpness and learning rates were not measured."
-    else:
-        sharpness = _sharpness(*families[0], amounts, say)
-        rates = _rates(families if mode == "full" else families[:1], amounts, seeds, RunStore(store), say)
-        if len(rates[0].sizes) < len(across):
-            ended = f"Learning rates were measured at widths {', '.join(map(str, rates[0].sizes))} only: the drift was certain by then."
-    range_ = reach(rates[0]) if rates else None
-    return Verdict(across, deep, mode, checks, culprits, sharpness, tuple(rates), range_, ended, time.perf_counter() - started)
-
-
-Families = Sequence[tuple[Family, tuple[int, ...]]]
-
-
-def _inspect(families: Families, seeds: int, say: Say) -> tuple[tuple[CoordinateCheck, ...], tuple[Culprit, ...]]:
-    """Coordinate check and broken rules from the same short runs."""
     checks: list[CoordinateCheck] = []
     culprits: list[Culprit] = []
     for family, sizes in families:
-        seen = observe(family, sizes, steps=PROXY_STEPS, seeds=seeds, effects=True)
+        # both from the same short runs
+        seen = observe(family, sizes, steps=PROXY_STEPS, seeds=chosen, effects=True)
         checks.append(check_of(seen))
         named = culprits_of(seen)
         culprits += named
-        say(f"coordinates over {family.dimension}s: {'pass' if checks[-1].passed else 'do not pass'}; broken rules: {_names(named)}")
-    return tuple(checks), tuple(culprits)
+        passes = "pass" if checks[-1].passed else "do not pass"
+        text = f"coordinates over {family.dimension}s: {passes}; broken rules: {', '.join(c.rule for c in named) or 'none'}"
+        progress.tell(text, runs=len(sizes) * len(chosen))
+
+    # cheapest first: a broken rule takes seconds to name, and no measurement of rates could overrule it
+    sharpness, rates, ended = None, [], ""
+    if culprits and mode == "quick":
+        ended = "Quick mode ended here, since a rule is broken: sharpness and learning rates were not measured."
+    else:
+        family = families[0][0]
+        sharpness = sharpness_transfer(
+            family.build,
+            across,
+            optimizer=family.optimizer,
+            data=family.batches,
+            loss=loss,
+            closure=closure,
+            steps=amounts.sharpness_steps,
+            every=amounts.sharpness_every,
+            callback=progress.part(),
+        )
+        runs = RunStore(store)
+        rates = [_rates(family, sizes, amounts, chosen, runs, progress) for family, sizes in swept]
+        if len(rates[0].sizes) < len(across):
+            ended = f"Learning rates were measured at widths {', '.join(map(str, rates[0].sizes))} only: they decided the drift."
+    # over depths nothing is claimed: no experiment has followed a drift that far
+    reaches = reach(rates[0]) if rates else None
+    return Verdict(across, deep, mode, tuple(checks), tuple(culprits), sharpness, tuple(rates), reaches, ended, progress.seconds)
 
 
-def _names(culprits: Sequence[Culprit]) -> str:
-    return ", ".join(culprit.rule for culprit in culprits) or "none"
+def _rates(
+    family: Family, sizes: tuple[int, ...], amounts: _Amounts, seeds: tuple[int, ...], store: RunStore, progress: RunProgress
+) -> LearningRateTransfer:
+    """If the interval of the drift is too wide to decide, again with twice the seeds, whose first half is in the store."""
+    # numbers that were not given, so that no run is counted twice
+    more = tuple(range(max(seeds) + 1, max(seeds) + 1 + len(seeds)))
+    for chosen in (seeds, seeds + more):
+        if chosen is not seeds:
+            progress.expected += sum(expected_runs(len(sizes), len(chosen)))
+            progress.tell(f"the interval of the drift over {family.dimension}s is too wide: {len(chosen)} seeds")
+        rates = learning_rate_transfer(
+            family.build,
+            sizes,
+            optimizer=family.optimizer,
+            data=family.batches,
+            loss=family.loss,
+            closure=family.closure,
+            steps=amounts.rate_steps,
+            seeds=chosen,
+            store=store,
+            dimension=family.dimension,
+            until_certain=amounts.until_certain,
+            callback=progress.part(),
+        )
+        # once is enough: an interval that twice the seeds leave too wide needs longer runs or further sizes instead
+        if rates.passed is not None:
+            break
+    return rates
 
 
-def _sharpness(family: Family, sizes: Sequence[int], amounts: Amounts, say: Say) -> SharpnessTransfer:
-    return sharpness_transfer(
-        family.build,
-        sizes,
-        optimizer=family.optimizer,
-        data=family.batches,
-        loss=family.loss,
-        closure=family.closure,
-        steps=amounts.sharpness_steps,
-        every=amounts.sharpness_every,
-        callback=say,
+def _forecast(family: Family, sizes: Sequence[int], amounts: _Amounts, seeds: int) -> str:
+    """At most: learning rates at every size, no early end."""
+    each = family.step_seconds(sizes)
+    short = sum(each) * seeds * PROXY_STEPS * _OBSERVING
+    sharp = sum(each) * amounts.sharpness_steps * (1 + 2 * _PRODUCTS / amounts.sharpness_every)
+    rates = sum(t * n for t, n in zip(each, expected_runs(len(sizes), seeds), strict=True)) * amounts.rate_steps
+    return (
+        f"cost over {family.dimension}s, from a timed step: coordinates {duration(short)}, sharpness {duration(sharp)}, "
+        f"learning rates at most {duration(rates)}"
     )
 
 
-def _rates(families: Families, amounts: Amounts, seeds: int, store: RunStore, say: Say) -> list[LearningRateTransfer]:
-    """Of each family; where the drift is not known well enough, again with twice the seeds, half of which are there already."""
-    found = []
-    for family, sizes in families:
-        for count in (seeds, 2 * seeds):
-            if count > seeds:
-                say(f"the drift over {family.dimension}s is not known well enough: {count} seeds")
-            rates = learning_rate_transfer(
-                family.build,
-                sizes,
-                optimizer=family.optimizer,
-                data=family.batches,
-                loss=family.loss,
-                closure=family.closure,
-                steps=amounts.rate_steps,
-                seeds=count,
-                store=store,
-                dimension=family.dimension,
-                until_certain=amounts.until_certain,
-                callback=say,
-            )
-            if rates.passed is not None:
-                break
-        found.append(rates)
-    return found
+def _by_depth(build: Any, optimizer: Any, width: int, data: Any, loss: Any, closure: Any) -> Family:
+    """Networks of one width by depth."""
+    if not _takes_depth(build):
+        raise TypeError("with depths, build must take the depth too: build(width, depth=...)")
+    knows = _takes_depth(optimizer)  # not every parametrisation changes its rates with the depth
+
+    def optimizer_of(model: torch.nn.Module, depth: int) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = optimizer(model, width, depth=depth) if knows else optimizer(model, width)
+        return made
+
+    return Family(lambda depth: build(width, depth=depth), optimizer_of, data, loss, closure, dimension="depth")
+
+
+def _takes_depth(function: Any) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return False
+    return "depth" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

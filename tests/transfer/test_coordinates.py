@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sharpkit as sk
 from sharpkit._errors import ObjectiveError
-from sharpkit._results import to_json
+from sharpkit._results import Progress, to_json
 from sharpkit.plots.transfer import plot_coordinates
 from sharpkit.transfer.coordinates import CoordinateCheck, coordinate_check
 from sharpkit.transfer.observing import Stacks, forward, probe_batch, record
@@ -336,7 +336,8 @@ def test_the_picture_shows_each_judged_coordinate_at_every_width() -> None:
     [
         ({"widths": [8]}, ValueError, "at least 2 different positive numbers"),
         ({"steps": 0}, ValueError, "steps must be a positive whole number, got 0"),
-        ({"seeds": True}, ValueError, "seeds must be a positive whole number"),
+        ({"seeds": True}, TypeError, "seeds must be a whole number of runs or a sequence"),
+        ({"seeds": 0}, ValueError, "seeds must be at least one"),
         ({"tolerance": 0.0}, ValueError, "tolerance must be positive"),
         ({"optimizer": "adam"}, TypeError, "optimizer must be a function"),
         ({"data": iter([(X, Y)])}, ObjectiveError, "only once"),
@@ -355,11 +356,19 @@ def test_an_unknown_coordinate_lists_those_there_are() -> None:
 
 
 def test_the_callback_hears_of_every_run() -> None:
-    heard: list[tuple[int, int]] = []
+    heard: list[Progress] = []
     build = linear(1, 1, 1)
     arguments: dict[str, Any] = {"optimizer": sgd(0.1), "data": (X, Y), "loss": F.cross_entropy}
-    coordinate_check(build, [8, 4], steps=1, seeds=2, callback=lambda width, seed: heard.append((width, seed)), **arguments)
-    assert heard == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    coordinate_check(build, [8, 4], steps=1, seeds=[0, 7], callback=heard.append, **arguments)
+    assert [p.text for p in heard] == ["width 4, seed 0", "width 4, seed 7", "width 8, seed 0", "width 8, seed 7"]
+    assert [(p.done, p.expected, p.unit) for p in heard] == [(n, 4, "runs") for n in (1, 2, 3, 4)]
+
+
+def test_a_number_of_seeds_means_the_first_ones() -> None:
+    arguments: dict[str, Any] = {"optimizer": sgd(0.1), "data": (X, Y), "loss": F.cross_entropy, "steps": 1}
+    counted, listed, others = (coordinate_check(linear(1, 1, 1), [4, 8], seeds=seeds, **arguments) for seeds in (2, [0, 1], [5, 6]))
+    assert counted == listed and counted.num_seeds == others.num_seeds == 2
+    assert counted["hidden"].rms != others["hidden"].rms
 
 
 def test_the_names_are_reachable_lazily() -> None:

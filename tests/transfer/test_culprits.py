@@ -257,7 +257,7 @@ def test_a_culprit_says_what_where_and_how_to_mend_it() -> None:
     assert culprit.where == ("hidden.weight",)
     assert culprit.strength == abs(culprit.slope.value) > 0.5
     assert str(culprit).startswith("hidden learning rate: the changes that updates of hidden weights (hidden.weight) make")
-    assert "too large for large ones" in culprit.evidence and RULES["hidden learning rate"] in culprit.evidence
+    assert "too large at large widths" in culprit.evidence and RULES["hidden learning rate"] in culprit.evidence
     document = json.loads(to_json(culprit.to_dict()))
     assert document["kind"] == "culprit" and document["rule"] == "hidden learning rate"
 

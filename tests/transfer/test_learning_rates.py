@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitError
+from sharpkit._results import Progress
 from sharpkit.transfer.fits import Curve, Slope, loss_at, optimum, search, sensitivity
 from sharpkit.transfer.learning_rates import RunStore, decide, learning_rate_transfer
 from sharpkit.transfer.verdict import reach
@@ -323,11 +324,20 @@ def test_max_runs_ends_the_search_and_says_so(tmp_path: Path) -> None:
 
 
 def test_until_certain_leaves_out_sizes_between() -> None:
-    said: list[str] = []
+    said: list[Progress] = []
     found = measure(lambda width: width / 64, [64, 128, 256, 512], until_certain=True, seeds=3, callback=said.append)
     assert found.sizes == (64, 512)
     assert found.passed is False
-    assert "runs of 4 steps" in said[0] and "certain after 2 of 4" in said[-1]
+    assert "runs of 4 steps" in said[0].text and "decided after 2 of 4" in said[-1].text
+    assert said[0].done == 0 and said[-1].done == found.num_runs and {p.unit for p in said} == {"runs"}
+
+
+def test_any_seeds_may_be_given_and_the_first_one_searches() -> None:
+    counted, listed = (measure(lambda width: 1.0, [64, 128], seeds=seeds) for seeds in (2, [0, 1]))
+    assert counted.optima == listed.optima
+    found = measure(lambda width: 1.0, [64, 128], seeds=[7, 3])
+    assert set(found.curves[0].initial) == {3, 7} and found.num_seeds == 2
+    assert all(next(iter(runs)) == 7 for runs in found.curves[0].losses.values())
 
 
 def test_arguments_are_checked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from experiments._transfer_models import MLP, Rules, digit_batches, mlp_family
+from sharpkit._results import Progress
 from sharpkit.transfer.fits import Slope
 from sharpkit.transfer.setup import Family
 from sharpkit.transfer.verdict import Verdict, diagnose
@@ -29,27 +31,31 @@ def run(parametrisation: str, **options: Any) -> Verdict:
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Verdict, list[str], Path]:
-    said: list[str] = []
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Verdict, list[Progress], Path]:
+    said: list[Progress] = []
     store = tmp_path_factory.mktemp("store") / "runs.jsonl"
     return run("mup", callback=said.append, store=store, seeds=2), said, store
 
 
 @pytest.fixture(scope="module")
-def bad() -> tuple[Verdict, list[str]]:
-    said: list[str] = []
+def bad() -> tuple[Verdict, list[Progress]]:
+    said: list[Progress] = []
     return run("sp", callback=said.append, widths=[32, 64, 128, 256]), said
 
 
-def test_a_correct_parametrisation_is_never_said_to_fail(good: tuple[Verdict, list[str], Path]) -> None:
+def test_a_correct_parametrisation_is_never_said_to_fail(good: tuple[Verdict, list[Progress], Path]) -> None:
     verdict, said, _ = good
     assert verdict.passed is not False
     assert not verdict.culprits and all(not check.failed for check in verdict.checks)
     assert verdict.rates and verdict.sharpness is not None
-    assert said[0].startswith("cost over widths, from a timed step")
+    assert said[0].text.startswith("cost over widths, from a timed step")
+    # of the coordinate check, of sharpness, of the learning rates (more if the drift had to be measured again)
+    runs = 2 * 3 + 3 + sum(rates.num_runs + rates.num_reused for rates in verdict.rates)
+    assert said[0].done == 0 and said[-1].done >= runs and {p.unit for p in said} == {"runs"}
+    assert all(before.done <= after.done <= after.expected for before, after in pairwise(said))
 
 
-def test_it_never_says_a_bare_yes(good: tuple[Verdict, list[str], Path]) -> None:
+def test_it_never_says_a_bare_yes(good: tuple[Verdict, list[Progress], Path]) -> None:
     verdict, _, _ = good
     text = str(verdict)
     assert "95 % interval" in text and "nothing is claimed" in text
@@ -57,7 +63,7 @@ def test_it_never_says_a_bare_yes(good: tuple[Verdict, list[str], Path]) -> None
     assert verdict.reach.lower <= verdict.reach.value <= verdict.reach.upper
 
 
-def test_a_store_makes_a_second_verdict_repeat_no_run(good: tuple[Verdict, list[str], Path]) -> None:
+def test_a_store_makes_a_second_verdict_repeat_no_run(good: tuple[Verdict, list[Progress], Path]) -> None:
     first, _, store = good
     lines = store.read_text().splitlines()
     again = run("mup", store=store, seeds=2)
@@ -65,16 +71,16 @@ def test_a_store_makes_a_second_verdict_repeat_no_run(good: tuple[Verdict, list[
     assert again.rates[0].drift == first.rates[0].drift
 
 
-def test_one_rate_for_all_widths_fails_early_with_its_culprit(bad: tuple[Verdict, list[str]]) -> None:
+def test_one_rate_for_all_widths_fails_early_with_its_culprit(bad: tuple[Verdict, list[Progress]]) -> None:
     verdict, said = bad
     assert verdict.passed is False
     assert "hidden learning rate" in [culprit.rule for culprit in verdict.culprits]
     assert "DO NOT TRANSFER" in verdict.headline and "hidden learning rate" in verdict.headline
     assert not verdict.rates and verdict.sharpness is None and "ended here" in verdict.ended
-    assert "broken rules: " in said[-1]
+    assert "broken rules: " in said[-1].text
 
 
-def test_a_certain_drift_is_a_fail_and_doubt_is_neither(good: tuple[Verdict, list[str], Path]) -> None:
+def test_a_certain_drift_is_a_fail_and_doubt_is_neither(good: tuple[Verdict, list[Progress], Path]) -> None:
     verdict, _, _ = good
     (rates,) = verdict.rates
 
@@ -89,7 +95,7 @@ def test_a_certain_drift_is_a_fail_and_doubt_is_neither(good: tuple[Verdict, lis
 
 
 def test_documents_are_strict_json_and_make_a_page(
-    good: tuple[Verdict, list[str], Path], bad: tuple[Verdict, list[str]], tmp_path: Path
+    good: tuple[Verdict, list[Progress], Path], bad: tuple[Verdict, list[Progress]], tmp_path: Path
 ) -> None:
     import matplotlib
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sharpkit._results import to_json
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.transfer.setup import Family
-from sharpkit.transfer.sharpness import sharpness_transfer
+from sharpkit.transfer.sharpness import SharpnessTransfer, sharpness_transfer
 
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randn(12, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -202,3 +202,10 @@ def test_the_picture_shows_the_limit_and_the_section_every_size() -> None:
     assert "stability limit" in [text.get_text() for text in ax.get_legend().get_texts()]
     section = section_for(json.loads(to_json(found.to_dict())))
     assert [row[0] for row in section.rows] == ["8", "16"]
+
+
+def test_the_document_reads_back() -> None:
+    found = follow(linear(0.0), [8, 16], seeds=[3, 5], top_k=2)
+    back = SharpnessTransfer.from_dict(json.loads(to_json(found.to_dict())))
+    assert to_json(back.to_dict()) == to_json(found.to_dict())
+    assert back.lambda_max[16].shape == (2, 4) and set(back.extra) == {"lambda_2"}

@@ -46,7 +46,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     for row_axes in axes:
         low, high = row_axes[0].get_ylim()
         row_axes[0].set_ylim(low, high * 8)  # room for the legends
-    figure.suptitle("what is asked for are level lines; python -m experiments.transfer_coordinates", fontsize=8)
+    figure.suptitle("what is expected are level lines; python -m experiments.transfer_coordinates", fontsize=8)
 
 
 if __name__ == "__main__":

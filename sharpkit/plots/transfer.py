@@ -22,7 +22,7 @@ _NAMED = (PINK, OCHRE, GREEN)  # the worst ones, so that each can be found
 def plot_coordinates(
     check: Any, *, ax: Axes | None = None, what: Literal["update", "initial"] = "update", step: int | None = None, title: str | None = None
 ) -> Axes:
-    """RMS of each judged coordinate's update against width, a line each, mean over seeds; what is asked for are level lines.
+    """RMS of each judged coordinate's update against width, a line each, mean over seeds; level lines are expected.
 
     Lines that grow are orange, those that vanish purple; the worst have a colour and a name with the exponent of the points shown, which is
     that of one step, where the check's is over all steps. Unjudged coordinates are left out.
@@ -78,7 +78,7 @@ def plot_coordinates(
     ax.minorticks_off()
     ax.set_xlabel(check.dimension)
     ax.set_ylabel(f"RMS of x_{step} - x_0 on a fixed batch" if what == "update" else "RMS of x_0 on a fixed batch")
-    ax.set_title(title or f"coordinate check {'passed' if check.passed else 'failed'}: level lines are asked for", fontsize="medium")
+    ax.set_title(title or f"coordinate check {'passed' if check.passed else 'failed'}: level lines are expected", fontsize="medium")
     return finish(ax)
 
 

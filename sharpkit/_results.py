@@ -105,9 +105,9 @@ class Progress:
 
     Attributes:
         done: units of work done so far.
-        expected: units the whole call is expected to need, as far as known now; 0 if it cannot be told yet.
+        expected: units the whole call is expected to need, as far as known now; 0 if that is not known yet.
         elapsed: seconds so far.
-        remaining: seconds the rest may take, from the cost of a unit so far; NaN if it cannot be told.
+        remaining: seconds the rest may take, from the cost of a unit so far; NaN if it cannot be determined.
         text: what is being done, in a few words.
         unit: what is counted: ``"products"``, ``"gradients"``, ``"runs"``, ``"samples"``, ``"checks"``.
 

@@ -165,7 +165,7 @@ def _adam_preconditioner(state: State, settings: Settings, p: Tensor) -> Tensor:
 
 
 def _rmsprop_preconditioner(state: State, settings: Settings, p: Tensor) -> Tensor:
-    """sqrt(v) + eps, the mean gradient's square taken off v where the optimizer is centred."""
+    """sqrt(v) + eps, less the square of the mean gradient under the root if the optimizer is centred."""
     moment: Tensor = state["square_avg"].double()
     if settings.get("centered"):
         moment = moment - state["grad_avg"].double().square()

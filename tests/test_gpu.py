@@ -362,13 +362,15 @@ def test_every_implementation_of_an_optimizer_is_read_alike(settings: dict[str, 
         return torch.optim.AdamW(params, **{"lr": 0.01, **settings})
 
     (here, first), (there, second) = stepped("cpu", adamw), stepped(DEVICE, on_device)
+    # A capturable optimizer corrects its moments in float32, and its path leaves the host's by 3e-6: the host's is put where it came to.
+    here.model.load_state_dict(there.model.state_dict())
+    first.load_state_dict(second.state_dict())
     operators = [sk.PreconditionedOperator(sk.HessianOperator(o), optimizer) for o, optimizer in ((here, first), (there, second))]
-    # The rate 0.01 as a float32 tensor is not the float64 number: off by 2e-8 relative.
-    assert off(operators[1] @ probes(operators[1]), operators[0] @ probes(operators[0])) < 1e-6
+    assert off(operators[1] @ probes(operators[1]), operators[0] @ probes(operators[0])) < 1e-12
     with untouched(there.model, optimizer=second):
         critical = sk.critical_learning_rate(there, second)
-    assert critical.value == pytest.approx(sk.critical_learning_rate(here, first).value, rel=1e-5)
-    assert sk.directional_sharpness(there, second) == pytest.approx(sk.directional_sharpness(here, first), rel=1e-5)
+    assert critical.value == pytest.approx(sk.critical_learning_rate(here, first).value, rel=1e-6)
+    assert sk.directional_sharpness(there, second) == pytest.approx(sk.directional_sharpness(here, first), rel=1e-6)
 
 
 def test_sharpness_along_steps_and_noise_equal_those_on_the_host() -> None:

@@ -308,7 +308,8 @@ def test_the_interval_is_that_of_the_curvature() -> None:
     wide = sk.stable_learning_rate(4.0, error=5.0)
     assert wide.upper == math.inf and wide.lower == pytest.approx(2 / 9), "the curvature may be none"
     smallest = sk.eigenpairs(torch.diag(torch.tensor([4.0, 1.0, -9.0, 0.0]).double()), k=2, which="smallest")
-    assert sk.stable_learning_rate(smallest) == math.inf and smallest.values.tolist() == pytest.approx([0.0, -9.0], abs=1e-6)
+    flat = sk.stable_learning_rate(smallest)  # 0 comes out as 1e-16 on some processors
+    assert flat > 1e12 and flat.upper == math.inf and smallest.values.tolist() == pytest.approx([0.0, -9.0], abs=1e-6)
     magnitude = sk.eigenpairs(torch.diag(torch.tensor([4.0, 1.0, -9.0, 0.0]).double()), k=2, which="magnitude")
     assert sk.stable_learning_rate(magnitude) == pytest.approx(0.5), "the largest of the values, not the first"
 

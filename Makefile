@@ -31,7 +31,7 @@ test: $(INSTALLED)-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(INSTALLED)-dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: $(INSTALLED)-dev
 	$(BIN)/mypy

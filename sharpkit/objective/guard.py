@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -69,21 +70,25 @@ def random_fingerprint(device: torch.device) -> tuple[object, ...]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, training: bool, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+def undisturbed(
+    model: nn.Module, *, training: bool, in_eval: Container[str] = (), generators: Iterable[torch.Generator] = ()
+) -> Iterator[None]:
     """Run a measurement on a model without leaving a trace.
 
     Inside: gradients are on, autocast is off, attention uses the math kernel (the only one that can be differentiated twice), compiled
-    code runs eagerly, parameter hooks are silent, ``.grad`` is empty, buffers are copies. After, also after an exception: training flags,
-    buffers, gradients, hooks and random states are what they were, the very same objects.
+    code runs eagerly, backward hooks of parameters and modules are silent, ``.grad`` is empty, buffers are copies. After, also after an
+    exception: training flags, buffers, gradients, hooks and random states are what they were, the very same objects. Forward hooks run:
+    they may be part of the function, as those of pruning and old-style weight norm are.
 
     Args:
         model: unwrapped.
-        training: the mode to measure in, for all its modules.
+        training: the mode to measure in.
+        in_eval: names of the modules that stay in eval mode all the same; see :func:`modules_in_eval`.
         generators: further random generators (those of data loaders) to restore.
     """
     with ExitStack() as stack:
         stack.enter_context(_random_states_kept(generators))  # first in, last out: restoring the rest may draw, too
-        stack.enter_context(_module_state_kept(model, training))
+        stack.enter_context(_module_state_kept(model, training, in_eval))
         stack.enter_context(torch.inference_mode(False))  # a user may measure from inside an evaluation loop
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(p.device.type for p in model.parameters())}:
@@ -116,17 +121,20 @@ def _random_states_kept(generators: Iterable[torch.Generator]) -> Iterator[None]
 
 
 @contextmanager
-def _module_state_kept(model: nn.Module, training: bool) -> Iterator[None]:
-    modules = list(model.modules())
+def _module_state_kept(model: nn.Module, training: bool, in_eval: Container[str]) -> Iterator[None]:
+    named = list(model.named_modules())
+    modules = [m for _, m in named]
     flags = [m.training for m in modules]
     buffers = [dict(m._buffers) for m in modules]
     params = list(model.parameters())
     grads = [p.grad for p in params]
     hooks = [p._backward_hooks for p in params]
+    module_hooks = [(m._backward_hooks, m._backward_pre_hooks) for m in modules]
     copies: dict[int, Tensor] = {}  # by id: a buffer that two modules share stays shared
     try:
-        for m in modules:
-            m.training = training  # not .train(): a module may override it, to keep a part frozen
+        for name, m in named:
+            m.training = training and name not in in_eval  # not .train(): a module may override it
+            m._backward_hooks, m._backward_pre_hooks = OrderedDict(), OrderedDict()
         for m, own in zip(modules, buffers, strict=True):
             for name, b in own.items():
                 if b is not None:
@@ -136,14 +144,30 @@ def _module_state_kept(model: nn.Module, training: bool) -> Iterator[None]:
             p._backward_hooks = None  # a user's hook would log or change gradients that are none of training
         yield
     finally:
-        for m, flag in zip(modules, flags, strict=True):
-            m.training = flag
+        for m, flag, (backward, pre) in zip(modules, flags, module_hooks, strict=True):
+            m.training, m._backward_hooks, m._backward_pre_hooks = flag, backward, pre
         for m, own in zip(modules, buffers, strict=True):
             m._buffers.clear()  # also those that the forward pass registered
             m._buffers.update(own)
         for p, grad, hook in zip(params, grads, hooks, strict=True):
             p.grad = grad
             p._backward_hooks = hook
+
+
+def modules_in_eval(model: nn.Module) -> frozenset[str]:
+    """Names of the modules that stay in eval mode while the model trains: as they are if it is training, else as its ``train()`` leaves them.
+
+    A frozen batch norm is one: its user called ``.eval()`` on it, or overrode ``train()`` to do so.
+    """
+    modules = list(model.modules())
+    flags = [m.training for m in modules]
+    try:
+        if not model.training:
+            model.train()
+        return frozenset(name for name, m in model.named_modules() if not m.training)
+    finally:
+        for m, flag in zip(modules, flags, strict=True):
+            m.training = flag
 
 
 def loader_generators(data: Any) -> list[torch.Generator]:

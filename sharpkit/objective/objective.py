@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sharpkit._errors import ObjectiveError
 from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
 from sharpkit.objective.distributed import Ranks, find_ranks
-from sharpkit.objective.guard import loader_generators, random_fingerprint, seed_everything, undisturbed, unwrap
+from sharpkit.objective.guard import loader_generators, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
 from sharpkit.objective.loss import KnownLoss, call_model, check_loss, own_loss, recognise_loss
 from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.objective.reduction import (
@@ -57,7 +57,8 @@ class Objective:
         params: which parameters; None for all trainable ones, a shell pattern such as ``"blocks.*.attn.*"``, several, or a predicate.
         reduction: ``"mean"``, ``"sum"``, or ``"auto"`` to try both.
         mode: ``"eval"`` or ``"train"``: dropout and batch statistics as in that mode. In train mode the random masks are fixed by ``seed``
-            and batch statistics make the function depend on the batches. Their Hessians differ widely; the mode is part of every result.
+            and batch statistics make the function depend on the batches; modules that you put into eval (a frozen batch norm), or that
+            the model's own ``train()`` keeps there, stay in eval. The Hessians of the two differ widely; the mode is part of every result.
         autocast: e.g. ``torch.bfloat16`` to run the forward pass under autocast; vectors stay in float32.
         micro_batch_size: split batches into pieces of so many samples; ``"auto"`` splits only when memory asks for it; None never.
         process_group: None sums over the default group if torch.distributed runs, each process holding its own batches (or none);
@@ -119,6 +120,7 @@ class Objective:
 
     def _prepare(self, model: nn.Module, data: Any, params: ParamSelector) -> None:
         self.model = unwrap(model)
+        self.in_eval = modules_in_eval(self.model) if self.mode == "train" else frozenset()  # captured now: the function must stay the same
         self.layout = select_params(self.model, params)
         self._data_device = _device_of(self.model)
         self._source = BatchSource(data, pair=self.loss is not None)
@@ -222,8 +224,8 @@ class Objective:
     def couples_samples(self) -> bool:
         """Whether a sample's loss depends on the rest of its batch, through batch statistics."""
         # without running statistics the batch's own are used in eval mode, too
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        return any(self.mode == "train" or m.running_mean is None for m in norms)
+        norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return any((self.mode == "train" and name not in self.in_eval) or m.running_mean is None for name, m in norms)
 
     @property
     def may_separate(self) -> bool:
@@ -301,7 +303,7 @@ class Objective:
             model = model.to(dtype)
             batches = [map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch) for batch in batches]
             loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
-        return Objective(
+        twin = Objective(
             model,
             batches,
             loss=loss,
@@ -315,6 +317,8 @@ class Objective:
             seed=self.seed,  # the same dropout masks
             check=False,
         )
+        twin.in_eval = self.in_eval
+        return twin
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
     def undisturbed(self) -> AbstractContextManager[None]:
@@ -327,7 +331,7 @@ class Objective:
         return self._guard(training=self.mode == "train")
 
     def _guard(self, *, training: bool) -> AbstractContextManager[None]:
-        return undisturbed(self.model, training=training, generators=loader_generators(self._source.data))
+        return undisturbed(self.model, training=training, in_eval=self.in_eval, generators=loader_generators(self._source.data))
 
     def batches(self) -> Iterator[Batch]:
         """This process's batches as they were given."""
@@ -452,6 +456,7 @@ class ObjectiveMaker:
         self.params: ParamSelector = params if params is not None else self._is_held
         self._max_samples, self._probe_data = max_samples, probe
         self._held: frozenset[int] = frozenset()
+        self._in_eval: frozenset[str] = frozenset()
         self._template: Objective | None = None
         self.probe: Objective | None = None
 
@@ -476,8 +481,9 @@ class ObjectiveMaker:
         """
         batches = self._listed(batch)
         held = frozenset(id(p) for group in self._trained() for p in group if p.requires_grad)  # layers may be unfrozen on the way
-        if self._template is None or held != self._held:
-            self._held = held
+        in_eval = modules_in_eval(self.model) if self.settings.get("mode") == "train" else frozenset()  # a batch norm may be frozen later
+        if self._template is None or held != self._held or in_eval != self._in_eval:
+            self._held, self._in_eval = held, in_eval
             self._template = Objective(self.model, batches, params=self.params, **self.settings)
             if self._probe_data is not None:
                 self.probe = Objective(self.model, self._probe_data, params=self.params, **self.settings)

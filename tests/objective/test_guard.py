@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import built, gaussian, labels, mlp, relative_error
+from problems import built, dense_hessian, gaussian, labels, mlp, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
@@ -236,3 +236,58 @@ def test_nested_guards_put_back_each_its_own() -> None:
         assert model.first.weight.grad is None
         assert not model.norm.training
     assert inner == pytest.approx(objective.value(), rel=1e-12)
+
+
+# -- hooks of modules, and modules kept in eval mode -----------------------------------------------------------------------------
+def test_backward_hooks_of_modules_are_silent_in_a_product_and_work_after_it() -> None:
+    problem, seen = mlp(), []
+    expected = dense_hessian(problem.value, problem.params)
+    full = problem.model[1].register_full_backward_hook(lambda m, gi, go: (seen.append("full"), (gi[0] * 2,))[1])
+    before = problem.model[0].register_full_backward_pre_hook(lambda m, go: (seen.append("pre"), (go[0] * 3,))[1])
+    found = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss)).to_dense()
+    assert relative_error(found, expected) < 1e-10
+    assert seen == []
+    problem.value().backward()
+    assert {"full", "pre"} <= set(seen), "they run in training as before"
+    full.remove()
+    before.remove()
+    seen.clear()
+    problem.value().backward()
+    assert seen == [], "handles still remove their hooks"
+
+
+class SelfFreezing(nn.Sequential):
+    """Keeps its batch norm in eval mode, as people override ``train()`` to do."""
+
+    def train(self, mode: bool = True) -> SelfFreezing:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("how", ["eval() on a part", "overridden train()", "overridden train(), model in eval"])
+def test_a_frozen_batch_norm_stays_frozen_in_train_mode(how: str) -> None:
+    parts = (nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.0), nn.Linear(5, 3))
+    model = built(lambda: (nn.Sequential if how.startswith("eval") else SelfFreezing)(*parts))
+    model[1].running_mean += 0.3
+    model[1].running_var *= 2.5
+    x, y = gaussian(12, 4), labels(12)
+    model.train()
+    model[1].eval()
+    expected = dense_hessian(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
+    if how.endswith("in eval"):
+        model.eval()
+    objective = sk.Objective(model, (x, y), loss=F.cross_entropy, mode="train")
+    with untouched(model):
+        found = sk.HessianOperator(objective).to_dense()
+    assert relative_error(found, expected) < 1e-10
+    assert objective.in_eval == {"1"}
+    assert objective.may_separate, "fixed statistics couple no samples"
+
+
+def test_the_mode_of_each_part_is_captured_when_the_objective_is_made() -> None:
+    model = built(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))).train()
+    objective = sk.Objective(model, (gaussian(12, 4), labels(12)), loss=F.cross_entropy, mode="train")
+    before = objective.value()
+    model.eval()
+    assert objective.value() == before

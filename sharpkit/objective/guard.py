@@ -155,7 +155,7 @@ def _module_state_kept(model: nn.Module, training: bool, in_eval: Container[str]
 
 
 def modules_in_eval(model: nn.Module) -> frozenset[str]:
-    """Names of the modules that stay in eval mode while the model trains: as they are if it is training, else as its ``train()`` leaves them.
+    """Names of the modules that stay in eval mode while the model trains: the present ones, or as ``train()`` leaves a model in eval mode.
 
     A frozen batch norm is one: its user called ``.eval()`` on it, or overrode ``train()`` to do so.
     """

@@ -297,8 +297,8 @@ class Objective:
             dtype: convert model, data and a loss module to this type. Raises whatever the model raises for it.
         """
         model, loss = copy.deepcopy(self.model), self.loss
-        for original, twin in zip(self.model.parameters(), model.parameters(), strict=True):
-            twin.requires_grad_(original.requires_grad)
+        for original, copied in zip(self.model.parameters(), model.parameters(), strict=True):
+            copied.requires_grad_(original.requires_grad)
         if dtype is not None:
             model = model.to(dtype)
             batches = [map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch) for batch in batches]

@@ -69,7 +69,10 @@ def test_breakdown_is_padded_with_weight_0(spectrum: np.ndarray) -> None:
     density = sk.spectral_density(operator_with(spectrum), num_probes=4, num_steps=10)
     assert density.nodes.shape == (4, min(10, len(spectrum))) and density.num_matvecs <= 8
     np.testing.assert_allclose(density.weights.sum(dim=1).numpy(), 0.25)
-    np.testing.assert_allclose(density.frobenius_norm.value, np.linalg.norm(spectrum), atol=1e-9)
+    if len(np.unique(spectrum)) == 1:  # every probe is exact
+        np.testing.assert_allclose(density.frobenius_norm.value, np.linalg.norm(spectrum), atol=1e-9)
+    else:
+        np.testing.assert_allclose(np.sort(density.nodes.numpy()), np.tile(spectrum, (4, 1)), atol=1e-10)
     assert len(density.outliers) == 0
 
 

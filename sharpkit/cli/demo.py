@@ -32,20 +32,12 @@ _IDX_UINT8 = 0x08  # third byte of an IDX file of unsigned bytes, by the format'
 
 @dataclass(frozen=True)
 class Images:
-    """A small image classification set.
+    """A small image classification set; ``name`` says which, with the sizes."""
 
-    Attributes:
-        train_x: (n, 1, side, side) float32, zero mean and unit variance over the set.
-        train_y: (n,) int64 classes.
-        test_x: (m, 1, side, side).
-        test_y: (m,).
-        name: in words, with the sizes.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    train_x: Tensor  # (n, 1, side, side) float32, zero mean and unit variance over the set
+    train_y: Tensor  # (n,) int64 classes
+    test_x: Tensor  # (m, 1, side, side), shifted and scaled as train_x is
+    test_y: Tensor  # (m,)
     name: str
 
     @property
@@ -53,8 +45,7 @@ class Images:
         return int(self.train_x.shape[-1])
 
     def to(self, device: str) -> Images:
-        parts = (self.train_x, self.train_y, self.test_x, self.test_y)
-        train_x, train_y, test_x, test_y = (part.to(device) for part in parts)
+        train_x, train_y, test_x, test_y = (part.to(device) for part in (self.train_x, self.train_y, self.test_x, self.test_y))
         return Images(train_x, train_y, test_x, test_y, name=self.name)
 
 
@@ -80,7 +71,7 @@ def load_images(dataset: str, *, folder: Path | None = None, num_train: int = 10
         parts = _fashion_mnist(folder or FASHION_MNIST_FOLDER, num_train, num_test)
     else:
         raise ValueError(f"dataset must be one of {DATASETS}, got {dataset!r}")
-    mean, std = parts[0].mean(), parts[0].std()
+    mean, std = parts[0].mean(), parts[0].std()  # of the training images alone: test images must not shape what is trained on
     scaled = ((parts[0] - mean) / std, parts[1], (parts[2] - mean) / std, parts[3])
     side = scaled[0].shape[-1]
     return Images(*scaled, name=f"{dataset} ({len(scaled[0])} training and {len(scaled[2])} test images of {side} x {side})")
@@ -102,7 +93,7 @@ def _fashion_mnist(folder: Path, num_train: int, num_test: int) -> tuple[Tensor,
     for stem, wanted in (("train", num_train), ("t10k", num_test)):
         images = torch.from_numpy(read_idx(folder / f"{stem}-images-idx3-ubyte.gz")[:wanted].astype(np.float32))[:, None]
         labels = torch.from_numpy(read_idx(folder / f"{stem}-labels-idx1-ubyte.gz")[:wanted].astype(np.int64))
-        parts += [torch.nn.functional.avg_pool2d(images, 2), labels]
+        parts += [F.avg_pool2d(images, 2), labels]  # to 14 x 14: a quarter of the pixels, so the demo takes minutes on a laptop
     return parts[0], parts[1], parts[2], parts[3]
 
 
@@ -124,11 +115,11 @@ def read_idx(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
         with gzip.open(path) as stream:
             content = stream.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError) as error:  # gzip raises EOFError, no OSError, where a download was cut short
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(content) < 4 or content[:3] != bytes([0, 0, _IDX_UINT8]):
         raise ValueError(f"{path} is not an IDX file of unsigned bytes: it begins with {content[:4].hex() or 'nothing'}, expected 000008..")
-    dims = content[3]
+    dims = content[3]  # the format: two zero bytes, type, number of dimensions, each dimension as big-endian uint32, then the values
     shape = tuple(int(n) for n in np.frombuffer(content, dtype=">u4", count=dims, offset=4))
     values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims)
     if values.size != np.prod(shape):
@@ -141,66 +132,38 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """One training run of the demo.
-
-    Attributes:
-        name: for headings.
-        build: makes the network from the image side length.
-        lr: learning rate of plain SGD.
-        batch_size: None trains on the full batch, which is gradient descent.
-        num_steps: optimizer steps.
-        num_checkpoints: measurements after the first one.
-    """
+    """One training run of the demo by plain SGD; ``name`` goes into headings."""
 
     name: str
-    build: Callable[[int], nn.Module]
+    build: Callable[[int], nn.Module]  # makes the network from the image's side length
     lr: float
-    batch_size: int | None
+    batch_size: int | None  # None trains on the full batch, which is gradient descent
     num_steps: int
-    num_checkpoints: int
+    num_checkpoints: int  # measurements after the first one
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """What the demo measured, with sentences for the top of the page."""
 
-    Attributes:
-        sections: (heading, result) pairs in the order of the page.
-        notes: sentences for the top of the page.
-        seconds: training and measuring.
-    """
-
-    sections: tuple[tuple[str, Any], ...]
+    sections: tuple[tuple[str, Any], ...]  # (heading, result) pairs in the order of the page
     notes: tuple[str, ...]
-    seconds: float
+    seconds: float  # training and measuring
 
 
 def build_mlp(side: int) -> nn.Module:
     """Two hidden tanh layers of 64 units: smooth, and small enough to follow closely."""
-    layers: list[tuple[str, nn.Module]] = [
-        ("flatten", nn.Flatten()),
-        ("hidden1", nn.Linear(side * side, 64)),
-        ("tanh1", nn.Tanh()),
-        ("hidden2", nn.Linear(64, 64)),
-        ("tanh2", nn.Tanh()),
-        ("output", nn.Linear(64, 10)),
-    ]
-    return nn.Sequential(OrderedDict(layers))
+    first: dict[str, nn.Module] = {"flatten": nn.Flatten(), "hidden1": nn.Linear(side * side, 64), "tanh1": nn.Tanh()}
+    second: dict[str, nn.Module] = {"hidden2": nn.Linear(64, 64), "tanh2": nn.Tanh()}
+    return nn.Sequential(OrderedDict(**first, **second, output=nn.Linear(64, 10)))
 
 
 def build_conv_net(side: int) -> nn.Module:
     """Two convolutions with GELU and average pooling, then one linear layer."""
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(1, 8, 3, padding=1)),
-        ("gelu1", nn.GELU()),
-        ("pool1", nn.AvgPool2d(2)),
-        ("conv2", nn.Conv2d(8, 16, 3, padding=1)),
-        ("gelu2", nn.GELU()),
-        ("pool2", nn.AvgPool2d(2)),
-        ("flatten", nn.Flatten()),
-        ("output", nn.Linear(16 * (side // 4) ** 2, 10)),
-    ]
-    return nn.Sequential(OrderedDict(layers))
+    # GELU and average pooling have second derivatives everywhere; those of ReLU and of max pooling are 0 or undefined
+    first: dict[str, nn.Module] = {"conv1": nn.Conv2d(1, 8, 3, padding=1), "gelu1": nn.GELU(), "pool1": nn.AvgPool2d(2)}
+    second: dict[str, nn.Module] = {"conv2": nn.Conv2d(8, 16, 3, padding=1), "gelu2": nn.GELU(), "pool2": nn.AvgPool2d(2)}
+    return nn.Sequential(OrderedDict(**first, **second, flatten=nn.Flatten(), output=nn.Linear(16 * (side // 4) ** 2, 10)))
 
 
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -234,6 +197,7 @@ def run_demo(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use --device cpu")
     images = load_images(dataset, folder=folder, num_train=500 if quick else 1000).to(device)
+    # by judgement: long enough that full-batch gradient descent reaches 2/lr, short enough for a few minutes on a laptop
     plans = (
         Plan("MLP, full batch", build_mlp, 0.1, None, 600 if quick else 1500, 8 if quick else 20),
         Plan("Conv net, batches of 64", build_conv_net, 0.1, 64, 600 if quick else 1500, 6 if quick else 15),
@@ -256,11 +220,11 @@ class _Run:
 
     def __init__(self, plan: Plan, images: Images, *, seed: int, quick: bool) -> None:
         self.plan, self.images, self.seed, self.quick = plan, images, seed, quick
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # initial weights draw from the global state, which is the caller's
             torch.manual_seed(seed)
             self.model = plan.build(images.side).to(images.train_x.device)
         self.optimizer = gradient_descent(self.model.parameters(), lr=plan.lr)
-        self.batches = torch.Generator().manual_seed(seed)
+        self.batches = torch.Generator().manual_seed(seed)  # on the CPU: the same batches on every device
         self.objective = Objective(self.model, (images.train_x, images.train_y), loss=half_squared_error)
         self._warm_start: Tensor | None = None
 
@@ -296,7 +260,7 @@ class _Run:
 
     def _checkpoint(self, step: int) -> dict[str, Any]:
         pairs = eigenpairs(HessianOperator(self.objective), k=1, tol=1e-3, seed=self.seed, initial=self._warm_start)
-        self._warm_start = pairs.vectors
+        self._warm_start = pairs.vectors  # the top direction turns slowly: from here the next checkpoint needs a few products
         return {
             "step": step,
             "loss": self.objective.value(),
@@ -308,7 +272,7 @@ class _Run:
         }
 
     def _density(self) -> SpectralDensity:
-        probes, steps = (4, 40) if self.quick else (10, 80)
+        probes, steps = (4, 40) if self.quick else (10, 80)  # by judgement; the second are the command line's own defaults
         return spectral_density(HessianOperator(self.objective), num_probes=probes, num_steps=steps, seed=self.seed)
 
     def _layers(self) -> LayerSharpness:

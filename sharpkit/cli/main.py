@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    if not given:
+    if not given:  # argparse would only say that a command is missing; who types the bare name wants to see which there are
         parser.print_help(sys.stderr)
         return USAGE
     arguments = parser.parse_args(given)
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nsharpkit: interrupted; no result", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout went away
+    except BrokenPipeError:
+        # The reader of stdout went away (sharpkit ... | head). Python flushes stdout once more as it ends: into nothing, not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -91,9 +92,10 @@ def _explain(error: Exception, arguments: argparse.Namespace) -> int:
         traceback.print_exception(cause)  # the user's own code: they need the line
     elif arguments.traceback or not isinstance(error, (*speaking, TargetError, ValueError, TypeError)):
         traceback.print_exception(error)
+    # an error that came with a whole sentence needs no traceback; a bare ValueError may come from torch or from user code
     hint = "" if isinstance(error, (*speaking, TargetError)) or arguments.traceback else "  (--traceback shows where)"
     print(f"sharpkit: {error}{hint}", file=sys.stderr)
-    if arguments.json:
+    if arguments.json:  # a program that reads stdout gets one document whatever happened
         print(to_json({"kind": "error", "error": type(error).__name__, "message": str(error)}))
     return USAGE if isinstance(error, UsageError) else FAILED
 
@@ -111,16 +113,8 @@ def _print_answer(arguments: argparse.Namespace, documents: list[Document], extr
 
     text = extra.pop("text", None)
     if arguments.json:
-        run = {
-            "kind": "run",
-            "version": RUN_VERSION,
-            "command": arguments.argv,
-            "seed": getattr(arguments, "seed", None),
-            "environment": environment(),
-            **extra,
-            "results": documents,
-        }
-        print(to_json(run), flush=True)
+        head = {"kind": "run", "version": RUN_VERSION, "command": arguments.argv, "seed": getattr(arguments, "seed", None)}
+        print(to_json({**head, "environment": environment(), **extra, "results": documents}), flush=True)
         return
     if "findings" in extra:  # the demo: its tables are on the page
         print("\n".join([*extra["notes"], "", *(f"* {finding}" for finding in extra["findings"])]), flush=True)
@@ -139,7 +133,7 @@ def _positive(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
             value = convert(text)
         except ValueError:
             value = 0
-        if not 0 < value < float("inf"):
+        if not 0 < value < float("inf"):  # refuses nan too, which compares false with everything
             raise argparse.ArgumentTypeError(f"expected a positive {what}, got {text!r}")
         return value
 
@@ -159,36 +153,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sharpkit {sharpkit.__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_demo(
-        _command(subparsers, "demo", run_demo_command, "train two small networks on real images and show their curvature on one page")
-    )
+    summary = "train two small networks on real images and show their curvature on one page"
+    _add_demo(_command(subparsers, "demo", run_demo_command, summary))
     measure = _command(subparsers, "measure", run_measure_command, "sharpness of a model: lambda_max, trace, stable learning rate ...")
     spectrum = _command(subparsers, "spectrum", run_spectrum_command, "largest eigenvalues and spectral density of the Hessian")
     doctor = _command(subparsers, "doctor", run_doctor_command, "can measurements of this model, loss and data be trusted?")
     batch = _command(subparsers, "batch", run_batch_command, "the largest stable learning rate for every batch size")
     batch.add_argument("--batch-sizes", type=_count, nargs="+", metavar="B", help="where to evaluate (default: powers of two from 4 on)")
-    batch.add_argument(
-        "--pilot", type=_count, default=100, metavar="STEPS", help="steps of the pilot run and of each short run (default: %(default)s)"
-    )
+    what = "steps of the pilot run and of each short run (default: %(default)s)"
+    batch.add_argument("--pilot", type=_count, default=100, metavar="STEPS", help=what)
     batch.add_argument("--no-calibration", action="store_true", help="curvature only: no short training runs")
     for command in (measure, spectrum, doctor, batch):
         command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")
         _add_common(command)
     spectrum.add_argument("--k", type=_count, default=10, help="how many of the largest eigenvalues (default: %(default)s)")
+    # by judgement: a density to look at takes more probes and steps than the trace and norm that measure makes of it
     for command, probes, steps in ((measure, 6, 32), (spectrum, 10, 80)):
         command.add_argument("--tol", type=_amount, default=1e-3, help="relative tolerance of the eigenvalues (default: %(default)s)")
         command.add_argument("--probes", type=_count, default=probes, help="random probes of the density (default: %(default)s)")
         command.add_argument("--steps", type=_count, default=steps, help="Lanczos steps for each probe (default: %(default)s)")
         command.add_argument("--max-seconds", type=_amount, help="stop after so many seconds; a partial result is marked as not converged")
-    report = _command(
-        subparsers,
-        "report",
-        run_report_command,
-        "one HTML page from results saved by --json, from a monitor's run.jsonl, or from everything measurable about a TARGET",
-    )
-    report.add_argument(
-        "sources", nargs="+", metavar="FILE|TARGET", help="files saved by --json or by a monitor (run.jsonl), or one file.py:function"
-    )
+    summary = "one HTML page from results saved by --json, from a monitor's run.jsonl, or from everything measurable about a TARGET"
+    report = _command(subparsers, "report", run_report_command, summary)
+    what = "files saved by --json or by a monitor (run.jsonl), or one file.py:function"
+    report.add_argument("sources", nargs="+", metavar="FILE|TARGET", help=what)
     report.add_argument("--title", default="Curvature report", help="title of the page (default: %(default)s)")
     _add_common(report)
     _add_watch(_command(subparsers, "watch", run_watch_command, "follow a monitored run in the terminal; Ctrl-C ends it"))
@@ -232,16 +220,11 @@ def _add_watch(command: argparse.ArgumentParser) -> None:
 def _add_transfer(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", metavar="TARGET", help="file.py:function that returns (build, optimizer, data, loss), or a Family")
     command.add_argument("--widths", type=_sizes, required=True, metavar="64,128,...", help="at least three, ascending or not")
-    command.add_argument(
-        "--depths", type=_sizes, metavar="2,4,...", help="also over depths: build(width, depth=...), at the smallest width"
-    )
-    how = command.add_mutually_exclusive_group()
+    what = "also over depths: build(width, depth=...), at the smallest width"
+    command.add_argument("--depths", type=_sizes, metavar="2,4,...", help=what)
+    how = command.add_mutually_exclusive_group()  # --quick changes nothing: it is there to be written down in a script
     how.add_argument("--quick", action="store_true", help="end as soon as the verdict is certain (default)")
     how.add_argument("--full", action="store_true", help="measure everything, longer")
     command.add_argument("--seeds", type=_count, default=3, help="runs of each size (default: %(default)s)")
     command.add_argument("--store", metavar="RUNS", help="file for finished training runs (JSON lines): a killed sweep goes on from it")
     command.add_argument("--html", metavar="OUT", help="also write a self-contained page")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

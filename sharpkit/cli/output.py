@@ -6,10 +6,12 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sharpkit._results import Progress
-from sharpkit.reporting.sections import Document, Section, section_for
+
+if TYPE_CHECKING:
+    from sharpkit.reporting.sections import Document, Section
 
 RUN_VERSION = 1  # of the JSON document's format: counts up when a field changes its meaning
 
@@ -26,6 +28,8 @@ def all_converged(document: Any) -> bool:
 
 def render_text(documents: Iterable[Document]) -> str:
     """The sections of a report as plain text for a terminal."""
+    from sharpkit.reporting.sections import section_for  # loads torch, which --help need not wait for
+
     return "\n\n".join(_section_text(section_for(document)) for document in documents)
 
 
@@ -34,12 +38,12 @@ def _section_text(section: Section) -> str:
     if section.intro:
         lines.append(textwrap.fill(section.intro, 100))
     rows = [section.columns, *section.rows]
-    # The last column may be long prose; it is wrapped under itself.
+    # The last column may be long prose: it sets no width and is wrapped under itself.
     widths = [max(len(row[j]) for row in rows) for j in range(len(section.columns) - 1)] if section.columns else []
     for row in rows if section.rows else []:
         head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         indent = " " * (len(head) + 2 if widths else 0)
-        narrow = max(40, 120 - len(indent))
+        narrow = max(40, 120 - len(indent))  # by judgement: beside wide columns the prose keeps 40 characters, past the edge if need be
         last = textwrap.wrap(row[-1], narrow) or [""]
         lines.append((f"{head}  " if widths else "") + f"\n{indent}".join(last))
     lines += [textwrap.fill(f"* {finding}", 100, subsequent_indent="  ") for finding in section.findings]
@@ -52,7 +56,7 @@ def _section_text(section: Section) -> str:
 
 
 def say(line: str) -> None:
-    """One line to stderr, at once."""
+    """One line to stderr, at once: stdout is for the answer alone."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -70,12 +74,13 @@ class ProgressBar:
     def __init__(self, *, quiet: bool = False) -> None:
         from tqdm import tqdm
 
+        # disable=None is tqdm's own test for a terminal; leave=False, since the answer makes a finished bar old news
         self._bar = tqdm(unit=" products", file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True)
 
     def __call__(self, progress: Progress) -> None:
         self._bar.total, self._bar.n, self._bar.unit = progress.expected, progress.done, f" {progress.unit}"
         self._bar.set_description(progress.text, refresh=False)
-        self._bar.refresh()
+        self._bar.refresh()  # not update(): it adds up, and an algorithm may lower its count of what is done or expected
 
     def __enter__(self) -> ProgressBar:
         return self

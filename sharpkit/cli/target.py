@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.optim import Optimizer
+import sharpkit as sk
 
-from sharpkit.objective.objective import Objective
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 _EXAMPLE = """a TARGET is file.py:function, where the function takes no arguments and returns the Objective, for example
     def objective():
@@ -27,7 +28,7 @@ class TargetError(Exception):
     """The user's own code failed; exit code 1."""
 
 
-def load_target(target: str) -> tuple[Objective, Optimizer | None]:
+def load_target(target: str) -> tuple[sk.Objective, Optimizer | None]:
     """Import the file, call the function, check what it returns.
 
     Args:
@@ -64,6 +65,7 @@ def returned_by(target: str, example: str, *, instead: type | None = None) -> An
     function = _find_function(module, name, Path(file), example)
     try:
         return function()
+    # SystemExit too: a training script that ends in sys.exit() would end this program with its own exit code, unexplained
     except (Exception, SystemExit) as error:
         raise TargetError(f"{target} raised {type(error).__name__}: {error}") from error
 
@@ -74,12 +76,12 @@ def _import_file(path: Path) -> ModuleType:
         raise UsageError(f"the file {path} {what} (looked in {Path.cwd()})")
     if path.suffix != ".py":
         raise UsageError(f"{path} is not a Python file: expected a name that ends in .py")
-    name = f"_sharpkit_target_{path.stem}"
+    name = f"_sharpkit_target_{path.stem}"  # a name that no import finds: a target called torch.py must not hide torch
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise UsageError(f"Python cannot import {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look a class's module up by its name
     sys.path.insert(0, str(path.resolve().parent))  # as "python file.py" would: the file may import its neighbours
     try:
         spec.loader.exec_module(module)
@@ -90,6 +92,7 @@ def _import_file(path: Path) -> ModuleType:
 
 def _find_function(module: ModuleType, name: str, path: Path, example: str) -> Callable[[], Any]:
     if not hasattr(module, name):
+        # only what the file itself defines: what it imported would bury the name that was misspelt
         own = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         raise UsageError(f"{path} has no function {name!r}; it defines {', '.join(sorted(own)) or 'no functions'}\n{example}")
     function = getattr(module, name)
@@ -97,22 +100,18 @@ def _find_function(module: ModuleType, name: str, path: Path, example: str) -> C
         raise UsageError(f"{name!r} in {path} is a {type(function).__name__}, not a function.\n{example}")
     try:
         required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # a callable written in C may have no signature: calling it will tell
         required = []
     if required:
         raise UsageError(f"{name}() in {path} needs the arguments {', '.join(required)}; it must be callable without any.\n{example}")
     return function  # type: ignore[no-any-return]
 
 
-def _checked(returned: Any, target: str) -> tuple[Objective, Optimizer | None]:
-    if isinstance(returned, Objective):
-        return returned, None
-    if (
-        isinstance(returned, tuple)
-        and len(returned) == 2
-        and isinstance(returned[0], Objective)
-        and isinstance(returned[1], Optimizer | None)
-    ):
-        return returned[0], returned[1]
+def _checked(returned: Any, target: str) -> tuple[sk.Objective, Optimizer | None]:
+    from torch.optim import Optimizer
+
+    pair = returned if isinstance(returned, tuple) else (returned, None)
+    if len(pair) == 2 and isinstance(pair[0], sk.Objective) and isinstance(pair[1], Optimizer | None):
+        return pair[0], pair[1]
     came = f"a tuple of {', '.join(type(x).__name__ for x in returned)}" if isinstance(returned, tuple) else type(returned).__name__
     raise UsageError(f"{target} returned {came}; expected an sk.Objective, or a tuple (sk.Objective, optimizer).\n{_EXAMPLE}")

@@ -6,11 +6,13 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sharpkit.monitor.runs import RunBuilder, RunFollower
-
+from sharpkit._results import format_with_error, number
+from sharpkit.cli.output import say
+from sharpkit.cli.target import UsageError
+from sharpkit.monitor.runs import RunBuilder, RunFile, RunFollower
+from sharpkit.monitor.schema import CURVATURES, in_words, reading
 
 Document = dict[str, Any]
 Answer = tuple[list[Document], Document, int]
@@ -22,10 +24,6 @@ _WIDTHS = (8, 10, 10, 24, 10, 23, 9)
 
 def run_watch_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit watch``: follow a monitored run in the terminal."""
-    from sharpkit.cli.output import say
-    from sharpkit.cli.target import UsageError
-    from sharpkit.monitor.runs import RunBuilder, RunFollower
-
     follower, builder = RunFollower(arguments.run_file), RunBuilder()
     remark: Callable[[str], None] = (lambda line: None) if arguments.quiet else say
     try:
@@ -46,8 +44,6 @@ def run_watch_command(arguments: argparse.Namespace) -> Answer:
 
 
 def _history(arguments: argparse.Namespace, builder: RunBuilder) -> Document:
-    from sharpkit.monitor.runs import RunFile
-
     return RunFile(tuple(builder.headers), tuple(builder.records), tuple(builder.notes()), arguments.run_file.name).to_dict()
 
 
@@ -58,11 +54,11 @@ def _follow(arguments: argparse.Namespace, follower: RunFollower, builder: RunBu
         documents = follower.poll()
         if documents is None and not waiting:
             remark(f"waiting for {arguments.run_file}, which does not exist{' any more' if started else ' yet'} (Ctrl-C ends)")
-        waiting = documents is None
+        waiting = documents is None  # said once, not at every look
         if follower.was_replaced and not waiting:
             remark(f"{arguments.run_file} was replaced: a new run")
             builder.headers, builder.records, started = [], [], False
-        for document in documents or ():
+        for document in documents or ():  # before the first show these only fill the builder: the last few are shown at once
             builder.add(document)
             if started and document["kind"] == "monitor_run":
                 _say_header(document, remark)
@@ -74,7 +70,7 @@ def _follow(arguments: argparse.Namespace, follower: RunFollower, builder: RunBu
 
 
 def _say_header(header: Document, remark: Callable[[str], None]) -> None:
-    from sharpkit.reporting.sections import describe
+    from sharpkit.reporting.sections import describe  # the first line of a run waits for torch to load, --help does not
 
     resumed = f"resumed at step {header['resumed_at']}: " if header.get("resumed_at") is not None else ""
     remark(f"{resumed}{describe(header)}")
@@ -105,14 +101,13 @@ class _Table:
     """Rows on stdout under a head that comes again now and then; remembers which curvature the run is judged by."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self._stream, self._silent = arguments.stdout, arguments.json
+        self._stream, self._silent = arguments.stdout, arguments.json  # the real stdout: while a command runs sys.stdout is stderr
         self._name, self._rows = "", 0
 
     def learn(self, record: Document) -> None:
         """See which curvature the record holds."""
-        from sharpkit.monitor.schema import CURVATURES
-
         held = [name for name in CURVATURES if name in record["values"]]
+        # a run may begin with a cheap metric and measure a better one later: the earlier in CURVATURES wins, under a new head
         if held and (not self._name or CURVATURES.index(held[0]) < CURVATURES.index(self._name)):
             self._name, self._rows = held[0], 0
 
@@ -131,7 +126,7 @@ class _Table:
     def _write(self, line: str) -> None:
         if not self._silent:
             self._stream.write(line + "\n")
-            self._stream.flush()
+            self._stream.flush()  # a pipe is buffered by blocks, and a line that waits for 4 KiB is no live view
 
 
 def _columns(cells: tuple[str, ...]) -> str:
@@ -139,8 +134,6 @@ def _columns(cells: tuple[str, ...]) -> str:
 
 
 def _head(metric: str) -> str:
-    from sharpkit.monitor.schema import in_words
-
     name = in_words(metric) if metric else "curvature"
     return _columns(("step", "loss", "lr", f"{name} +-", "limit", "share of the limit (|)", "overhead"))
 
@@ -157,9 +150,6 @@ def row(record: Document, metric: str) -> str:
         ...      "limit": 20.0}}}, "lambda_max").split()
         ['120', '0.43', '0.1', '10', '+-', '0.2', '20', '0.50', '[=====.....|.....]', '4.0%']
     """
-    from sharpkit._results import format_with_error, number
-    from sharpkit.monitor.schema import reading
-
     now = reading(record, metric) if metric else None
     value = format_with_error(now.value, now.stderr) if now else "-"
     limit = f"{now.limit:.4g}" if now and now.limit > 0 else "-"
@@ -170,8 +160,6 @@ def row(record: Document, metric: str) -> str:
 
 
 def _short(value: Any) -> str:
-    from sharpkit._results import number
-
     shown = number(value)
     return "-" if math.isnan(shown) else f"{shown:.4g}"
 
@@ -187,6 +175,7 @@ def bar(ratio: float, *, length: int = 15) -> str:
         >>> bar(0.5), bar(1.2), bar(7.0)
         ('[=====.....|.....]', '[==========|==...]', '[==========|====>]')
     """
+    # 1e-9: a ratio of exactly 0.3 comes out of the product as 2.9999999999999996 cells
     filled = min(length, max(0, math.floor(ratio / 1.5 * length + 1e-9)))
     cells = "=" * filled + "." * (length - filled)
     if ratio > 1.5:

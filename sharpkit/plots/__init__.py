@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-
-from sharpkit._results import number
-from sharpkit.monitor.schema import Reading, in_words, main_curvature, reading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+# By judgement: of middle lightness, so that each keeps its contrast on white and on black; blue and orange, which carry the meaning
+# (curvature, limit), stay apart for colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#3f88c5", "#e4713a", "#3f9c6b", "#8b919b"
 PURPLE, PINK, TEAL, OCHRE = "#8f6fc4", "#c2548d", "#3a9fa3", "#b08a2e"
 
 
 def new_axes(size: tuple[float, float] | None = None) -> Axes:
-    """Axes of a new figure.
-
-    Args:
-        size: width and height in inches.
-    """
-    import matplotlib.pyplot as plt
+    """Axes of a new figure, of a width and a height in inches."""
+    import matplotlib.pyplot as plt  # not at the top: import sharpkit stays free of matplotlib, and its backend is the user's choice
 
     return plt.subplots(layout="constrained", figsize=size)[1]
 
 
-def finish(ax: Axes, *, legend: Literal["best", "upper center", "upper left"] = "best") -> Axes:
-    """Grid, spines and, where anything is labelled, a legend."""
+def finish(
+    ax: Axes,
+    *,
+    x: str | None = None,
+    y: str | None = None,
+    title: str | None = None,
+    legend: Literal["best", "upper center", "upper left"] = "best",
+) -> Axes:
+    """Grid, spines and, where given or where anything is labelled, the names of the axes, a title, a legend."""
+    for text, show in ((x, ax.set_xlabel), (y, ax.set_ylabel), (title, ax.set_title)):
+        if text:  # without one, what is there stays: several runs may be drawn on the same axes
+            show(text)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
     ax.set_axisbelow(True)
-    if ax.get_legend_handles_labels()[0]:
+    if ax.get_legend_handles_labels()[0]:  # matplotlib warns of a legend without entries
         ax.legend(frameon=False, fontsize="small", loc=legend)
     return ax
-
-
-# -- panels ---------------------------------------------------------------------------------------------------------------------
 
 
 def _stack(ax: Axes, heights: list[float]) -> list[Axes]:
@@ -54,6 +51,7 @@ def _stack(ax: Axes, heights: list[float]) -> list[Axes]:
         inner = spec.subgridspec(len(heights), 1, height_ratios=heights)
         ax.set_subplotspec(inner[0])
         return [ax, *(figure.add_subplot(inner[i], sharex=ax) for i in range(1, len(heights)))]
+    # axes made by hand (figure.add_axes) have no grid to divide: their box is cut up, with gaps of 3 % of the figure by judgement
     place, gap = ax.get_position(), 0.03
     each = (place.height - gap * (len(heights) - 1)) / sum(heights)
     axes, top = [], place.y1

@@ -47,6 +47,7 @@ def panels_of(document: Document) -> list[tuple[str, list[str]]]:
     """
     records = document["records"]
     names, main = metrics_of(records), main_curvature(records)
+    # An adaptive optimizer's limit is on D^-1 H, which has no units: what is in those of H cannot share axes with it.
     preconditioned = main == "preconditioned_lambda_max"
     plain = [n for n in names if n in _PLAIN or _is_ranked(n)]
     along = [n for n in names if n in _ON_STEPS]
@@ -73,11 +74,9 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
 
     Args:
         document: ``history.to_dict()`` of a monitor, or of a file read by ``sk.sinks.read_run``.
-        ax: whose place to take; it becomes the uppermost axes, the others go under it. By default a new figure.
-        title: of the axes.
-
-    Returns:
-        The axes of the curvature.
+        ax: whose place to take; it becomes the uppermost axes (those of the curvature, which are returned), the others go under it. By
+            default a new figure.
+        title: of those axes.
 
     Raises:
         ValueError: no records.
@@ -96,6 +95,7 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
     ax = ax if ax is not None else new_axes(figure_size(document))
     losses = [(int(r["step"]), number(r.get("loss"))) for r in records]
     losses = [(step, loss) for step, loss in losses if math.isfinite(loss)]
+    # by judgement: the curvature, which is what the run is judged by, more than twice as high as what goes with it
     axes = _stack(ax, [3.0, *[1.3] * (len(panels) - 1), *[1.3] * bool(losses)] if panels else [1.0])
     for below, (label, names) in zip(axes, panels, strict=False):
         _draw_panel(below, records, names, label)
@@ -105,11 +105,11 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
     _mark_events(axes, [event for record in records for event in record.get("events", ())])
     axes[-1].set_xlabel("optimizer steps")
     figure: Any = ax.figure
-    figure.align_ylabels(axes)
+    figure.align_ylabels(axes)  # or each panel's label stands as far out as its own tick labels are wide
     for upper in axes[:-1]:
         upper.tick_params(labelbottom=False)
     if title:
-        ax.set_title(title, pad=18)
+        ax.set_title(title, pad=18)  # points: above the numbers of the events
     return ax
 
 
@@ -126,7 +126,7 @@ def _draw_panel(ax: Axes, records: Sequence[Document], names: list[str], label: 
         readings = [r for r in (reading(record, name) for record in records) if r is not None]
         if not readings:
             continue
-        ranked, layer = _is_ranked(name), "/" in name
+        ranked, layer = _is_ranked(name), "/" in name  # many lines of one kind: thin, and the ranks share one colour and one label
         colour = GREY if ranked else next(colours)
         text = in_words(name) if not ranked else ("largest eigenvalues" if name == min(filter(_is_ranked, names)) else "_")
         drawn += _draw_series(ax, readings, colour, text, thin=ranked or layer)
@@ -138,13 +138,13 @@ def _draw_panel(ax: Axes, records: Sequence[Document], names: list[str], label: 
     ax.set_ylabel(label)
     finish(ax)
     handles, labels = ax.get_legend_handles_labels()
-    if len(handles) > 5:
+    if len(handles) > 5:  # by judgement: a longer column would cover the lines
         ax.legend(handles, labels, frameon=False, fontsize="x-small", ncols=2)
 
 
 def _draw_limits(ax: Axes, limits: list[tuple[str, str, dict[int, float]]]) -> None:
     """The limit of the first metric in the limits' colour; those that differ from it in the colours of their metrics."""
-    others = [entry for entry in limits[1:] if not _agree(entry[2], limits[0][2])]
+    others = [entry for entry in limits[1:] if not _agree(entry[2], limits[0][2])]  # the same line twice would only hide the first
     for i, (name, colour, own) in enumerate([*limits[:1], *others]):
         look = {"color": colour, "linewidth": 1.0} if i else {"color": ORANGE, "linewidth": 1.5}
         text = f"limit of {in_words(name)}" if others else "stability limit"
@@ -152,6 +152,7 @@ def _draw_limits(ax: Axes, limits: list[tuple[str, str, dict[int, float]]]) -> N
 
 
 def _agree(one: dict[int, float], other: dict[int, float]) -> bool:
+    # Metrics may be measured at different steps. 1e-3: closer ones cannot be told apart in the picture, by judgement.
     common = [step for step in one.keys() & other.keys() if math.isfinite(one[step] + other[step])]
     if not common:
         return math.isclose(float(np.nanmedian([*one.values()])), float(np.nanmedian([*other.values()])), rel_tol=1e-3)
@@ -169,7 +170,7 @@ def _draw_series(ax: Axes, readings: list[Reading], colour: str, label: str, *, 
     else:
         x, y = _thinned(steps, values)
         ax.plot(x, y, color=colour, linewidth=1.3, label=label)
-        if errors.max() > 0:
+        if errors.max() > 0:  # both ends are thinned by themselves, so that the widest error of a stretch is not lost
             _, low = _thinned(steps, values - errors)
             at, high = _thinned(steps, values + errors)
             ax.fill_between(at, np.interp(at, _, low), high, color=colour, alpha=0.22, linewidth=0)
@@ -179,7 +180,7 @@ def _draw_series(ax: Axes, readings: list[Reading], colour: str, label: str, *, 
 def _draw_loss(ax: Axes, losses: list[tuple[int, float]]) -> None:
     steps, values = (np.array(column) for column in zip(*losses, strict=True))
     ax.plot(*_thinned(steps, values), color=GREY, linewidth=1.3, marker="o" if len(steps) <= _MOST_BARS else "", markersize=2.5)
-    if values.min() > 0 and values.max() > 20 * values.min():
+    if values.min() > 0 and values.max() > 20 * values.min():  # by judgement: more and the end of a linear curve lies on the axis
         ax.set_yscale("log")
     ax.set_ylabel("loss")
     finish(ax)
@@ -188,7 +189,7 @@ def _draw_loss(ax: Axes, losses: list[tuple[int, float]]) -> None:
 def _scale(ax: Axes, values: list[float]) -> None:
     if not values:
         return
-    if min(values) > 0 and max(values) > 30 * min(values):
+    if min(values) > 0 and max(values) > 30 * min(values):  # by judgement, as for the loss; from 0 where the distance to a limit shows
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=min(0.0, 1.1 * min(values)))
@@ -206,7 +207,7 @@ def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
     if len(steps) <= _MOST_POINTS:
         return steps, values
     kept: set[int] = {0, len(steps) - 1}
-    for part in np.array_split(np.arange(len(steps)), _MOST_POINTS // 2):
+    for part in np.array_split(np.arange(len(steps)), _MOST_POINTS // 2):  # two points from each stretch
         known = part[np.isfinite(values[part])] if np.isfinite(values[part]).any() else part[:1]
         kept |= {int(known[np.argmin(values[known])]), int(known[np.argmax(values[known])])}
     index = sorted(kept)
@@ -231,23 +232,19 @@ def _mark_events(axes: list[Axes], events: Sequence[Document]) -> None:
     groups: list[tuple[float, list[int]]] = []
     for index, event in enumerate(events, start=1):
         step = float(event["step"])
-        if not groups or step - groups[-1][0] > 0.022 * (high - low):
+        if not groups or step - groups[-1][0] > 0.022 * (high - low):  # by judgement: two digits in the page's type
             groups.append((step, []))
         groups[-1][1].append(index)
     for step, members in groups:
         for ax in axes:
-            ax.axvline(step, color=GREY, linestyle=":", linewidth=0.9, zorder=0.5)
+            ax.axvline(step, color=GREY, linestyle=":", linewidth=0.9, zorder=0.5)  # under every curve
         text = str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}"
         place: dict[str, Any] = {"xycoords": axes[0].get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8}
         axes[0].annotate(text, (step, 1.02), **place, bbox={"boxstyle": "round,pad=0.2", "fc": "none", "ec": GREY, "lw": 0.8})
 
 
 def plot_learner(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
-    """The learned rate and the limit against the steps, logarithmic.
-
-    Args:
-        document: of a learner's history.
-        ax: axes to draw on; new ones by default.
+    """The learned rate and the limit against the steps of a learner's history, logarithmic; ``ax`` is a new figure's by default.
 
     Example:
         >>> decision = {"step": 1, "lr": 0.1, "lr_in_use": 0.1, "max_lr": 0.4, "reason": "grows"}
@@ -266,20 +263,14 @@ def plot_learner(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes
         ax.plot(*zip(*back, strict=True), "v", color=PINK, label="went back")
     if any(number(row["lr"]) > 0 for row in rows):
         ax.set_yscale("log")
-    ax.set_xlabel("optimizer step")
-    ax.set_ylabel("learning rate")
-    return finish(ax)
+    return finish(ax, x="optimizer step", y="learning rate")
 
 
 _COLOURS = (ORANGE, GREEN, PURPLE, PINK, TEAL, OCHRE)
 
 
 def plot_race(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
-    """Batch losses of the first seed, averaged over stretches; a gap is what was spent on finding a rate.
-
-    Args:
-        document: of a race.
-        ax: axes to draw on; new ones by default.
+    """Batch losses of a race's first seed, averaged over stretches; a gap is what was spent on finding a rate.
 
     Example:
         >>> finish = {"name": "learner", "given": False, "curve": [[1, 2.0], [2, 1.0]], "train_losses": [1.0]}
@@ -290,26 +281,24 @@ def plot_race(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     finishes = document["finishes"]
     others = [f for f in finishes if not f["given"] and f["name"] != "learner"]
     given = [f for f in finishes if f["given"] and all(math.isfinite(number(v)) for v in f["train_losses"])]
-    for position, found in enumerate(given):
+    for position, entrant in enumerate(given):  # finishes are sorted: the first is the best, which nobody knows before having run all
         best = position == 0
-        label = f"{found['name']} (given, the best of them)" if best else "other given rates" if position == 1 else None
-        _draw(ax, found, color="#30343b" if best else GREY, linewidth=1.4 if best else 0.6, alpha=1 if best else 0.5, label=label)
-    for found, colour in zip(others, _COLOURS, strict=False):
-        _draw(ax, found, color=colour, linewidth=1.3, label=found["name"])
-    for found in finishes:
-        if found["name"] == "learner":
-            _draw(ax, found, color=BLUE, linewidth=2.4, label="learner")
+        label = f"{entrant['name']} (given, the best of them)" if best else "other given rates" if position == 1 else None
+        _draw(ax, entrant, color="#30343b" if best else GREY, linewidth=1.4 if best else 0.6, alpha=1 if best else 0.5, label=label)
+    for entrant, colour in zip(others, _COLOURS, strict=False):
+        _draw(ax, entrant, color=colour, linewidth=1.3, label=entrant["name"])
+    for entrant in finishes:
+        if entrant["name"] == "learner":  # last, so that no other line covers it
+            _draw(ax, entrant, color=BLUE, linewidth=2.4, label="learner")
     lows, highs = _range(finishes)
     if lows > 0:
         ax.set_yscale("log")
-        ax.set_ylim(lows / 1.3, highs * 1.3)
-    ax.set_xlabel("gradients spent, with those on finding the rate")
-    ax.set_ylabel("training loss of the batch")
-    return finish(ax)
+        ax.set_ylim(lows / 1.3, highs * 1.3)  # by judgement: a margin on a log axis is a factor
+    return finish(ax, x="gradients spent, with those on finding the rate", y="training loss of the batch")
 
 
-def _draw(ax: Axes, found: Mapping[str, Any], **style: Any) -> None:
-    points = [(number(x), number(y)) for x, y in found["curve"] if math.isfinite(number(y))]
+def _draw(ax: Axes, entrant: Mapping[str, Any], **style: Any) -> None:
+    points = [(number(x), number(y)) for x, y in entrant["curve"] if math.isfinite(number(y))]
     if points:
         ax.plot(*zip(*points, strict=True), **style)
 
@@ -320,4 +309,5 @@ def _range(finishes: Any) -> tuple[float, float]:
     curves = [curve for curve in curves if curve]
     if not curves:
         return 0.0, 1.0
+    # a search averages over rates that diverge: 3 times the lowest first loss is no start, by judgement
     return min(map(min, curves)), max(curve[0] for curve in curves if curve[0] <= 3 * min(c[0] for c in curves))

@@ -28,13 +28,9 @@ def plot_density(
 
     Args:
         density: from :func:`sharpkit.spectral_density`.
-        ax: where to draw; by default a new figure.
+        ax, title: where to draw (by default a new figure), and the title of those axes, which are returned.
         lr: learning rate of plain gradient descent; draws its stability limit 2/lr.
         limit: the stability limit itself, where it is not 2/lr (momentum); wins over ``lr``.
-        title: of the axes.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: ``lr`` or ``limit`` is not positive.
@@ -57,27 +53,25 @@ def plot_density(
     ax.fill_between(grid, floor, shown, color=BLUE, alpha=0.25, linewidth=0)
     ax.plot(grid, shown, color=BLUE, linewidth=1.4, label="bulk")
     ax.set_yscale("log")
-    ax.set_ylim(floor, max(float(shown.max()), floor * 10) * 4)
-    ax.axvline(0.0, color=GREY, linewidth=0.8)
+    ax.set_ylim(floor, max(float(shown.max()), floor * 10) * 4)  # by judgement: at least a decade, and room for the legend
+    ax.axvline(0.0, color=GREY, linewidth=0.8)  # what is left of it is negative curvature
     bound = limit if limit is not None else (2 / lr if lr is not None else None)
     if bound is not None:
         ax.axvline(bound, color=ORANGE, linestyle="--", linewidth=1.4, label=f"stability limit {bound:.3g}")
     _draw_outliers(ax, [float(x) for x in density.outliers])
-    ax.set_xlabel("eigenvalue (loss / parameter²)")
-    ax.set_ylabel("density (share / unit eigenvalue)")
-    if title:
-        ax.set_title(title)
-    return finish(ax, legend="upper center")
+    # outliers stand at both sides, and the legend over the bulk hides none of their values
+    return finish(ax, x="eigenvalue (loss / parameter²)", y="density (share / unit eigenvalue)", title=title, legend="upper center")
 
 
 def _bulk(density: SpectralDensity) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
     """Grid (m,), density on it with the outliers' own peaks cut away, and the bandwidth."""
     nodes, outliers = density.nodes.numpy().ravel(), density.outliers.numpy()
-    nodes = nodes[density.weights.numpy().ravel() > 0]
+    nodes = nodes[density.weights.numpy().ravel() > 0]  # probes that ended early are padded with nodes of weight 0
     width = float(nodes.max() - nodes.min())
     inner = nodes[np.all(np.abs(nodes[:, None] - outliers[None, :]) > 1e-3 * width, axis=1)] if width else nodes
-    inner = inner if len(inner) else nodes
+    inner = inner if len(inner) else nodes  # every node an outlier (low rank): their peaks are the bulk
     bandwidth = density.bandwidth
+    # three bandwidths: a Gaussian's visible end; 800 points: about one a pixel, by judgement
     grid = np.linspace(float(inner.min()) - 3 * bandwidth, float(inner.max()) + 3 * bandwidth, 800)
     return grid, density.density(grid, bandwidth=bandwidth), bandwidth
 
@@ -92,21 +86,12 @@ def _draw_outliers(ax: Axes, outliers: list[float]) -> None:
     low, high = min(ax.get_xlim()[0], *outliers), max(ax.get_xlim()[1], *outliers)
     labelled: list[float] = []
     for value in sorted(outliers, key=abs, reverse=True):
-        crowded = any(abs(value - other) < 0.025 * (high - low) for other in labelled)
+        crowded = any(abs(value - other) < 0.025 * (high - low) for other in labelled)  # a line of x-small text, by judgement
         if crowded or len(labelled) == _MOST_LABELS:
             continue
         labelled.append(value)
-        ax.annotate(
-            f"{value:.3g}",
-            (value, 0.3),
-            xycoords=transform,
-            xytext=(0, 5),
-            textcoords="offset points",
-            rotation=90,
-            ha="center",
-            va="bottom",
-            fontsize="x-small",
-        )
+        place: dict[str, Any] = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        ax.annotate(f"{value:.3g}", (value, 0.3), xycoords=transform, rotation=90, fontsize="x-small", **place)
 
 
 def plot_curvature(history: CurvatureHistory, *, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -115,10 +100,7 @@ def plot_curvature(history: CurvatureHistory, *, ax: Axes | None = None, title: 
     Args:
         history: one training run.
         ax: where to draw; by default a new figure. Call it again with the same axes to lay runs over each other.
-        title: of the axes.
-
-    Returns:
-        The axes.
+        title: of those axes, which are returned.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -128,28 +110,16 @@ def plot_curvature(history: CurvatureHistory, *, ax: Axes | None = None, title: 
         'optimizer steps'
     """
     ax = ax if ax is not None else new_axes()
-    ax.errorbar(
-        history.steps,
-        history.lambda_max,
-        yerr=history.residual,
-        color=BLUE,
-        marker="o",
-        markersize=3.5,
-        linewidth=1.5,
-        capsize=2,
-        label=f"lambda_max, {history.name}",
-    )
+    look: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 3.5, "linewidth": 1.5, "capsize": 2}
+    ax.errorbar(history.steps, history.lambda_max, yerr=history.residual, label=f"lambda_max, {history.name}", **look)
     ax.plot(history.steps, history.limit, color=ORANGE, linestyle="--", linewidth=1.4, label=f"stability limit {history.limit_rule}")
-    ax.set_xlabel("optimizer steps")
-    ax.set_ylabel("lambda_max (loss / parameter²)")
     values = [v for v in (*history.lambda_max, *history.limit) if math.isfinite(v)]
+    # by judgement: up to two decades a linear axis from 0 shows how far the limit is; beyond them the low part would be flat
     if values and min(values) > 0 and max(values) > 100 * min(values):
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=min(0.0, *values) if values else 0.0)
-    if title:
-        ax.set_title(title)
-    return finish(ax)
+    return finish(ax, x="optimizer steps", y="lambda_max (loss / parameter²)", title=title)
 
 
 def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -157,11 +127,7 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
 
     Args:
         layers: from :func:`sharpkit.per_layer`.
-        ax: where to draw; by default a new figure.
-        title: of the axes.
-
-    Returns:
-        The axes, the first layer on top.
+        ax, title: where to draw (by default a new figure), and the title of those axes, which are returned; the first layer is on top.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -174,41 +140,27 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
     ax = ax if ax is not None else new_axes()
     rows = np.arange(len(layers.names))
     for offset, estimates, color, label in ((-0.2, layers.lambda_max, BLUE, "lambda_max"), (0.2, layers.trace, GREEN, "trace")):
-        ax.barh(
-            rows + offset,
-            [e.value for e in estimates],
-            height=0.36,
-            color=color,
-            label=label,
-            xerr=[e.stderr if math.isfinite(e.stderr) else 0.0 for e in estimates],
-            error_kw={"ecolor": GREY, "capsize": 2},
-        )
+        errors = [e.stderr if math.isfinite(e.stderr) else 0.0 for e in estimates]  # an unknown error gets no whisker
+        look: dict[str, Any] = {"height": 0.36, "color": color, "label": label, "error_kw": {"ecolor": GREY, "capsize": 2}}
+        ax.barh(rows + offset, [e.value for e in estimates], xerr=errors, **look)
     values = np.array([e.value for e in (*layers.lambda_max, *layers.trace)])
     sizes = np.abs(values[values != 0])
     if len(sizes) and sizes.max() > 30 * sizes.min():
         if (values > 0).all():
             ax.set_xscale("log")
-        else:
+        else:  # traces may be negative; linear within a thousandth of the largest, by judgement
             ax.set_xscale("symlog", linthresh=float(sizes.max()) / 1000)
     ax.set_yticks(rows, labels=list(layers.names))
     ax.invert_yaxis()
-    ax.set_xlabel("curvature of the layer's block (loss / parameter²)")
-    if title:
-        ax.set_title(title)
-    return finish(ax)
+    return finish(ax, x="curvature of the layer's block (loss / parameter²)", title=title)
 
 
 def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = None, title: str | None = None) -> Axes:
-    """Largest stable learning rate against batch size, log-log: the curve with its interval, calibrating runs, the limit by curvature, the
-    rule.
+    """Largest stable learning rate against batch size, log-log: curve with interval, calibrating runs, limit by curvature, rule.
 
     Args:
         document: ``LearningRateCurve.to_dict()``.
-        ax: where to draw; by default a new figure.
-        title: of the axes.
-
-    Returns:
-        The axes.
+        ax, title: where to draw (by default a new figure), and the title of those axes, which are returned.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -221,9 +173,8 @@ def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = N
     ax = ax if ax is not None else new_axes()
     rows = document["rows"]
     sizes = np.array([row["batch_size"] for row in rows], dtype=float)
-    rates, lower, upper, theory = (
-        np.array([row[k] for row in rows], dtype=float) for k in ("max_lr", "max_lr_lower", "max_lr_upper", "by_curvature")
-    )
+    names = ("max_lr", "max_lr_lower", "max_lr_upper", "by_curvature")
+    rates, lower, upper, theory = (np.array([row[name] for row in rows], dtype=float) for name in names)
     ax.fill_between(sizes, lower, upper, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval")
     ax.plot(sizes, rates, color=BLUE, linewidth=1.8, marker="o", markersize=3.5, label=f"largest stable rate, {document['optimizer']}")
     ax.plot(sizes, theory, color=GREY, linestyle=":", linewidth=1.4, label="mean-square limit at the pilot's end")
@@ -233,16 +184,12 @@ def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = N
         ax.plot([], [], color=GREEN, linewidth=4, alpha=0.7, label="short runs: trained to broke")
     rule = rates[0] * (sizes / sizes[0]) ** document["exponent"]
     name = "square-root" if document["exponent"] == 0.5 else "linear"
-    shown = rule <= 3 * upper.max()
+    shown = rule <= 3 * upper.max()  # by judgement: a rule that has left the curve would only press it flat
     ax.plot(sizes[shown], rule[shown], color=ORANGE, linestyle="--", linewidth=1.2, label=f"{name} rule")
     cross = float(document["crossover"]["value"])
-    if sizes[0] < cross < sizes[-1]:
+    if sizes[0] < cross < sizes[-1]:  # one outside the sizes measured is an extrapolation
         ax.axvline(cross, color=GREY, linewidth=0.8)
         ax.annotate(f"B* = {cross:.0f}", (cross, lower.min()), xytext=(4, 4), textcoords="offset points", color=GREY, fontsize=8)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xlabel("batch size (samples)")
-    ax.set_ylabel("largest stable learning rate")
-    if title:
-        ax.set_title(title)
-    return finish(ax)
+    return finish(ax, x="batch size (samples)", y="largest stable learning rate", title=title)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sharpkit._results import number
-from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, finish, new_axes
+from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, _stack, finish, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,13 +29,9 @@ def plot_coordinates(
 
     Args:
         check: a :class:`sharpkit.transfer.CoordinateCheck`.
-        ax: where to draw; by default a new figure.
+        ax, title: where to draw (by default a new figure), and the title of those axes, which are returned.
         what: ``"update"`` for RMS(x_t - x_0), ``"initial"`` for RMS(x_0).
         step: t of the updates, by default the last step.
-        title: of the axes.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: a step that was not made, or nothing to draw.
@@ -76,25 +72,19 @@ def plot_coordinates(
     ax.set_yscale("log")
     ax.set_xticks(check.sizes, labels=[str(s) for s in check.sizes])
     ax.minorticks_off()
-    ax.set_xlabel(check.dimension)
-    ax.set_ylabel(f"RMS of x_{step} - x_0 on a fixed batch" if what == "update" else "RMS of x_0 on a fixed batch")
     ax.set_title(title or f"coordinate check {'passed' if check.passed else 'failed'}: level lines are expected", fontsize="medium")
-    return finish(ax)
+    return finish(ax, x=check.dimension, y=f"RMS of {f'x_{step} - x_0' if what == 'update' else 'x_0'} on a fixed batch")
 
 
 def _group(verdict: str, coordinates: list[Any]) -> str:
-    """For the legend: how many of the unnamed coordinates share the verdict."""
+    """For the legend, which a line of its own for every coordinate would flood: how many of the unnamed share the verdict."""
     return f"{verdict} ({sum(c.verdict == verdict for c in coordinates)})"
 
 
 def _means(values: dict[int, list[list[float]]], step: int) -> dict[int, float]:
     """size -> geometric mean over seeds, where positive."""
-    found = {}
-    for size, runs in values.items():
-        logs = [math.log(run[step]) for run in runs if math.isfinite(run[step]) and run[step] > 0]
-        if logs:
-            found[size] = float(np.exp(np.mean(logs)))
-    return found
+    logs = {size: [math.log(run[step]) for run in runs if math.isfinite(run[step]) and run[step] > 0] for size, runs in values.items()}
+    return {size: float(np.exp(np.mean(each))) for size, each in logs.items() if each}
 
 
 Document = Mapping[str, Any]
@@ -113,11 +103,7 @@ def plot_learning_rate_transfer(document: Document, *, ax: Axes | None = None, t
 
     Args:
         document: ``LearningRateTransfer.to_dict()``.
-        ax: where to draw; by default a new figure.
-        title: of the axes.
-
-    Returns:
-        The axes.
+        ax, title: where to draw (by default a new figure), and the title of those axes, which are returned.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -138,6 +124,7 @@ def plot_learning_rate_transfer(document: Document, *, ax: Axes | None = None, t
         ax.plot(x, mean, color=colour, linewidth=1.4, marker="o", markersize=3, label=f"{document['dimension']} {curve['size']}")
         for at, values in zip(x, losses, strict=True):
             ax.plot([at] * len(values), values, ".", color=colour, markersize=2.5, alpha=0.5)
+        # a mean over runs of which one diverged is not comparable with its neighbours: the point is marked
         broke = [(at, m) for at, m, p in zip(x, mean, curve["points"], strict=True) if p["diverged"]]
         if broke:
             ax.plot(*zip(*broke, strict=True), "x", color=ORANGE, markersize=6, zorder=4)
@@ -148,17 +135,15 @@ def plot_learning_rate_transfer(document: Document, *, ax: Axes | None = None, t
         ax.set_yscale("log")
     _draw_optima(ax, optima, colours)
     if ax.get_yscale() == "log":
-        _plain_ticks(ax)
-    ax.set_xlabel("factor on all learning rates")
-    ax.set_ylabel(f"training loss, last quarter of {document['steps']} steps")
+        _plain_ticks(ax)  # after the strip, which has changed the limits that decide on the ticks
     drift, half = number(document["drift"]["value"]), number(document["drift"]["half_width"])
     if math.isfinite(drift):
         span = f" ± {half:.2f}" if math.isfinite(half) else ""
         text = f"drift {drift:+.2f}{span} octaves per doubling"
         ax.text(0.5, 1.01, text, transform=ax.transAxes, ha="center", va="bottom", fontsize="small", color=GREY)
     if title:
-        ax.set_title(title, pad=18)
-    return finish(ax)
+        ax.set_title(title, pad=18)  # points: above the line on the drift
+    return finish(ax, x="factor on all learning rates", y=f"training loss, last quarter of {document['steps']} steps")
 
 
 def _plain_ticks(ax: Axes) -> None:
@@ -167,6 +152,7 @@ def _plain_ticks(ax: Axes) -> None:
 
     low, high = ax.get_ylim()
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    # by judgement: within a factor 1.6 steps of a fifth, else 2, 3 and 5 of a decade, unlabelled where there is more than 30
     between = np.arange(1.2, 10.0, 0.2).tolist() if high < 1.6 * low else [2.0, 3.0, 5.0]
     ax.yaxis.set_minor_locator(LogLocator(subs=between, numticks=50))
     ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:.3g}") if high < 30 * low else NullFormatter())
@@ -175,12 +161,12 @@ def _plain_ticks(ax: Axes) -> None:
 def _draw_optima(ax: Axes, optima: Sequence[Document], colours: Sequence[Any]) -> None:
     """Each optimum as a dot with its interval, stacked in a strip under the curves."""
     low, high = ax.get_ylim()
-    strip = 0.045
+    strip = 0.045  # of the height for each size, by judgement
     if ax.get_yscale() == "log":
         ax.set_ylim(low / (high / low) ** (strip * (len(optima) + 1)), high)
     else:
         ax.set_ylim(low - (high - low) * strip * (len(optima) + 1), high)
-    transform = ax.get_xaxis_transform()
+    transform = ax.get_xaxis_transform()  # x as data, y as a share of the height, whatever the scale of the losses
     for i, (best, colour) in enumerate(zip(optima, colours, strict=True)):
         y = strip * (len(optima) - i) * 0.85
         ends = [2.0 ** number(best["lower"]), 2.0 ** number(best["upper"])]
@@ -193,11 +179,7 @@ def plot_sharpness_transfer(document: Document, *, ax: Axes | None = None, title
 
     Args:
         document: ``SharpnessTransfer.to_dict()``.
-        ax: whose place to take; the loss goes under it. By default a new figure.
-        title: of the axes.
-
-    Returns:
-        The axes of the sharpness.
+        ax, title: whose place to take (the loss goes under it; by default a new figure), and the title of those axes, which are returned.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
@@ -206,8 +188,6 @@ def plot_sharpness_transfer(document: Document, *, ax: Axes | None = None, title
         >>> plot_sharpness_transfer(document).get_ylabel()
         'lambda_max of H / stability limit'
     """
-    from sharpkit.plots import _stack
-
     ax = ax if ax is not None else new_axes((6.0, 5.0))
     upper, lower = _stack(ax, [3.0, 1.3])
     steps, sizes = np.array(document["steps"]), [str(s) for s in document["sizes"]]
@@ -217,7 +197,7 @@ def plot_sharpness_transfer(document: Document, *, ax: Axes | None = None, title
         shares = np.array([[number(v) for v in run] for run in document["lambda_max"][size]]) / scale
         losses = np.array([[number(v) for v in run] for run in document["loss"][size]])
         upper.plot(steps, shares.mean(0), color=colour, linewidth=1.5, label=f"{document['dimension']} {size}")
-        if len(shares) > 1:
+        if len(shares) > 1:  # lowest to highest of the seeds: with two or three a standard deviation says less
             upper.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.15, linewidth=0)
         lower.plot(steps, losses.mean(0), color=colour, linewidth=1.2)
     lines: list[Any] = [np.asarray(line.get_ydata(), dtype=float) for line in upper.get_lines()]
@@ -229,15 +209,11 @@ def plot_sharpness_transfer(document: Document, *, ax: Axes | None = None, title
     else:
         upper.set_ylim(bottom=0)
     upper.axvspan(steps[0], min(max(document["warmup"], steps[0]), steps[-1]), color=GREY, alpha=0.08, linewidth=0)
-    upper.set_ylabel(f"{document['matrix']}{' / stability limit' if known else ''}")
+    upper.set_ylabel(f"{document['matrix']}{' / stability limit' if known else ''}")  # an unknown optimizer's limit is none
     upper.tick_params(labelbottom=False)
-    lower.set_ylabel("loss")
     lower.set_yscale("log" if np.nanmin(np.concatenate([np.ravel(line.get_ydata()) for line in lower.get_lines()])) > 0 else "linear")
-    lower.set_xlabel("optimizer steps (grey: warm-up)")
-    if title:
-        upper.set_title(title)
-    finish(lower)
-    return finish(upper)
+    finish(lower, x="optimizer steps (grey: warm-up)", y="loss")
+    return finish(upper, title=title)
 
 
 def _set_share_limits(ax: Axes, shown: Any) -> None:
@@ -246,7 +222,7 @@ def _set_share_limits(ax: Axes, shown: Any) -> None:
         ax.set_ylim(min(0.0, *shown.tolist()), min(_MOST_SHARE, max(1.1, 1.05 * float(shown.max()))) if len(shown) else 1.1)
         return
     ax.set_yscale("log")
-    ax.set_ylim(0.6 * float(shown.min()), min(1.3 * float(shown.max()), 10.0))
+    ax.set_ylim(0.6 * float(shown.min()), min(1.3 * float(shown.max()), 10.0))  # by judgement: a decade above the limit is off anyway
 
 
 def plot_transfer_verdict(document: Document, *, ax: Axes | None = None, title: str | None = None) -> Axes:
@@ -255,10 +231,7 @@ def plot_transfer_verdict(document: Document, *, ax: Axes | None = None, title: 
     Args:
         document: ``Verdict.to_dict()``.
         ax: whose place to take; by default a new figure.
-        title: of the first axes; by default the verdict in short.
-
-    Returns:
-        The first axes.
+        title: of the first axes, which are returned; by default the verdict in short.
 
     Raises:
         ValueError: nothing was measured.
@@ -283,7 +256,7 @@ def plot_transfer_verdict(document: Document, *, ax: Axes | None = None, title: 
 
 
 def verdict_size(document: Document) -> tuple[float, float]:
-    """Inches that a verdict's picture asks for."""
+    """Inches that a verdict's picture asks for: by judgement, as wide a panel as those of single figures."""
     return max(5.8, 5.2 * sum(part["kind"] in _DRAW for part in document["parts"])), 4.6
 
 
@@ -295,7 +268,7 @@ def _row(ax: Axes, count: int) -> list[Axes]:
         return [ax]
     if spec is None:
         raise ValueError("axes made by hand have no place to share: pass axes of figure.add_subplot or of plt.subplots")
-    inner = spec.subgridspec(1, count)
+    inner = spec.subgridspec(1, count)  # within the given axes' own place: a subplot among others stays one
     ax.set_subplotspec(inner[0])
     return [ax, *(figure.add_subplot(inner[i]) for i in range(1, count))]
 
@@ -309,10 +282,10 @@ def _draw_coordinates(part: Document, ax: Axes) -> None:
         error = half if math.isfinite(half) else 0.0
         ax.errorbar(number(c["update"]["value"]), row, xerr=error, fmt="o", color=colours.get(c["verdict"], GREY), markersize=4, capsize=2)
     ax.axvspan(-part["tolerance"], part["tolerance"], color=GREEN, alpha=0.12, linewidth=0)
+    # by judgement: the last 28 characters of a name tell modules apart, its first ones are shared
     ax.set_yticks(range(len(shown)), labels=[c["name"][-28:] for c in shown], fontsize="x-small" if len(shown) > 12 else "small")
-    ax.invert_yaxis()
-    ax.set_xlabel(f"a in RMS of update ~ {part['dimension']}^a (green band: no change)")
-    finish(ax)
+    ax.invert_yaxis()  # the first module on top, as one reads a network
+    finish(ax, x=f"a in RMS of update ~ {part['dimension']}^a (green band: no change)")
 
 
 _DRAW: dict[str, Any] = {

@@ -19,32 +19,22 @@ import torch
 import sharpkit
 from sharpkit.reporting.sections import Document, section_for
 
-_INK = "#010203"  # stands for the page's text colour
+# Stands for the page's text colour, which matplotlib cannot name: a colour that no picture uses, replaced by currentColor afterwards.
+_INK = "#010203"
 
 
 def inline_svg(draw: Callable[[Any], Any], *, key: str, size: tuple[float, float]) -> str:
-    """Draw on fresh axes and return the SVG element.
-
-    Args:
-        draw: fills the axes it is given.
-        key: letters and digits that make ids unique within the page.
-        size: width and height in inches.
-    """
+    """The SVG element of what ``draw`` draws on axes of a size in inches; ``key``, letters and digits, makes ids unique on the page."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK)
-    settings: Any = {
-        **ink,
-        "svg.fonttype": "none",
-        "svg.hashsalt": key,
-        "font.size": 10,
-        "font.family": ["DejaVu Sans"],
-        "axes.facecolor": "none",
-    }
+    # Text stays text (fonttype none): small, searchable, in the page's own font. A fixed salt makes the same results the same bytes.
+    settings: Any = {**ink, "svg.fonttype": "none", "svg.hashsalt": key, "axes.facecolor": "none"}
+    settings |= {"font.size": 10, "font.family": ["DejaVu Sans"]}  # the font that matplotlib brings: no warning where others are missing
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")  # not pyplot's: nothing stays open, no backend is chosen
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         buffer = io.StringIO()
@@ -53,14 +43,14 @@ def inline_svg(draw: Callable[[Any], Any], *, key: str, size: tuple[float, float
 
 
 def _adapt(text: str, key: str) -> str:
-    svg = text[text.index("<svg") :]
-    prefix = key
-    svg = re.sub(r"\bid=\"", f'id="{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    svg = re.sub(r"href=\"#", f'href="#{prefix}-', svg)
+    """Make a standalone SVG file a part of the page."""
+    svg = text[text.index("<svg") :]  # behind the XML declaration, which HTML does not know
+    # matplotlib numbers the parts of every figure alike (axes_1, patch_2), and an id may be on a page only once
+    for name in ('\\bid="', "url\\(#", 'href="#'):
+        svg = re.sub(name, lambda at: f"{at.group()}{key}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = svg.replace(_INK, "currentColor")
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # in the page's own font
     return re.sub(
         r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" xmlns="http://www.w3.org/2000/svg" aria-hidden="true">', svg, count=1
     )
@@ -84,10 +74,7 @@ def environment() -> dict[str, str]:
 
 
 def to_document(result: Any) -> Document:
-    """A result as a plain dictionary with its kind and findings.
-
-    Args:
-        result: anything with ``to_dict()`` that says its ``"kind"``, or such a dictionary.
+    """A result as a plain dictionary with its kind and findings: ``to_dict()`` of what has one, or a copy of such a dictionary.
 
     Raises:
         TypeError: neither.
@@ -148,7 +135,7 @@ def report(
         ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
         True
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))  # through links: replacing the link itself would leave what it points to as it was
     sections = []
     for i, item in enumerate(results):
         heading, result = item if isinstance(item, (tuple, list)) and len(item) == 2 else ("", item)
@@ -162,7 +149,7 @@ def report(
         title=title,
         sections=sections,
         notes=list(notes),
-        command=command or _this_command(),
+        command=command or shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),  # python's own options are in orig_argv alone
         seed=seed,
         environment=dict(machine or environment()),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -171,17 +158,12 @@ def report(
     return target
 
 
-def _this_command() -> str:
-    program, *rest = sys.orig_argv
-    return shlex.join([Path(program).name, *rest])
-
-
 def _render(**context: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    templates = Environment(
-        loader=PackageLoader("sharpkit.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    # autoescape: names of models and files are other people's text; strict: a misspelt field is an error, not a gap on the page
+    strict: Any = {"autoescape": True, "undefined": StrictUndefined}
+    templates = Environment(loader=PackageLoader("sharpkit.reporting"), trim_blocks=True, lstrip_blocks=True, **strict)
     return templates.get_template("report.html.j2").render(**context)
 
 
@@ -206,11 +188,12 @@ def write_atomically(target: Path, text: str) -> None:
         raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist; make it first or name another place")
     if target.is_dir():
         raise IsADirectoryError(f"cannot write {target}: it is a folder; name a file in it, such as {target / 'report.html'}")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # in the same folder: a move between file systems is a copy
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
+            # without it a power cut may leave the new name with no content: file systems order names and data by themselves
             os.fsync(stream.fileno())
         os.replace(temporary, target)
     except OSError as error:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from sharpkit._errors import DocumentError
 from sharpkit._results import format_with_error, number
 from sharpkit.learner.baselines import LEARNER
 from sharpkit.learner.race import COUNTING, RaceResult
@@ -39,8 +38,7 @@ class Section:
         figure_label: what the figure shows, for readers who cannot see it.
         figure_size: width and height in inches.
         figure: the figure as inline SVG; the page fills it in.
-        columns: headings of the table.
-        rows: cells of the table.
+        columns, rows: headings and cells of the table.
         findings: what the numbers say, in sentences.
         lists: further numbered lists, each (heading, sentences).
         cost: products and seconds spent.
@@ -52,7 +50,7 @@ class Section:
     tiles: list[tuple[str, str, str]] = field(default_factory=list)
     draw: Callable[[Any], Any] | None = None
     figure_label: str = ""
-    figure_size: tuple[float, float] = (5.8, 3.6)
+    figure_size: tuple[float, float] = (5.8, 3.6)  # by judgement: half the page, so that two sections stand side by side
     figure: str = ""
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
@@ -63,20 +61,9 @@ class Section:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return {True: "yes", False: "no", None: "unknown"}.get(value, str(value)) if not isinstance(value, str) else value
-    return f"{float(value):.4g}" if isinstance(value, float) else str(value)
-
-
-def _estimate(document: Document) -> Estimate:
-    return Estimate(
-        number(document["value"]),
-        number(document["stderr"]),
-        int(document.get("num_matvecs", 0)),
-        number(document.get("seconds", 0.0)),
-        str(document.get("method", "")),
-        bool(document.get("converged", True)),
-    )
+    if isinstance(value, bool) or value is None:  # a bool first: it is an int too
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _flag(converged: bool) -> str:
@@ -88,34 +75,25 @@ def _flagged(estimate: Estimate) -> str:
 
 
 def _cost(document: Document) -> str:
-    parts = []
-    if document.get("num_matvecs") is not None:
-        parts.append(f"{document['num_matvecs']} matrix-vector products")
-    if document.get("seconds"):
-        parts.append(f"{number(document['seconds']):.3g} s")
-    return ", ".join(parts)
+    products = f"{document['num_matvecs']} matrix-vector products" if document.get("num_matvecs") is not None else ""
+    seconds = f"{number(document['seconds']):.3g} s" if document.get("seconds") else ""
+    return ", ".join(filter(None, (products, seconds)))
 
 
 # -- one function per kind ----------------------------------------------------------------------------------------------------
 
 
 def _estimate_section(document: Document) -> Section:
-    estimate = _estimate(document)
-    section = Section(
-        estimate.method or "Estimate", tiles=[("value", f"{estimate.value:.4g}", f"+- {estimate.stderr:.2g}")], cost=_cost(document)
-    )
+    estimate = Estimate.from_dict(document)
+    section = Section(estimate.method or "Estimate", tiles=[("value", f"{estimate.value:.4g}", f"+- {estimate.stderr:.2g}")])
     section.columns = ["value +- standard error", "method", "products", "converged"]
     section.rows = [[str(estimate), estimate.method, str(estimate.num_matvecs), _flag(estimate.converged)]]
     return section
 
 
 def _eigenpairs_section(document: Document) -> Section:
-    section = Section(
-        f"Eigenvalues ({document['which']})",
-        "A true eigenvalue lies within the residual of each value.",
-        cost=_cost(document),
-        columns=["#", "eigenvalue", "residual", "converged"],
-    )
+    section = Section(f"Eigenvalues ({document['which']})", "A true eigenvalue lies within the residual of each value.")
+    section.columns = ["#", "eigenvalue", "residual", "converged"]
     triples = zip(document["values"], document["residuals"], document["converged"], strict=True)
     for i, (value, residual, converged) in enumerate(triples, start=1):
         section.rows.append([str(i), f"{number(value):.6g}", f"{number(residual):.2g}", _flag(converged)])
@@ -125,43 +103,21 @@ def _eigenpairs_section(document: Document) -> Section:
 
 
 def _listed(values: list[float]) -> str:
-    if not values:
-        return "none"
-    shown = ", ".join(f"{v:.4g}" for v in values[:4])
+    shown = ", ".join(f"{v:.4g}" for v in values[:4]) or "none"  # four fit a cell, by judgement
     return shown if len(values) <= 4 else f"{shown} ... ({len(values)} in all)"
-
-
-def density_from(document: Document) -> SpectralDensity:
-    """The result object back from its document."""
-    float64 = torch.float64
-    return SpectralDensity(
-        torch.tensor(document["nodes"], dtype=float64),
-        torch.tensor(document["weights"], dtype=float64),
-        int(document["size"]),
-        int(document["num_matvecs"]),
-        number(document["seconds"]),
-        torch.tensor(document["outliers"], dtype=float64),
-        bool(document["converged"]),
-    )
 
 
 def _density_section(document: Document, *, lr: float | None = None, limit: float | None = None) -> Section:
     from sharpkit.plots.spectrum import plot_density
 
-    density = density_from(document)
+    density = SpectralDensity.from_dict(document)
     limit = limit if limit is not None else document.get("limit")
     label = "Spectral density"
     intro = "How the Hessian's eigenvalues are distributed: the bulk as a smoothed density on a log scale, the outliers one by one."
     if limit is not None or lr is not None:
         intro += " An outlier beyond the dashed limit is a direction in which full-batch steps grow."
-    section = Section(
-        label,
-        intro,
-        draw=lambda ax: plot_density(density, ax=ax, lr=lr, limit=limit),
-        figure_label=label,
-        cost=_cost(document),
-        columns=["quantity", "value +- standard error"],
-    )
+    section = Section(label, intro, draw=lambda ax: plot_density(density, ax=ax, lr=lr, limit=limit), figure_label=label)
+    section.columns = ["quantity", "value +- standard error"]
     section.rows = [
         ["trace", str(density.trace)],
         ["Frobenius norm", str(density.frobenius_norm)],
@@ -183,12 +139,12 @@ _QUANTITIES = {
 
 
 def _sharpness_section(document: Document) -> Section:
-    stable, top = document["stable_lr"], _estimate(document["lambda_max"])
-    section = Section("Sharpness", str(stable["rule"]), findings=list(document["findings"]), cost=_cost(document))
+    stable, top = document["stable_lr"], Estimate.from_dict(document["lambda_max"])
+    section = Section("Sharpness", str(stable["rule"]))
     section.tiles.append(("lambda_max", f"{top.value:.4g}", f"+- {top.stderr:.2g}"))
     rate, low, high = (number(stable[name]) for name in ("value", "lower", "upper"))
     if math.isfinite(rate):
-        span = f"{low:.4g} to {high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else ""
+        span = f"{low:.4g} to {high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else ""  # compared as shown: "5 to 5" says nothing
         section.tiles.append(("largest stable learning rate", f"{rate:.4g}", span))
     else:
         section.tiles.append(("largest stable learning rate", "unbounded", "no positive curvature"))
@@ -198,7 +154,7 @@ def _sharpness_section(document: Document) -> Section:
     section.columns = ["quantity", "value +- error", "method"]
     for name, words in _QUANTITIES.items():
         if document.get(name) is not None:
-            estimate = _estimate(document[name])
+            estimate = Estimate.from_dict(document[name])
             section.rows.append([words, _flagged(estimate), estimate.method])
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("mode", "mode of the model")):
         section.rows.append([words, _text(document[name]), ""])
@@ -213,24 +169,12 @@ def _sharpness_section(document: Document) -> Section:
 def _history_section(document: Document) -> Section:
     from sharpkit.plots.spectrum import plot_curvature
 
-    series = {name: tuple(number(x) for x in document[name]) for name in ("loss", "lambda_max", "residual", "limit", "lr")}
-    history = CurvatureHistory(
-        steps=tuple(document["steps"]),
-        **series,
-        name=document["name"],
-        limit_rule=document["limit_rule"],
-        full_batch=document["full_batch"],
-        converged=document["converged"],
-        num_matvecs=document["num_matvecs"],
-        seconds=document["seconds"],
-    )
+    history = CurvatureHistory.from_dict(document)
     section = Section(
         f"Curvature over training: {history.name}",
         "lambda_max of the full-batch loss at checkpoints. Above the dashed limit, gradient descent diverges along the sharpest direction.",
         draw=lambda ax: plot_curvature(history, ax=ax),
         figure_label=f"lambda_max over training, {history.name}",
-        findings=list(document["findings"]),
-        cost=_cost(document),
         columns=["step", "loss", "lambda_max +- residual", "limit", "lambda_max / limit"],
     )
     rows = zip(history.steps, history.loss, history.lambda_max, history.residual, history.limit, history.ratios(), strict=True)
@@ -241,24 +185,14 @@ def _history_section(document: Document) -> Section:
 def _layers_section(document: Document) -> Section:
     from sharpkit.plots.spectrum import plot_layers
 
-    layers = LayerSharpness(
-        tuple(document["names"]),
-        tuple(document["num_parameters"]),
-        tuple(map(_estimate, document["lambda_max"])),
-        tuple(map(_estimate, document["trace"])),
-        document["num_matvecs"],
-        document["seconds"],
-        document["name"],
-    )
-    height = max(2.6, 1.3 + 0.42 * len(layers.names))
+    layers = LayerSharpness.from_dict(document)
+    height = max(2.6, 1.3 + 0.42 * len(layers.names))  # inches, by judgement: axis and legend, and two bars a layer
     section = Section(
         f"Layer by layer: {layers.name}",
         "Each layer's own block of the Hessian. The traces add up to the whole trace; no block is sharper than the whole.",
         draw=lambda ax: plot_layers(layers, ax=ax),
         figure_size=(5.8, height),
         figure_label=f"Layers of {layers.name}",
-        findings=list(document["findings"]),
-        cost=_cost(document),
         columns=["layer", "parameters", "lambda_max +- residual", "trace +- standard error"],
     )
     rows = zip(layers.names, layers.num_parameters, layers.lambda_max, layers.trace, strict=True)
@@ -268,7 +202,7 @@ def _layers_section(document: Document) -> Section:
 
 
 def _diagnosis_section(document: Document) -> Section:
-    section = Section("Doctor", str(document.get("objective", "")), findings=list(document.get("findings", [])), wide=True)
+    section = Section("Doctor", str(document.get("objective", "")), wide=True)  # remedies are long: half a page would break every line
     section.columns = ["check", "status", "what was found", "what to do"]
     section.rows = [[c["name"], c["status"], c["message"], c["remedy"]] for c in document["checks"]]
     return section
@@ -283,7 +217,6 @@ def _curve_section(document: Document) -> Section:
         f"{document['sharpness_after_pilot']:.3g} after the pilot.",
         draw=lambda ax: plot_learning_rate_curve(document, ax=ax),
         figure_label="Largest stable learning rate against batch size",
-        findings=list(document["findings"]),
         cost=f"{document['gradients']:.0f} full-data gradients, {document['seconds']:.3g} s",
         columns=["batch size", "largest stable rate (interval)", "by curvature alone", "lambda_max of H_B (interval)", "lambda_min of H_B"],
     )
@@ -321,25 +254,17 @@ def describe(header: Document) -> str:
 
 
 def last_readings(records: Sequence[Document]) -> dict[str, tuple[Reading, Document]]:
-    """The last finite reading of every metric, with its entry in the record.
-
-    Args:
-        records: ``monitor_record`` documents, steps increasing.
-    """
-    found: dict[str, tuple[Reading, Document]] = {}
-    for record in records:
+    """The last finite reading of every metric of ``monitor_record`` documents (steps increasing), with its entry in the record."""
+    last: dict[str, tuple[Reading, Document]] = {}
+    for record in records:  # not every metric is measured every time, so the last record alone would miss some
         for name, entry in record["values"].items():
             if (one := reading(record, name)) is not None:
-                found[name] = (one, entry)
-    return found
+                last[name] = (one, entry)
+    return last
 
 
 def tiles_of(records: Sequence[Document]) -> list[tuple[str, str, str]]:
-    """Where the run stands: curvature, limit, their ratio, overhead; (name, value, remark) each.
-
-    Args:
-        records: ``monitor_record`` documents, at least one.
-    """
+    """Where a run of at least one record stands: curvature, limit, their ratio, overhead; (name, value, remark) each."""
     tiles: list[tuple[str, str, str]] = []
     main, last = main_curvature(records), last_readings(records)
     if main in last:
@@ -363,11 +288,7 @@ def _verdict(now: Reading) -> str:
 
 
 def rows_of(records: Sequence[Document]) -> list[list[str]]:
-    """The last value of each metric, for a table: metric, value, limit, share, step, how.
-
-    Args:
-        records: ``monitor_record`` documents.
-    """
+    """The last value of each metric, for a table: metric, value, limit, share, step, how."""
     rows = []
     for name, (now, entry) in last_readings(records).items():
         flag = "" if entry.get("converged", True) else " (not converged)"
@@ -385,6 +306,7 @@ def _monitor_section(document: Document) -> Section:
 
     header, records = document.get("header", {}), document["records"]
     section = Section(f"Monitored run{': ' + document['name'] if document.get('name') else ''}", describe(header), wide=True)
+    # a history taken from a live monitor holds no findings yet: they are made when they are asked for
     section.findings = list(document["findings"] if "findings" in document else run_findings(header, records))
     if resumed := document.get("resumed_at"):
         section.intro += f" Resumed at step {', '.join(map(str, resumed))}."
@@ -410,7 +332,7 @@ def _monitor_section(document: Document) -> Section:
 
 
 def _failures(records: Sequence[Document]) -> list[str]:
-    """Each kind of failure once, with the steps."""
+    """Each kind of failure once, with the steps: one cause fails at every measurement."""
     steps: dict[str, list[int]] = {}
     for record in records:
         for name, reason in record.get("failed", {}).items():
@@ -425,9 +347,8 @@ def _learner_section(document: Document) -> Section:
     from sharpkit.plots.runs import plot_learner
 
     rows = document["decisions"]
-    section = Section(
-        "Learned learning rate", "The rate grows until it meets its share of the batch's stability limit, is held there, and decays."
-    )
+    intro = "The rate grows until it meets its share of the batch's stability limit, is held there, and decays."
+    section = Section("Learned learning rate", intro)
     if not rows:
         section.findings = ["No decision was made yet."]
         return section
@@ -457,9 +378,9 @@ def _race_section(document: Document) -> Section:
     section.findings = [*result.findings(), *(f"Not started: {name} ({why})." for name, why in result.skipped.items())]
     section.columns = list(result.columns)
     section.rows = [finish.cells() for finish in result.finishes]
-    best = result.finishes[0]
+    best = result.finishes[0]  # they are sorted
     section.tiles = [("lowest training loss", f"{best.train_loss:.3g}", best.name)]
-    mine = [f for f in result.finishes if f.name == LEARNER]
+    mine = [f for f in result.finishes if f.name == LEARNER]  # a diverged learner has no place worth a tile
     if mine and math.isfinite(mine[0].train_loss):
         place = result.finishes.index(mine[0]) + 1
         section.tiles.append(("the learner", f"{mine[0].train_loss:.3g}", f"place {place} of {len(result.finishes)}"))
@@ -480,16 +401,16 @@ def _transfer_verdict_section(document: Document) -> Section:
     """The verdict with its culprits; the picture only where the measurements are in the same document."""
     section = Section(f"Do hyperparameters transfer? {_VERDICTS[document['passed']].capitalize()}")
     section.intro = f"The rule ({document['mode']} mode): {document['rule']}."
-    section.findings, section.wide = list(document["findings"]), True
-    section.findings += [sentence for part in document.get("parts", ()) for sentence in part["findings"]]
+    section.wide = True
+    section.findings = [*document["findings"], *(sentence for part in document.get("parts", ()) for sentence in part["findings"])]
     section.tiles = [("verdict", _VERDICTS[document["passed"]], f"widths {document['widths'][0]} to {document['widths'][-1]}")]
-    if found := document["reach"]:
-        cap = number(found["cap"])
-        value, low = number(found["value"]), number(found["lower"])
+    if reach := document["reach"]:
+        value, low, cap = (number(reach[key]) for key in ("value", "lower", "cap"))
         remark = f"95 %: at least {low:.0f}" + (f"; no claim beyond {cap:.0f}" if value >= cap else "")
         section.tiles.append(("learning rate transfers up to width", f"{value:.0f}{' or more' if value >= cap else ''}", remark))
     section.tiles.append(("broken rules", str(len(document["culprits"])), ""))
     if document["culprits"]:
+        # four places are enough to find a rule by, by judgement; the document names them all
         section.columns = ["broken rule", "exponent", "expected", "confidence", "where"]
         for c in document["culprits"]:
             slope = str(Slope.from_dict(c["slope"]))
@@ -499,7 +420,6 @@ def _transfer_verdict_section(document: Document) -> Section:
 
         section.draw, section.figure_size = lambda ax: plot_transfer_verdict(document, ax=ax), verdict_size(document)
         section.figure_label = "Coordinates, sharpness and learning rates across sizes"
-    section.cost = f"{number(document['seconds']):.3g} s"
     return section
 
 
@@ -517,6 +437,7 @@ def _coordinates_section(document: Document) -> Section:
     section.draw = lambda ax: check.plot(ax=ax)
     section.figure_label, section.wide, section.figure_size = f"Updates of coordinates against {size}", True, (9.0, 3.8)
     section.columns = ["coordinate", "at initialisation", "while training", "its updates", "verdict"]
+    # what is wrong first, in the network's own order: sorted() keeps it
     shown = sorted(check.coordinates, key=lambda c: c.verdict not in ("grows", "vanishes", "unclear"))
     section.rows = [[c.name, str(c.initial), str(c.level), str(c.update), c.verdict] for c in shown[:_MOST_COORDINATES]]
     if len(shown) > _MOST_COORDINATES:
@@ -534,7 +455,6 @@ def _transferred_rates_section(document: Document) -> Section:
         f"Loss against one factor on all learning rates. Loss: mean training loss of the last quarter of {document['steps']} steps, "
         f"{document['num_seeds']} seeds around each optimum; diverged runs count as the loss they started from."
     )
-    section.findings = list(document["findings"])
     section.draw = lambda ax: plot_learning_rate_transfer(document, ax=ax)
     section.figure_label = f"Loss against learning rate by {size}"
     section.tiles = [("transfers", _PASSED[document["passed"]], "")]
@@ -543,16 +463,9 @@ def _transferred_rates_section(document: Document) -> Section:
     section.columns = [size, "best factor", "95 % interval", "rate of the first group", "lowest loss", "sensitivity"]
     for best, rate, sensitivity in zip(document["optima"], document["rates"], document["sensitivity"], strict=True):
         factor, low, high = (2.0 ** number(best[key]) for key in ("log2", "lower", "upper"))
-        section.rows.append(
-            [
-                str(best["size"]),
-                f"{factor:.3g}" if best["interior"] else f"{factor:.3g} (edge)",
-                f"{low:.3g} - {high:.3g}",
-                f"{factor * number(rate):.3g}",
-                f"{number(best['loss']):.4g}",
-                f"{number(sensitivity):.3g}",
-            ]
-        )
+        edge = "" if best["interior"] else " (edge)"  # the lowest loss lies at the end of the grid: the true optimum may lie beyond
+        cells = [str(best["size"]), f"{factor:.3g}{edge}", f"{low:.3g} - {high:.3g}", f"{factor * number(rate):.3g}"]
+        section.rows.append([*cells, f"{number(best['loss']):.4g}", f"{number(sensitivity):.3g}"])
     section.cost = f"{document['num_runs']} runs ({document['num_reused']} more from the store), {number(document['seconds']):.3g} s"
     return section
 
@@ -563,12 +476,8 @@ def _transferred_sharpness_section(document: Document) -> Section:
 
     size = document["dimension"]
     section = Section(f"Sharpness across {size}s")
-    section.intro = (
-        f"{document['matrix']} on a fixed batch along training, as a share of the stability limit."
-        if document["condition"]
-        else f"{document['matrix']} on a fixed batch along training."
-    )
-    section.findings = list(document["findings"])
+    share = ", as a share of the stability limit" if document["condition"] else ""
+    section.intro = f"{document['matrix']} on a fixed batch along training{share}."
     section.draw, section.figure_size = lambda ax: plot_sharpness_transfer(document, ax=ax), (5.8, 4.6)
     section.figure_label = f"Sharpness over time by {size}"
     section.tiles = [("spread after warm-up", f"{number(document['spread_after']):.1%}", f"from step {document['warmup']} on")]
@@ -576,7 +485,6 @@ def _transferred_sharpness_section(document: Document) -> Section:
     for name in map(str, document["sizes"]):
         top, loss = (_last_mean(document[key][name]) for key in ("lambda_max", "loss"))
         section.rows.append([name, f"{top:.4g}", f"{number(document['limit'][name]):.4g}", f"{loss:.4g}"])
-    section.cost = f"{document['num_matvecs']} matrix-vector products, {number(document['seconds']):.3g} s"
     return section
 
 
@@ -589,12 +497,8 @@ def _last_mean(runs: list[list[Any]]) -> float:
 
 def _generic_section(document: Document) -> Section:
     scalars = {k: v for k, v in document.items() if k not in ("kind", "version", "findings") and not isinstance(v, (dict, list))}
-    return Section(
-        str(document["kind"]).replace("_", " ").capitalize(),
-        columns=["quantity", "value"],
-        rows=[[k, _text(v)] for k, v in scalars.items()],
-        findings=list(document.get("findings", [])),
-    )
+    title = str(document["kind"]).replace("_", " ").capitalize()  # a kind of another version, or of the user's own: what it has shows
+    return Section(title, columns=["quantity", "value"], rows=[[k, _text(v)] for k, v in scalars.items()])
 
 
 _SECTIONS: dict[str, Callable[[Document], Section]] = {
@@ -650,18 +554,22 @@ def section_for(document: Document, *, title: str = "") -> Section:
         title: heading in place of the section's own.
 
     Raises:
-        ValueError: a field that this kind of result must have is missing or malformed.
+        DocumentError: a field that this kind of result must have is missing or malformed.
         TypeError: a registered function returned something else than a section.
     """
     make = _SECTIONS.get(document["kind"], _generic_section)
     try:
         section = make(document)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {error!r}") from error
+        if make.__module__ == __name__:  # a registered function says all by itself
+            section.findings = section.findings or list(document.get("findings", ()))
+            section.cost = section.cost or _cost(document)
+    except (DocumentError, KeyError, TypeError) as error:  # from a file that another version wrote, or that was edited by hand
+        what = str(error) if isinstance(error, DocumentError) else repr(error)
+        raise DocumentError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {what}") from error
     if not isinstance(section, Section):  # from a registered function
         raise TypeError(f"the function registered for {document['kind']!r} must return a sharpkit.Section, got {type(section).__name__}")
     if heading := title or str(document.get("title", "")):
-        # a figure that is labelled by the heading follows it
+        # a figure labelled by the heading follows it: a reader who cannot see it hears the same words
         section.figure_label = heading if section.figure_label == section.title else section.figure_label
         section.title = heading
     return section

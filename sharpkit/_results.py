@@ -55,7 +55,7 @@ def to_json(document: Mapping[str, Any]) -> str:
         >>> to_json({"loss": float("inf")})
         '{"loss": "inf"}'
     """
-    return json.dumps(json_ready(document), allow_nan=False)
+    return json.dumps(json_ready(document), allow_nan=False)  # Python would write NaN as a bare word, which no other reader takes
 
 
 def number(value: Any) -> float:
@@ -79,7 +79,7 @@ def format_with_error(value: float, error: float, kind: ErrorKind | None = None)
     if not math.isfinite(error):
         return f"{value:.4g} (error unknown)"
     if error <= 0:
-        return f"{value:.6g}"
+        return f"{value:.6g}"  # exact: as many digits as a float32 can hold, by judgement
     digits = max(1, min(7, math.ceil(math.log10(max(abs(value), error) / error)) + 1)) if value else 2
     return f"{value:.{digits}g} +- {error:.2g}" + (f" ({kind})" if kind else "")
 
@@ -87,7 +87,7 @@ def format_with_error(value: float, error: float, kind: ErrorKind | None = None)
 @cache
 def student_factor(count: int) -> float:
     """t(0.975; count - 1) / 1.96: widens a standard error from ``count`` samples so that twice it covers 95 % also with a handful."""
-    from scipy.stats import t
+    from scipy.stats import t  # here: loading it takes half a second, which a command that only reads files need not wait for
 
     return float(t.ppf(0.975, count - 1) / 1.959964) if count > 1 else math.inf
 
@@ -346,16 +346,17 @@ def _read(hint: Any, value: Any) -> Any:
     if issubclass(kind, Result):
         return kind.from_dict(value)
     if issubclass(kind, State):
-        made = kind.__new__(kind)
+        made = kind.__new__(kind)  # without __init__: its arguments are not saved, what it sets is
         made.load_state_dict(value)
         return made
-    if kind.__module__.partition(".")[0] in ("torch", "numpy"):
+    if kind.__module__.partition(".")[0] in ("torch", "numpy"):  # by name: a result without arrays is read without loading either
         return _array(kind, value)
     return _container(kind, parts, value)
 
 
 def _container(kind: type, parts: tuple[Any, ...], value: Any) -> Any:
     if issubclass(kind, Mapping):
+        # JSON has only strings as keys
         to_key: Any = {int: int, float: float}.get(parts[0], lambda key: key) if parts else lambda key: key
         return {to_key(k): _read(parts[1] if parts else Any, v) for k, v in value.items()}
     if issubclass(kind, tuple):
@@ -436,6 +437,7 @@ class State(_Saved):
             where, _, attribute = path.rpartition(".")
             owner = _attribute(self, where)
             present: Any = getattr(owner, attribute, None)
+            # a part that is there reads its own state in place: others may hold a reference to it
             if state[key] is not None and hasattr(present, "load_state_dict"):
                 present.load_state_dict(state[key])
                 continue
@@ -467,7 +469,7 @@ class Parts(dict[str, P]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from saved parts."""
-        if self._make is not None:
+        if self._make is not None:  # parts made after the state was saved are none of the run that goes on
             self.clear()
         for name, saved in state.items():
             if self._make is not None or name in self:

@@ -73,16 +73,12 @@ class LearnerSettings(ObjectiveSettings, total=False):
 
 
 def complete(settings: Mapping[str, Any], made: type, *, callback: str) -> dict[str, Any]:
-    """A callback's settings with the defaults of what they are for, so that a mistake is named when the callback is made.
-
-    Args:
-        settings: the keyword arguments that the callback was given.
-        made: the class whose arguments they are; it is made only when training starts.
-        callback: the callback's name, for the message.
+    """A callback's settings with the defaults of the class that is ``made`` of them, so that a mistake is named when the callback is made.
 
     Raises:
         TypeError: a setting that ``made`` does not have.
     """
+    # read from the signature, since the class itself can only be made when training starts, hours after the mistake perhaps
     known = {name: p.default for name, p in inspect.signature(made).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "model"}
     if unknown := [name for name in settings if name not in known]:
         raise TypeError(f"{callback} has no argument {', '.join(unknown)}; its settings are {', '.join(known)}")
@@ -90,11 +86,7 @@ def complete(settings: Mapping[str, Any], made: type, *, callback: str) -> dict[
 
 
 class Gathering:
-    """What the callbacks of all trainers and purposes share.
-
-    Args:
-        settings: the arguments of what is made when training starts, with ``loss`` and ``closure``.
-        callback: the callback's name, for messages.
+    """What the callbacks of all trainers and purposes share: the settings of what is made when training starts, and batches noted for it.
 
     Raises:
         ValueError: both loss and closure.
@@ -104,6 +96,7 @@ class Gathering:
         if settings["loss"] is not None and settings["closure"] is not None:
             raise ValueError("pass loss= or closure=, not both")
         self.settings, self.callback = settings, callback
+        self.made: Monitor | CurvatureLearner | None = None
         self.batches: list[Any] = []  # since the last optimizer step
         self._losses: list[Tensor] = []
         self._saved: Mapping[str, Any] | None = None
@@ -115,37 +108,32 @@ class Gathering:
 
     def note(self, batch: Any, loss: Tensor | None = None) -> None:
         """One micro-batch whose gradient was added, and its loss."""
+        # by identity, since == of two batches compares tensors; a batch that is trained on twice before a step is one batch of data
         if not any(batch is known for known in self.batches):
             self.batches.append(batch)
         if loss is not None:
-            self._losses.append(loss.detach())
+            self._losses.append(loss.detach())  # kept on its device: a number here would wait for the GPU at each micro-batch
 
     def forget(self) -> None:
         """Drop the micro-batches since the last optimizer step."""
         self.batches, self._losses = [], []
 
     def take(self, *, scale: float = 1.0, mean: bool = False) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches noted, which are then forgotten, and the loss of the whole batch where losses came with them.
-
-        Args:
-            scale: that takes the sum (or mean) of the noted losses to the loss of the whole batch.
-            mean: whether their mean is meant.
-        """
+        """The micro-batches noted, which are then forgotten, and ``scale`` times the sum (or mean) of their losses where any came."""
         batches, losses = self.batches, self._losses
         self.forget()
         if not losses:
             return batches, None
         total = losses[0]
-        for loss in losses[1:]:
+        for loss in losses[1:]:  # not sum(), which starts from a 0 on the CPU
             total = total + loss
         return batches, total * (scale / (len(losses) if mean else 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Of what was made; what was loaded if training has not begun; empty before."""
-        return self._own_state() if self._saved is None else dict(self._saved)
-
-    def _own_state(self) -> dict[str, Any]:
-        raise NotImplementedError
+        if self._saved is not None:
+            return dict(self._saved)
+        return self.made.state_dict() if self.made is not None else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keep a saved state for the start of training."""
@@ -156,16 +144,15 @@ class Gathering:
         self.forget()
 
 
-_KNOWN_TO_TRAINERS = ("loss", "lr")
+_KNOWN_TO_TRAINERS = ("loss", "lr")  # every trainer logs these itself, under the names its users look for
 _CONTAINERS = (list, dict, set, deque)
-_SMALL = 1000  # entries of a dict that is copied in depth: running metrics, no vocabularies
+# By judgement: a dict of up to so many entries holds running metrics, whose lists must not grow while measuring; a larger one is a
+# vocabulary or an index, which nobody changes in a training step and which would be slow to copy at each measurement.
+_SMALL = 1000
 
 
 class Attachment(Gathering):
     """What the sharpness callbacks of all trainers share.
-
-    Args:
-        given: the callback's own settings.
 
     Raises:
         TypeError: a setting that the monitor does not have.
@@ -176,7 +163,11 @@ class Attachment(Gathering):
         settings = complete(given, Monitor, callback="SharpnessCallback")
         check_settings(*(settings[name] for name in ("every", "budget", "tol", "max_samples", "max_interval")))
         super().__init__(settings, callback="SharpnessCallback")
-        self.monitor: Monitor | None = None
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The monitor, once training has started."""
+        return self.made if isinstance(self.made, Monitor) else None
 
     @property
     def history(self) -> MonitorHistory:
@@ -187,22 +178,21 @@ class Attachment(Gathering):
         """Make the monitor; it goes on where a loaded state, or its own last training of the same model, stopped.
 
         Args:
-            model: what is trained.
-            optimizer: in use.
+            model, optimizer: what is trained, and how.
             closure: to measure with where the user gave neither loss nor closure.
             log: the trainer's logging.
             main: whether this process writes.
         """
-        before = self.monitor
+        before = self.monitor  # trainer.fit() called again for the same model goes on with its series
         settings = {**self.settings, "sinks": [*(self._sinks() if main else ()), *([LogSink(log)] if log is not None else [])]}
         if self.derives_loss:
             settings["closure"] = closure
-        self.monitor = Monitor(model, optimizer, **settings)
+        self.made = monitor = Monitor(model, optimizer, **settings)
         saved, self._saved = self._saved, None
-        if saved is None and before is not None and before.model is self.monitor.model:
+        if saved is None and before is not None and before.model is monitor.model:  # the monitor's, which is unwrapped
             saved = before.state_dict()
         if saved:
-            self._load(self.monitor, saved)
+            self._load(monitor, saved)
         self.forget()
 
     def _sinks(self) -> list[Any]:
@@ -213,25 +203,16 @@ class Attachment(Gathering):
     def _load(self, monitor: Monitor, saved: Mapping[str, Any]) -> None:
         try:
             monitor.load_state_dict(saved)
-        except Exception as error:
-            warnings.warn(
-                f"the saved series cannot be continued ({type(error).__name__}: {error}); a new one begins", SharpkitWarning, stacklevel=4
-            )
+        except Exception as error:  # measuring is an extra: a checkpoint from another version must not keep the training from resuming
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the saved series cannot be continued ({reason}); a new one begins", SharpkitWarning, stacklevel=4)
 
     def step(self, *, scale: float = 1.0, mean: bool = False) -> Record | None:
-        """An optimizer step is about to be made on the micro-batches noted.
-
-        Args:
-            scale: that takes the sum (or mean) of the noted losses to the loss of the whole batch.
-            mean: whether their mean is meant.
-        """
+        """An optimizer step is about to be made on the micro-batches noted; ``scale`` and ``mean`` as in :meth:`take`."""
         batches, loss = self.take(scale=scale, mean=mean)
         if self.monitor is None or not batches:
             return None
         return self.monitor.step(batches, loss=loss)
-
-    def _own_state(self) -> dict[str, Any]:
-        return self.monitor.state_dict() if self.monitor is not None else {}
 
     def close(self) -> None:
         """Close the sinks; the history remains."""
@@ -265,8 +246,7 @@ def logged(document: dict[str, Any]) -> dict[str, float]:
 def own_containers(owner: Any) -> None:
     """Give a shallow copy of an object lists, dicts and sets of its own, so that code run on it appends to nothing of the original's.
 
-    Args:
-        owner: changed in place; what the containers hold is still shared, but for containers in small dicts.
+    What the containers hold is still shared, but for containers in small dicts.
     """
     vars(owner).update({name: _copied(value) for name, value in vars(owner).items() if isinstance(value, _CONTAINERS)})
 
@@ -274,21 +254,19 @@ def own_containers(owner: Any) -> None:
 def _copied(value: Any) -> Any:
     if not isinstance(value, _CONTAINERS):
         return value
-    twin = copy.copy(value)
+    twin = copy.copy(value)  # keeps the class: a defaultdict stays one, a deque its length
     if isinstance(twin, dict) and len(twin) <= _SMALL:
         twin.update({key: _copied(part) for key, part in twin.items()})
     return twin
 
 
-_LEAST_STEPS = 20  # that a learner takes
+# By the learner's own definition: check_learner_settings refuses fewer. Stands in for the trainer's number of steps until that is known,
+# and for the steps left where a training without a saved learner resumes near its end.
+_LEAST_STEPS = 20
 
 
 class LearnerRun(Gathering):
-    """What the learner callbacks of all trainers share.
-
-    Args:
-        given: the callback's own settings.
-        total_steps: optimizer steps of the whole training; None to ask the trainer.
+    """What the learner callbacks of all trainers share; without ``total_steps`` (of the whole training) the trainer is asked.
 
     Raises:
         TypeError: a setting that the learner does not have.
@@ -301,9 +279,13 @@ class LearnerRun(Gathering):
         check_learner_settings(_LEAST_STEPS if total_steps is None else total_steps, **checked)
         check_momentum(settings["momentum"], settings["bulk"], adaptive=False)
         super().__init__(settings, callback="LearnerCallback")
-        self.learner: CurvatureLearner | None = None
         self._log: Log | None = None
         self._warned = False
+
+    @property
+    def learner(self) -> CurvatureLearner | None:
+        """The learner, once training has started."""
+        return self.made if isinstance(self.made, CurvatureLearner) else None
 
     @property
     def history(self) -> LearnerHistory:
@@ -316,10 +298,8 @@ class LearnerRun(Gathering):
         """Make the learner; it goes on where a loaded state, or its own last training of the same model, stopped.
 
         Args:
-            model: what is trained.
-            optimizer: in use, unwrapped.
-            expected: optimizer steps of the whole training as the trainer knows it.
-            done: of them.
+            model, optimizer: what is trained, and how, unwrapped.
+            expected, done: optimizer steps of the whole training as the trainer knows it, and those made before it resumed.
             closure: to measure with where the user gave neither loss nor closure.
             log: the trainer's logging.
 
@@ -335,23 +315,20 @@ class LearnerRun(Gathering):
             saved = before.state_dict()
         if done and not saved:
             settings["total_steps"] = max(settings["total_steps"] - done, _LEAST_STEPS)
-            warnings.warn(
-                f"training goes on at step {done}, but no state of a learner was saved: it begins anew, for the remaining "
-                f"{settings['total_steps']} steps",
-                SharpkitWarning,
-                stacklevel=3,
-            )
+            what = f"it begins anew, for the remaining {settings['total_steps']} steps"
+            text = f"training goes on at step {done}, but no state of a learner was saved: {what}"
+            warnings.warn(text, SharpkitWarning, stacklevel=3)
         restore_initial_rates(optimizer)  # a scheduler may have begun at 0, which says nothing about the groups' ratios
-        self.learner = CurvatureLearner(optimizer, model=model, **settings)
+        self.made = learner = CurvatureLearner(optimizer, model=model, **settings)
         if saved:
-            self.learner.load_state_dict(saved)
+            learner.load_state_dict(saved)  # unlike the monitor's it must not fail silently: another rate would train the model
         self.forget()
 
     def _total_steps(self, expected: float) -> int:
         given = self.settings["total_steps"]
         if given is not None:
             return int(given)
-        if not 0 < expected < float("inf"):
+        if not 0 < expected < float("inf"):  # max_steps=-1, streamed data: trainers say -1 or infinity
             raise ValueError("the Trainer does not know how many optimizer steps it will make: pass LearnerCallback(total_steps=...)")
         return int(expected)
 
@@ -360,7 +337,7 @@ class LearnerRun(Gathering):
         if self.learner is None:
             return None
         if not batches:
-            if not self._warned:
+            if not self._warned:  # once: where one step's batches are not seen, none are
                 self._warned = True
                 warnings.warn("a step's batches were not seen: the learned rate stays as it is", SharpkitWarning, stacklevel=3)
             return None
@@ -368,6 +345,3 @@ class LearnerRun(Gathering):
         if decision is not None and self._log is not None:
             self._log({"sharpkit/learned_lr": decision.lr})
         return decision
-
-    def _own_state(self) -> dict[str, Any]:
-        return self.learner.state_dict() if self.learner is not None else {}

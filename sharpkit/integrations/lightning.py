@@ -22,22 +22,19 @@ from sharpkit.objective.batches import Batch
 from sharpkit.optimizers import unwrap_optimizer
 
 _MODULE_TABLES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: shared with the original
+# Methods of a LightningModule that act on the world; they are replaced on the instance, which Python asks before the class.
 _SILENCED = ("log", "log_dict", "print")
 
 
 def training_step_loss(model: nn.Module, batch: Any, batch_idx: int) -> Tensor:
-    """The loss of a batch by the module's own training_step, with logging, metrics and attributes left as they are.
-
-    Args:
-        model: a LightningModule.
-        batch: as training_step gets it.
-        batch_idx: passed on where it is asked for.
+    """The loss of a batch by a LightningModule's own training_step, with logging, metrics and attributes left as they are.
 
     Raises:
         ObjectiveError: training_step returns no loss.
     """
     twin = stand_in(model)
     step = twin.training_step
+    # batch_idx is optional to Lightning: training_step(self, batch) is asked for no more than it takes
     several = len([p for p in inspect.signature(step).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) > 1
     output = step(batch, batch_idx) if several else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -52,11 +49,11 @@ def stand_in(module: nn.Module) -> Any:
     Metrics (torchmetrics) below it are copied with their state; so are Lightning modules. Other submodules are the very same.
     """
     twin: Any = copy.copy(module)
-    vars(twin)["_modules"] = {
-        name: stand_in(child) if child is not None and _keeps_state(child) else child for name, child in module._modules.items()
-    }
+    children = module._modules.items()
+    # through vars: setattr would enter a child into _modules, the table that the original still shares
+    vars(twin)["_modules"] = {name: stand_in(child) if child is not None and _keeps_state(child) else child for name, child in children}
     if _is_metric(module):
-        for name, value in twin.metric_state.items():
+        for name, value in twin.metric_state.items():  # updated in place by torchmetrics, so the tensors themselves are copied
             vars(twin)[name] = value.clone() if isinstance(value, Tensor) else list(value)
     tables = {name: table for name, table in vars(twin).items() if name in _MODULE_TABLES}
     own_containers(twin)
@@ -74,7 +71,7 @@ class _QuietTrainer:
         self._real = trainer
 
     def __getattr__(self, name: str) -> Any:
-        if name == "logger":
+        if name == "logger":  # None stays None: modules ask "if self.logger" before they use it
             return _Sponge() if self._real.logger is not None else None
         if name == "loggers":
             return [_Sponge() for _ in self._real.loggers]
@@ -82,16 +79,12 @@ class _QuietTrainer:
 
 
 class _Sponge:
-    """Takes any call and any attribute."""
-
-    def __getattr__(self, _: str) -> _Sponge:
-        return self
-
-    def __getitem__(self, _: Any) -> _Sponge:
-        return self
+    """Takes any call and any attribute: ``self.logger.experiment.add_image(...)`` of any logger."""
 
     def __call__(self, *_: Any, **__: Any) -> _Sponge:
         return self
+
+    __getattr__ = __getitem__ = __call__
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -102,6 +95,7 @@ def _keeps_state(module: nn.Module) -> bool:
     return any(_is_metric(m) or _is_lightning(m) for m in module.modules())
 
 
+# By name, along the classes it derives from: importing torchmetrics or either Lightning to ask isinstance would load what is not in use.
 def _is_metric(module: nn.Module) -> bool:
     return any(c.__name__ == "Metric" and c.__module__.startswith("torchmetrics") for c in type(module).__mro__)
 
@@ -112,28 +106,23 @@ def _is_lightning(module: nn.Module) -> bool:
 
 def _callback_classes() -> tuple[type[Any], ...]:
     """Of both names under which Lightning is installed; each Trainer asks for its own."""
-    found: dict[type[Any], None] = {}
+    classes: dict[type[Any], None] = {}  # the newer package may install the older name as an alias: one class, not two
     reason: ImportError | None = None
     for name in ("lightning.pytorch", "pytorch_lightning"):
         try:
-            found[importlib.import_module(name).Callback] = None
+            classes[importlib.import_module(name).Callback] = None
         except ImportError as error:
             reason = reason or error
-    if not found:
+    if not classes:
         raise ImportError(f"sharpkit.integrations.lightning needs Lightning: pip install lightning ({reason})") from reason
-    return tuple(found)
+    return tuple(classes)
 
 
 _Callback: Any = type("_Callback", _callback_classes(), {})
 
 
 class BatchHooks(_Callback):  # type: ignore[misc]
-    """Notes the micro-batches of each optimizer step and their losses.
-
-    Args:
-        run: that gets them.
-        optimizer: number of the optimizer to watch, where the module has several.
-    """
+    """Notes the micro-batches of each optimizer step and their losses; ``optimizer`` is the number of the one to watch among several."""
 
     def __init__(self, run: Gathering, *, optimizer: int | None) -> None:
         super().__init__()
@@ -148,10 +137,12 @@ class BatchHooks(_Callback):  # type: ignore[misc]
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss = loss.detach()
+        # float16 multiplies the loss before this hook is called; scale() of 1 is the factor, and waits for no GPU as get_scale() does
         self._loss = loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._batch is not None:
+            # by hand a module may call backward on parts of its loss, in any number: no sum of them is known to be the loss
             self._gathering.note(self._batch, self._loss if pl_module.automatic_optimization else None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -161,8 +152,12 @@ class BatchHooks(_Callback):  # type: ignore[misc]
         self._batch = self._loss = None
         self._gathering.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to go on measuring or learning; the Trainer puts it into its checkpoints."""
+        return self._gathering.state_dict()
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue a saved series when training starts."""
+        """Go on from a saved state when training starts."""
         self._gathering.load_state_dict(state_dict)
 
 
@@ -194,6 +189,7 @@ def chosen_optimizer(optimizers: list[torch.optim.Optimizer], which: int | None,
 
 def log_values(trainer: Any, values: dict[str, float]) -> None:
     """Straight to the loggers, at the step of this batch's own logs: ``module.log`` would repeat them until the next record."""
+    # Lightning's own logs count batches that stepped, global_step counts every optimizer's steps: two optimizers would pull them apart
     step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
@@ -258,6 +254,7 @@ class LearnerCallback(BatchHooks):
             log_values(trainer, values)
 
         done, expected = trainer.global_step, math.inf
+        # may set up data loaders, so asked only where needed; and it counts batches, which are not the steps of manual optimization
         if self._run.settings["total_steps"] is None and pl_module.automatic_optimization:
             expected = trainer.estimated_stepping_batches
         self._run.start(pl_module, optimizer, expected=expected, done=done, closure=closure, log=log)
@@ -271,13 +268,9 @@ class LearnerCallback(BatchHooks):
         self._batch = None  # what is added to the gradient from here on belongs to other optimizers
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        made, self._made = self._made, None
+        made, self._made = self._made, None  # after the step, since the learner sets the rate of the next one
         if made is not None:
             self._run.step(made[0], loss=made[1])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to go on learning; the Trainer puts it into its checkpoints."""
-        return self._run.state_dict()
 
 
 def _refuse_scheduler(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -355,7 +348,3 @@ class SharpnessCallback(BatchHooks):
         if record is not None:  # on every process, for callbacks that decide by it
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in logged(record.to_dict()).items()})
         self._batch = None  # an optimizer that calls back once more for the same batch is not measured again
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to continue the series; the Trainer puts it into its checkpoints."""
-        return self._run.state_dict()

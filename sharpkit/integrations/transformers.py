@@ -30,8 +30,7 @@ class ForwardWatch:
     """Notes the keyword inputs of training forwards, from the begin of a step to its end, by a hook that is on the model only then.
 
     Args:
-        model: unwrapped.
-        run: that gets the micro-batches.
+        model, run: the unwrapped model, and what gets its micro-batches.
         pair: give them as (inputs, labels).
         most: forwards in one step; with more the watch ends by itself, as after a training that broke off.
         alone: one process trains on one device.
@@ -47,22 +46,19 @@ class ForwardWatch:
 
     def begin(self) -> None:
         """A step begins."""
-        self.remove()
+        self.remove()  # a step that broke off has left its hook
         self._hook = self._model.register_forward_hook(self._saw, with_kwargs=True)
 
     def end(self) -> str:
-        """The step's gradient is complete.
-
-        Returns:
-            why these batches cannot be measured; empty if they can.
-        """
-        self.remove()
+        """The step's gradient is complete: why these batches cannot be measured; empty if they can."""
+        self.remove()  # before anything is measured: a measurement's own forwards are none of training
         reason = ""
         if not self._run.batches:
             reason = "no training forward model(**inputs) with keyword inputs was seen"
         elif self._unchecked and not self._used:
             reason = "the model's own loss, model(**inputs).loss, took no part in the gradient"
         self._unchecked = False
+        # over several devices num_items_in_batch counts the tokens of all, and this process sees only its own
         if self._alone and self._run.derives_loss:
             note_scale(self._model, self._run.batches, self._num_items)
         return f"{reason}; use {self._run.callback}(...).attach(trainer), or pass closure=" if reason else ""
@@ -74,6 +70,7 @@ class ForwardWatch:
         self._hook = None
 
     def _saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # evaluation, generation and gradient checkpointing run forwards too: without training mode, or without gradients
         if args or not kwargs or not module.training or not torch.is_grad_enabled():
             return
         if len(self._run.batches) >= self._most:
@@ -82,6 +79,7 @@ class ForwardWatch:
             return
         loss = getattr(output, "loss", None)
         if self._unchecked and isinstance(loss, Tensor) and loss.requires_grad:
+            # called only if backward reaches the model's own loss: a Trainer with its own compute_loss would leave it aside
             loss.register_hook(self._was_used)  # type: ignore[no-untyped-call]
         self._num_items = kwargs.get(_SCALING)
         self.losses_are_means = self._num_items is None
@@ -93,23 +91,18 @@ class ForwardWatch:
 
 
 class StepWatch:
-    """Notes what training_step is given and the loss that it returns, by wrapping it until removed.
-
-    Args:
-        trainer: a Trainer.
-        run: that gets the micro-batches.
-        pair: give them as (inputs, labels).
-        most: calls in one step; further ones are not noted.
-        alone: one process trains on one device.
+    """Notes what a Trainer's training_step is given and the loss that it returns, by wrapping it until removed; arguments as above.
+    Calls beyond ``most`` in one step are not noted.
     """
 
     losses_are_means = False  # training_step returns each one's part of the whole
 
     def __init__(self, trainer: Any, run: Gathering, *, pair: bool, most: int, alone: bool) -> None:
         self._num_items: Any = None
+        # a Trainer whose class has its own compute_loss weighs tokens as it likes: nothing to correct
         self._scales = alone and run.derives_loss and getattr(type(trainer).compute_loss, "__module__", "") == "transformers.trainer"
         self._trainer, self._run, self._pair, self._most = trainer, run, pair, most
-        self._own = vars(trainer).get("training_step")
+        self._own = vars(trainer).get("training_step")  # somebody may have put a function of theirs on this very trainer
         self._wrapped = trainer.training_step
         trainer.training_step = self._training_step
 
@@ -124,7 +117,7 @@ class StepWatch:
 
     def remove(self) -> None:
         """Give the Trainer its training_step back."""
-        if vars(self._trainer).get("training_step") != self._training_step:
+        if vars(self._trainer).get("training_step") != self._training_step:  # wrapped again since: taking ours out would take theirs
             return
         if self._own is None:
             del self._trainer.training_step
@@ -152,8 +145,7 @@ def note_scale(model: Any, batches: list[Any], num_items: Any) -> None:
     not know to do so (GPT2LMHeadModel), it counts the first token of each sequence as well.
 
     Args:
-        model: that is trained.
-        batches: of one optimizer step, dicts; changed in place.
+        model, batches: what is trained, and the dicts of one optimizer step; they are changed in place.
         num_items: the Trainer's count over all of them, if it gave one.
     """
     shifts = getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
@@ -183,14 +175,7 @@ except ImportError as error:
 
 
 class TrainerHooks(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Notes the micro-batches of each optimizer step and saves a state with each checkpoint.
-
-    Args:
-        run: that gets the micro-batches and has the state.
-        state_file: its name in a checkpoint's folder.
-        what: is saved, in words.
-        resume_from: folder of the checkpoint to go on from, where it is not the Trainer's own.
-    """
+    """Notes the micro-batches of each optimizer step for ``run`` and saves its state, ``what`` it is in words, with each checkpoint."""
 
     def __init__(self, run: Gathering, *, state_file: str, what: str, resume_from: str | os.PathLike[str] | None) -> None:
         super().__init__()
@@ -199,13 +184,7 @@ class TrainerHooks(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._watch: ForwardWatch | StepWatch | None = None
 
     def attach(self, trainer: Any) -> Self:
-        """Measure the Trainer's own loss and log through it; adds the callback to the Trainer.
-
-        Args:
-            trainer: that will train; its ``training_step`` is wrapped while it does.
-
-        Returns:
-            the callback itself.
+        """Measure the Trainer's own loss and log through it: adds the callback, wraps ``training_step`` while it trains, returns itself.
 
         Raises:
             TypeError: no Trainer.
@@ -248,11 +227,10 @@ class TrainerHooks(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def watch(self, model: nn.Module, args: Any) -> None:
         """Begin to note batches."""
         pair = self._gathering.settings["loss"] is not None
+        # 8: by judgement, forwards that one micro-batch may take (several views, a teacher); beyond it the step's end was never told
         most, alone = 8 * max(args.gradient_accumulation_steps, 1), args.world_size == 1 and args.n_gpu <= 1
-        if self._trainer is None:
-            self._watch = ForwardWatch(model, self._gathering, pair=pair, most=most, alone=alone)
-        else:
-            self._watch = StepWatch(self._trainer, self._gathering, pair=pair, most=most, alone=alone)
+        watch, seen = (ForwardWatch, model) if self._trainer is None else (StepWatch, self._trainer)
+        self._watch = watch(seen, self._gathering, pair=pair, most=most, alone=alone)
 
     # -- the Trainer's events ----------------------------------------------------------------------------------------------
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -269,7 +247,7 @@ class TrainerHooks(TrainerCallback):  # type: ignore[misc, unused-ignore]
             warnings.warn(f"{folder} is not there: {self._what} is not saved with this checkpoint", SharpkitWarning, stacklevel=2)
             return
         try:
-            torch.save(saved, folder / f"{self._state_file}.part")
+            torch.save(saved, folder / f"{self._state_file}.part")  # a job killed while it saves leaves the last whole state
             os.replace(folder / f"{self._state_file}.part", folder / self._state_file)
         except (OSError, RuntimeError) as error:
             warnings.warn(f"{self._what} could not be saved in {folder}: {error}", SharpkitWarning, stacklevel=2)
@@ -279,21 +257,21 @@ class TrainerHooks(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def _saved(self, args: Any, state: Any) -> dict[str, Any]:
         """Of the checkpoint that training resumes from; empty where there is none."""
+        # the Trainer does not tell its callbacks what train(resume_from_checkpoint=...) was given: look where it usually is
         places = [Path(place) for place in (self._resume_from, args.resume_from_checkpoint) if isinstance(place, (str, os.PathLike))]
         places.append(_checkpoint(args, state))
-        found = next((place / self._state_file for place in places if (place / self._state_file).is_file()), None)
-        if found is None:
-            warnings.warn(
+        file = next((place / self._state_file for place in places if (place / self._state_file).is_file()), None)
+        if file is None:
+            text = (
                 f"training resumes at step {state.global_step}, but there is no {self._state_file} in {places[-1]}: {self._what} begins "
-                f"anew. Pass {self._gathering.callback}(resume_from=<checkpoint folder>) to go on from one elsewhere",
-                SharpkitWarning,
-                stacklevel=3,
+                f"anew. Pass {self._gathering.callback}(resume_from=<checkpoint folder>) to go on from one elsewhere"
             )
+            warnings.warn(text, SharpkitWarning, stacklevel=3)
             return {}
         try:
-            loaded: dict[str, Any] = torch.load(found, map_location="cpu", weights_only=True)
+            loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)  # a checkpoint may come from anywhere
         except Exception as error:
-            warnings.warn(f"{found} cannot be read ({error}): {self._what} begins anew", SharpkitWarning, stacklevel=3)
+            warnings.warn(f"{file} cannot be read ({error}): {self._what} begins anew", SharpkitWarning, stacklevel=3)
             return {}
         return loaded
 
@@ -304,12 +282,9 @@ def _checkpoint(args: Any, state: Any) -> Path:
 
 def _check_unattached(args: Any, *, derives_loss: bool, callback: str) -> None:
     """Refuse what a hook on the model would measure wrongly or not see."""
-    reason = ""
-    if args.label_smoothing_factor and derives_loss:
-        reason = "label_smoothing_factor makes the Trainer compute another loss than the model's own"
-    elif args.torch_compile:
-        reason = "with torch_compile=True a hook on the model would be compiled into it"
-    if reason:
+    smooths = "label_smoothing_factor makes the Trainer compute another loss than the model's own"
+    compiles = "with torch_compile=True a hook on the model would be compiled into it"
+    if reason := smooths if args.label_smoothing_factor and derives_loss else compiles if args.torch_compile else "":
         raise ValueError(f"{reason}: use {callback}(...).attach(trainer) instead of Trainer(callbacks=[...])")
 
 
@@ -318,6 +293,7 @@ def _trained_loss(trainer: Any, model: nn.Module, batch: Batch) -> Tensor:
     twin = copy.copy(trainer)
     own_containers(twin)
     twin.log = _nothing
+    # a dict of its own: compute_loss pops the labels where the label smoother or compute_loss_func wants them
     loss: Tensor = twin.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
     return loss
 
@@ -328,7 +304,7 @@ def _log_through(trainer: Any, values: dict[str, float]) -> None:
     try:
         trainer.log(dict(values))
     finally:
-        trainer.control.should_log = due
+        trainer.control.should_log = due  # on_log clears it, and the Trainer's own losses of this step would never be logged
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -336,7 +312,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 LEARNER_FILE = "sharpkit_learner.pt"
-_BY_METRICS = ("reduce_lr_on_plateau", "greedy")
+_BY_METRICS = ("reduce_lr_on_plateau", "greedy")  # names that the Trainer gives to schedulers that wait for an evaluation
 
 
 class LearnerCallback(TrainerHooks):
@@ -404,7 +380,7 @@ class LearnerCallback(TrainerHooks):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._watch is None:
             return
-        if (reason := self._watch.end()) and not self.history:
+        if (reason := self._watch.end()) and not self.history:  # later on it was seen once: a strange step is only left out
             self.close()
             raise UnsupportedError(f"the learner does not see what is trained: {reason}")
         self._made = self._run.take(mean=self._watch.losses_are_means)
@@ -416,6 +392,7 @@ class LearnerCallback(TrainerHooks):
         self._run.step(made[0], loss=made[1])
         for scheduler in (lr_scheduler, getattr(lr_scheduler, "scheduler", None)):  # accelerate's wrapper and what is in it
             if scheduler is not None and hasattr(scheduler, "_last_lr"):
+                # what get_last_lr() and so the Trainer's log shows; the rate itself is in the optimizer's groups
                 scheduler._last_lr = learning_rates(self.learner.optimizer)
 
 

@@ -39,6 +39,7 @@ class Ranks:
         """Sum a few Python numbers over the processes, in float64."""
         if self.size == 1:
             return numbers
+        # float64: counts of tokens beyond 2^24 would lose their last digits in float32
         return [float(x) for x in self.sum_(torch.tensor(numbers, dtype=torch.float64, device=self._device(device)))]
 
     def gather(self, item: Any) -> list[Any]:
@@ -52,7 +53,7 @@ class Ranks:
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Overwrite with the first process's values, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, group=self.group, group_src=0)
+            dist.broadcast(tensor, group=self.group, group_src=0)  # the group's own rank 0, which need not be the world's
         return tensor
 
     def agree(self, value: float, *, device: torch.device) -> float:
@@ -99,9 +100,10 @@ def find_ranks(process_group: Any = None) -> Ranks:
     Args:
         process_group: None takes the default group where torch.distributed is initialised; False measures on this process alone.
     """
+    # is_available first: a build without distributed has no is_initialized
     if process_group is False or not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     size = dist.get_world_size(process_group)
-    if size < 1:
+    if size < 1:  # torch says -1 to a process outside the group
         raise ValueError("this process is not a member of process_group; measure on its members only, or pass process_group=False")
     return Ranks(process_group, size, dist.get_rank(process_group)) if size > 1 else Ranks()

@@ -39,16 +39,10 @@ def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
         ((0, 1, 2), (7, 11))
     """
     # text is a sequence too, of what are no numbers; True is an int, and nobody means one run by it
-    several = isinstance(seeds, Iterable) and not isinstance(seeds, (str, bytes))
-    chosen: list[Any] = list(seeds) if isinstance(seeds, Iterable) and several else [seeds]
-    try:
-        if any(isinstance(seed, bool) for seed in chosen):
-            raise TypeError
-        numbers = tuple(operator.index(seed) for seed in chosen)
-    except TypeError:
-        raise TypeError(f"seeds must be a whole number of runs or a sequence of whole numbers, got {seeds!r}") from None
-    if not several:
-        numbers = tuple(range(numbers[0]))
+    chosen: list[Any] = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, (str, bytes)) else [seeds]
+    if not all(hasattr(seed, "__index__") and not isinstance(seed, bool) for seed in chosen):
+        raise TypeError(f"seeds must be a whole number of runs or a sequence of whole numbers, got {seeds!r}")
+    numbers = tuple(map(operator.index, chosen)) if isinstance(seeds, Iterable) else tuple(range(operator.index(seeds)))
     if not numbers or min(numbers) < 0:
         raise ValueError(f"seeds must be at least one: a positive number of runs or a sequence of numbers from 0 on, got {seeds!r}")
     return numbers
@@ -56,11 +50,7 @@ def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 
 # -- data and loss ---------------------------------------------------------------------------------------------------------------
 def training_batches(data: Any, *, loss: Loss | None, closure: Closure | None) -> list[Batch]:
-    """All batches of a problem, in the order of the data.
-
-    Args:
-        data: a batch, a list of batches or a re-iterable loader.
-        loss, closure: as :func:`training_loss` takes them.
+    """All batches of a problem (one, a list or a re-iterable loader), in the order of the data; loss and closure as in training_loss.
 
     Raises:
         ValueError: both loss and closure.
@@ -83,10 +73,9 @@ def training_loss(model: nn.Module, batch: Batch, *, loss: Loss | None, closure:
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], *, loss: Loss | None, closure: Closure | None) -> float:
     """Mean loss over batches in eval mode; infinite where it is not finite."""
-    try:
+    with contextlib.suppress(NonFiniteError):
         return float(Objective(model, list(batches), loss=loss, closure=closure, mode="eval", process_group=False).value())
-    except NonFiniteError:
-        return math.inf
+    return math.inf
 
 
 class GradientSource(Protocol):
@@ -100,14 +89,7 @@ class GradientSource(Protocol):
 
 
 class ShuffledBatches:
-    """The gradients of a model's loss on given batches in train mode, each batch once an epoch in an order that the seed decides.
-
-    Args:
-        model: in training.
-        loss_of: (model, batch) -> the scalar loss, with its graph.
-        batches: all of them.
-        seed: seeds the order of batches and the dropout masks.
-    """
+    """The gradients of a model's loss on given batches in train mode, each once an epoch; the seed decides their order and all masks."""
 
     def __init__(self, model: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], batches: Sequence[Batch], *, seed: int) -> None:
         self._model, self._loss_of, self._batches, self._seed = model, loss_of, batches, seed
@@ -135,12 +117,6 @@ class ShuffledBatches:
 class TrainingRun:
     """A model and its optimizer, stepped from batch to batch; every gradient is counted.
 
-    Args:
-        model, optimizer: its own.
-        source: gives batches and gradients.
-        halts: whether a run that diverged stays where it is, so that what is measured on it is not NaN throughout. A race's runs go on: the
-            learner may go back to an earlier point.
-
     Attributes:
         losses: each step's loss on its batch, before the step; without those of trials.
         position: in the order of batches.
@@ -150,6 +126,8 @@ class TrainingRun:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, source: GradientSource, *, halts: bool = True) -> None:
         self.model, self.optimizer = model, optimizer
+        # With halts, a run that diverged stays where it is, so that what is measured on it is not NaN throughout. A race's runs go on: the
+        # learner may go back to an earlier point.
         self._source, self._halts, self._in_trial = source, halts, False
         self._ratios = learning_rates(optimizer)
         self.losses: list[float] = []
@@ -190,16 +168,9 @@ class TrainingRun:
         return loss
 
     def follow(self, rates: Iterable[float]) -> list[float]:
-        """A step at each rate; ends early when it diverges.
-
-        Args:
-            rates: as for :meth:`set_rate`; each is asked for after the step before it was made, so it may depend on the model.
-
-        Returns:
-            the losses.
-        """
+        """A step at each rate, as for :meth:`set_rate`; ends early when it diverges, and gives the losses."""
         before = len(self.losses)
-        for rate in rates:
+        for rate in rates:  # each is asked for after the step before it was made, so it may depend on the model
             self.set_rate(rate)
             self.step()
             if self.diverged:
@@ -213,10 +184,9 @@ class TrainingRun:
         self._in_trial = True
         try:
             yield
-        finally:
-            self._in_trial = False
+        finally:  # what was spent stays spent
+            self._in_trial, self.position = False, position
             snapshot.restore(self.model, self.optimizer)
-            self.position = position  # what was spent stays spent
             del self.losses[steps:]
 
 
@@ -281,22 +251,14 @@ class RaceProblem:
         return training_loss(model, batch, loss=self.loss, closure=self.closure)
 
     def make_model(self, seed: int) -> nn.Module:
-        """A new model, drawn from the present global random state.
-
-        Raises:
-            TypeError: it is none.
-        """
+        """A new model, drawn from the present global random state; TypeError if it is none."""
         made = self.model(seed)
         if not isinstance(made, nn.Module):
             raise TypeError(f"model({seed}) must return a torch module, got {type(made).__name__}")
         return made
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """A new optimizer for all parameters of a model.
-
-        Raises:
-            TypeError: it is none.
-        """
+        """A new optimizer for all parameters of a model; TypeError if it is none."""
         made = self.optimizer(model.parameters(), lr)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(f"optimizer(params, lr) must return a torch optimizer, got {type(made).__name__}")
@@ -306,11 +268,7 @@ class RaceProblem:
 class RaceRun(TrainingRun):
     """One entrant's run from the initialisation of a seed, within a budget of gradients; the order of batches is the same for all entrants.
 
-    Args:
-        problem: what is trained.
-        seed: seeds the model, the order of batches and the dropout masks.
-        max_gradients: gradients it may spend.
-        optimizer: params -> its own optimizer; by default the problem's, made with rate 1.
+    ``optimizer`` makes the entrant's own from parameters; by default it is the problem's, made with rate 1.
     """
 
     def __init__(self, problem: RaceProblem, *, seed: int, max_gradients: int, optimizer: MakeOptimizer | None = None) -> None:
@@ -337,11 +295,7 @@ class RaceRun(TrainingRun):
         self.searched += gradients
 
     def train(self, rate: float, steps: int, *, schedule: Callable[[float], float]) -> list[float]:
-        """Steps with ``rate * schedule(share done)``; ends early when it diverges.
-
-        Returns:
-            the losses.
-        """
+        """Steps with ``rate * schedule(share done)``; ends early when it diverges, and gives the losses."""
         return self.follow(rate * schedule(done / steps) for done in range(steps))
 
     def final_loss(self, data: Any) -> float:

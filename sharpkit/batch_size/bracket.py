@@ -36,8 +36,7 @@ class SharpnessBracket(
 
     Attributes:
         lower, upper: the bounds, in units of curvature.
-        num_samples: samples used, out of ``pool_size``; where they are equal, the value is exact up to the eigensolver's residual.
-        pool_size: samples of the objective.
+        num_samples, pool_size: samples used, and those of the objective; where equal, the value is exact up to the solver's residual.
         history: (samples, lower, upper) as it grew.
         converged: whether the asked width was reached.
         num_matvecs: Hessian products, each over the samples of its part.
@@ -77,12 +76,11 @@ def sharpness_bracket(
 ) -> SharpnessBracket:
     """Bound the sharpness of all the data from n samples, n doubled until the bounds are close.
 
-    Above: lambda_max is convex, so E lambda_max(H_n) >= lambda_max(H) for random samples. Below: directions found on other samples are
-    independent of those that judge them, so their curvature is at most lambda_max(H) in expectation. The n samples make two halves of two
-    quarters each; the top k eigenvectors V of one half span the directions, one quarter of the other half chooses among them (the top
-    eigenvector y of V^T H_1 V), the last quarter judges, y^T V^T H_2 V y; all four ways round are averaged. (Choosing and judging on the
-    same samples would read too high, by the same convexity.) Both ends are widened by 2.24 standard errors over groups of samples. Where n
-    reaches all samples, lambda_max is computed plainly.
+    Above: lambda_max is convex, so E lambda_max(H_n) >= lambda_max(H) for random samples. Below: a direction chosen on some samples has,
+    on others, a curvature of at most lambda_max(H) in expectation. The n samples make two halves of two quarters: the top k eigenvectors V
+    of one half span the directions, one quarter of the other half chooses among them (the top eigenvector y of V^T H_1 V), the last judges,
+    y^T V^T H_2 V y; all four ways round are averaged. Both ends are widened by 2.24 standard errors over groups of samples. Where n reaches
+    all samples, lambda_max is computed plainly.
 
     Args:
         objective: its loss must be a mean or sum over samples.
@@ -112,7 +110,8 @@ def sharpness_bracket(
     most, size = min(max_samples or pool.size, pool.size), start
     work = _BracketWork(pool, min(k, objective.num_parameters), seed)
     history: list[tuple[int, float, float]] = []
-    while True:
+    done = False
+    while not done:
         size = min(size, most)
         lower, upper = work.exact() if size == pool.size else work.bounds(order[:size])
         crossed = lower - upper > _TOL * abs(upper)
@@ -122,20 +121,13 @@ def sharpness_bracket(
         lower, upper = min(lower, upper), max(lower, upper)
         history.append((size, lower, upper))
         converged = not crossed and upper - lower <= rtol * abs(lower + upper) / 2
+        done, elapsed, spent = converged or size == most, time.perf_counter() - began, work.num_matvecs
         if callback is not None:
-            callback(_progress(work, time.perf_counter() - began, done=converged or size == most, history=history))
-        if converged or size == most:
-            break
-        size *= 2  # by doubling, all sizes before the last cost no more than the last
-    seconds = time.perf_counter() - began
-    return SharpnessBracket(lower, upper, size, pool.size, tuple(history), converged, work.num_matvecs, work.sample_gradients, seconds)
-
-
-def _progress(work: _BracketWork, elapsed: float, *, done: bool, history: Sequence[tuple[int, float, float]]) -> Progress:
-    """The next size is expected to cost as much as everything so far, twice over."""
-    size, lower, upper = history[-1]
-    expected = work.num_matvecs if done else work.num_matvecs * (len(history) + 1) // len(history)
-    return Progress(work.num_matvecs, expected, elapsed, 0.0 if done else 2 * elapsed, f"{lower:.4g} to {upper:.4g} from {size} samples")
+            # the next size is twice as large: it is expected to take twice the time of everything so far
+            expected, left = (spent, 0.0) if done else (spent * (len(history) + 1) // len(history), 2 * elapsed)
+            callback(Progress(spent, expected, elapsed, left, f"{lower:.4g} to {upper:.4g} from {size} samples"))
+        size *= 1 if done else 2  # by doubling, all sizes before the last cost no more than the last
+    return SharpnessBracket(lower, upper, size, pool.size, tuple(history), converged, spent, work.sample_gradients, elapsed)
 
 
 @dataclass
@@ -151,6 +143,7 @@ class _BracketWork:
 
     def exact(self) -> tuple[float, float]:
         """lambda_max of all samples, -+ the residual."""
+        # started from the halves' vectors, which cost nothing more
         value, residual, _ = self._top(self.pool.parent, 1, self.known)
         return float(value[0]) - residual, float(value[0]) + residual
 
@@ -171,6 +164,7 @@ class _BracketWork:
 
     def _held_out(self, quarters: Sequence[Sequence[Objective]], span: Tensor) -> NDArray[np.float64]:
         """(2, groups): curvature in each group of either quarter along the direction that the other quarter chose from the span."""
+        # choosing and judging on the same samples would read too high, by the same convexity as above
         forms = np.array([[self._forms(group, span) for group in quarter] for quarter in quarters])
         chosen = [np.linalg.eigh(quarter.mean(axis=0))[1][:, -1] for quarter in forms]
         return np.array([np.einsum("i,gij,j->g", y, quarter, y) for y, quarter in zip(reversed(chosen), forms, strict=True)])

@@ -115,15 +115,13 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
 
     def calibrated_estimate(self, batch_size: float) -> float:
         """lambda + c / b, c fitted to the measured points."""
-        weights, excess = [], []
-        for point in self.direct:
-            mean, stderr = point.mean()
-            scale = (stderr**2 + (0.05 * mean) ** 2) ** 0.5  # 5 % for the law itself, by judgement: a chance agreement weighs no more
-            weights.append(1 / (self.effective(point.batch_size) * scale))
-            excess.append((mean - self.lambda_max) / scale)
-        w, e = np.array(weights), np.array(excess)
-        # weighted least squares through the full-data value; without points the noise along the top eigenvector, second order in it
-        c = max(float(w @ e / (w @ w)), 0.0) if len(w) and float(w @ w) > 0 else self.noise
+        c = self.noise  # without points the noise along the top eigenvector, second order in it
+        if self.direct:
+            means, errors = np.array([point.mean() for point in self.direct]).T
+            scale = np.hypot(errors, 0.05 * means)  # 5 % for the law itself, by judgement: a chance agreement weighs no more
+            w = 1 / (np.array([self.effective(point.batch_size) for point in self.direct]) * scale)
+            # weighted least squares through the full-data value
+            c = max(float(w @ ((means - self.lambda_max) / scale) / (w @ w)), 0.0) if float(w @ w) > 0 else c
         return self._capped(self.lambda_max + c / self.effective(batch_size), batch_size)
 
     def _capped(self, value: float, batch_size: float) -> float:
@@ -138,16 +136,14 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
         b = self.effective(batch_size)
         if math.isinf(b):
             return Bounded(end, end, end)
-        points = [
-            (math.log(self.effective(p.batch_size)), *p.mean(which)) for p in self.direct if math.isfinite(self.effective(p.batch_size))
-        ]
+        measured = [p for p in self.direct if math.isfinite(self.effective(p.batch_size))]
+        x = np.log([self.effective(p.batch_size) for p in measured])
+        means, errors = np.array([p.mean(which) for p in measured]).T
         floor = 1e-3 * max(abs(end), 1e-30)  # log needs a positive excess; a thousandth is below what is measured
-        x = np.array([p[0] for p in points])
-        y = np.log([max(sign * (p[1] - end), floor) for p in points])
-        value = end + sign * math.exp(_line(x, y, math.log(b)))
-        nearest = points[int(np.argmin(np.abs(x - math.log(b))))]
+        value = end + sign * math.exp(_line(x, np.log(np.maximum(sign * (means - end), floor)), math.log(b)))
         # the relative error of the nearest measured point: between points nothing else is known
-        half = 1.96 * nearest[2] * (abs(value) / max(abs(nearest[1]), 1e-30))
+        nearest = int(np.argmin(np.abs(x - math.log(b))))
+        half = float(1.96 * errors[nearest] * abs(value) / max(abs(means[nearest]), 1e-30))
         return Bounded(value, value - half, value + half)
 
     def choose(self) -> tuple[str, str]:
@@ -165,24 +161,23 @@ class BatchCurvature(Result, saved=("lambda_max", "lambda_min", "trace", "direct
         if method == "interpolated":
             return self.interpolated(batch_size)
         value = self.calibrated_estimate(batch_size) if method == "calibrated" else self.directional_estimate(batch_size)
-        spread = abs(value - self.lambda_max)
+        spread = abs(value - self.lambda_max)  # as wide as what the estimator adds: by judgement, no more is known of its error
         return Bounded(value, value - spread, value + spread)
 
     def lambda_min_of(self, batch_size: float) -> Bounded:
         """E lambda_min(H_B), from the measured points; the full value where there are none."""
         if len(self.direct) >= 2:
             return self.interpolated(batch_size, "smallest")
+        # no law is known for this end: the noise bends many small eigenvalues at once
         return Bounded(self.lambda_min, self.lambda_min, self.lambda_min)
 
 
 def _line(x: Floats, y: Floats, at: float) -> float:
     """Piecewise linear, the outer pieces continued with slopes between -1 and 0."""
-    if len(x) == 1:
-        return float(y[0] - (at - x[0]))
+    if len(x) == 1 or at > x[-1]:
+        return float(y[-1] - (at - x[-1]))  # far out the excess is that of the law of large numbers, 1 / b
     if at < x[0]:
         return float(y[0] + np.clip((y[1] - y[0]) / (x[1] - x[0]), -1, 0) * (at - x[0]))
-    if at > x[-1]:
-        return float(y[-1] - (at - x[-1]))  # far out the excess is that of the law of large numbers, 1 / b
     return float(np.interp(at, x, y))
 
 
@@ -221,13 +216,17 @@ def measure_batch_curvature(
     ledger.spend(2 * sketch.num_matvecs * part.size)
     # the part's eigenvectors are not those of all data: the top one of all data comes first, the others span what it is mixed with
     span = torch.linalg.qr(torch.cat([largest.vectors[:, :1], pairs.vectors], dim=1))[0]
-    noise = _group_noise(pool, turned, span, seed=seed, ledger=ledger)
-    drawn = [size for size in sorted(set(sizes)) if size <= pool.size // 2]
-    direct = tuple(
-        _direct_point(pool, turned, size, seed=seed, ledger=ledger, repeats=repeats, full=float(largest.values[0])) for size in drawn
-    )
+    noise, top = _group_noise(pool, turned, span, seed=seed, ledger=ledger), float(largest.values[0])
+    direct = []
+    for size in (size for size in sorted(set(sizes)) if size <= pool.size // 2):
+        draws, ends = pool.draws(size, generator=torch.Generator().manual_seed(seed + size)), []
+        for number, batch in zip(range(repeats), draws, strict=False):
+            operator = HessianOperator(batch)
+            ends.append(extreme_values(turned(operator), seed=seed + number, ignorable=_NOTHING * top))
+            ledger.spend(2 * operator.num_matvecs * size)
+        direct.append(DirectPoint(size, *zip(*ends, strict=True)))
     return BatchCurvature(
-        lambda_max=float(largest.values[0]),
+        lambda_max=top,
         lambda_min=float(smallest.values[0]),
         trace=overview.trace.value,
         nodes=tuple(density.nodes.ravel().tolist()),
@@ -237,22 +236,9 @@ def measure_batch_curvature(
         block=noise.block,
         mixing=noise.mixing,
         leakage=noise.leakage,
-        direct=direct,
+        direct=tuple(direct),
         num_samples=pool.size,
     )
-
-
-def _direct_point(pool: SamplePool, turned: Wrap, size: int, *, seed: int, ledger: Ledger, repeats: int, full: float) -> DirectPoint:
-    """Draw ``repeats`` batches of ``size`` and measure both ends; ``full`` is lambda_max of all data."""
-    draws = pool.draws(size, generator=torch.Generator().manual_seed(seed + size))
-    largest, smallest = [], []
-    for number, batch in zip(range(repeats), draws, strict=False):
-        operator = HessianOperator(batch)
-        ends = extreme_values(turned(operator), seed=seed + number, ignorable=_NOTHING * full)
-        largest.append(ends[0])
-        smallest.append(ends[1])
-        ledger.spend(2 * operator.num_matvecs * size)
-    return DirectPoint(size, tuple(largest), tuple(smallest))
 
 
 def extreme_values(operator: SymmetricOperator, *, seed: int, ignorable: float = 0.0) -> tuple[float, float]:
@@ -263,20 +249,14 @@ def extreme_values(operator: SymmetricOperator, *, seed: int, ignorable: float =
     try:
         largest, smallest = both_ends(operator, tol=_TOL, seed=seed, num_steps=8)
     except NotSymmetricError:
-        if _size(operator, seed) > ignorable:
+        # the size of the matrix by three steps of the power method, which need no symmetry
+        vector = operator.random_vectors(1, generator=torch.Generator().manual_seed(seed))[:, 0]
+        for _ in range(3):
+            vector = operator.multiply(vector / max(float(vector.norm()), 1e-30))
+        if float(vector.norm()) > ignorable:
             raise
         return 0.0, 0.0
     return float(largest.values[0]), float(smallest.values[0])
-
-
-def _size(operator: SymmetricOperator, seed: int) -> float:
-    """Size of the matrix by three steps of the power method."""
-    vector = operator.random_vectors(1, generator=torch.Generator().manual_seed(seed))[:, 0]
-    norm = float(vector.norm())
-    for _ in range(3):
-        vector = operator.multiply(vector / max(norm, 1e-30))
-        norm = float(vector.norm())
-    return norm
 
 
 def top_and_noise(pool: SamplePool, *, seed: int, ledger: Ledger, wrap: Wrap) -> tuple[float, float]:
@@ -315,6 +295,7 @@ def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, 
     inside = torch.einsum("nj,gnk->gjk", vectors.double(), deviation[:, :, :k])
     leakage = float((squared[:, 0] - inside[:, :, 0].square().sum(dim=1)).mean())
     mixing = ((inside + inside.transpose(1, 2)) / 2).cpu().numpy()
+    # groups are equal in size, so the mean of their products is the product with the full matrix
     block = (vectors.double().T @ stacked.mean(dim=0)[:, :k]).cpu().numpy()
     return _GroupNoise(squared[:, 0].cpu().numpy(), (block + block.T) / 2, mixing, max(leakage, 0.0), float(squared[:, k].mean()))
 

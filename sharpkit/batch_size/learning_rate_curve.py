@@ -93,8 +93,7 @@ class LearningRateCurve(
         sharpness: (lambda_max at the starting point, after the pilot).
         lr: the optimizer's present rate.
         num_samples: N.
-        gradients: cost, in full-data gradients (products count two).
-        seconds: wall time.
+        gradients, seconds: cost in full-data gradients (products count two), and wall time.
     """
 
     batch_sizes: tuple[int, ...]
@@ -202,13 +201,15 @@ class LearningRateCurve(
     # -- showing it -------------------------------------------------------------------------------------------------------
     def rows(self) -> list[dict[str, float]]:
         """One row per batch size, plain numbers."""
-        rows = []
-        for b in self.batch_sizes:
-            top, low, rate = self.lambda_max(b), self.lambda_min(b), self.max_lr(b)
-            row = {"batch_size": b, "lambda_max": float(top), "lambda_max_lower": top.lower, "lambda_max_upper": top.upper}
-            row |= {"lambda_min": float(low), "max_lr": float(rate), "max_lr_lower": rate.lower, "max_lr_upper": rate.upper}
-            rows.append(row | {"by_curvature": self.by_curvature(b)})
-        return rows
+
+        def ends(name: str, value: Bounded) -> dict[str, float]:
+            return {name: float(value), f"{name}_lower": value.lower, f"{name}_upper": value.upper}
+
+        return [
+            {"batch_size": b, **ends("lambda_max", self.lambda_max(b)), "lambda_min": float(self.lambda_min(b))}
+            | {**ends("max_lr", self.max_lr(b)), "by_curvature": self.by_curvature(b)}
+            for b in self.batch_sizes
+        ]
 
     def table(self) -> str:
         """The curve as text."""
@@ -221,27 +222,21 @@ class LearningRateCurve(
         name = "square-root scaling" if self.rule.adaptive else "linear scaling"
         first, last, cross = self.batch_sizes[0], self.batch_sizes[-1], self.crossover
         plateau = f"{float(self.max_lr(last)):.2g}"
+        shape = f"{name} still holds at B = {last}, where the limit is {plateau}."
         if cross < last:
-            shape = f"{name} reaches the plateau at B = {float(cross):.0f} ({cross.lower:.0f}-{cross.upper:.0f}); "
-            shape += f"at B = {last} the limit is {plateau}."
-        else:
-            shape = f"{name} still holds at B = {last}, where the limit is {plateau}."
+            reached = f"{name} reaches the plateau at B = {float(cross):.0f} ({cross.lower:.0f}-{cross.upper:.0f})"
+            shape = f"{reached}; at B = {last} the limit is {plateau}."
         before, after = self.sharpness
-        why = self.curvature.choose()[1]
+        level = "No calibrating runs were made: rates are those at which training from the measured point is stable, not from scratch."
         if self.anchors:
             level = f"The level is calibrated by short training runs at B = {', '.join(str(a.batch_size) for a in self.anchors)}."
-        else:
-            level = "No calibrating runs were made: rates are those at which training from the measured point is stable, not from scratch."
+        picked = sorted({first, self.batch_sizes[len(self.batch_sizes) // 2], last})  # both ends and the middle say the shape
         return [
             f"{self.optimizer}: {shape} From B = {first}, it is off by more than 10 % beyond B = {self.rule_holds_to():.0f}.",
-            "; ".join(f"at B = {b} stay below {self.max_lr(b)}" for b in self._picked()) + ".",
-            f"lambda_max is {before:.3g} at the start and {after:.3g} after the pilot. For batches: {why}.",
+            "; ".join(f"at B = {b} stay below {self.max_lr(b)}" for b in picked) + ".",
+            f"lambda_max is {before:.3g} at the start and {after:.3g} after the pilot. For batches: {self.curvature.choose()[1]}.",
             level,
         ]
-
-    def _picked(self) -> list[int]:
-        middle = self.batch_sizes[len(self.batch_sizes) // 2]
-        return sorted({self.batch_sizes[0], middle, self.batch_sizes[-1]})
 
     def __str__(self) -> str:
         return "\n".join(self.findings())
@@ -268,15 +263,15 @@ def learning_rate_curve(
 
     A pilot run on a private copy reaches settled curvature; there the spectrum, its mini-batch noise and lambda_max of drawn batches are
     measured, which gives the mean-square limit of the optimizer's kind at every batch size. Sharpness grows until it meets the limit of
-    whatever rate is used, so curvature after a pilot says how the limit depends on the batch size, but not the rate at which training from
-    the present point breaks: both constants of the limit are fitted to short runs at a few batch sizes up to a sixteenth of the data, where
-    runs are cheap. One search scatters by a factor of 1.5 to 2 and is repeated with other orders of the data. A run counts as trained if it
-    makes at least half of the best improvement over the untrained baseline, the lower of the initial loss and the best constant output's.
+    whatever rate is used, so that says how the limit depends on the batch size, but not the rate at which training from the present point
+    breaks: both constants of the limit are fitted to short runs at a few batch sizes up to a sixteenth of the data, repeated with other
+    orders of the data. A run counts as trained if it makes at least half of the best improvement over the untrained baseline, the lower of
+    the initial loss and the best constant output's.
 
     Args:
         objective: at the point to train from, usually freshly initialised. Only read.
-        optimizer: SGD (with momentum), Adam, AdamW, RMSprop or Adagrad, over the objective's parameters. Only read; its present rate does
-        not matter.
+        optimizer: SGD (with momentum), Adam, AdamW, RMSprop or Adagrad, over the objective's parameters; only read. Of its rates the
+            groups' ratios count.
         batch_sizes: where to evaluate; by default powers of two from 4 to all samples.
         pilot: steps of the pilot and of each calibrating run.
         calibrate: whether to make calibrating runs, or the batch sizes to make them at (the cost grows with them).
@@ -302,7 +297,7 @@ def learning_rate_curve(
     plans = [_Plan.at(size, pilot, last=size == at[-1]) for size in at]
     trainer = Trainer(pool, optimizer, seed)
     size = min(max(pool.size // _PILOT_SHARE, _PILOT_BATCH[0]), _PILOT_BATCH[1], pool.size)
-    forecast = _MEASURING + (pilot * size + sum(plan.runs * plan.samples for plan in plans)) / pool.size
+    forecast = _MEASURING + (pilot * size + sum(plan.runs * plan.batch_size * plan.steps for plan in plans)) / pool.size
 
     def say(text: str) -> None:
         done, elapsed = trainer.ledger.samples / pool.size, time.perf_counter() - started
@@ -322,32 +317,20 @@ def learning_rate_curve(
         # begin at the last anchor's rate, which is a safe guess for the next larger size; first at the pilot's, scaled by sqrt(B)
         begin = anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
         anchors.append(plan.search(trainer, begin))
-    return LearningRateCurve(
-        sizes,
-        type(optimizer).__name__,
-        rule,
-        curvature,
-        limits,
-        tuple(anchors),
-        (start_lambda, curvature.lambda_max),
-        learning_rate(optimizer),
-        pool.size,
-        trainer.ledger.samples / pool.size,
-        time.perf_counter() - started,
-    )
+    readings = (curvature, limits, tuple(anchors), (start_lambda, curvature.lambda_max), learning_rate(optimizer), pool.size)
+    cost = (trainer.ledger.samples / pool.size, time.perf_counter() - started)
+    return LearningRateCurve(sizes, type(optimizer).__name__, rule, *readings, *cost)
 
 
 def _checked_sizes(batch_sizes: Sequence[int] | None, available: int) -> tuple[int, ...]:
     if batch_sizes is None:
-        powers = [2**j for j in range(2, 31) if 2**j < available]
-        return (*powers, available)
+        return (*(2**j for j in range(2, 31) if 2**j < available), available)
     sizes = tuple(sorted({int(b) for b in batch_sizes}))
     if len(sizes) < 2 or sizes[0] < 1:
         raise ValueError(f"batch_sizes needs at least two different sizes of 1 or more, got {list(batch_sizes)}")
     if sizes[-1] > available:
-        raise ValueError(
-            f"batch size {sizes[-1]} is larger than the objective's {available} samples; give more data or smaller batch_sizes"
-        )
+        too_large = f"batch size {sizes[-1]} is larger than the objective's {available} samples"
+        raise ValueError(f"{too_large}; give more data or smaller batch_sizes")
     return sizes
 
 
@@ -356,24 +339,15 @@ def _anchor_sizes(calibrate: bool | Sequence[int], sizes: tuple[int, ...], avail
         return []
     if calibrate is not True:
         return sorted({int(b) for b in calibrate})
-    wanted, cap = [], max(sizes[-1] // _ANCHOR_SHARE, sizes[0])
-    size = sizes[0]
-    while size <= cap and size < available:
-        wanted.append(size)
-        size *= _ANCHOR_STRIDE
+    cap = max(sizes[-1] // _ANCHOR_SHARE, sizes[0])
+    wanted = [size for size in (sizes[0] * _ANCHOR_STRIDE**j for j in range(31)) if size <= cap and size < available]
     last = wanted[-1] if wanted else sizes[0]
     return [*wanted, min(max(available // _LAST_SHARE, 2 * last), available)]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A search for the rate that breaks training at one batch size.
-
-    Attributes:
-        batch_size: B.
-        steps: steps of each run; small batches need more of them to show what breaks, and cost less.
-        repeats: searches.
-    """
+    """A search for the rate that breaks training at one batch size, by runs of so many steps, repeated."""
 
     batch_size: int
     steps: int
@@ -381,7 +355,7 @@ class _Plan:
 
     @classmethod
     def at(cls, batch_size: int, pilot: int, *, last: bool) -> _Plan:
-        # the last anchor is at a large batch, where a step costs most and shows what breaks soonest
+        # the last anchor is at a large batch, where a step costs most and shows what breaks soonest; small batches need more of them
         steps = pilot if last else round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), _MAX_LENGTH))
         return cls(batch_size, steps, _REPEATS[last])
 
@@ -389,11 +363,6 @@ class _Plan:
     def runs(self) -> float:
         """About so many."""
         return _RUNS + _MORE_RUNS * (self.repeats - 1)
-
-    @property
-    def samples(self) -> int:
-        """Sample gradients of one run."""
-        return self.batch_size * self.steps
 
     def search(self, trainer: Trainer, begin: float) -> Anchor:
         trained, broke = trainer.largest_stable_rate(begin, batch_size=self.batch_size, steps=self.steps, repeats=self.repeats)

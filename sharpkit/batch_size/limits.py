@@ -36,28 +36,25 @@ def limits_for(
     var / B per coordinate; its matrix is measured at a few batch sizes and the limit interpolated between them.
     """
     direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], _DIRECT_SIZES)
+
+    def limit(size: float, top: float, noise: float) -> tuple[float, float]:
+        # averaging momentum is a heavy ball whose rate is smaller by 1 - dampening
+        rate = short_form(max(top, 1e-12), noise, curvature.effective(size), momentum=rule.momentum) / (1.0 - rule.dampening)
+        return float(size), rate
+
     if not rule.adaptive:
         curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger)
         grid = np.geomspace(sizes[0], sizes[-1], _GRID)
-        return curvature, tuple(
-            (float(b), _rate(curvature.lambda_max, curvature.noise, curvature.effective(min(float(b), pool.size)), rule)) for b in grid
-        )
+        return curvature, tuple(limit(min(float(b), pool.size), curvature.lambda_max, curvature.noise) for b in grid)
     mean, variance = gradient_moments(pool, seed=seed, ledger=ledger)
     smallest, *others = _spread(sizes, _FULL_SIZES)
-    curvature = measure_batch_curvature(
-        pool, sizes=direct, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, smallest, optimizer), repeats=_ADAPTIVE_REPEATS
-    )
+    wrap = preconditioner(mean, variance, smallest, optimizer)
+    curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger, wrap=wrap, repeats=_ADAPTIVE_REPEATS)
     part = pool.limited(min(max(pool.size // _PART_SHARE, _PART[0]), _PART[1]), seed=seed)
-    points = [(float(smallest), _rate(curvature.lambda_max, curvature.noise, curvature.effective(smallest), rule))]
+    points = [limit(smallest, curvature.lambda_max, curvature.noise)]
     for size in others:
-        top, noise = top_and_noise(part, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, size, optimizer))
-        points.append((float(size), _rate(top, noise, curvature.effective(size), rule)))
+        points.append(limit(size, *top_and_noise(part, seed=seed, ledger=ledger, wrap=preconditioner(mean, variance, size, optimizer))))
     return curvature, tuple(points)
-
-
-def _rate(lambda_max: float, noise: float, effective: float, rule: UpdateRule) -> float:
-    """The short mean-square form; averaging momentum is a heavy ball whose rate is smaller by 1 - dampening."""
-    return short_form(max(lambda_max, 1e-12), noise, effective, momentum=rule.momentum) / (1.0 - rule.dampening)
 
 
 def _spread(sizes: Sequence[int], count: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,9 +58,8 @@ def gradient_noise_scale(
 ) -> GradientNoise:
     """The gradient noise scale from one pass over the data in disjoint groups.
 
-    With m samples a group, g_k its gradient: |G|^2 is the mean of g_j . g_k over distinct groups and tr Sigma = m (mean |g_k|^2 - |G|^2),
-    which is the two-batch estimate with batch sizes m and K m; both are unbiased for independent samples. Errors are by the jackknife over
-    groups. ``group_size=1`` is the per-sample estimate.
+    With m samples a group, g_k its gradient: |G|^2 is the mean of g_j . g_k over distinct groups and tr Sigma = m (mean |g_k|^2 - |G|^2);
+    both are unbiased for independent samples. Errors are by the jackknife over groups. ``group_size=1`` is the per-sample estimate.
 
     Args:
         objective: the samples that groups are drawn from.
@@ -88,9 +86,8 @@ def gradient_noise_scale(
     size = group_size or max(1, pool.size // max_groups)
     groups = pool.groups(size, generator=torch.Generator().manual_seed(seed), max_groups=max_groups)
     if len(groups) < _LEAST_GROUPS:
-        raise ValueError(
-            f"{pool.size} samples make {len(groups)} groups of {size}; at least {_LEAST_GROUPS} are needed: choose a smaller group_size"
-        )
+        few = f"{pool.size} samples make {len(groups)} groups of {size}"
+        raise ValueError(f"{few}; at least {_LEAST_GROUPS} are needed: choose a smaller group_size")
     gradients = torch.stack([_finite(group.gradient()[1]) for group in groups]).double()
     noise, signal, scale = _noise_and_signal(gradients @ gradients.T, size)
     curvature = None
@@ -121,17 +118,13 @@ def _noise_and_signal(gram: Tensor, size: int) -> tuple[Estimate, Estimate, Esti
     widened = (count - 1) * student_factor(count) ** 2  # the jackknife's variance is (K - 1) times that of the leave-one-out values
     spread = np.sqrt(widened * left_out.var(axis=0))
     resolved = signal > 2 * float(spread[1])  # below, the ratio's error is not that of a linear function any more
-    scale = (math.inf, math.inf)
-    if signal > 0:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio_error = float(np.sqrt(widened * (left_out[:, 0] / left_out[:, 1]).var()))
-        scale = (noise / signal, ratio_error if math.isfinite(ratio_error) else math.inf)
-    how = f"{count} groups of {size}"
-    return (
-        Estimate(noise, float(spread[0]), count, 0.0, how),
-        Estimate(signal, float(spread[1]), count, 0.0, how, resolved),
-        Estimate(*scale, count, 0.0, how, resolved),
-    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio_error = float(np.sqrt(widened * (left_out[:, 0] / left_out[:, 1]).var()))
+    # a signal lost in noise leaves no scale: any batch size could be the one from which larger ones help little
+    scale = (noise / signal, ratio_error if math.isfinite(ratio_error) else math.inf) if signal > 0 else (math.inf, math.inf)
+    rows = ((noise, float(spread[0]), True), (signal, float(spread[1]), resolved), (*scale, resolved))
+    of_noise, of_signal, ratio = (Estimate(v, e, count, 0.0, f"{count} groups of {size}", ok) for v, e, ok in rows)
+    return of_noise, of_signal, ratio
 
 
 @dataclass(frozen=True)
@@ -154,12 +147,8 @@ class BatchSizeTest(Result, kind="batch_size_test"):
     suggested_batch_size: int
 
     def __str__(self) -> str:
-        if self.passed:
-            verdict = "large enough"
-        elif self.bound > 0:
-            verdict = f"too small, {self.suggested_batch_size} would do"
-        else:
-            verdict = "too small, and no batch size passes: the mean gradient is 0"
+        remedy = f"{self.suggested_batch_size} would do" if self.bound > 0 else "and no batch size passes: the mean gradient is 0"
+        verdict = "large enough" if self.passed else f"too small, {remedy}"
         compared = f"{format_with_error(self.statistic, 0)} against {format_with_error(self.bound, 0)}"
         return f"{self.name} test: {self.batch_size} is {verdict} ({compared})"
 
@@ -176,18 +165,14 @@ def batch_size_tests(
     """Three tests of whether the objective's samples are enough for a good step: norm, inner product, orthogonality.
 
     Over per-sample gradients g_i with mean g: sum Var(g_i) / b <= norm^2 |g|^2; Var(g_i . g) / b <= inner_product^2 |g|^4;
-    Var(g_i - (g_i . g / |g|^2) g) / b <= orthogonality^2 |g|^2; over the whole parameter vector. On failure the suggestion is what would
-    pass: the norm test asks for B_simple / norm^2. Samples that count more (more targets) weigh more. Costs b single-sample gradients
-    one after the other, and holds two vectors.
+    Var(g_i - (g_i . g / |g|^2) g) / b <= orthogonality^2 |g|^2. On failure the suggestion is what would pass: the norm test asks for
+    B_simple / norm^2. Samples that count more (more targets) weigh more. Costs b single-sample gradients one after the other.
 
     Args:
         objective: the samples that make the batch.
         norm, inner_product, orthogonality: thresholds eta_n, theta and nu.
         batch_size: b to test; by default all samples.
         seed: seeds the draw where ``batch_size`` is smaller than the data.
-
-    Returns:
-        the three verdicts.
 
     Raises:
         ValueError: fewer than 2 samples, or thresholds that are not positive.
@@ -212,12 +197,11 @@ def batch_size_tests(
         raise ValueError(f"the tests need 2 to {pool.size} samples, the objective's, got batch_size={size}")
     chosen = torch.randperm(pool.size, generator=torch.Generator().manual_seed(seed))[:size]
     variance, along, across, squared = _variances(pool.objective(chosen))
-    rows: Sequence[tuple[str, float, float]] = (
-        ("norm", variance, norm**2 * squared),
-        ("inner product", along, inner_product**2 * squared**2),
-        ("orthogonality", across, orthogonality**2 * squared),
-    )
-    return [_verdict(name, statistic, bound, size) for name, statistic, bound in rows]
+    return [
+        _verdict("norm", variance, norm**2 * squared, size),
+        _verdict("inner product", along, inner_product**2 * squared**2, size),
+        _verdict("orthogonality", across, orthogonality**2 * squared, size),
+    ]
 
 
 def _variances(batch: Objective) -> tuple[float, float, float, float]:
@@ -227,6 +211,7 @@ def _variances(batch: Objective) -> tuple[float, float, float, float]:
     per_sample = batch.num_targets / batch.num_samples if batch.reduction == "mean" else 1.0
     total = inner = 0.0
     with batch.undisturbed():
+        # one sample after the other: all gradients at once would take b times the model's memory
         for piece in batch.pieces():
             for sample in batch.samples_of(piece):
                 # a sample with more targets has a larger gradient in a mean over targets: it weighs as many samples
@@ -242,6 +227,5 @@ def _variances(batch: Objective) -> tuple[float, float, float, float]:
 
 def _verdict(name: str, variance: float, bound: float, size: int) -> BatchSizeTest:
     passed = variance / size <= bound
-    # Var / b <= bound, solved for b
-    needed = math.ceil(variance / bound) if bound > 0 else size
+    needed = math.ceil(variance / bound) if bound > 0 else size  # Var / b <= bound, solved for b
     return BatchSizeTest(name, passed, variance / size, bound, size, size if passed else max(size, needed))

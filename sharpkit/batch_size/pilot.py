@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
 from sharpkit.linalg.lanczos import eigenpairs
@@ -38,12 +39,7 @@ _ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have
 
 @dataclass
 class Ledger:
-    """What was spent, in single-sample gradients (a Hessian product counts two) and runs.
-
-    Attributes:
-        samples: sample gradients.
-        runs: training runs.
-    """
+    """What was spent: single-sample gradients (a Hessian product counts two), and training runs."""
 
     samples: float = 0.0
     runs: int = 0
@@ -54,11 +50,7 @@ class Ledger:
 
 
 class PilotRun(TrainingRun):
-    """A training run on a private copy of an objective's model.
-
-    Attributes:
-        objective: the copy over all the pool's data.
-    """
+    """A training run on a private copy of an objective's model; ``objective`` is the copy over all the pool's data."""
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, gradients: _PoolGradients) -> None:
         super().__init__(objective.model, optimizer, gradients)
@@ -127,14 +119,7 @@ class _EdgeRate:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains copies of an objective's model with the user's kind of optimizer, started afresh.
-
-    Attributes:
-        pool: the samples, of the original objective.
-        optimizer: the user's; only read.
-        seed: seeds the order of the data, the dropout masks and the start vectors.
-        ledger: where the cost is written.
-    """
+    """Trains copies of the model of a pool's objective with the user's kind of optimizer, started afresh; writes down what it costs."""
 
     pool: SamplePool
     optimizer: torch.optim.Optimizer
@@ -142,15 +127,12 @@ class Trainer:
     ledger: Ledger = field(default_factory=Ledger)
 
     def start(self, batch_size: int, *, seed_offset: int = 0) -> PilotRun:
-        """A run from the present parameters, no step made yet; its rate is that of the first group, the others keep their ratio to it.
-
-        Args:
-            batch_size: samples a step.
-            seed_offset: another order of the same data.
-        """
+        """A run from the present parameters, no step made yet; another offset is another order of the data. Groups keep their ratios."""
         twin = self.pool.parent.copy(self.pool.batches)
-        optimizer = copy_optimizer(self.optimizer, _counterparts(self.pool.parent.model, twin.model), lr=1.0, reset=True)
+        pairs = zip(self.pool.parent.model.parameters(), twin.model.parameters(), strict=True)
+        optimizer = copy_optimizer(self.optimizer, {id(p): t for p, t in pairs}, lr=1.0, reset=True)
         self.ledger.runs += 1
+        # masks and measurements keep the seed, so that runs differ by the order of the data alone
         order = self.seed + seed_offset
         gradients = _PoolGradients(SamplePool(twin), batch_size, seed=self.seed, order=order, ledger=self.ledger)
         return PilotRun(twin, optimizer, gradients)
@@ -171,9 +153,8 @@ class Trainer:
         pilot = self.start(batch_size)
         pilot.follow(_ADAPTIVE_RATE if rule.adaptive else edge.at(step, pilot.objective) for step in range(steps))
         if pilot.diverged:
-            raise ObjectiveError(
-                "the pilot run diverged at a rate well inside the stability limit: start from a less sharp point, or warm up first"
-            )
+            remedy = "start from a less sharp point, or warm up first"
+            raise ObjectiveError(f"the pilot run diverged at a rate well inside the stability limit: {remedy}")
         return pilot, _ADAPTIVE_RATE if rule.adaptive else edge.rate, edge.first
 
     def final_loss(self, lr: float, *, batch_size: int, steps: int, seed_offset: int = 0) -> float:
@@ -184,10 +165,9 @@ class Trainer:
             return math.inf
         judge = SamplePool(run.objective).limited(_JUDGES, seed=self.seed)
         self.ledger.spend(judge.size / 3)  # a forward pass is a third of a gradient
-        try:
+        with contextlib.suppress(NonFiniteError):
             return judge.parent.value()
-        except NonFiniteError:
-            return math.inf
+        return math.inf
 
     @cached_property
     def yardsticks(self) -> tuple[float, float]:
@@ -200,63 +180,44 @@ class Trainer:
         """Where training breaks: (largest rate that trained, smallest above it that did not), a factor sqrt(2) apart.
 
         A rate trains if its run makes at least half of the best improvement that any run made. The improvement counts from the best
-        constant output where a run got below that, else from the loss before training: on text, any run that gets the frequencies right
-        has made most of the way from the first loss, whatever else it has ruined. By factors of 2, the search walks down from the guess
-        until the best run is no longer the lowest rate tried, then up from the best to the first failure; then it halves the gap. Repeats,
-        with other orders of the data, know the best loss already and step up or down from the first answer; their geometric mean is given.
+        constant output where a run got below that, else from the loss before training. By factors of 2, the search walks down from the
+        guess until the best run is no longer the lowest rate tried, then up from the best to the first failure; then it halves the gap.
+        Repeats, with other orders of the data, step up or down from the first answer; their geometric mean is given.
 
         Raises:
             ObjectiveError: no such rate among the runs allowed.
         """
-        rates: list[float] = []
-        best = math.inf
+        rates, best = list[float](), math.inf
         for repeat in range(repeats):
             start = rates[0] if rates else guess
 
             def loss_after(power: int, start: float = start, seed_offset: int = 10_000 * repeat) -> float:
                 return self.final_loss(start * _STRIDE**power, batch_size=batch_size, steps=steps, seed_offset=seed_offset)
 
-            search = _Search(loss_after, *self.yardsticks, best)
+            search = _Search(loss_after, *self.yardsticks, best)  # repeats know the best loss already
             low = search.near() if rates else search.from_below()
             if low is None:
                 ends = f"lr = {start * _STRIDE ** min(search.losses):.3g} to {start * _STRIDE ** max(search.losses):.3g}"
                 tried = f"{len(search.losses)} runs of {steps} steps at batch size {batch_size}, {ends}"
+                why = "the loss may not depend on the rate, or the runs are too short (pilot=)"
                 if search.best_loss >= self.yardsticks[0]:
-                    raise ObjectiveError(
-                        f"none of {tried} lowered the loss: they are too short (pilot=), or the starting point does not train at any of "
-                        "these rates"
-                    )
-                raise ObjectiveError(
-                    f"no largest stable rate after {tried}: the loss may not depend on the rate, or the runs are too short (pilot=)"
-                )
+                    why = "none lowered the loss: they are too short (pilot=), or the starting point does not train at any of these rates"
+                raise ObjectiveError(f"no largest stable rate after {tried}: {why}")
             best = min(best, search.best_loss)
             rates.append(start * _STRIDE**low)
         trained = math.exp(sum(map(math.log, rates)) / len(rates))
         return trained, trained * _STRIDE
 
 
-def _counterparts(original: nn.Module, twin: nn.Module) -> dict[int, nn.Parameter]:
-    """The twin's parameter for each of the original's, by ``id`` of the original."""
-    return {id(p): t for p, t in zip(original.parameters(), twin.parameters(), strict=True)}
-
-
 @dataclass
 class _Search:
-    """Rates by powers of sqrt(2), each run made once and remembered.
+    """Rates by powers of sqrt(2), each run made once and remembered."""
 
-    Attributes:
-        run: power -> loss at the end.
-        initial: loss before training.
-        constant: loss of the best constant output, or NaN.
-        known: the best loss of runs elsewhere.
-        losses: loss at the end, by power.
-    """
-
-    run: Callable[[int], float]
-    initial: float
-    constant: float
-    known: float = math.inf
-    losses: dict[int, float] = field(default_factory=dict)
+    run: Callable[[int], float]  # power -> loss at the end
+    initial: float  # loss before training
+    constant: float  # loss of the best constant output, or NaN
+    known: float = math.inf  # the best loss of runs elsewhere
+    losses: dict[int, float] = field(default_factory=dict)  # at the end, by power
 
     def at(self, power: int) -> float:
         if power not in self.losses:
@@ -274,6 +235,7 @@ class _Search:
     def trained(self, power: int) -> bool:
         # the bar moves with the best run so far, so that an answer holds only once the best has been passed on both sides
         loss, best = self.at(power), self.best_loss
+        # on text, any run that gets the frequencies right has made most of the way from the first loss, whatever else it has ruined
         start = min(self.initial, self.constant) if best < self.constant else self.initial
         return best < start and start - loss >= 0.5 * (start - best)
 
@@ -333,6 +295,7 @@ def constant_loss(objective: Objective) -> float:
             objective.seed_for(piece.key[0])
             pieces.append((objective.predict(piece.batch), piece.batch[1], piece.weight))
     outputs = [output for output, _, _ in pieces]
+    # one constant must fit all outputs
     if not all(isinstance(z, Tensor) and z.is_floating_point() and z.ndim and z.shape[1:] == outputs[0].shape[1:] for z in outputs):
         return math.nan
     losses = [_best_constant(objective, pieces, shape) for shape in _shapes(outputs[0], pieces[0][1])]

@@ -11,8 +11,8 @@ from sharpkit._errors import SharpkitWarning
 if TYPE_CHECKING:
     from sharpkit.batch_size.learning_rate_curve import LearningRateCurve
 
-
 _RULES = {"linear": 1.0, "sqrt": 0.5}  # powers of k: arXiv 1706.02677 and arXiv 2205.10287
+_COMPANIONS = ("momentum", "betas", "eps", "weight_decay")
 
 
 class ScaledLearningRate(float):
@@ -31,7 +31,7 @@ class ScaledLearningRate(float):
 
     def __new__(cls, value: float, **companions: Any) -> ScaledLearningRate:
         self = super().__new__(cls, value)
-        for name in ("momentum", "betas", "eps", "weight_decay", "rule"):
+        for name in (*_COMPANIONS, "rule"):
             setattr(self, name, companions.get(name))
         return self
 
@@ -39,10 +39,8 @@ class ScaledLearningRate(float):
         return (float, (float(self),))  # a checkpoint that holds it must load anywhere
 
     def __repr__(self) -> str:
-        shown = [
-            f"{name}={getattr(self, name)}" for name in ("momentum", "betas", "eps", "weight_decay") if getattr(self, name) is not None
-        ]
-        return f"ScaledLearningRate({float(self):.6g}{''.join(', ' + s for s in shown)}: {self.rule})"
+        shown = [f", {name}={getattr(self, name)}" for name in _COMPANIONS if getattr(self, name) is not None]
+        return f"ScaledLearningRate({float(self):.6g}{''.join(shown)}: {self.rule})"
 
 
 def scale_learning_rate(
@@ -58,10 +56,10 @@ def scale_learning_rate(
 ) -> ScaledLearningRate:
     """The learning rate for another batch size, k = new / old.
 
-    ``"linear"``: lr x k, for SGD. ``"sqrt"``: lr x sqrt(k), for Adam and its kin, with 1 - beta_i x k and eps / sqrt(k), which holds while
-    k (1 - beta_i) << 1. A :class:`sharpkit.LearningRateCurve` scales by the ratio of its largest stable rates: the measured rule. Momentum
-    of SGD is kept under the linear rule (same decay per step at a proportionally larger rate); weight decay is adjusted so that an epoch
-    shrinks the weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
+    ``"linear"``: lr x k, for SGD. ``"sqrt"``: lr x sqrt(k), for Adam and its kin, with (1 - beta_i) x k and eps / sqrt(k), which holds
+    while k (1 - beta_i) << 1: beyond a half it warns, and from 1 on that beta is 0. A :class:`sharpkit.LearningRateCurve` scales by the
+    ratio of its largest stable rates: the measured rule. Momentum of SGD is kept; weight decay is adjusted so that an epoch shrinks the
+    weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
 
     Args:
         lr: learning rate that works at ``batch_size``.
@@ -93,26 +91,20 @@ def scale_learning_rate(
     if rule not in _RULES:
         raise ValueError(f"rule must be 'linear', 'sqrt' or a LearningRateCurve, got {rule!r}")
     factor = k ** _RULES[rule]
-    adjusted: dict[str, Any] = {"momentum": momentum, "rule": f"lr x {'k' if rule == 'linear' else 'sqrt(k)'}, k = {k:g}"}
     if rule == "sqrt":
-        adjusted["betas"] = _scaled_betas(betas, k) if betas is not None else None
-        adjusted["eps"] = eps / math.sqrt(k) if eps is not None else None
-    else:
-        adjusted.update(betas=betas, eps=eps)
-    adjusted["weight_decay"] = weight_decay * k / factor if weight_decay is not None else None
-    return ScaledLearningRate(lr * factor, **adjusted)
+        betas, eps = _scaled_betas(betas, k) if betas is not None else None, eps / math.sqrt(k) if eps is not None else None
+    # an epoch has k times fewer steps, each shrinking the weights by rate x decay
+    decay = weight_decay * k / factor if weight_decay is not None else None
+    said = f"lr x {'k' if rule == 'linear' else 'sqrt(k)'}, k = {k:g}"
+    return ScaledLearningRate(lr * factor, momentum=momentum, betas=betas, eps=eps, weight_decay=decay, rule=said)
 
 
 def _scaled_betas(betas: tuple[float, float], k: float) -> tuple[float, float]:
-    scaled = tuple(1 - k * (1 - beta) for beta in betas)  # so that the averages still reach as many samples back
-    if min(scaled) <= 0:
-        raise ValueError(
-            f"1 - beta x k leaves the range for betas={betas} and k = {k:g}: the square-root rule's companions hold while "
-            "k (1 - beta) << 1; scale in smaller steps, or leave betas out"
-        )
+    # So that the averages still reach as many samples back. At k (1 - beta) >= 1 that is less than one batch: no averaging, beta = 0.
+    first, second = (round(max(1 - k * (1 - beta), 0.0), 12) for beta in betas)
     if k * (1 - min(betas)) > 0.5:  # by judgement: the rule is a limit of small k (1 - beta)
         _warn(f"k (1 - beta) = {k * (1 - min(betas)):.2g} is not small: the square-root rule is leaving the range it was derived for")
-    return (round(scaled[0], 12), round(scaled[1], 12))
+    return first, second
 
 
 def _by_curve(

@@ -43,10 +43,9 @@ class CriticalLearningRate(Result, kind="critical_learning_rate"):
         return self.value
 
     def __str__(self) -> str:
-        if self.outcome == "found":
-            return f"{self.value:.4g} ({self.lower:.4g} to {self.upper:.4g})"
-        ascent = "0: the next update is no descent direction"
-        return "unbounded: the loss does not rise along this direction" if self.outcome == "unbounded" else ascent
+        rate = f"{self.value:.4g} ({self.lower:.4g} to {self.upper:.4g})"
+        unbounded, ascent = "unbounded: the loss does not rise along this direction", "0: the next update is no descent direction"
+        return {"found": rate, "unbounded": unbounded}.get(self.outcome, ascent)
 
 
 def critical_learning_rate(
@@ -59,9 +58,8 @@ def critical_learning_rate(
 ) -> CriticalLearningRate:
     """Find the critical learning rate by doubling or halving from a guess, then bisecting.
 
-    From a good guess (the last answer) it takes 6 forward passes, after one gradient. The optimizer is copied to find its next update; its
-    state is not touched, nor are the parameters, also when interrupted. A loss that is NaN or infinite counts as risen. On a quadratic it
-    is 2 / directional sharpness exactly, up to the width of the bracket.
+    From a good guess (the last answer) it takes 6 forward passes, after one gradient. Optimizer and parameters are not touched, also when
+    interrupted. A loss that is NaN or infinite counts as risen. On a quadratic it is 2 / directional sharpness, up to the bracket's width.
 
     Args:
         objective: the function; both losses are over the same data.
@@ -109,7 +107,7 @@ def critical_learning_rate(
         middle = math.sqrt(lower * upper)  # halves the bracket in log, as its width is asked for
         lower, upper = (lower, middle) if search.rises(middle) else (middle, upper)
     outcome = "unbounded" if math.isinf(upper) else "ascent" if lower == 0 else "found"
-    value = math.inf if outcome == "unbounded" else 0.0 if outcome == "ascent" else math.sqrt(lower * upper)
+    value = math.sqrt(lower * upper)  # inf and 0 come out as they are, since the other end is a step that was tried
     return CriticalLearningRate(value, lower, upper, 2 / value if value > 0 else math.inf, search.num_evaluations, outcome)
 
 
@@ -134,6 +132,7 @@ class _LineSearch:
         """(no rise, rise) around a crossing near a guess, by a factor of sqrt(2), then of two; 0 or inf where there is none."""
         step, risen, factor = guess, self.rises(guess), math.sqrt(2.0)
         for _ in range(_MAX_DOUBLINGS):
+            # outwards from the guess, in the direction in which the answer changes
             following = step / factor if risen else step * factor
             if self.rises(following) != risen:
                 return (following, step) if risen else (step, following)
@@ -144,8 +143,7 @@ class _LineSearch:
 @contextmanager
 def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iterator[None]:
     """Parameters at w + step * direction inside; the original storages, never written to, are put back after."""
-    # whole storages are exchanged: adding the step and taking it off again would leave rounding behind
-    originals = [p.data for p in layout.params]
+    originals = [p.data for p in layout.params]  # exchanged whole: adding the step and taking it off again would leave rounding behind
     try:
         for p, here, d in zip(layout.params, originals, direction, strict=True):
             p.data = here + step * d

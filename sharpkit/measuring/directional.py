@@ -36,8 +36,7 @@ def gradient_and_product(objective: Objective, direction: Direction | None = Non
     Returns:
         g, d and H d, (n,) each.
     """
-    turn: Direction = direction or (lambda g: g)
-    layout = objective.layout
+    turn, layout = direction or (lambda g: g), objective.layout
     # With more pieces or processes, products of the pieces would have to be summed before d is known: two passes then.
     with objective.undisturbed():
         pieces = list(objective.pieces()) if objective.ranks.size == 1 else []
@@ -46,6 +45,7 @@ def gradient_and_product(objective: Objective, direction: Direction | None = Non
             roots = torch.autograd.grad(objective.evaluate(piece), layout.params, create_graph=True, allow_unused=True)
             gradient = layout.flatten([None if r is None else r.detach() for r in roots], piece.weight)
             along = turn(gradient)
+            # parameters in which the loss is linear have a gradient without a graph, and no row in H
             curved = [(r, a) for r, a in zip(roots, layout.split(along), strict=True) if r is not None and r.requires_grad]
             if not curved:
                 return gradient, along, torch.zeros_like(gradient)
@@ -67,9 +67,9 @@ def batch_sharpness(
 ) -> Estimate:
     """E_B[g_B^T H_B g_B / ||g_B||^2] over random mini-batches: what settles at 2 / lr under SGD.
 
-    With momentum in the optimizer the step's direction s = g_B + beta v takes the gradient's place: E[s^T H_B s / (s^T g_B)]. About 3
-    gradients of a batch each; from 20 batches on it stops at the asked relative standard error. Batches where the ratio has no meaning
-    (a zero gradient, a step uphill, NaN) are left out and counted in ``method``.
+    With momentum the step's direction s = g_B + beta v takes the gradient's place: E[s^T H_B s / (s^T g_B)]. A batch costs about 3 of its
+    gradients; from 20 on it stops at the asked relative standard error. Batches where the ratio has no meaning (a zero gradient, a step
+    uphill, NaN) are left out and counted in ``method``.
 
     Args:
         objective: the samples that batches are drawn from.
@@ -109,12 +109,10 @@ def gradient_noise_interaction(
 ) -> Estimate:
     """E_B[g_B^T H g_B] / ||g||^2, H and g of all the data: the curvature that gradient noise meets.
 
-    Not batch sharpness: here the Hessian is the full one and the norm below that of the full gradient. It equals
-    (G^T H G + tr(H Sigma) / b) / ||G||^2. One Hessian product over all the data for each batch.
+    It equals (G^T H G + tr(H Sigma) / b) / ||G||^2. One Hessian product over all the data for each batch.
 
     Args:
-        objective: the samples that batches are drawn from.
-        batch_size, rtol, max_batches, seed: as in :func:`batch_sharpness`.
+        objective, batch_size, rtol, max_batches, seed: as in :func:`batch_sharpness`.
 
     Raises:
         ValueError: batch_size outside 1..N.
@@ -129,15 +127,16 @@ def gradient_noise_interaction(
     """
     full, hessian = objective.gradient()[1], HessianOperator(objective)  # one graph for all products
     below = float(full @ full)
-    if not (math.isfinite(below) and below > 0):
+    if not 0 < below < math.inf:  # NaN fails both comparisons
         raise NonFiniteError(f"the gradient of all the data has squared norm {below}: its ratio to the noise has no meaning here")
 
     def ratio(batch: Objective) -> float:
         gradient = batch.gradient()[1]
         return float(gradient @ hessian.multiply(gradient)) / below
 
-    name = "gradient-noise interaction"
-    return _mean_over_batches(objective, ratio, name, batch_size=batch_size, rtol=rtol, max_batches=max_batches, seed=seed)
+    return _mean_over_batches(
+        objective, ratio, "gradient-noise interaction", batch_size=batch_size, rtol=rtol, max_batches=max_batches, seed=seed
+    )
 
 
 def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer) -> float:
@@ -185,8 +184,7 @@ def _mean_over_batches(
     if not values:
         raise NonFiniteError(f"no mini-batch gave a finite {name}: gradients are zero or not finite")
     stderr = 0.0 if whole else standard_error(np.array(values))
-    skipped = f", {drawn - len(values)} left out" if drawn > len(values) else ""
-    how = f"{len(values)} batches of {batch_size}{skipped}"
+    how = f"{len(values)} batches of {batch_size}" + (f", {drawn - len(values)} left out" if drawn > len(values) else "")
     estimate = Estimate(float(np.mean(values)), stderr, drawn, time.perf_counter() - started, how, converged)
     if not converged:
         warnings.warn(f"{name} {estimate} after {how}: not within {rtol:g}; raise max_batches", ConvergenceWarning, stacklevel=3)
@@ -200,5 +198,5 @@ def momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None)
     if not has_velocity(optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"batch sharpness along the step is defined for torch.optim.SGD, got {kind}; leave optimizer out")
-    push = velocity(optimizer, objective.layout)
+    push = velocity(optimizer, objective.layout)  # read once: the optimizer does not step while batches are drawn
     return lambda g: g + push

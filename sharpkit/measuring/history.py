@@ -11,7 +11,6 @@ from sharpkit._results import Result
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 _SERIES = ("steps", "loss", "lambda_max", "residual", "limit", "lr")
 
 
@@ -75,15 +74,15 @@ class CurvatureHistory(
 
     def ratios(self) -> tuple[float, ...]:
         """lambda_max / limit at each checkpoint; above 1 the top direction oscillates and grows."""
+        # a limit of 0 is that of a decay so strong that nothing is stable
         return tuple(value / limit if limit else math.nan for value, limit in zip(self.lambda_max, self.limit, strict=True))
 
     @property
     def first_at_limit(self) -> int | None:
         """The first checkpoint's step at which lambda_max, within its error, was at or above the limit; None if it never was."""
-        for step, value, error, limit in zip(self.steps, self.lambda_max, self.residual, self.limit, strict=True):
-            if value + error >= limit:  # the residual bounds the eigenvalue from above
-                return step
-        return None
+        series = zip(self.steps, self.lambda_max, self.residual, self.limit, strict=True)
+        # the residual bounds the eigenvalue from above
+        return next((step for step, value, error, limit in series if value + error >= limit), None)
 
     def settled_ratio(self) -> tuple[float, float] | None:
         """Mean and standard deviation of lambda_max / limit over the last half of the checkpoints; None for fewer than four."""
@@ -97,17 +96,16 @@ class CurvatureHistory(
     def findings(self) -> list[str]:
         """What the run showed, in plain sentences."""
         start, end, peak = self.lambda_max[0], self.lambda_max[-1], max(self.lambda_max)
-        verb = "rose" if peak > 1.05 * start else "did not rise"  # 5 % by judgement: what an eigenvalue wanders by without a trend
+        rose = peak > 1.05 * start  # 5 % by judgement: what an eigenvalue wanders by without a trend
         limit = f"the stability limit {self.limit_rule} = {self.limit[-1]:.3g}"
         reached = self.first_at_limit
         if reached is not None:
-            movement = f"rose from {start:.3g} to {peak:.3g}" if verb == "rose" else f"started at {start:.3g}"
+            movement = f"rose from {start:.3g} to {peak:.3g}" if rose else f"started at {start:.3g}"
             sentences = [f"{self.name}: lambda_max {movement} and reached {limit} by step {reached}."]
         else:
-            movement = f"rose from {start:.3g} to at most {peak:.3g}" if verb == "rose" else f"did not rise above its start, {start:.3g}"
+            movement = f"rose from {start:.3g} to at most {peak:.3g}" if rose else f"did not rise above its start, {start:.3g}"
             sentences = [f"{self.name}: lambda_max {movement} and stayed below {limit}; it ended at {end:.3g}."]
-        settled = self.settled_ratio()
-        if settled is not None:
+        if (settled := self.settled_ratio()) is not None:
             at = f"{settled[0]:.2f} +- {settled[1]:.2f}"
             sentences.append(f"{self.name}: over the last half of the checkpoints it lay at {at} of the limit.")
         if not self.full_batch:

@@ -14,6 +14,7 @@ from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.trace import trace
+from sharpkit.measuring.sharpness import end_of
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
 
@@ -78,7 +79,7 @@ class LayerSharpness(
         return plot_layers(self, ax=ax)
 
     def __repr__(self) -> str:
-        rows = ", ".join(f"{n}: {v}" for n, v in list(zip(self.names, self.lambda_max, strict=True))[:8])
+        rows = ", ".join(f"{n}: {v}" for n, v in zip(self.names[:8], self.lambda_max, strict=False))
         more = f", ... {len(self.names)} layers" if len(self.names) > 8 else ""
         return f"LayerSharpness(lambda_max {rows}{more}; {self.num_matvecs} products)"
 
@@ -93,7 +94,8 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-def _members(layer: str) -> Callable[[str, Tensor], bool]:
+def members(layer: str) -> Callable[[str, Tensor], bool]:
+    """A selector of the parameters that a layer owns."""
     return lambda name, parameter: layer_of(name) == layer
 
 
@@ -108,8 +110,8 @@ def per_layer(
 ) -> LayerSharpness:
     """Measure lambda_max and trace of each layer's diagonal block of the Hessian.
 
-    The block of layer l is the Hessian with respect to that layer's parameters alone, the others held fixed. Its lambda_max
-    is at most that of the whole Hessian (Cauchy interlacing), and the traces of all blocks sum to the whole trace.
+    The block of layer l is the Hessian with respect to that layer's parameters alone, the others held fixed. Its lambda_max is at most
+    that of the whole Hessian (Cauchy interlacing), and the traces of all blocks sum to the whole trace.
 
     Args:
         objective: the function whose Hessian is meant.
@@ -129,14 +131,14 @@ def per_layer(
     """
     started = time.perf_counter()
     # a dictionary without values: each layer once, in the model's order
-    layers = tuple(dict.fromkeys(layer_of(p) for p in objective.layout.names))
-    sizes: list[int] = []
+    layers, sizes = tuple(dict.fromkeys(layer_of(p) for p in objective.layout.names)), list[int]()
     tops, traces, matvecs = [], [], 0
 
     def report(progress: Progress) -> None:
         """Progress of one layer as progress of the whole call: the layers to come are expected to cost what those so far did."""
         if callback is not None:
-            done, elapsed, number = matvecs + block.num_matvecs, time.perf_counter() - started, len(sizes) + 1
+            done, elapsed = matvecs + block.num_matvecs, time.perf_counter() - started
+            number = len(sizes) + 1  # the layer in hand, counted from 1: sizes are noted when a layer is done
             expected = max(done, (matvecs + max(progress.expected, block.num_matvecs)) * len(layers) // number)
             left = elapsed / done * (expected - done) if done else math.nan
             text = f"{layers[number - 1]} (layer {number} of {len(layers)}): {progress.text}"
@@ -144,10 +146,8 @@ def per_layer(
 
     # one block after the other, so that only its own graph is held
     for layer in layers:
-        block = HessianOperator(objective.with_params(_members(layer)))
-        pairs = eigenpairs(block, k=1, tol=tol, seed=seed, callback=report)
-        value, residual, reached = float(pairs.values[0]), float(pairs.residuals[0]), bool(pairs.converged[0])
-        tops.append(Estimate(value, residual, pairs.num_matvecs, pairs.seconds, "Lanczos", reached, error_kind="residual bound"))
+        block = HessianOperator(objective.with_params(members(layer)))
+        tops.append(end_of(eigenpairs(block, k=1, tol=tol, seed=seed, callback=report)))
         traces.append(trace(block, rtol=trace_rtol, seed=seed, callback=report))
         sizes.append(block.size)
         matvecs += block.num_matvecs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,6 @@ from sharpkit.optimizers import gradient_decay, learning_rate, update_rule
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 # What a document holds, in its order: plain numbers, then numbers with errors.
 _PLAIN = ("loss", "grad_norm", "lr", "num_parameters", "num_samples", "mode", "num_matvecs", "seconds", "seed", "converged")
 _NESTED = ("lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_mass", "stable_lr", "density")
@@ -34,14 +33,11 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
     """The numbers of :func:`measure`. Eigenvalue errors are residual bounds; errors of sums are standard errors over random probes.
 
     Attributes:
-        lambda_max: largest eigenvalue of the Hessian.
-        lambda_min: smallest.
-        trace: trace of the Hessian.
-        frobenius_norm: its Frobenius norm.
+        lambda_max, lambda_min: largest and smallest eigenvalue of the Hessian.
+        trace, frobenius_norm: its trace and Frobenius norm.
         effective_rank: sum |lambda_i| / max |lambda_i|: how many directions are about as curved as the sharpest.
         negative_mass: share of eigenvalues clearly below zero.
-        loss: f(w).
-        grad_norm: ||grad f(w)||.
+        loss, grad_norm: f(w) and ||grad f(w)||.
         stable_lr: largest stable learning rate of the optimizer (of plain gradient descent without one).
         lr: the optimizer's present rate, None without an optimizer.
         preconditioned_lambda_max: largest eigenvalue of D^-1 H for an adaptive optimizer, else None.
@@ -49,8 +45,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         density: the spectral density from the same products.
         num_parameters, num_samples: what the objective holds.
         mode: ``"eval"`` or ``"train"``: how dropout and batch statistics were set.
-        num_matvecs: Hessian products in all.
-        seconds: wall time.
+        num_matvecs, seconds: Hessian products in all, and wall time.
         seed: what seeded the probes.
     """
 
@@ -78,40 +73,27 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
     def converged(self) -> bool:
         """Whether every number reached its tolerance."""
         # those with a tolerance to reach; norm, rank and negative mass come with whatever error the probes leave
-        parts = [self.lambda_max, self.lambda_min, self.trace, self.preconditioned_lambda_max]
+        parts = (self.lambda_max, self.lambda_min, self.trace, self.preconditioned_lambda_max)
         return all(part.converged for part in parts if part is not None)
 
     def __repr__(self) -> str:
-        rows = [f"Sharpness of {self.num_parameters:,} parameters on {self.num_samples:,} samples, {self.mode} mode", *self._rows()]
-        return "\n".join(rows) + f"\n  {self.num_matvecs} Hessian products, {self.seconds:.1f} s"
-
-    def _rows(self) -> list[str]:
-        def flagged(estimate: Estimate) -> str:
-            return f"{estimate}{'' if estimate.converged else '  (not converged)'}"
-
-        rows = [
-            f"  lambda_max       {flagged(self.lambda_max)}",
-            f"  lambda_min       {flagged(self.lambda_min)}",
-            f"  trace            {flagged(self.trace)}",
-            f"  Frobenius norm   {flagged(self.frobenius_norm)}",
-            f"  effective rank   {flagged(self.effective_rank)}",
-            f"  loss             {self.loss:.5g}",
-            f"  gradient norm    {self.grad_norm:.4g}",
-            f"  stable lr        {self.stable_lr}   [{self.stable_lr.rule}]",
-        ]
-        if self.preconditioned_lambda_max is not None:
-            rows.insert(1, f"  lambda_max D^-1H {flagged(self.preconditioned_lambda_max)}")
-        if self.lr is not None:
-            rows.append(f"  present lr       {self.lr:.4g}")
-        return rows
+        names = ("lambda_max", "preconditioned_lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank")
+        shown = ("lambda_max", "lambda_max D^-1H", "lambda_min", "trace", "Frobenius norm", "effective rank")
+        estimates = [(label, getattr(self, name)) for label, name in zip(shown, names, strict=True) if getattr(self, name) is not None]
+        rows = [(label, f"{estimate}{'' if estimate.converged else '  (not converged)'}") for label, estimate in estimates]
+        rows += [("loss", f"{self.loss:.5g}"), ("gradient norm", f"{self.grad_norm:.4g}")]
+        rows += [("stable lr", f"{self.stable_lr}   [{self.stable_lr.rule}]")]
+        rows += [("present lr", f"{self.lr:.4g}")] if self.lr is not None else []
+        head = f"Sharpness of {self.num_parameters:,} parameters on {self.num_samples:,} samples, {self.mode} mode"
+        cost = f"  {self.num_matvecs} Hessian products, {self.seconds:.1f} s"
+        return "\n".join([head, *(f"  {label:<16} {text}" for label, text in rows), cost])
 
     def findings(self) -> list[str]:
         """What the numbers say, in sentences."""
         sentences = [self._about_learning_rate(), self._about_shape(), self._about_negative_curvature()]
         if self.mode == "train":
-            sentences.append(
-                "Measured in train mode: dropout masks are fixed and batch statistics depend on the batches; eval mode may differ widely."
-            )
+            varying = "dropout masks are fixed and batch statistics depend on the batches"
+            sentences.append(f"Measured in train mode: {varying}; eval mode may differ widely.")
         if not self.converged:
             sentences.append("Not every number reached its tolerance; the flagged ones are bounds so far. Allow more products or time.")
         return sentences
@@ -124,17 +106,13 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
             return f"Full-batch gradient descent is stable here up to a learning rate of {limit}; small batches allow less."
         ratio = self.lr / self.stable_lr.value
         # within 5 to 10 % of the limit counts as at it: that far sharpness oscillates at the edge of stability (docs/monitor_results.md)
+        rate = f"The learning rate {self.lr:.3g} is"
         if ratio > 1.05:
-            return (
-                f"The learning rate {self.lr:.3g} is {ratio:.2f} times the stable limit {limit}: steps along the sharpest direction grow "
-                "until the loss flattens or diverges."
-            )
+            grow = "steps along the sharpest direction grow until the loss flattens or diverges"
+            return f"{rate} {ratio:.2f} times the stable limit {limit}: {grow}."
         if ratio > 0.9:
-            return (
-                f"The learning rate {self.lr:.3g} is at the full-batch stable limit {limit}: at the edge of stability, where full-batch "
-                "training settles."
-            )
-        return f"The learning rate {self.lr:.3g} is {ratio:.0%} of the full-batch stable limit {limit}; small batches lower that limit."
+            return f"{rate} at the full-batch stable limit {limit}: at the edge of stability, where full-batch training settles."
+        return f"{rate} {ratio:.0%} of the full-batch stable limit {limit}; small batches lower that limit."
 
     def _about_shape(self) -> str:
         share = self.effective_rank.value / self.num_parameters
@@ -143,10 +121,8 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
 
     def _about_negative_curvature(self) -> str:
         if self.lambda_max.value <= 0:
-            return (
-                "Every direction measured curves downwards or is flat: this is no minimum, and more training (or another starting point) "
-                "comes first."
-            )
+            remedy = "more training (or another starting point) comes first"
+            return f"Every direction measured curves downwards or is flat: this is no minimum, and {remedy}."
         ratio = -self.lambda_min.value / self.lambda_max.value
         if ratio < 1e-3:  # the tolerance of the eigenvalues themselves; the next bound, a twentieth, by judgement
             return "There is no negative curvature to speak of: the point is, to this accuracy, in a convex region."
@@ -204,27 +180,19 @@ def measure(
     rule = update_rule(optimizer) if optimizer is not None else None
     hessian = HessianOperator(objective)
     loss, gradient = objective.gradient()
+    budget: Any = {"max_matvecs": max_matvecs, "max_seconds": max_seconds, "callback": callback}
     # ends, trace, norm and density come from the same products
-    overview = spectral_overview(
-        hessian,
-        num_probes=num_probes,
-        num_steps=num_steps,
-        tol=tol,
-        seed=seed,
-        max_matvecs=max_matvecs,
-        max_seconds=max_seconds,
-        callback=callback,
-    )
-    top, preconditioned = _end(overview.largest), None
+    overview = spectral_overview(hessian, num_probes=num_probes, num_steps=num_steps, tol=tol, seed=seed, **budget)
+    top, preconditioned = end_of(overview.largest), None
     # the limit of an adaptive optimizer is that of D^-1 H, which has a spectrum of its own
     if optimizer is not None and rule is not None and rule.adaptive:
         # what is left of the time, at least a moment: an estimate flagged as unconverged is worth more than none
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
         matrix = preconditioned_hessian(hessian, optimizer)
-        preconditioned = _end(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, callback=callback))
+        preconditioned = end_of(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, callback=callback))
     return Sharpness(
         lambda_max=top,
-        lambda_min=_end(overview.smallest),
+        lambda_min=end_of(overview.smallest),
         trace=overview.trace,
         frobenius_norm=overview.frobenius_norm,
         effective_rank=_effective_rank(overview),
@@ -246,7 +214,8 @@ def measure(
     )
 
 
-def _end(pairs: Eigenpairs) -> Estimate:
+def end_of(pairs: Eigenpairs) -> Estimate:
+    """The first eigenvalue as a number with its residual bound."""
     value, residual, method = float(pairs.values[0]), float(pairs.residuals[0]), "Lanczos, residual bound"
     return Estimate(value, residual, pairs.num_matvecs, pairs.seconds, method, bool(pairs.converged[0]), error_kind="residual bound")
 

@@ -31,11 +31,12 @@ def test_the_linear_rule_keeps_momentum_and_decay() -> None:
     assert (scaled.momentum, scaled.weight_decay) == (0.9, pytest.approx(5e-4))
 
 
-def test_a_factor_that_leaves_the_square_root_rules_range_warns_and_then_refuses() -> None:
+def test_beyond_the_square_root_rules_range_it_warns_and_an_average_over_less_than_a_batch_is_none() -> None:
     with pytest.warns(sk.SharpkitWarning, match="not small"):
-        sk.scale_learning_rate(1e-3, 64, 512, rule="sqrt", betas=(0.9, 0.999))
-    with pytest.raises(ValueError, match="smaller steps"):
-        sk.scale_learning_rate(1e-3, 64, 1024, rule="sqrt", betas=(0.9, 0.999))
+        assert sk.scale_learning_rate(1e-3, 64, 512, rule="sqrt", betas=(0.9, 0.999)).betas == pytest.approx((0.2, 0.992))
+    with pytest.warns(sk.SharpkitWarning, match="not small"):
+        scaled = sk.scale_learning_rate(1e-3, 32, 512, rule="sqrt", betas=(0.9, 0.999))
+    assert float(scaled) == pytest.approx(4e-3) and scaled.betas == pytest.approx((0.0, 0.984))
 
 
 def _curve(rates: dict[float, float]) -> types.SimpleNamespace:

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,39 +30,23 @@ _STAGES, _TRIALS, _LEAST_TRIAL = 3, 10, 8  # ten trials as in AutoLRS; stages, a
 
 @dataclass(frozen=True)
 class Entrant:
-    """A way to train.
+    """A way to train."""
 
-    Attributes:
-        name: name in the table.
-        run: trains until no gradients remain and returns the rate used.
-        given: whether the rate was given; finding it would have cost the runs with the other rates.
-        foreign: whether another package does the work; what it raises does not end the race.
-        optimizer: params -> its own optimizer, if it does not use the problem's.
-    """
-
-    name: str
-    run: Callable[[RaceRun], float]
-    given: bool = False
-    foreign: bool = False
-    optimizer: MakeOptimizer | None = None
+    name: str  # name in the table
+    run: Callable[[RaceRun], float]  # trains until no gradients remain and returns the rate used
+    given: bool = False  # whether the rate was given; finding it would have cost the runs with the other rates
+    foreign: bool = False  # whether another package does the work; what it raises does not end the race
+    optimizer: MakeOptimizer | None = None  # params -> its own optimizer, if it does not use the problem's
 
 
 def entrants(problem: RaceProblem, rates: Sequence[float]) -> tuple[list[Entrant], dict[str, str]]:
-    """All that can start.
-
-    Args:
-        problem: the problem; its optimizer decides between the variants of a method.
-        rates: the grid, increasing.
-
-    Returns:
-        the entrants, and why others cannot start.
-    """
+    """All that can start at the rates of an increasing grid, and why others cannot; the problem's optimizer decides between variants."""
     starting = [Entrant(LEARNER, learn)]
     for name in ("constant", "cosine"):
-        starting += [Entrant(f"{name}, lr {rate:.3g}", _given(rate, DECAYS[name]), given=True) for rate in rates]
-    starting.append(Entrant("grid search, then cosine", lambda run: grid_search(run, rates)))
+        starting += [Entrant(f"{name}, lr {rate:.3g}", partial(_given, rate=rate, schedule=DECAYS[name]), given=True) for rate in rates]
+    starting.append(Entrant("grid search, then cosine", partial(grid_search, rates=rates)))
     for rule in ("steepest/10", "minimum/10"):
-        starting.append(Entrant(f"range test ({rule}), then cosine", _ranged(rates, rule)))
+        starting.append(Entrant(f"range test ({rule}), then cosine", partial(_ranged, rates=rates, rule=rule)))
     skipped = {}
     if importlib.util.find_spec("optuna") is not None:
         starting.append(Entrant("Bayesian search in stages", lambda run: bayesian(run, rates[0], rates[-1]), foreign=True))
@@ -100,12 +85,9 @@ def learn(run: RaceRun) -> float:
     return learner.lr
 
 
-def _given(rate: float, schedule: Schedule) -> Callable[[RaceRun], float]:
-    def train(run: RaceRun) -> float:
-        run.train(rate, run.remaining, schedule=schedule)
-        return rate
-
-    return train
+def _given(run: RaceRun, *, rate: float, schedule: Schedule) -> float:
+    run.train(rate, run.remaining, schedule=schedule)
+    return rate
 
 
 def grid_search(run: RaceRun, rates: Sequence[float]) -> float:
@@ -124,13 +106,10 @@ def _trial(run: RaceRun, rate: float, steps: int) -> float:
         return math.inf if run.diverged else sum(tail) / len(tail)
 
 
-def _ranged(rates: Sequence[float], rule: str) -> Callable[[RaceRun], float]:
-    def train(run: RaceRun) -> float:
-        rate = range_test(run, rates[0] / 10, rates[-1] * 10, rule=rule)
-        run.train(rate, run.remaining, schedule=DECAYS["cosine"])
-        return rate
-
-    return train
+def _ranged(run: RaceRun, *, rates: Sequence[float], rule: str) -> float:
+    rate = range_test(run, rates[0] / 10, rates[-1] * 10, rule=rule)
+    run.train(rate, run.remaining, schedule=DECAYS["cosine"])
+    return rate
 
 
 def range_test(run: RaceRun, low: float, high: float, *, rule: str) -> float:
@@ -229,7 +208,7 @@ def _schedule_free(name: str, problem: RaceProblem) -> Entrant:
         made.train()  # type: ignore[attr-defined]
         return made
 
-    return Entrant(name, _own_rate(DECAYS["constant"]), foreign=True, optimizer=make)
+    return Entrant(name, partial(_own_rate, schedule=DECAYS["constant"]), foreign=True, optimizer=make)
 
 
 def _prodigy(name: str, problem: RaceProblem) -> Entrant:
@@ -241,16 +220,13 @@ def _prodigy(name: str, problem: RaceProblem) -> Entrant:
         made: torch.optim.Optimizer = prodigyopt.Prodigy(params, weight_decay=weight_decay(_sample(problem)))
         return made
 
-    return Entrant(name, _own_rate(DECAYS["cosine"]), foreign=True, optimizer=make)
+    return Entrant(name, partial(_own_rate, schedule=DECAYS["cosine"]), foreign=True, optimizer=make)
 
 
-def _own_rate(schedule: Schedule) -> Callable[[RaceRun], float]:
-    def train(run: RaceRun) -> float:
-        run.train(1.0, run.remaining, schedule=schedule)  # times the package's own
-        distance = run.optimizer.param_groups[0].get("d")  # Prodigy's estimate of the rate
-        return run.own_rate if distance is None else float(distance)
-
-    return train
+def _own_rate(run: RaceRun, *, schedule: Schedule) -> float:
+    run.train(1.0, run.remaining, schedule=schedule)  # times the package's own
+    distance = run.optimizer.param_groups[0].get("d")  # Prodigy's estimate of the rate
+    return run.own_rate if distance is None else float(distance)
 
 
 def _sample(problem: RaceProblem) -> torch.optim.Optimizer:

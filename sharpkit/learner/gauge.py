@@ -88,13 +88,7 @@ _MOST_MOMENTUM = 0.98  # by judgement; in experiments/learner_momentum.py 0.96 a
 
 
 class Gauge:
-    """Measures batches one after another, each from where the last one's vectors were.
-
-    Args:
-        optimizer: the optimizer whose state preconditions, if it is adaptive.
-        adaptive: whether it is.
-        seed: seeds the random probes.
-    """
+    """Measures batches one after another, each from where the last one's vectors were; an adaptive optimizer's state preconditions."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, adaptive: bool, seed: int) -> None:
         self._optimizer, self._adaptive, self._seed = optimizer, adaptive, seed
@@ -109,12 +103,7 @@ class Gauge:
         return self._trackers["all"].update(self._matrix, step=step)
 
     def group_ratios(self, objective: Objective, ratios: list[float]) -> list[float]:
-        """Each group's rate relative to the first's: inversely to its own block's curvature in the matrix just measured.
-
-        Args:
-            objective: the objective that was measured.
-            ratios: present ratios, kept for groups without parameters in the objective.
-        """
+        """Each group's rate relative to the first's, inversely to its block's curvature in the matrix just measured; others stay."""
         tops: list[float] = []
         for index, params in enumerate(held_parameters(self._optimizer)):
             own = {id(p) for p in params}
@@ -129,14 +118,7 @@ class Gauge:
         return [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, ratios, strict=True)]
 
     def polyak_momentum(self, hessian: HessianOperator, largest: float, reading: str | float, *, step: int) -> float | None:
-        """Polyak's momentum, the lower end of the curvature read from one random probe or given; None without positive curvature.
-
-        Args:
-            hessian: Hessian of the batch.
-            largest: its largest eigenvalue.
-            reading: as in :func:`bulk_curvature`.
-            step: seeds the probe, with the seed.
-        """
+        """Polyak's momentum, the lower end of the curvature read from one random probe or given; None without positive curvature."""
         nodes, weights = [largest], [1.0]
         if isinstance(reading, str):
             density = spectral_density(hessian, num_probes=1, num_steps=min(_BULK_STEPS, hessian.size), seed=self._seed + step)

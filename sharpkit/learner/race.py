@@ -29,26 +29,16 @@ _LEAST_GRADIENTS = 100  # by judgement: a search for a rate in fewer says nothin
 
 @dataclass(frozen=True)
 class Finish(Result):
-    """How one entrant did, over the seeds.
+    """How one entrant did, over the seeds."""
 
-    Attributes:
-        name: name of the entrant.
-        given: whether its rate was given; finding it would have cost the runs with the other rates.
-        rates: rate used, for each seed; the peak if it changes.
-        train_losses, test_losses: losses at the end, for each seed; infinite if the run diverged. No test losses without test data.
-        spent: gradients spent, for each seed; fewer than allowed if the run diverged.
-        searched: how many of them were spent on finding the rate.
-        curve: (gradients spent, batch loss) of the first seed, averaged over stretches.
-    """
-
-    name: str
-    given: bool
-    rates: list[float]
-    train_losses: list[float]
+    name: str  # name of the entrant
+    given: bool  # whether its rate was given; finding it would have cost the runs with the other rates
+    rates: list[float]  # rate used, for each seed; the peak if it changes
+    train_losses: list[float]  # losses at the end, for each seed; infinite if the run diverged. No test losses without test data
     test_losses: list[float]
-    spent: list[int]
-    searched: list[int]
-    curve: list[tuple[float, float]]
+    spent: list[int]  # gradients spent, for each seed; fewer than allowed if the run diverged
+    searched: list[int]  # how many of them were spent on finding the rate
+    curve: list[tuple[float, float]]  # (gradients spent, batch loss) of the first seed, averaged over stretches
 
     @property
     def train_loss(self) -> float:
@@ -212,11 +202,7 @@ def race(
 
 
 def default_rates(problem: RaceProblem, *, points: int = 9) -> list[float]:
-    """A log grid that suits the problem's optimizer.
-
-    Args:
-        problem: the problem; its optimizer decides between two ranges.
-        points: number of rates, at least two.
+    """A log grid of at least two rates that suits the problem's optimizer.
 
     Raises:
         UnsupportedError: an optimizer that the learner does not know.

@@ -25,16 +25,7 @@ _SETTLE = 20  # steps of an adaptive optimizer before its second moments say any
 class Pace(State, saved=("next=_next", "grown=_grown", "made=_made", "settled_every=_settled_every")):
     """Steps at which to measure, within a share of the gradients of the run.
 
-    Args:
-        total_steps: optimizer steps of the run.
-        start: share of the target that growth starts from.
-        warmup: share of the run in which the rate grows from there to the target.
-        budget: share of the run's gradients that measurements may take.
-        interval: steps between measurements once settled, or ``"auto"``.
-        adaptive: whether the optimizer's state must settle first.
-
-    Attributes:
-        longest_growth: steps after which growth ends even if the limit was not met.
+    The rate grows from the share ``start`` of its target to the target in the share ``warmup`` of the run.
     """
 
     def __init__(self, total_steps: int, *, start: float, warmup: float, budget: float, interval: int | str, adaptive: bool) -> None:
@@ -136,19 +127,7 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
             self.value = max(self.value, min(self.value * self._pace.growth, self._target, self._cap))
 
     def decide(self, limit: float, *, step: int, decay: float, losses: LossWatch, batch_size: int, changed: bool) -> str:
-        """Move the rate by a limit just measured.
-
-        Args:
-            limit: largest stable rate on the batch.
-            step: optimizer steps done.
-            decay: factor of the rate at this step.
-            losses: losses of the run so far.
-            batch_size: number of samples in the batch.
-            changed: whether the batch size is a new one.
-
-        Returns:
-            the reason in words.
-        """
+        """Move the rate by the limit of a batch just measured, with the schedule at the factor ``decay``; returns the reason in words."""
         if self._pool and not changed:
             return self._confirm(limit, losses)
         self._limits = [*self._limits, limit][-2:]

@@ -17,10 +17,7 @@ DECAYS: dict[str, Schedule] = {"linear": lambda z: 1 - z, "cosine": lambda z: 0.
 
 
 class Multiplier:
-    """A torch scheduler run on a stand-in optimizer of rate 1: its lr is used as the multiplier.
-
-    Args:
-        make: optimizer -> scheduler; None for a multiplier that stays 1.
+    """A torch scheduler run on a stand-in optimizer of rate 1: its lr is used as the multiplier; without one it stays 1.
 
     Raises:
         TypeError: a scheduler instead of a function that makes one.

@@ -25,9 +25,7 @@ Losses = deque[tuple[int, float]]  # (step, loss), finite ones only
 def spread_of_differences(values: Sequence[float], *, about_trend: bool = True) -> float:
     """Standard deviation of independent scatter about a smooth course, from successive differences; 0 for fewer than five values.
 
-    Args:
-        values: in the order of time.
-        about_trend: take differences about their median, so that a steady trend does not count.
+    The differences are taken ``about_trend``, their median, so that a steady trend does not count.
 
     Example:
         >>> spread_of_differences([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -42,10 +40,7 @@ def spread_of_differences(values: Sequence[float], *, about_trend: bool = True) 
 
 
 def blows_up(losses: Sequence[float]) -> bool:
-    """Whether losses run away: they end well above where they began, or every one is above the one before.
-
-    Args:
-        losses: in the order of time; fewer than three never do.
+    """Whether losses, fewer than three never, run away: they end well above where they began, or every one is above the one before.
 
     Example:
         >>> blows_up([1.0, 1.1, 1.2, 1.3, 1.4]), blows_up([1.0, 1.1, 0.9, 1.2, 0.8])
@@ -382,19 +377,14 @@ EVENT_KINDS = tuple(d.kind for d in (ProgressiveSharpening, EdgeOfStability, Sel
 class Event(Result):
     """Something a run did, noticed at a step.
 
-    Attributes:
-        kind: one of ``EVENT_KINDS``.
-        step: optimizer steps done when it was noticed.
-        text: what happened, with its numbers.
-
     Example:
         >>> Event("loss_spike", 7, "Loss spike: ...").to_dict()
         {'kind': 'loss_spike', 'step': 7, 'text': 'Loss spike: ...'}
     """
 
-    kind: str
-    step: int
-    text: str
+    kind: str  # one of EVENT_KINDS
+    step: int  # optimizer steps done when it was noticed
+    text: str  # what happened, with its numbers
 
     def __str__(self) -> str:
         return f"step {self.step}: {self.text}"
@@ -445,13 +435,9 @@ class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_re
         self._forget()
 
     def update(self, record: Mapping[str, Any]) -> list[Event]:
-        """Take the next record.
+        """Take the next ``monitor_record``; returns the events that began here, or in the losses since the last record.
 
-        Args:
-            record: a ``monitor_record`` with at least ``step`` and ``values``; its loss counts unless :meth:`update_loss` had that step.
-
-        Returns:
-            The events that began here, or in the losses since the last record.
+        Its loss counts unless :meth:`update_loss` had that step.
         """
         step = int(record["step"])
         if step < self._last_step:  # the run went back to an earlier state
@@ -468,10 +454,6 @@ class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_re
         """Take the loss of a step that may have no record, so that what happens between measurements is seen; costs microseconds.
 
         What begins here comes with the next :meth:`update`.
-
-        Args:
-            step: optimizer steps done.
-            loss: the loss at that step; NaN and infinity count as a spike.
         """
         if step < self._last_step:
             self._forget()

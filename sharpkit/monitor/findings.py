@@ -14,14 +14,7 @@ Document = Mapping[str, Any]
 
 
 def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
-    """What the run showed: the course of the curvature against its limit, failures, cost.
-
-    Args:
-        header: header of the run; may be empty.
-        records: ``monitor_record`` documents, steps increasing.
-
-    Returns:
-        Sentences; at least one.
+    """What the run showed, in sentences: the course of the curvature against its limit, failures, cost; steps increasing.
 
     Example:
         >>> def record(step, value):

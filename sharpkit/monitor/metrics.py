@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,21 +63,13 @@ _LEAST_MATVECS = 3  # products without which neither a trace nor the ends of a s
 
 @dataclass
 class Memory(State, saved=("trackers", "windows", "numbers")):
-    """What metrics remember from one measurement to the next, saved with the monitor's state.
+    """What metrics remember from one measurement to the next, saved with the monitor's state."""
 
-    Attributes:
-        tol: relative error that the trackers reach for.
-        seed: seeds all random vectors and draws.
-        trackers: a tracker of an eigenvalue for each metric, made when first asked for.
-        windows: the last results on single batches, by metric.
-        numbers: single numbers, by metric.
-    """
-
-    tol: float = 0.02
-    seed: int = 0
-    trackers: Parts[EigenvalueTracker] = field(init=False)
-    windows: dict[str, deque[tuple[float, ...]]] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
+    tol: float = 0.02  # relative error that the trackers reach for
+    seed: int = 0  # seeds all random vectors and draws
+    trackers: Parts[EigenvalueTracker] = field(init=False)  # a tracker of an eigenvalue for each metric, made when first asked for
+    windows: dict[str, deque[tuple[float, ...]]] = field(default_factory=dict)  # the last results on single batches, by metric
+    numbers: dict[str, float] = field(default_factory=dict)  # single numbers, by metric
 
     def __post_init__(self) -> None:
         # made at the first measurement: the monitor tells a cold start by whether the tracker was there before
@@ -94,27 +86,16 @@ class Memory(State, saved=("trackers", "windows", "numbers")):
 
 @dataclass
 class Situation:
-    """One measurement in the making: the function, the optimizer as it stands, and what is shared between metrics.
+    """One measurement in the making: the function, the optimizer as it stands, and what is shared between metrics."""
 
-    Attributes:
-        objective: the training batch, or the part of it that is measured.
-        probe: the fixed probe set; None without one.
-        optimizer: unwrapped; only read.
-        batch_size: number of samples in the training batch, on all processes.
-        step: optimizer steps done.
-        memory: what the metrics remember.
-        max_matvecs: number of products that the budget allows the next metric; None if there is no bound.
-        top_k: how many eigenvalues ``top_k`` gives.
-    """
-
-    objective: Objective
-    probe: Objective | None
-    optimizer: torch.optim.Optimizer
-    batch_size: int
-    step: int
-    memory: Memory
-    max_matvecs: int | None = None
-    top_k: int = 5
+    objective: Objective  # the training batch, or the part of it that is measured
+    probe: Objective | None  # the fixed probe set; None without one
+    optimizer: torch.optim.Optimizer  # unwrapped; only read
+    batch_size: int  # number of samples in the training batch, on all processes
+    step: int  # optimizer steps done
+    memory: Memory  # what the metrics remember
+    max_matvecs: int | None = None  # number of products that the budget allows the next metric; None if there is no bound
+    top_k: int = 5  # how many eigenvalues top_k gives
 
     @property
     def lr(self) -> float:
@@ -227,16 +208,15 @@ def _top_k(s: Situation) -> Values:
 
 def _per_layer(s: Situation) -> Values:
     values: Values = {}
-    for layer in dict.fromkeys(layer_of(name) for name in s.wide.layout.names):
+    members: dict[str, set[int]] = {}
+    for param, p in zip(s.wide.layout.names, s.wide.layout.params, strict=True):
+        members.setdefault(layer_of(param), set()).add(id(p))
+    for layer, own in members.items():
         # a block shares the graph of the whole Hessian: only the vectors are shorter
-        block = s.wide_hessian.block(partial(_is_in_layer, layer))
+        block = s.wide_hessian.block(among(own))
         name = f"lambda_max/{layer}"
         values[name] = _tracked(s, name, block, s.hessian_limit(), f" {s.where}")
     return values
-
-
-def _is_in_layer(layer: str, name: str, _: torch.Tensor) -> bool:
-    return layer_of(name) == layer
 
 
 def _groups(s: Situation) -> Values:
@@ -359,19 +339,12 @@ def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) ->
 
 @dataclass(frozen=True)
 class Metric:
-    """One entry of the table below.
+    """One entry of the table below."""
 
-    Attributes:
-        compute: measures it.
-        gradients: approximate cost of one measurement, in gradients of the batch.
-        live: whether it reads the optimizer's state; for an adaptive one it is then left out before the first step.
-        needs_probe: whether it can be measured on a probe set only.
-    """
-
-    compute: Callable[[Situation], Values]
-    gradients: float
-    live: bool = False
-    needs_probe: bool = False
+    compute: Callable[[Situation], Values]  # measures it
+    gradients: float  # approximate cost of one measurement, in gradients of the batch
+    live: bool = False  # whether it reads the optimizer's state; for an adaptive one it is then left out before the first step
+    needs_probe: bool = False  # whether it can be measured on a probe set only
 
 
 # By name. The numbers, by judgement, are what a first measurement costs in gradients of the batch; all later plans rest on measured costs.
@@ -477,15 +450,12 @@ def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.
         raise ValueError(f"metrics must be a list of at least one of {', '.join(METRICS)}, or functions; got {metrics!r}")
     chosen: dict[str, Metric] = {}
     for metric in metrics:
-        if callable(metric):
-            chosen[name_of(metric)] = custom(metric)
-        elif metric in METRICS:
-            chosen[metric] = METRICS[metric]
-        else:
+        if not callable(metric) and metric not in METRICS:
             raise ValueError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}, or pass a function (objective, optimizer)")
-        if callable(metric) or not METRICS[metric].needs_probe or probe is not None:
-            continue
-        raise ValueError(f"the metric {metric!r} needs a fixed set of data: pass probe=(inputs, targets)")
+        name, entry = (name_of(metric), custom(metric)) if callable(metric) else (metric, METRICS[metric])
+        if entry.needs_probe and probe is None:
+            raise ValueError(f"the metric {metric!r} needs a fixed set of data: pass probe=(inputs, targets)")
+        chosen[name] = entry
     return chosen
 
 

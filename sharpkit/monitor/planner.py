@@ -23,17 +23,11 @@ _REFRESH = 8  # gaps between two computations of that median, the slowest part o
 
 @dataclass
 class Stopwatch(State, saved=("training", "measuring", "gaps=_gaps")):
-    """Time spent training and time spent measuring, from the gaps between the monitor's calls.
+    """Time spent training and time spent measuring, from the gaps between the monitor's calls."""
 
-    Attributes:
-        training: seconds of training steps; a pause counts as five typical steps.
-        measuring: seconds inside the monitor.
-        entered: time of the last call, in seconds of ``mark``.
-    """
-
-    training: float = 0.0
-    measuring: float = 0.0
-    entered: float = 0.0
+    training: float = 0.0  # seconds of training steps; a pause counts as five typical steps
+    measuring: float = 0.0  # seconds inside the monitor
+    entered: float = 0.0  # time of the last call, in seconds of mark
     _gaps: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
     _left: float | None = None
     _typical: float = math.nan
@@ -87,26 +81,16 @@ class Stopwatch(State, saved=("training", "measuring", "gaps=_gaps")):
 
 @dataclass
 class Account(State, saved=("spent", "forecast", "last=_last")):
-    """What one metric may spend and has spent.
+    """What one metric may spend and has spent."""
 
-    Attributes:
-        share: share of the training time that it may spend.
-        spent: seconds spent so far.
-        forecast: predicted seconds of the next measurement: the larger of the last two, so that an expensive one is spread over more steps.
-    """
-
-    share: float
-    spent: float = 0.0
+    share: float  # share of the training time that it may spend
+    spent: float = 0.0  # seconds spent so far
+    # predicted seconds of the next measurement: the larger of the last two, so that an expensive one is spread over more steps
     forecast: float = math.nan
     _last: float = math.nan
 
     def pay(self, seconds: float, *, typical: bool = True) -> None:
-        """Charge a measurement.
-
-        Args:
-            seconds: duration of the measurement.
-            typical: whether the next one will take about as long (after a cold start it will not).
-        """
+        """Charge a measurement; not ``typical`` where the next will take less long, as after a cold start."""
         self.spent += seconds
         if typical:
             self.forecast = seconds if math.isnan(self._last) else max(seconds, self._last)
@@ -135,16 +119,8 @@ _LEAST_MATVECS = 6  # with three, experiments/monitor_overhead.py had the curvat
 class Planner(State, saved=("next=_next", "planned=_planned", "part", "watch", "accounts=_accounts")):
     """Decides at each measurement when the next one is, so that between them a step costs nothing and all processes agree.
 
-    Args:
-        gradients: approximate cost of one measurement of each metric, in gradients of the batch; the main metric first.
-        every: steps between measurements, or ``"auto"``.
-        budget: share of the training time that measuring may take.
-        max_interval: longest interval between measurements in steps; if the budget asks for a longer one, less of each batch is measured.
-        process_group: as in Objective.
-
-    Attributes:
-        watch: times training and measuring.
-        part: share of each batch that is measured.
+    The cost of a first measurement of each metric, the main one first, is guessed in gradients of the batch. If the budget asks for more
+    than ``max_interval`` steps between two, only a ``part`` of each batch is measured.
     """
 
     def __init__(
@@ -194,12 +170,7 @@ class Planner(State, saved=("next=_next", "planned=_planned", "part", "watch", "
         self._accounts[name].pay(seconds, typical=not cold)
 
     def plan(self, step: int, *, may_halve: bool) -> None:
-        """Fix the next measurement.
-
-        Args:
-            step: number of the present step.
-            may_halve: whether the part of the batch that is measured may still be halved.
-        """
+        """Fix the next measurement; ``may_halve`` says whether the part of the batch that is measured may still be halved."""
         if self.every != "auto":
             self._next = step + int(self.every)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,7 +117,7 @@ class Series(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class MonitorHistory(Result, kind=HISTORY, version=VERSION):
+class MonitorHistory(Result, Sequence[Record], kind=HISTORY, version=VERSION):
     """The records of one run, in order; a sequence.
 
     Attributes:
@@ -131,10 +131,7 @@ class MonitorHistory(Result, kind=HISTORY, version=VERSION):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.records)
-
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
         return self.records[index]
 
     def append(self, record: Record) -> None:

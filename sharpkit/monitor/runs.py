@@ -18,19 +18,12 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFile(Result, kind=HISTORY, version=VERSION, saved=("name", "header", "resumed_at", "records", "findings")):
-    """A monitored run as its file tells it; made by :func:`read_run`.
+    """A monitored run as its file tells it; made by :func:`read_run`."""
 
-    Attributes:
-        headers: headers of the run and of each time it was resumed, oldest first.
-        records: one for each step, steps increasing.
-        notes: what a reader should know about the file, in sentences.
-        name: the file's name without its folder.
-    """
-
-    headers: tuple[Document, ...]
-    records: tuple[Document, ...]
-    notes: tuple[str, ...] = ()
-    name: str = ""
+    headers: tuple[Document, ...]  # headers of the run and of each time it was resumed, oldest first
+    records: tuple[Document, ...]  # one for each step, steps increasing
+    notes: tuple[str, ...] = ()  # what a reader should know about the file, in sentences
+    name: str = ""  # the file's name without its folder
 
     @property
     def header(self) -> Document:
@@ -148,12 +141,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFile:
 
 
 def parse_lines(lines: Iterable[bytes], path: Path, *, first: int) -> list[Document]:
-    """Documents of whole lines, blank ones skipped.
-
-    Args:
-        lines: lines of the file.
-        path: named in messages.
-        first: number of the first of these lines in the file, from 1.
+    """Documents of whole lines, blank ones skipped; the first of them is line ``first`` of the file, from 1.
 
     Raises:
         ValueError: a line is not a header or record of a monitored run.
@@ -191,11 +179,7 @@ def _check(document: Any, where: str) -> None:
 
 
 def is_run_file(path: Path) -> bool:
-    """Whether the file begins as a monitored run does.
-
-    Args:
-        path: any file.
-    """
+    """Whether any file begins as a monitored run does."""
     try:
         with open(path, "rb") as stream:
             begin = stream.readline(65536)  # the file may be anything, without a newline in the first gigabyte
@@ -207,9 +191,6 @@ def is_run_file(path: Path) -> bool:
 
 class RunFollower:
     """New documents of a file that grows, is replaced, or is not there yet.
-
-    Args:
-        path: the file to follow.
 
     Attributes:
         was_replaced: whether the last :meth:`poll` began a file anew.

@@ -44,21 +44,13 @@ def in_words(metric: str) -> str:
 
 
 class Reading(NamedTuple):
-    """One metric at one step; NaN where the record does not say.
+    """One metric at one step; NaN where the record does not say."""
 
-    Attributes:
-        step: optimizer steps done.
-        value: what was measured.
-        stderr: error of the value; infinite if unknown.
-        limit: value from which training is unstable; NaN if there is none.
-        loss: loss at the same step.
-    """
-
-    step: int
-    value: float
-    stderr: float
-    limit: float
-    loss: float
+    step: int  # optimizer steps done
+    value: float  # what was measured
+    stderr: float  # error of the value; infinite if unknown
+    limit: float  # value from which training is unstable; NaN if there is none
+    loss: float  # loss at the same step
 
     @property
     def ratio(self) -> float:
@@ -81,10 +73,6 @@ class Reading(NamedTuple):
 
 def reading(record: Document, metric: str) -> Reading | None:
     """One metric of a record; None where the record lacks it or it is not finite.
-
-    Args:
-        record: a ``monitor_record``.
-        metric: such as ``"lambda_max"``.
 
     Example:
         >>> reading({"step": 3, "values": {"lambda_max": {"value": 19.0, "stderr": 0.1, "limit": 20.0}}}, "lambda_max").ratio

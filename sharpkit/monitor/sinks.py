@@ -31,115 +31,15 @@ from sharpkit.monitor.schema import RUN
 __all__ = ["FileSink", "RunFile", "Sink", "as_sink", "csv", "jsonl", "read_run", "tensorboard", "wandb"]
 
 
-class LineFile:
-    """A text file that only grows, whole lines at a time.
-
-    Each piece is handed to the operating system in one write, so it survives the process; it is forced to the disk every few seconds and on
-    close. When the disk is full the pieces wait, bounded in number, and are written once there is room.
-
-    Args:
-        path: the file; its folder must exist. An existing file is continued, after a torn last line is cut off.
-        is_whole: whether a last line without a newline is complete all the same.
-        sync_seconds: longest time between two forced writes to the disk while lines come in.
-        max_waiting: pieces kept while the disk takes none; beyond it the oldest are dropped and counted.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: the file cannot be opened for writing.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, is_whole: Callable[[bytes], bool], sync_seconds: float, max_waiting: int) -> None:
-        self.path = Path(path)
-        if not self.path.absolute().parent.is_dir():
-            folder = self.path.absolute().parent
-            raise FileNotFoundError(f"cannot write {self.path}: the folder {folder} does not exist; make it first or name another place")
-        if self.path.is_dir():
-            raise IsADirectoryError(f"cannot write {self.path}: it is a folder; name a file in it")
-        if self.path.is_file():
-            _mend_tail(self.path, is_whole)
-        self.num_dropped = 0
-        self._waiting: deque[bytes] = deque()
-        self._max_waiting, self._sync_seconds = max_waiting, sync_seconds
-        self._synced = time.monotonic()
-        self._warned = False
-        # unbuffered: a line handed over is the operating system's and survives the process
-        self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 - it stays open for the whole run
-
-    @property
-    def num_waiting(self) -> int:
-        """Pieces that the disk has not taken yet."""
-        return len(self._waiting)
-
-    def append(self, text: str) -> None:
-        """Write whole lines, after any that still wait; never raises for lack of space.
-
-        Args:
-            text: ends with a newline.
-        """
-        self._waiting.append(text.encode())  # always through the queue: the order of lines is that of the steps
-        while len(self._waiting) > self._max_waiting:
-            del self._waiting[1]  # the first may be written in part
-            self.num_dropped += 1
-        self._flush()
-
-    def _flush(self) -> None:
-        try:
-            while self._waiting:
-                self._write_first()
-            if time.monotonic() - self._synced >= self._sync_seconds:
-                self._sync()
-        except OSError as error:
-            self._explain(error)
-
-    def _write_first(self) -> None:
-        """Write the first piece that waits; what a full disk did not take of it stays in its place and follows later."""
-        piece = self._waiting[0]
-        done = self._file.write(piece) or 0
-        if done == len(piece):
-            self._waiting.popleft()
-            return
-        self._waiting[0] = piece[done:]
-        if not done:
-            raise OSError(errno.ENOSPC, "the file takes no more bytes")
-
-    def _sync(self) -> None:
-        self._synced = time.monotonic()
-        if self.path.is_file():  # pipes and devices have nothing to force
-            os.fsync(self._file.fileno())
-
-    def _explain(self, error: OSError) -> None:
-        if self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            f"cannot write {self.path}: {error.strerror or error}. Training goes on. Make room: up to {self._max_waiting} writes "
-            "are kept in memory and tried again with every new one; beyond that the oldest are lost.",
-            SharpkitWarning,
-            stacklevel=2,
-        )
-
-    def close(self) -> None:
-        """Write what waits, force it to the disk, and say what was lost, if anything."""
-        if self._file.closed:
-            return
-        self._flush()
-        try:
-            self._sync()
-        except OSError as error:
-            self._explain(error)
-        # the file is closed even if it cannot be synced: an open descriptor would outlive the run
-        lost = self.num_dropped + len(self._waiting)
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if lost:
-            warnings.warn(f"{lost} writes to {self.path} were lost: the disk did not take them", SharpkitWarning, stacklevel=2)
-
-
 def _mend_tail(path: Path, is_whole: Callable[[bytes], bool]) -> None:
     """Cut off a last line that a killed process left incomplete, or end it if only its newline is missing."""
     with open(path, "rb+") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        start = _last_line_start(stream, size)
+        start = end = stream.seek(0, os.SEEK_END)
+        while start == end and end > 0:  # backwards, piece by piece, since a file of a long run is large
+            begin = max(0, end - 65536)
+            stream.seek(begin)
+            newline = stream.read(end - begin).rfind(b"\n")
+            start, end = (begin, begin) if newline < 0 else (begin + newline + 1, -1)
         stream.seek(start)
         tail = stream.read()
         if not tail:
@@ -149,19 +49,6 @@ def _mend_tail(path: Path, is_whole: Callable[[bytes], bool]) -> None:
             return
         stream.truncate(start)
     warnings.warn(f"the last line of {path} was torn ({len(tail)} bytes of it were there): it was cut off", SharpkitWarning, stacklevel=4)
-
-
-def _last_line_start(stream: Any, size: int) -> int:
-    """Where the text after the last newline begins; read backwards, since a file of a long run is large."""
-    end = size
-    while end > 0:
-        begin = max(0, end - 65536)
-        stream.seek(begin)
-        newline = int(stream.read(end - begin).rfind(b"\n"))
-        if newline >= 0:
-            return begin + newline + 1
-        end = begin
-    return 0
 
 
 Document = Mapping[str, Any]
@@ -175,14 +62,10 @@ class Sink:
 
     A context manager that closes itself. What the place behind it raises is warned about once and counted in ``num_failed``, never raised
     again: training goes on.
-
-    Attributes:
-        num_failed: writes that failed.
     """
 
     def __init__(self, name: str, write: Callable[[Document], Any], close: Callable[[], Any] | None = None) -> None:
-        self.name = name
-        self.num_failed = 0
+        self.name, self.num_failed = name, 0
         self._write, self._close = write, close
 
     def open_run(self, header: Document) -> None:
@@ -224,30 +107,99 @@ class Sink:
 
 
 class FileSink(Sink):
-    """A sink whose lines go to a file.
+    """A text file that only grows, whole lines at a time; an existing one is continued, after a torn last line is cut off.
+
+    Each piece is handed to the operating system in one write, so it survives the process; it is forced to the disk every few seconds and on
+    close. When the disk is full the pieces wait, bounded in number, and are written once there is room.
 
     Attributes:
         path: the file it writes.
+        num_dropped: writes that were lost because too many waited.
     """
 
-    def __init__(self, name: str, lines: LineFile, to_text: Callable[[Document], str]) -> None:
-        super().__init__(name, self._append, lines.close)
-        self.path = lines.path
-        self._lines, self._to_text = lines, to_text
-
-    def _append(self, document: Document) -> None:
-        if text := self._to_text(document):
-            self._lines.append(text)
+    def __init__(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        to_text: Callable[[Document], str],
+        *,
+        is_whole: Callable[[bytes], bool],
+        sync_seconds: float,
+        max_waiting: int,
+    ) -> None:
+        self.path, self.num_dropped = Path(path), 0
+        super().__init__(f"{name}({str(path)!r})", lambda document: self.append(to_text(document)), self._finish)
+        folder = self.path.absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"cannot write {self.path}: the folder {folder} does not exist; make it first or name another place")
+        if self.path.is_dir():
+            raise IsADirectoryError(f"cannot write {self.path}: it is a folder; name a file in it")
+        if self.path.is_file():
+            _mend_tail(self.path, is_whole)
+        self._waiting: deque[bytes] = deque()
+        self._max_waiting, self._sync_seconds = max_waiting, sync_seconds
+        self._synced, self._warned = time.monotonic(), False
+        # unbuffered: a line handed over is the operating system's and survives the process
+        self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 - it stays open for the whole run
 
     @property
     def num_waiting(self) -> int:
         """Writes that a full disk has not taken yet; they are tried again with the next record."""
-        return self._lines.num_waiting
+        return len(self._waiting)
 
-    @property
-    def num_dropped(self) -> int:
-        """Writes that were lost because too many waited."""
-        return self._lines.num_dropped
+    def append(self, text: str) -> None:
+        """Write whole lines, after any that still wait; never raises for lack of space."""
+        if not text:
+            return
+        self._waiting.append(text.encode())  # always through the queue: the order of lines is that of the steps
+        while len(self._waiting) > self._max_waiting:
+            del self._waiting[1]  # the first may be written in part
+            self.num_dropped += 1
+        self._flush()
+
+    def _flush(self, *, sync: bool = False) -> None:
+        try:
+            while self._waiting:
+                piece = self._waiting[0]
+                done = self._file.write(piece) or 0
+                if done < len(piece):  # what a full disk did not take stays in its place and follows later
+                    self._waiting[0] = piece[done:]
+                    if not done:
+                        raise OSError(errno.ENOSPC, "the file takes no more bytes")
+                else:
+                    self._waiting.popleft()
+        except OSError as error:
+            self._explain(error)
+            if not sync:
+                return
+        try:
+            if sync or time.monotonic() - self._synced >= self._sync_seconds:
+                self._synced = time.monotonic()
+                if self.path.is_file():  # pipes and devices have nothing to force
+                    os.fsync(self._file.fileno())
+        except OSError as error:
+            self._explain(error)
+
+    def _explain(self, error: OSError) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"cannot write {self.path}: {error.strerror or error}. Training goes on. Make room: up to {self._max_waiting} writes "
+            "are kept in memory and tried again with every new one; beyond that the oldest are lost.",
+            SharpkitWarning,
+            stacklevel=2,
+        )
+
+    def _finish(self) -> None:
+        """Write what waits, force it to the disk, and say what was lost, if anything."""
+        self._flush(sync=True)
+        # the file is closed even if it cannot be synced: an open descriptor would outlive the run
+        lost = self.num_dropped + len(self._waiting)
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if lost:
+            warnings.warn(f"{lost} writes to {self.path} were lost: the disk did not take them", SharpkitWarning, stacklevel=2)
 
 
 def jsonl(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting: int = 1000) -> FileSink:
@@ -274,17 +226,16 @@ def jsonl(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waitin
         1
     """
     _refuse_foreign(Path(path), lambda line: "kind" in json.loads(line), '{"kind": ', "JSON lines of sharpkit")
-    lines = LineFile(path, is_whole=_is_json, sync_seconds=sync_seconds, max_waiting=max_waiting)
-    return FileSink(f"jsonl({str(path)!r})", lines, lambda document: to_json(document) + "\n")
+    return FileSink(
+        "jsonl", path, lambda record: to_json(record) + "\n", is_whole=_is_json, sync_seconds=sync_seconds, max_waiting=max_waiting
+    )
 
 
 def csv(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting: int = 1000) -> FileSink:
     """A table with one row for each step and metric; the header of the run is not in it.
 
     Args:
-        path: the file to write; its folder must exist. An existing table is continued.
-        sync_seconds: longest time between two forced writes to the disk.
-        max_waiting: records kept while the disk takes none.
+        path, sync_seconds, max_waiting: as for :func:`jsonl`; an existing table is continued.
 
     Raises:
         ValueError: the file is another table.
@@ -299,10 +250,12 @@ def csv(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting:
     """
     head = ",".join(_COLUMNS)
     _refuse_foreign(Path(path), lambda line: line.strip() == head, head, f"the columns {head}")
-    lines = LineFile(path, is_whole=lambda tail: tail.decode(errors="replace") == head, sync_seconds=sync_seconds, max_waiting=max_waiting)
-    if not lines.path.is_file() or lines.path.stat().st_size == 0:
-        lines.append(head + "\n")
-    return FileSink(f"csv({str(path)!r})", lines, _rows)
+    sink = FileSink(
+        "csv", path, _rows, is_whole=lambda tail: tail.decode(errors="replace") == head, sync_seconds=sync_seconds, max_waiting=max_waiting
+    )
+    if not sink.path.is_file() or sink.path.stat().st_size == 0:
+        sink.append(head + "\n")
+    return sink
 
 
 def tensorboard(target: Any) -> Sink:

@@ -21,9 +21,8 @@ MINIMAL_EXPONENT = 0.25
 # Standard errors: some ten rules are tested with errors known from 7 to 10 degrees of freedom, whose t-quantile for one false alarm in a
 # hundred checks is 4 to 5; the exponent asked for above makes the joint condition stricter (experiments/transfer_faults.py).
 MINIMAL_ERRORS = 4.0
-_STRICT = (
-    2.0  # times both, for a single tensor among many of its role, by judgement: there are dozens of them, so that some are off by chance
-)
+# Times both, for a single tensor among many of its role, by judgement: there are dozens of them, so that some are off by chance.
+_STRICT = 2.0
 _ROUNDING = 1e-5  # of a coordinate, by judgement: the change that rounding makes in single precision, with room above
 _CONTRADICTION = 0.1  # by judgement: updates off by less in the other direction are no evidence against the logits at initialisation
 
@@ -140,23 +139,14 @@ def culprits_of(seen: Observations) -> tuple[Culprit, ...]:
 # -- evidence -----------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Evidence:
-    """One rule, tested.
+    """One rule, tested."""
 
-    Attributes:
-        rule: a key of RULES.
-        where: names of the tensors or coordinates that were looked at.
-        slope: measured exponent.
-        expected: exponent under the rule.
-        above_only: whether a smaller exponent is as good.
-        strict: how many times the least exponent and error that count it must be off (a single tensor among many: twice).
-    """
-
-    rule: str
-    where: tuple[str, ...]
-    slope: Slope
-    expected: float = 0.0
-    above_only: bool = False
-    strict: float = 1.0
+    rule: str  # a key of RULES
+    where: tuple[str, ...]  # names of the tensors or coordinates that were looked at
+    slope: Slope  # measured exponent
+    expected: float = 0.0  # exponent under the rule
+    above_only: bool = False  # whether a smaller exponent is as good
+    strict: float = 1.0  # how many times the least exponent and error that count it must be off (a single tensor among many: twice)
 
     @property
     def excess(self) -> float:

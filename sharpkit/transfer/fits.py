@@ -61,13 +61,10 @@ class Slope(Result):
 
 
 def log_slope(sizes: Mapping[int, Sequence[float]]) -> Slope:
-    """Fit log size = c + a log width by least squares.
+    """Fit log size = c + a log width by least squares, over one value per seed of each width; zeros, NaN and infinities are left out.
 
     If every width has several seeds, the standard error is the larger of the one from the scatter about the line and the one from the
     means of the widths alone: a bent curve is not a precise slope.
-
-    Args:
-        sizes: width -> one value per seed, each positive; zeros, NaN and infinities are left out.
 
     Returns:
         the slope; NaN with infinite errors if fewer than two widths have a value.
@@ -106,19 +103,12 @@ def _line(x: Array, y: Array) -> tuple[float, float, float]:
 # -- loss against learning rate -----------------------------------------------------------------------------------------------
 @dataclass
 class Curve(Result, saved=("size", "initial=start_loss", "points=rows")):
-    """Losses by log2 factor and seed at one size.
+    """Losses by log2 factor and seed at one size."""
 
-    Attributes:
-        size: width or depth.
-        losses: log2 factor -> seed -> loss, diverged runs as the initial loss.
-        diverged: the (log2 factor, seed) of those.
-        initial: seed -> loss before training.
-    """
-
-    size: int
-    losses: dict[float, dict[int, float]] = field(default_factory=dict)
-    diverged: set[tuple[float, int]] = field(default_factory=set)
-    initial: dict[int, float] = field(default_factory=dict)
+    size: int  # width or depth
+    losses: dict[float, dict[int, float]] = field(default_factory=dict)  # log2 factor -> seed -> loss, diverged runs as the initial loss
+    diverged: set[tuple[float, int]] = field(default_factory=set)  # the (log2 factor, seed) of those
+    initial: dict[int, float] = field(default_factory=dict)  # seed -> loss before training
 
     def points(self, seeds: Collection[int]) -> list[float]:
         """Ascending log2 factors at which all these seeds were run."""
@@ -160,14 +150,7 @@ class Curve(Result, saved=("size", "initial=start_loss", "points=rows")):
 
 
 def search(curve: Curve, evaluate: Evaluate, *, start: float, seeds: int | Sequence[int]) -> None:
-    """Locate the lowest point with one seed by ever finer steps, then run all seeds on seven points around it.
-
-    Args:
-        curve: is filled.
-        evaluate: runs a point; it may end the search by raising.
-        start: first guess, log2 factor; rounded to the grid.
-        seeds: seeds run at each point around the optimum; the first of them searches.
-    """
+    """Locate the lowest point with one seed by ever finer steps from a first guess, then run all seeds on seven points around it."""
     everyone = as_seeds(seeds)
     first = everyone[:1]
     start = round(start / FINE) * FINE  # on one grid at every size, so that runs can be shared and curves compared point by point
@@ -201,36 +184,20 @@ def search(curve: Curve, evaluate: Evaluate, *, start: float, seeds: int | Seque
 
 @dataclass(frozen=True)
 class Optimum(Result):
-    """The learning rate of lowest loss at one size.
+    """The learning rate of lowest loss at one size."""
 
-    Attributes:
-        size: width or depth.
-        log2: log2 of the best factor, by the parabola.
-        lower, upper: 95 % bootstrap interval over seeds; one half octave to each side for a single seed.
-        per_seed: the best log2 factor of each seed alone.
-        loss: at the parabola's lowest point.
-        curvature: the a in log loss = log lowest + a (log2 factor - optimum)^2; 0 if the points have no parabola.
-        interior: False if the lowest point lies at the edge of what was run.
-    """
-
-    size: int
-    log2: float
-    lower: float
+    size: int  # width or depth
+    log2: float  # log2 of the best factor, by the parabola
+    lower: float  # 95 % bootstrap interval over seeds; one half octave to each side for a single seed
     upper: float
-    per_seed: tuple[float, ...]
-    loss: float
-    curvature: float
-    interior: bool
+    per_seed: tuple[float, ...]  # the best log2 factor of each seed alone
+    loss: float  # at the parabola's lowest point
+    curvature: float  # the a in log loss = log lowest + a (log2 factor - optimum)^2; 0 if the points have no parabola
+    interior: bool  # False if the lowest point lies at the edge of what was run
 
 
 def optimum(curve: Curve, *, seeds: int | Sequence[int], seed: int = 0) -> Optimum:
-    """The bottom of a searched curve with its interval.
-
-    Args:
-        curve: after :func:`search`.
-        seeds: seeds that were run.
-        seed: seeds the resampling.
-    """
+    """The bottom of a searched curve with its interval; ``seed`` seeds the resampling."""
     everyone = as_seeds(seeds)
     at, count = curve.best(everyone), len(everyone)
     window = [x for x in curve.points(everyone) if abs(x - at) <= _WINDOW + 1e-9]

@@ -463,12 +463,6 @@ def _cut_torn_line(stream: BinaryIO) -> None:
 def fingerprint(run: FamilyRun, *, data: str, first_loss: float, **settings: Any) -> str:
     """What determines a run, as a short key: the model's shapes and first loss, the optimizer's settings, the data and ``settings``.
 
-    Args:
-        run: not trained yet.
-        data: the key of :func:`data_fingerprint`.
-        first_loss: of this model on the first batch; a changed model or loss shows here.
-        settings: the rest: steps, factor, criterion.
-
     Example:
         >>> from torch import nn, optim, zeros
         >>> from sharpkit.transfer.setup import Family

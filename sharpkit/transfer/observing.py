@@ -36,83 +36,52 @@ _SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
 # -- what is noted ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Track:
-    """One coordinate over sizes, seeds and steps.
+    """One coordinate over sizes, seeds and steps."""
 
-    Attributes:
-        name, kind: those of the :class:`Activation`.
-        rms, mean_abs: root mean square and mean absolute value of x_t.
-        update: root mean square of x_t - x_0.
-        input_rms: root mean square of the module's input, NaN without one.
-        spread: of x_0 over samples, without what biases add.
-        entries: number of entries by size.
-        inner: by size, the dimension that attention logits sum over.
-    """
-
-    name: str
+    name: str  # those of the :class:`Activation`
     kind: str
-    rms: Numbers = field(default_factory=dict)
+    rms: Numbers = field(default_factory=dict)  # root mean square and mean absolute value of x_t
     mean_abs: Numbers = field(default_factory=dict)
-    update: Numbers = field(default_factory=dict)
-    input_rms: Numbers = field(default_factory=dict)
-    spread: Values = field(default_factory=dict)
-    entries: dict[int, int] = field(default_factory=dict)
-    inner: dict[int, int | None] = field(default_factory=dict)
+    update: Numbers = field(default_factory=dict)  # root mean square of x_t - x_0
+    input_rms: Numbers = field(default_factory=dict)  # root mean square of the module's input, NaN without one
+    spread: Values = field(default_factory=dict)  # of x_0 over samples, without what biases add
+    entries: dict[int, int] = field(default_factory=dict)  # number of entries by size
+    inner: dict[int, int | None] = field(default_factory=dict)  # by size, the dimension that attention logits sum over
 
 
 @dataclass
 class TensorTrack:
-    """One parameter tensor over sizes and seeds, after the last step.
+    """One parameter tensor over sizes and seeds, after the last step."""
 
-    Attributes:
-        name: its place in the model; a tied tensor has several.
-        shapes: by size.
-        table: whether it is looked up (nn.Embedding).
-        shown_in: the first coordinate in which its change shows.
-        effect: RMS of the change of that coordinate when the tensor is put back to its initial value.
-        level: RMS of that coordinate.
-        input_rms: of the module that owns the tensor; 1 if the coordinate is not its own output, or it has no floating input.
-        entries: number of entries of that coordinate, by size.
-        signal: RMS of the loss's gradient by the coordinate while training (geometric mean over steps); NaN for adaptive optimizers.
-        lr, weight_decay: of its parameter group, by size; decay only if decoupled.
-    """
-
-    name: str
-    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    table: bool = False
-    shown_in: str = ""
-    effect: Values = field(default_factory=dict)
-    level: Values = field(default_factory=dict)
+    name: str  # its place in the model; a tied tensor has several
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by size
+    table: bool = False  # whether it is looked up (nn.Embedding)
+    shown_in: str = ""  # the first coordinate in which its change shows
+    effect: Values = field(default_factory=dict)  # RMS of the change of that coordinate when the tensor is put back to its initial value
+    level: Values = field(default_factory=dict)  # RMS of that coordinate
+    # of the module that owns the tensor; 1 if the coordinate is not its own output, or it has no floating input
     input_rms: Values = field(default_factory=dict)
-    entries: dict[int, int] = field(default_factory=dict)
+    entries: dict[int, int] = field(default_factory=dict)  # number of entries of that coordinate, by size
+    # RMS of the loss's gradient by the coordinate while training (geometric mean over steps); NaN for adaptive optimizers
     signal: Values = field(default_factory=dict)
-    lr: dict[int, float] = field(default_factory=dict)
+    lr: dict[int, float] = field(default_factory=dict)  # of its parameter group, by size; decay only if decoupled
     weight_decay: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
 class Observations:
-    """All runs together.
+    """All runs together."""
 
-    Attributes:
-        sizes, num_seeds, num_steps, dimension: what was run.
-        coordinates: by name, in the order of computing; only those that every size has.
-        tensors: by name; empty unless effects were asked for.
-        stream: for depths, RMS at initialisation of what all blocks together add to the residual stream.
-        blocks: for depths, RMS of the output's change when all tensors of the blocks are put back.
-        adaptive: whether the optimizer's step does not grow with the gradient.
-        diverged: (size, seed) of runs whose loss became NaN or infinite.
-    """
-
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # what was run
     num_seeds: int
     num_steps: int
     dimension: str
-    coordinates: dict[str, Track] = field(default_factory=dict)
-    tensors: dict[str, TensorTrack] = field(default_factory=dict)
-    stream: Values = field(default_factory=dict)
-    blocks: Values = field(default_factory=dict)
-    adaptive: bool = True
-    diverged: list[tuple[int, int]] = field(default_factory=list)
+    coordinates: dict[str, Track] = field(default_factory=dict)  # by name, in the order of computing; only those that every size has
+    tensors: dict[str, TensorTrack] = field(default_factory=dict)  # by name; empty unless effects were asked for
+    stream: Values = field(default_factory=dict)  # for depths, RMS at initialisation of what all blocks together add to the residual stream
+    blocks: Values = field(default_factory=dict)  # for depths, RMS of the output's change when all tensors of the blocks are put back
+    adaptive: bool = True  # whether the optimizer's step does not grow with the gradient
+    diverged: list[tuple[int, int]] = field(default_factory=list)  # (size, seed) of runs whose loss became NaN or infinite
 
 
 def at(values: Numbers, step: int) -> Values:
@@ -156,25 +125,18 @@ def _norm(x: Tensor, power: int) -> float:
 # -- one forward pass ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Activation:
-    """One tensor seen in a forward pass.
+    """One tensor seen in a forward pass."""
 
-    Attributes:
-        name: name of the module, with the call if it is called again and the place in the output if that holds several tensors:
-            ``"block"``, ``"block (call 2)"``, ``"block[0]"``, ``"model.logits"``; the model itself is ``"output"``.
-        kind: ``"module"``, ``"output"`` (the model's, or a module's that is the model's too), ``"before output"`` (of the last module,
-            changed afterwards into the model's output), ``"attention logits"``, ``"input"`` (of a module, if asked for).
-        tensor: its values, any shape; masked attention logits left out.
-        owner: name of the module.
-        input_rms: root mean square of the module's first floating input; None without one.
-        inner: the dimension that attention logits sum over; None otherwise.
-    """
-
+    # name of the module, with the call if it is called again and the place in the output if that holds several tensors: "block", "block
+    # (call 2)", "block[0]", "model.logits"; the model itself is "output"
     name: str
+    # "module", "output" (the model's, or a module's that is the model's too), "before output" (of the last module, changed afterwards
+    # into the model's output), "attention logits", "input" (of a module, if asked for)
     kind: str
-    tensor: Tensor
-    owner: str
-    input_rms: float | None = None
-    inner: int | None = None
+    tensor: Tensor  # its values, any shape; masked attention logits left out
+    owner: str  # name of the module
+    input_rms: float | None = None  # root mean square of the module's first floating input; None without one
+    inner: int | None = None  # the dimension that attention logits sum over; None otherwise
 
     @property
     def rms(self) -> float:
@@ -202,60 +164,33 @@ def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collectio
     """Every module's output in one forward pass, in eval mode and without gradients; the model is left as it was, also after an exception.
 
     Containers that hand on a child's output unchanged are left out, except the model itself; so are integers and single numbers (a loss).
-
-    Args:
-        model: without wrappers.
-        forward: calls the model once.
-        inputs_of: names of modules whose first floating input is recorded too.
-
-    Returns:
-        name -> activation, in the order in which they were computed.
     """
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, training=False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_slow_attention())
-        watch = _Watch(model, inputs_of)
-        stack.enter_context(watch.hooked())
+        # the fast path of nn.MultiheadAttention is one kernel, which calls no hooks and shows no logits
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        watch = _Watch(inputs_of)
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_pre_hook(watch.entering(name), with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(watch.leaving(name)))
         stack.enter_context(_SoftmaxWatch(watch))
         forward()
         return watch.finish()
 
 
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """nn.MultiheadAttention step by step: its fast path is one kernel, which calls no hooks and shows no logits."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 class _Watch:
     """Collects outputs through hooks; ``place`` is the stack of modules being computed."""
 
-    def __init__(self, model: nn.Module, inputs_of: Collection[str]) -> None:
-        self.model, self._inputs_of = model, inputs_of
+    def __init__(self, inputs_of: Collection[str]) -> None:
+        self._inputs_of = inputs_of
         self.place: list[str] = [""]
         self.seen: list[tuple[Activation, Tensor]] = []  # with the very tensor, which keeps its storage from being used again
         self._calls: dict[str, int] = {}
         self._inputs: list[float | None] = []  # RMS of the inputs of the modules being computed, innermost last
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        handles = []
-        try:
-            for name, module in self.model.named_modules():
-                handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leaving(name)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _entering(self, name: str) -> Callable[..., None]:
+    def entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.place.append(name)
             first = next((t for _, t in _tensors((args, kwargs)) if t.is_floating_point()), None)
@@ -266,7 +201,7 @@ class _Watch:
 
         return hook
 
-    def _leaving(self, name: str) -> Callable[..., None]:
+    def leaving(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.place.pop()
             size = self._inputs.pop()
@@ -358,15 +293,10 @@ def _tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
 # -- blocks over depths -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Stacks:
-    """The numbered containers (``blocks.0``, ``blocks.1``, ...) whose length differs between the sizes.
+    """The numbered containers (``blocks.0``, ``blocks.1``, ...) whose length differs between the sizes."""
 
-    Attributes:
-        names: names of the containers.
-        lengths: container -> size -> number of blocks.
-    """
-
-    names: tuple[str, ...] = ()
-    lengths: dict[str, dict[int, int]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()  # names of the containers
+    lengths: dict[str, dict[int, int]] = field(default_factory=dict)  # container -> size -> number of blocks
 
     @classmethod
     def of(cls, models: Mapping[int, nn.Module]) -> Stacks:
@@ -420,15 +350,7 @@ class Stacks:
 def observe(
     family: Family, sizes: Sequence[int], *, steps: int, seeds: int | Sequence[int], effects: bool, callback: ProgressCallback | None = None
 ) -> Observations:
-    """Train and note; one run after another.
-
-    Args:
-        family: what is trained.
-        sizes: ascending.
-        steps: optimizer steps of each run.
-        seeds: how many runs at each size, or their seeds.
-        effects: also put back each tensor in turn, one forward pass each.
-        callback: called with a :class:`sharpkit.Progress` after each run.
+    """Train and note, one run after another; with ``effects``, also put back each tensor in turn, one forward pass each.
 
     Raises:
         ValueError, TypeError: steps or seeds that are no positive whole numbers.
@@ -574,12 +496,10 @@ class _Observer:
 
             return hook
 
-        handles = [module.register_forward_hook(listener(name)) for name, module in self.model.named_modules()]
-        try:
+        with ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                stack.enter_context(module.register_forward_hook(listener(name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def probe_batch(family: Family) -> Batch:

@@ -123,12 +123,7 @@ class FamilyRun(TrainingRun):
 
 
 class RunProgress:
-    """Counts the training runs of one call and tells its callback where the call stands.
-
-    Args:
-        callback: is told; None for silence.
-        expected: runs of the whole call, as far as known; may be raised on the way.
-    """
+    """Counts the training runs of one call, ``expected`` as far as known, and tells its callback, if any, where the call stands."""
 
     def __init__(self, callback: ProgressCallback | None, expected: int) -> None:
         self._callback, self.expected, self.done, self._started = callback, expected, 0, time.perf_counter()

@@ -285,24 +285,16 @@ Row = dict[str, float]  # name -> value at one time of a run
 
 @dataclass
 class _Follower:
-    """Trains one run after another and measures the same on each.
+    """Trains one run after another and measures the same on each."""
 
-    Attributes:
-        batches: measured on.
-        preconditioned: D^-1 H in place of H.
-        adaptive: D is the optimizer's own and known only after a step.
-        top_k, with_trace, with_ntk, tol: as for :func:`sharpness_transfer`.
-        num_matvecs: products so far.
-    """
-
-    batches: Sequence[Batch]
-    preconditioned: bool
-    adaptive: bool
-    top_k: int
+    batches: Sequence[Batch]  # measured on
+    preconditioned: bool  # D^-1 H in place of H
+    adaptive: bool  # D is the optimizer's own and known only after a step
+    top_k: int  # as for :func:`sharpness_transfer`
     with_trace: bool
     with_ntk: bool
     tol: float
-    num_matvecs: int = 0
+    num_matvecs: int = 0  # products so far
 
     def times(self, steps: int, every: int) -> tuple[int, ...]:
         """Steps to measure at; before the first step an adaptive optimizer has no second moment, so that the first is after it."""

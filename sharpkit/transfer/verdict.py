@@ -23,9 +23,8 @@ from sharpkit.transfer.sharpness import SharpnessTransfer, sharpness_transfer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PROXY_STEPS = (
-    4  # of the coordinate check and the culprits, as in experiments/transfer_faults.py, which named every planted rule after so many
-)
+# Of the coordinate check and the culprits, as in experiments/transfer_faults.py, which named every planted rule after so many.
+PROXY_STEPS = 4
 MOST = 8  # times the largest size measured, by judgement: three doublings beyond, over which a slope of logarithms may be extrapolated
 OCTAVES = 0.5  # shift of the optimum that is allowed, by judgement: the grid of rates that were run is no finer
 PENALTY = 0.02  # of the loss, by judgement: where the bowl is so flat that a larger shift costs less than this, it is allowed too
@@ -58,27 +57,16 @@ RULE = (
 # -- how far it reaches -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Reach(Result):
-    """The range of sizes in which one learning rate does.
+    """The range of sizes in which one learning rate does."""
 
-    Attributes:
-        proxy: the size whose optimum it is.
-        octaves: shift of the optimum that is allowed: half an octave, or what costs ``penalty`` of the loss if that is more.
-        penalty: relative loss.
-        value: largest size by the drift itself.
-        lower: largest size by the end of the drift's 95 % interval that is furthest from zero: with 97.5 % confidence.
-        upper: largest size by the end nearest to zero.
-        measured: largest size measured.
-        cap: the size beyond which nothing is claimed; values stop there.
-    """
-
-    proxy: int
-    octaves: float
-    penalty: float
-    value: float
-    lower: float
-    upper: float
-    measured: int
-    cap: float
+    proxy: int  # the size whose optimum it is
+    octaves: float  # shift of the optimum that is allowed: half an octave, or what costs penalty of the loss if that is more
+    penalty: float  # relative loss
+    value: float  # largest size by the drift itself
+    lower: float  # largest size by the end of the drift's 95 % interval that is furthest from zero: with 97.5 % confidence
+    upper: float  # largest size by the end nearest to zero
+    measured: int  # largest size measured
+    cap: float  # the size beyond which nothing is claimed; values stop there
 
     def sentence(self, dimension: str) -> str:
         """In words, with the interval."""
@@ -97,15 +85,9 @@ class Reach(Result):
 
 
 def reach(rates: LearningRateTransfer, *, octaves: float = OCTAVES, penalty: float = PENALTY) -> Reach | None:
-    """By a drift d the optimum at size w has moved by d log2(w / proxy) octaves: up to which size that is allowed.
+    """By a drift d the optimum at size w has moved by d log2(w / proxy) octaves: up to which size that is allowed; None if d is not known.
 
-    Args:
-        rates: measured at two sizes or more.
-        octaves, penalty: a shift up to the larger of ``octaves`` and what costs ``penalty`` of the loss at the largest size, at most one
-            octave, is allowed.
-
-    Returns:
-        the range; None if the drift or its interval is not known.
+    Allowed is a shift up to the larger of ``octaves`` and what costs ``penalty`` of the loss at the largest size, at most one octave.
     """
     if not rates.drift.known:
         return None

@@ -20,7 +20,7 @@ import pytest
 
 import sharpkit as sk
 from sharpkit._errors import SharpkitWarning
-from sharpkit.monitor import sinks as _append
+from sharpkit.monitor import sinks
 from sharpkit.monitor.runs import RunFollower
 
 ROOT = Path(__file__).parents[2]
@@ -237,7 +237,7 @@ class Full:
 def test_a_full_disk_is_said_once_and_what_it_did_not_take_follows_later(tmp_path: Path) -> None:
     sink = sk.sinks.jsonl(tmp_path / "run.jsonl")
     sink.open_run(HEADER)
-    full = sink._lines._file = Full(sink._lines._file, room=1000)
+    full = sink._file = Full(sink._file, room=1000)
     with pytest.warns(SharpkitWarning) as caught:
         write_all(sink, range(10))
     (warning,) = caught
@@ -253,7 +253,7 @@ def test_a_full_disk_is_said_once_and_what_it_did_not_take_follows_later(tmp_pat
 
 def test_what_waits_is_bounded_and_what_is_lost_is_counted(tmp_path: Path) -> None:
     sink = sk.sinks.jsonl(tmp_path / "run.jsonl", max_waiting=3)
-    full = sink._lines._file = Full(sink._lines._file, room=len(json.dumps(record(0))) // 2)
+    full = sink._file = Full(sink._file, room=len(json.dumps(record(0))) // 2)
     with pytest.warns(SharpkitWarning, match="No space left"):
         write_all(sink, range(10))
     assert (sink.num_waiting, sink.num_dropped) == (3, 7)
@@ -275,7 +275,7 @@ def test_the_disk_is_forced_rarely_and_on_close(tmp_path: Path, monkeypatch: pyt
     forced: list[int] = []
     monkeypatch.setattr(os, "fsync", forced.append)
     clock = [0.0]
-    monkeypatch.setattr(_append.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: clock[0])
     sink = sk.sinks.jsonl(tmp_path / "run.jsonl", sync_seconds=5.0)
     for step in range(10):
         clock[0] = float(step)

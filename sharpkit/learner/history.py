@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,33 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decision(Result):
-    """One measurement and what followed from it.
+    """One measurement and what followed from it."""
 
-    Attributes:
-        step: optimizer steps done.
-        lr: the peak rate from here on, before decay.
-        lr_in_use: the first group's rate for the next step, with decay.
-        momentum: momentum of the first group; NaN if the optimizer has none.
-        lambda_max: largest eigenvalue of the batch's (preconditioned) Hessian; NaN if nothing was measured.
-        stderr: error of ``lambda_max``, a residual bound.
-        max_lr: the optimizer's stability limit at that curvature.
-        batch_size: number of samples that were measured.
-        num_matvecs: number of products that the measurement took.
-        loss: mean of the recent losses; NaN if unknown.
-        reason: why, in words.
-    """
-
-    step: int
-    lr: float
-    lr_in_use: float
-    momentum: float
-    lambda_max: float
-    stderr: float
-    max_lr: float
-    batch_size: int
-    num_matvecs: int
-    loss: float
-    reason: str
+    step: int  # optimizer steps done
+    lr: float  # the peak rate from here on, before decay
+    lr_in_use: float  # the first group's rate for the next step, with decay
+    momentum: float  # momentum of the first group; NaN if the optimizer has none
+    lambda_max: float  # largest eigenvalue of the batch's (preconditioned) Hessian; NaN if nothing was measured
+    stderr: float  # error of lambda_max, a residual bound
+    max_lr: float  # the optimizer's stability limit at that curvature
+    batch_size: int  # number of samples that were measured
+    num_matvecs: int  # number of products that the measurement took
+    loss: float  # mean of the recent losses; NaN if unknown
+    reason: str  # why, in words
 
     def __str__(self) -> str:
         curvature = "" if math.isnan(self.lambda_max) else f", lambda_max {format_with_error(self.lambda_max, self.stderr)}"
@@ -49,7 +35,7 @@ class Decision(Result):
 
 
 @dataclass(eq=False, repr=False)
-class LearnerHistory(Result, kind="learner_history"):
+class LearnerHistory(Result, Sequence[Decision], kind="learner_history"):
     """All decisions of a learner, in order; a sequence."""
 
     decisions: list[Decision] = field(default_factory=list)
@@ -61,10 +47,7 @@ class LearnerHistory(Result, kind="learner_history"):
     def __len__(self) -> int:
         return len(self.decisions)
 
-    def __iter__(self) -> Iterator[Decision]:
-        return iter(self.decisions)
-
-    def __getitem__(self, index: int) -> Decision:
+    def __getitem__(self, index: int) -> Decision:  # type: ignore[override]
         return self.decisions[index]
 
     def __repr__(self) -> str:

@@ -73,21 +73,13 @@ _SAVED = ("budget=max_gradients", "seeds", "skipped", "seconds", "finishes", "fi
 
 @dataclass(frozen=True)
 class RaceResult(Result, kind="learning_rate_race", saved=_SAVED):
-    """Who trained how far with the same number of gradients.
+    """Who trained how far with the same number of gradients."""
 
-    Attributes:
-        finishes: results of the entrants by training loss, the lowest first.
-        max_gradients: gradients that each could spend, for each seed.
-        seeds: seeds of the runs.
-        skipped: why an entrant did not start, by its name.
-        seconds: time that all took.
-    """
-
-    finishes: list[Finish]
-    max_gradients: int
-    seeds: list[int]
-    skipped: dict[str, str]
-    seconds: float
+    finishes: list[Finish]  # results of the entrants by training loss, the lowest first
+    max_gradients: int  # gradients that each could spend, for each seed
+    seeds: list[int]  # seeds of the runs
+    skipped: dict[str, str]  # why an entrant did not start, by its name
+    seconds: float  # time that all took
 
     columns: ClassVar[tuple[str, ...]] = ("entrant", "training loss", "test loss", "rate", "gradients", "of them searching", "")
 

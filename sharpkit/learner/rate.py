@@ -91,11 +91,6 @@ _NUMBERS = ("value", "settled", "cap=_cap", "grows_since=_grows_since", "target=
 class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace=_pace")):
     """The peak rate of the first group, and the reasons for its moves.
 
-    Args:
-        pace: how fast it grows, and when to measure.
-        safety: share of the limit to settle at.
-        max_lr: upper bound of the rate.
-
     Attributes:
         value: the rate; 0 before the first limit is known.
         settled: whether it has been decided.

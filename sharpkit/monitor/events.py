@@ -53,15 +53,6 @@ def blows_up(losses: Sequence[float]) -> bool:
     return finite[-1] > start + 0.5 * abs(start) or all(b > a for a, b in pairwise(finite))
 
 
-def _last(readings: Readings, count: int) -> list[Reading]:
-    return list(readings)[-count:]
-
-
-def _scatter(readings: Readings) -> float:
-    """Standard deviation of the values about their course; 0 for fewer than five."""
-    return spread_of_differences([r.value for r in readings])
-
-
 def _up_to(readings: Readings, step: int, count: int) -> list[Reading]:
     """The last ``count`` readings at or before a step."""
     return [r for r in readings if r.step <= step][-count:]
@@ -96,8 +87,9 @@ class ProgressiveSharpening(State):
     def on_reading(self, name: str, readings: Readings) -> str | None:
         if len(readings) < 3:
             return None
-        last = _last(readings, 3)
-        value, error = median(r.value for r in last), max(_scatter(readings), *(r.stderr for r in last))
+        last = list(readings)[-3:]
+        value = median(r.value for r in last)
+        error = max(spread_of_differences([r.value for r in readings]), *(r.stderr for r in last))
         self.age += 1
         if self.active:
             self.peak = max(self.peak, value)
@@ -134,7 +126,7 @@ class EdgeOfStability(State):
     active: bool = False
 
     def on_reading(self, name: str, readings: Readings) -> str | None:
-        last = [r for r in _last(readings, self.count) if math.isfinite(r.ratio)]
+        last = [r for r in list(readings)[-self.count :] if math.isfinite(r.ratio)]
         if len(last) < self.count:
             return None
         mean = fmean(r.ratio for r in last)
@@ -211,7 +203,7 @@ class LimitCrossed(State):
 
     def on_reading(self, name: str, readings: Readings) -> str | None:
         last = readings[-1]
-        error = max(last.stderr, _scatter(readings)) if last.value > last.limit else last.stderr
+        error = max(last.stderr, spread_of_differences([r.value for r in readings])) if last.value > last.limit else last.stderr
         self.below = self.below + 1 if last.value < self.released * last.limit else 0
         self.active = self.active and self.below < self.count
         if not last._replace(stderr=error).is_above():

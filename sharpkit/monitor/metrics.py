@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedErro
 from sharpkit._results import Parts, State, standard_error
 from sharpkit.batch_size.noise import gradient_noise_scale
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.linalg.results import Eigenpairs, Estimate
+from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
 from sharpkit.measuring.critical import critical_learning_rate
@@ -178,32 +178,27 @@ def _probe_lambda_max(s: Situation) -> Values:
     return {"probe_lambda_max": _tracked(s, "probe_lambda_max", s.wide_hessian, s.hessian_limit(), f" {s.where}")}
 
 
-def _ends(s: Situation, k: int, which: str) -> Eigenpairs:
+def _ends(s: Situation, names: list[str], which: Literal["largest", "smallest"], limit: float | None) -> Values:
+    k, values = min(len(names), s.wide_hessian.size), Values()
+    # the stopping rule looks at k + 2 Ritz pairs: with a basis no larger than that, nothing would be known of them
+    matvecs = None if s.max_matvecs is None else max(s.max_matvecs, len(names) + _LEAST_MATVECS)
     with _unwarned():
-        # the stopping rule looks at k + 2 Ritz pairs: with a basis no larger than that, nothing would be known of them
-        matvecs = None if s.max_matvecs is None else max(s.max_matvecs, k + _LEAST_MATVECS)
-        k = min(k, s.wide_hessian.size)
-        return eigenpairs(s.wide_hessian, k, which=which, tol=s.memory.tol, seed=s.memory.seed, max_matvecs=matvecs)  # type: ignore[arg-type]
-
-
-def _as_values(s: Situation, pairs: Eigenpairs, names: list[str], limit: float | None) -> Values:
-    values: Values = {}
+        pairs = eigenpairs(s.wide_hessian, k, which=which, tol=s.memory.tol, seed=s.memory.seed, max_matvecs=matvecs)
     for j, name in enumerate(names[: len(pairs.values)]):
         value, error, converged = float(pairs.values[j]), float(pairs.residuals[j]), bool(pairs.converged[j])
         matvecs, seconds = (pairs.num_matvecs, pairs.seconds) if j == 0 else (0, 0.0)  # one run gave them all: the first carries the cost
         if math.isfinite(value):
-            how = f"Lanczos {s.where}"
-            values[name] = Measurement(value, error, matvecs, seconds, how, converged, limit, error_kind="residual bound")
+            rest = (matvecs, seconds, f"Lanczos {s.where}", converged, limit)
+            values[name] = Measurement(value, error, *rest, error_kind="residual bound")
     return values
 
 
 def _lambda_min(s: Situation) -> Values:
-    return _as_values(s, _ends(s, 1, "smallest"), ["lambda_min"], None)
+    return _ends(s, ["lambda_min"], "smallest", None)
 
 
 def _top_k(s: Situation) -> Values:
-    names = [f"lambda_{j + 1}" for j in range(s.top_k)]
-    return _as_values(s, _ends(s, s.top_k, "largest"), names, s.hessian_limit())
+    return _ends(s, [f"lambda_{j + 1}" for j in range(s.top_k)], "largest", s.hessian_limit())
 
 
 def _per_layer(s: Situation) -> Values:
@@ -213,8 +208,7 @@ def _per_layer(s: Situation) -> Values:
         members.setdefault(layer_of(param), set()).add(id(p))
     for layer, own in members.items():
         # a block shares the graph of the whole Hessian: only the vectors are shorter
-        block = s.wide_hessian.block(among(own))
-        name = f"lambda_max/{layer}"
+        name, block = f"lambda_max/{layer}", s.wide_hessian.block(among(own))
         values[name] = _tracked(s, name, block, s.hessian_limit(), f" {s.where}")
     return values
 

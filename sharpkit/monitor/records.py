@@ -51,29 +51,17 @@ _RECORD_FIELDS = ("step", "loss", "lr", "values", "failed", "events", "num_sampl
 
 @dataclass(frozen=True)
 class Record(Result, kind=RECORD, version=VERSION, saved=_RECORD_FIELDS):
-    """Everything measured at one step; ``record["lambda_max"].value``, ``.stderr``, ``.limit``.
+    """Everything measured at one step; ``record["lambda_max"].value``, ``.stderr``, ``.limit``."""
 
-    Attributes:
-        step: optimizer steps done before it.
-        values: the measurements by name.
-        failed: what could not be measured, with the error in words.
-        loss: loss of the batch; NaN if unknown.
-        lr: learning rate of the first parameter group.
-        events: what was noticed, in words.
-        num_samples: number of samples that were measured.
-        seconds: time that the record took.
-        overhead: time spent measuring so far, divided by the time spent training so far.
-    """
-
-    step: int
-    values: dict[str, Measurement]
-    failed: dict[str, str] = field(default_factory=dict)
-    loss: float = math.nan
-    lr: float = math.nan
-    events: tuple[Event, ...] = ()
-    num_samples: int = 0
-    seconds: float = 0.0
-    overhead: float = 0.0
+    step: int  # optimizer steps done before it
+    values: dict[str, Measurement]  # the measurements by name
+    failed: dict[str, str] = field(default_factory=dict)  # what could not be measured, with the error in words
+    loss: float = math.nan  # loss of the batch; NaN if unknown
+    lr: float = math.nan  # learning rate of the first parameter group
+    events: tuple[Event, ...] = ()  # what was noticed, in words
+    num_samples: int = 0  # number of samples that were measured
+    seconds: float = 0.0  # time that the record took
+    overhead: float = 0.0  # time spent measuring so far, divided by the time spent training so far
 
     def __getitem__(self, name: str) -> Measurement:
         if name not in self.values:

@@ -29,27 +29,16 @@ _JUDGED = ("module", "output", "attention logits")
 
 @dataclass(frozen=True)
 class Coordinate(Result, strict=True, saved=("name", "kind", "verdict", "initial", "level", "mean_abs", "update", "rms", "updates")):
-    """One tensor of the network over widths, seeds and steps.
+    """One tensor of the network over widths, seeds and steps."""
 
-    Attributes:
-        name: name of the module (``"output"`` is the whole model's), or ``"MODULE: attention logits"``.
-        kind: ``"module"``, ``"output"``, ``"attention logits"``; ``"before output"`` and ``"inside a block"`` are shown, not judged.
-        initial: exponent of RMS(x_0).
-        level: exponent of RMS(x_t), geometric mean over steps after 0.
-        mean_abs: exponent of mean |x_t|, likewise.
-        update: exponent of RMS(x_t - x_0), likewise.
-        verdict: ``"stable"``, ``"grows"``, ``"vanishes"``, ``"unclear"`` or ``"not judged"``.
-        rms, updates: the values: width -> for each seed a list over steps 0 .. num_steps.
-    """
-
-    name: str
-    kind: str
-    initial: Slope
-    level: Slope
-    mean_abs: Slope
-    update: Slope
-    verdict: str
-    rms: Numbers
+    name: str  # name of the module ("output" is the whole model's), or "MODULE: attention logits"
+    kind: str  # "module", "output", "attention logits"; "before output" and "inside a block" are shown, not judged
+    initial: Slope  # exponent of RMS(x_0)
+    level: Slope  # exponent of RMS(x_t), geometric mean over steps after 0
+    mean_abs: Slope  # exponent of mean |x_t|, likewise
+    update: Slope  # exponent of RMS(x_t - x_0), likewise
+    verdict: str  # "stable", "grows", "vanishes", "unclear" or "not judged"
+    rms: Numbers  # the values: width -> for each seed a list over steps 0 .. num_steps
     updates: Numbers
 
     @property
@@ -83,24 +72,15 @@ class CoordinateCheck(
     kind="coordinate_check",
     saved=("dimension", "sizes", "num_seeds", "num_steps", "tolerance", "passed", "findings", "diverged", "coordinates"),
 ):
-    """Sizes of all coordinates over widths.
+    """Sizes of all coordinates over widths."""
 
-    Attributes:
-        dimension: ``"width"`` or ``"depth"``.
-        sizes: ascending.
-        num_seeds, num_steps: runs at each size, and optimizer steps of each run.
-        tolerance: exponents within it count as no change.
-        coordinates: in the order of computing.
-        diverged: (width, seed) of runs whose loss became NaN or infinite.
-    """
-
-    dimension: str
-    sizes: tuple[int, ...]
-    num_seeds: int
+    dimension: str  # "width" or "depth"
+    sizes: tuple[int, ...]  # ascending
+    num_seeds: int  # runs at each size, and optimizer steps of each run
     num_steps: int
-    tolerance: float
-    coordinates: tuple[Coordinate, ...]
-    diverged: tuple[tuple[int, int], ...] = ()
+    tolerance: float  # exponents within it count as no change
+    coordinates: tuple[Coordinate, ...]  # in the order of computing
+    diverged: tuple[tuple[int, int], ...] = ()  # (width, seed) of runs whose loss became NaN or infinite
 
     @property
     def failed(self) -> tuple[Coordinate, ...]:

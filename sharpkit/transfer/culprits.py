@@ -52,24 +52,15 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Culprit(Result, kind="culprit"):
-    """A rule that is broken.
+    """A rule that is broken."""
 
-    Attributes:
-        rule: ``"hidden learning rate"``, ``"readout multiplier"``, ``"attention scale"``, ``"weight decay"``, ...; all are in
-            ``sharpkit.transfer.culprits.RULES``.
-        where: names of the tensors or coordinates.
-        slope: measured exponent.
-        expected: exponent under the rule.
-        evidence: in words, with the remedy.
-        confidence: probability, given the slope's error, that the exponent is off by more than half of the least exponent that counts.
-    """
-
+    # "hidden learning rate", "readout multiplier", "attention scale", "weight decay", ...; all are in sharpkit.transfer.culprits.RULES
     rule: str
-    where: tuple[str, ...]
-    slope: Slope
-    expected: float
-    evidence: str
-    confidence: float
+    where: tuple[str, ...]  # names of the tensors or coordinates
+    slope: Slope  # measured exponent
+    expected: float  # exponent under the rule
+    evidence: str  # in words, with the remedy
+    confidence: float  # probability, given the slope's error, that the exponent is off by more than half of the least exponent that counts
 
     @property
     def strength(self) -> float:

@@ -53,38 +53,23 @@ class LearningRateTransfer(
         *("rates", "drift", "sensitivity", "penalty", "findings"),
     ),
 ):
-    """What :func:`learning_rate_transfer` measured.
+    """What :func:`learning_rate_transfer` measured."""
 
-    Attributes:
-        dimension: ``"width"`` or ``"depth"``.
-        sizes: those that were measured, ascending.
-        steps: optimizer steps of each run.
-        num_seeds: runs at each point around an optimum.
-        curves: all losses, by size.
-        optima: by size.
-        rates: by size, the first group's learning rate at factor 1.
-        drift: slope of log2 optimum against log2 size: octaves per doubling.
-        sensitivity: by size: mean loss above the best over two octaves to each side of the optimum.
-        penalty: loss at the largest size with the smallest size's optimum over its lowest loss, minus 1; (value, lower, upper).
-        num_runs: made by this call; ``num_reused``: read from the store.
-        complete: False if ``max_runs`` ended the search.
-        seconds: wall time.
-    """
-
-    dimension: str
-    sizes: tuple[int, ...]
-    steps: int
-    num_seeds: int
-    curves: tuple[Curve, ...] = field(repr=False)
-    optima: tuple[Optimum, ...]
-    rates: tuple[float, ...]
-    drift: Slope
-    sensitivity: tuple[float, ...]
+    dimension: str  # "width" or "depth"
+    sizes: tuple[int, ...]  # those that were measured, ascending
+    steps: int  # optimizer steps of each run
+    num_seeds: int  # runs at each point around an optimum
+    curves: tuple[Curve, ...] = field(repr=False)  # all losses, by size
+    optima: tuple[Optimum, ...]  # by size
+    rates: tuple[float, ...]  # by size, the first group's learning rate at factor 1
+    drift: Slope  # slope of log2 optimum against log2 size: octaves per doubling
+    sensitivity: tuple[float, ...]  # by size: mean loss above the best over two octaves to each side of the optimum
+    # loss at the largest size with the smallest size's optimum over its lowest loss, minus 1; (value, lower, upper)
     penalty: tuple[float, float, float]
-    num_runs: int
+    num_runs: int  # made by this call; num_reused: read from the store
     num_reused: int
-    complete: bool
-    seconds: float
+    complete: bool  # False if max_runs ended the search
+    seconds: float  # wall time
 
     @property
     def passed(self) -> bool | None:
@@ -389,14 +374,7 @@ def first_loss(run: FamilyRun) -> float:
 
 # -- finished runs ------------------------------------------------------------------------------------------------------------
 class RunStore:
-    """Documents by key, in memory and, with a path, in a file to which each new one is appended and flushed at once.
-
-    Attributes:
-        path: of the file; None for memory alone.
-        num_read: how many runs the file held at the start.
-
-    Args:
-        path: an existing file of runs, or where to begin one; its folder must exist.
+    """Documents by key, in memory and, with a path, in a file to which each new one is appended and flushed at once; its folder must exist.
 
     Raises:
         SharpkitError: the file holds something else than runs.

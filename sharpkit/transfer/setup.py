@@ -96,13 +96,7 @@ class Family:
 
 
 class FamilyRun(TrainingRun):
-    """One training run of a family; once it has diverged, further steps do nothing.
-
-    Attributes:
-        family: the family that started it.
-        size: width or depth.
-        seed: seeds the order of batches and the dropout masks.
-    """
+    """One training run of a family; once it has diverged, further steps do nothing."""
 
     def __init__(self, family: Family, model: nn.Module, optimizer: torch.optim.Optimizer, size: int, seed: int) -> None:
         super().__init__(model, optimizer, ShuffledBatches(model, family.loss_of, family.batches, seed=seed))

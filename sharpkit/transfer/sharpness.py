@@ -50,42 +50,24 @@ class SharpnessTransfer(
         *("lambda_max", "error", "limit", "loss", "extra", "spread", "extent", "exponents", "exponent_after", "findings"),
     ),
 ):
-    """What :func:`sharpness_transfer` measured. Sharpness is compared as a share of its stability limit, which has no unit.
+    """What :func:`sharpness_transfer` measured. Sharpness is compared as a share of its stability limit, which has no unit."""
 
-    Attributes:
-        dimension, sizes: what was trained.
-        steps: those at which everything was measured.
-        warmup: step from which :meth:`typical` and all that follows from it counts.
-        num_seeds: runs of each size.
-        matrix: the matrix whose largest eigenvalue it is, in words.
-        condition: the stability limit in words; empty if the optimizer's is not known.
-        lambda_max: size -> (seeds, steps), NaN after divergence.
-        error: size -> (seeds, steps), the residual bound of each.
-        limit: size -> the largest stable lambda_max; NaN if not known (sharpness itself is compared then).
-        loss: size -> (seeds, steps), training loss.
-        extra: further series by name (``"trace"``, ``"ntk"``, ``"lambda_2"`` ...), as lambda_max.
-        spread: at each step, standard deviation over mean of the sizes' shares (means over seeds).
-        extent: at each step, (largest - smallest) / mean of them: grows with the number of sizes.
-        exponents: at each step, a in share ~ size^a.
-        num_matvecs, seconds: the cost; products of the NTK are not counted.
-    """
-
-    dimension: str
+    dimension: str  # what was trained
     sizes: tuple[int, ...]
-    steps: tuple[int, ...]
-    warmup: int
-    num_seeds: int
-    matrix: str
-    condition: str
-    lambda_max: Mapping[int, Array]
-    error: Mapping[int, Array]
-    limit: Mapping[int, float]
-    loss: Mapping[int, Array]
-    extra: Mapping[str, Mapping[int, Array]]
-    spread: tuple[float, ...]
-    extent: tuple[float, ...]
-    exponents: tuple[Slope, ...]
-    num_matvecs: int
+    steps: tuple[int, ...]  # those at which everything was measured
+    warmup: int  # step from which :meth:`typical` and all that follows from it counts
+    num_seeds: int  # runs of each size
+    matrix: str  # the matrix whose largest eigenvalue it is, in words
+    condition: str  # the stability limit in words; empty if the optimizer's is not known
+    lambda_max: Mapping[int, Array]  # size -> (seeds, steps), NaN after divergence
+    error: Mapping[int, Array]  # size -> (seeds, steps), the residual bound of each
+    limit: Mapping[int, float]  # size -> the largest stable lambda_max; NaN if not known (sharpness itself is compared then)
+    loss: Mapping[int, Array]  # size -> (seeds, steps), training loss
+    extra: Mapping[str, Mapping[int, Array]]  # further series by name ("trace", "ntk", "lambda_2" ...), as lambda_max
+    spread: tuple[float, ...]  # at each step, standard deviation over mean of the sizes' shares (means over seeds)
+    extent: tuple[float, ...]  # at each step, (largest - smallest) / mean of them: grows with the number of sizes
+    exponents: tuple[Slope, ...]  # at each step, a in share ~ size^a
+    num_matvecs: int  # the cost; products of the NTK are not counted
     seconds: float
 
     def shares(self, size: int) -> Array:

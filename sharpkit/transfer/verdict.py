@@ -118,31 +118,19 @@ class Verdict(
         "parts",
     ),
 ):
-    """The answer of :func:`diagnose`; its document holds those of all measurements, each with its own findings, under ``"parts"``.
-
-    Attributes:
-        widths, depths: asked for.
-        mode: ``"quick"`` or ``"full"``.
-        checks: coordinate checks, over widths and, if asked, depths.
-        culprits: broken rules, the strongest first of each dimension.
-        sharpness: over widths; None if a broken rule decided before.
-        rates: over widths, and depths in full mode; empty if a broken rule decided before.
-        reach: the range in which the smallest width's learning rate does; None if the drift is not known.
-        ended: why it ended before everything was measured; empty otherwise.
-        seconds: wall time.
-    """
+    """The answer of :func:`diagnose`; its document holds those of all measurements, each with its own findings, under ``"parts"``."""
 
     rule: ClassVar[str] = RULE
-    widths: tuple[int, ...]
+    widths: tuple[int, ...]  # asked for
     depths: tuple[int, ...]
-    mode: str
-    checks: tuple[CoordinateCheck, ...]
-    culprits: tuple[Culprit, ...]
-    sharpness: SharpnessTransfer | None
-    rates: tuple[LearningRateTransfer, ...]
-    reach: Reach | None
-    ended: str
-    seconds: float
+    mode: str  # "quick" or "full"
+    checks: tuple[CoordinateCheck, ...]  # coordinate checks, over widths and, if asked, depths
+    culprits: tuple[Culprit, ...]  # broken rules, the strongest first of each dimension
+    sharpness: SharpnessTransfer | None  # over widths; None if a broken rule decided before
+    rates: tuple[LearningRateTransfer, ...]  # over widths, and depths in full mode; empty if a broken rule decided before
+    reach: Reach | None  # the range in which the smallest width's learning rate does; None if the drift is not known
+    ended: str  # why it ended before everything was measured; empty otherwise
+    seconds: float  # wall time
 
     @property
     def passed(self) -> bool | None:

@@ -36,6 +36,7 @@ class SymmetricOperator(ABC):
         device: where the vectors live.
 
     Attributes:
+        size, dtype, device: as given.
         num_matvecs: products made so far, one per column.
 
     Example:
@@ -51,34 +52,16 @@ class SymmetricOperator(ABC):
     def __init__(self, size: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
         if size < 1:
             raise ValueError(f"an operator needs at least one row, got size={size}")
-        self._size = size
-        self._dtype = dtype
-        self._device = torch.device(device)
+        self.size, self.dtype, self.device = size, dtype, torch.device(device)
         self.num_matvecs = 0
-
-    # -- what it is ---------------------------------------------------------------------------------------------------
-    @property
-    def size(self) -> int:
-        """Number of rows, n."""
-        return self._size
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, n)."""
-        return (self._size, self._size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the vectors it multiplies."""
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors it multiplies live."""
-        return self._device
+        return (self.size, self.size)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._size} x {self._size}, {self._dtype}, {self._device})"
+        return f"{type(self).__name__}({self.size} x {self.size}, {self.dtype}, {self.device})"
 
     # -- products -----------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -93,36 +76,20 @@ class SymmetricOperator(ABC):
         """
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """The products with k vectors; a subclass overrides this where k at once are cheaper than one by one.
-
-        Args:
-            vectors: (n, k), of this operator's dtype and device; not to be written to.
-
-        Returns:
-            (n, k).
-        """
+        """The products with k vectors, (n, k) as the argument; a subclass overrides this where k at once are cheaper than one by one."""
         product = torch.empty_like(vectors)
         for j in range(vectors.shape[1]):
-            column = vectors[:, j].contiguous()
+            column = vectors[:, j].contiguous()  # a subclass may reshape it by .view()
             product[:, j] = self._accepted(self.matvec(column), column)
         return product
 
     def multiply(self, vectors: Tensor) -> Tensor:
-        """The product without checking the answer for NaN; algorithms check their scalars instead.
-
-        Args:
-            vectors: (n,) or (n, k), of this operator's dtype and device.
-
-        Returns:
-            A new tensor of the same shape.
-        """
+        """``A @ v`` as a new tensor, but without checking it for NaN; algorithms check their scalars instead."""
         self._check_vectors(vectors)
         vectors = vectors.detach()  # a graph that reaches into the vector would grow with every product
-        if vectors.ndim == 1:
-            self.num_matvecs += 1
-            return self._accepted(self.matvec(vectors), vectors)
-        self.num_matvecs += vectors.shape[1]
-        return self._accepted(self.matmat(vectors), vectors)
+        single = vectors.ndim == 1
+        self.num_matvecs += 1 if single else vectors.shape[1]
+        return self._accepted(self.matvec(vectors) if single else self.matmat(vectors), vectors)
 
     def _accepted(self, product: Tensor, vectors: Tensor) -> Tensor:
         """What a subclass returned, checked, as a tensor that algorithms may write to: it shares no memory with the vectors."""
@@ -132,9 +99,9 @@ class SymmetricOperator(ABC):
                 f"a product must be a tensor of the vector's shape {tuple(vectors.shape)}, but that of {type(self).__name__} was {came}"
             )
         product = product.detach()
-        # A subclass may hand its argument back, or a tensor expanded from one entry, which cannot be written to.
+        # A subclass may hand its argument back, or a tensor expanded from one entry (stride 0), which cannot be written to.
         shared = product.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr() or 0 in product.stride()
-        return product.to(dtype=self._dtype, device=self._device, copy=shared)
+        return product.to(dtype=self.dtype, device=self.device, copy=shared)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """The product ``A @ v`` with v of shape (n,) or (n, k).
@@ -146,10 +113,7 @@ class SymmetricOperator(ABC):
         product = self.multiply(vectors)
         # the sum alone is cheaper, but may overflow
         if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):
-            cause = (
-                "the function has no second derivative at this point (a square root at 0, a norm of a zero vector), or half precision "
-                "overflowed"
-            )
+            cause = "the function has no second derivative here (a square root at 0, a norm of a zero vector), or half precision overflowed"
             if not bool(torch.isfinite(vectors).all()):
                 cause = "the vector itself is not finite"
             raise NonFiniteError(f"the product with {self!r} contains NaN or infinity: {cause}")
@@ -157,25 +121,18 @@ class SymmetricOperator(ABC):
 
     def _check_vectors(self, vectors: Tensor) -> None:
         if not isinstance(vectors, Tensor):
-            raise TypeError(f"expected a torch.Tensor of shape ({self._size},) or ({self._size}, k), got {type(vectors).__name__}")
-        if vectors.ndim not in (1, 2) or vectors.shape[0] != self._size:
-            raise ValueError(f"expected shape ({self._size},) or ({self._size}, k), got {tuple(vectors.shape)}")
-        if vectors.dtype != self._dtype:
-            raise ValueError(f"this operator multiplies {self._dtype} vectors, got {vectors.dtype}: use v.to({self._dtype})")
-        if vectors.device != self._device:
-            raise ValueError(f"this operator lives on {self._device}, the vector on {vectors.device}: use v.to({str(self._device)!r})")
+            raise TypeError(f"expected a torch.Tensor of shape ({self.size},) or ({self.size}, k), got {type(vectors).__name__}")
+        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.size:
+            raise ValueError(f"expected shape ({self.size},) or ({self.size}, k), got {tuple(vectors.shape)}")
+        # No silent conversion: rounding float64 vectors to float32 would cost a Krylov method its orthogonality unnoticed.
+        if vectors.dtype != self.dtype:
+            raise ValueError(f"this operator multiplies {self.dtype} vectors, got {vectors.dtype}: use v.to({self.dtype})")
+        if vectors.device != self.device:
+            raise ValueError(f"this operator lives on {self.device}, the vector on {vectors.device}: use v.to({str(self.device)!r})")
 
     # -- the one place for inner products, decisions and random vectors -------------------------------------------------
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
-        """Inner products ``left^T right``, over all processes where vectors are sharded.
-
-        Args:
-            left: (n,) or (n, j).
-            right: (n,) or (n, k).
-
-        Returns:
-            (), (j,), (k,) or (j, k).
-        """
+        """Inner products ``left^T right`` of (n,) or (n, j) with (n,) or (n, k), over all processes where vectors are sharded."""
         return left.T @ right if left.ndim == 2 else torch.tensordot(left, right, dims=1) if right.ndim == 1 else left @ right
 
     def agree(self, value: float) -> float:
@@ -184,7 +141,7 @@ class SymmetricOperator(ABC):
 
     def free_memory(self, *, host: bool = False) -> float:
         """Bytes that can still be allocated where the vectors live, or in host memory; inf if the system does not tell."""
-        return available_memory(torch.device("cpu") if host else self._device)
+        return available_memory(torch.device("cpu") if host else self.device)
 
     def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
         """Independent random probes of shape (n, k), drawn on the CPU so that a seed means the same on every device.
@@ -196,55 +153,47 @@ class SymmetricOperator(ABC):
         """
         if distribution not in _DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {_DISTRIBUTIONS}, got {distribution!r}")
-        draw_type = self._dtype if self._dtype in (torch.float32, torch.float64) else torch.float32  # half precision: drawn, then rounded
+        draw_type = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32  # half precision: drawn, then rounded
         if distribution == "normal":
-            return torch.randn(k, self._size, generator=generator, dtype=draw_type).to(device=self._device, dtype=self._dtype).T
+            return torch.randn(k, self.size, generator=generator, dtype=draw_type).to(device=self.device, dtype=self.dtype).T
         # A sign is a bit. 64 of them travel as one number and are spread where the vectors live, eight by one look into a table: drawn one by one
         # on the host, the signs of 124 M parameters took 8 times as long as a Hessian product on an H200 (results/gpu_h200.jsonl).
-        words = torch.randint(-(2**63), 2**63 - 1, (k, -(-self._size // 64)), generator=generator, dtype=torch.int64).to(self._device)
+        words = torch.randint(-(2**63), 2**63 - 1, (k, -(-self.size // 64)), generator=generator, dtype=torch.int64).to(self.device)
         signs = 1 - 2 * (torch.arange(256)[:, None] >> torch.arange(8) & 1)  # (256, 8): the signs of each byte
-        spread = signs.to(device=self._device, dtype=self._dtype).index_select(0, words.view(torch.uint8).int().view(-1))
-        return spread.view(k, -1)[:, : self._size].T
+        spread = signs.to(device=self.device, dtype=self.dtype).index_select(0, words.view(torch.uint8).int().view(-1))
+        return spread.view(k, -1)[:, : self.size].T
 
     # -- conversions --------------------------------------------------------------------------------------------------
     def to_dense(self) -> Tensor:
         """The whole matrix, (n, n), by n products. For small n: tests and teaching."""
-        identity = torch.eye(self._size, dtype=self._dtype, device=self._device)
-        return self @ identity
+        return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
 
     def to_scipy(self) -> LinearOperator:
         """A :class:`scipy.sparse.linalg.LinearOperator` over NumPy vectors on the host."""
         from scipy.sparse.linalg import LinearOperator
 
-        dtype = torch.empty(0, dtype=self._dtype).numpy().dtype
+        def matmat(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return (self @ torch.as_tensor(np.ascontiguousarray(array), dtype=self.dtype, device=self.device)).cpu().numpy()
 
-        def multiply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            vector = torch.as_tensor(np.ascontiguousarray(array), dtype=self._dtype, device=self._device)
-            return (self @ vector).cpu().numpy()
+        def matvec(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return matmat(array.reshape(-1))  # SciPy passes (n,) or (n, 1)
 
-        return LinearOperator(
-            self.shape,
-            matvec=lambda v: multiply(v.reshape(-1)),
-            matmat=multiply,
-            rmatvec=lambda v: multiply(v.reshape(-1)),
-            rmatmat=multiply,
-            dtype=dtype,
-        )
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=matvec, matmat=matmat, rmatvec=matvec, rmatmat=matmat, dtype=dtype)
 
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
         """The diagonal block of a named parameter group; curvature operators implement it."""
         raise TypeError(f"{type(self).__name__} has no named parameters, so it has no blocks; restrict the matrix before wrapping it")
 
-    # -- algebra (sharpkit.operators.algebra) -----------------------------------------------------------------------------
+    # -- algebra ------------------------------------------------------------------------------------------------------------
     def __add__(self, other: SymmetricOperator | float) -> SymmetricOperator:
         """``A + B``, or ``A + s`` meaning A + s I."""
-        return add(self, other)
+        return SumOperator(self, other) if isinstance(other, SymmetricOperator) else ScaledOperator(self, shift=_number(other))
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> SymmetricOperator:
-
-        return scale(self, factor)
+        return ScaledOperator(self, factor=_number(factor))
 
     __rmul__ = __mul__
 
@@ -262,7 +211,7 @@ class SymmetricOperator(ABC):
 
     def deflate(self, vectors: Tensor, values: Tensor) -> SymmetricOperator:
         """``A - V diag(values) V^T`` with orthonormal V of shape (n, k) and values of shape (k,)."""
-        return deflate(self, vectors, values)
+        return DeflatedOperator(self, vectors, values)
 
 
 def check_symmetric(operator: SymmetricOperator, *, seed: int = 0, rtol: float | None = None) -> None:
@@ -280,7 +229,7 @@ def check_symmetric(operator: SymmetricOperator, *, seed: int = 0, rtol: float |
     products = operator @ probes
     left, right = float(operator.dot(probes[:, 0], products[:, 1])), float(operator.dot(probes[:, 1], products[:, 0]))
     norms = [float(operator.dot(x, x)) ** 0.5 for x in (probes[:, 0], products[:, 0], probes[:, 1], products[:, 1])]
-    scale = max(norms[0] * norms[3], norms[2] * norms[1])
+    scale = max(norms[0] * norms[3], norms[2] * norms[1])  # Cauchy-Schwarz bounds either side by it, so rounding is relative to it
     # By judgement: far above the rounding of a float64 or float32 sum over a large model, far below the asymmetry of a wrong derivative.
     tolerance = rtol if rtol is not None else (1e-8 if operator.dtype == torch.float64 else 1e-3)
     if abs(left - right) > tolerance * scale:
@@ -322,6 +271,9 @@ class _DerivedOperator(SymmetricOperator):
         super().__init__(base.size, dtype=base.dtype, device=base.device)
         self.base = base
 
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self.matvec(vectors)  # written for (n,) and (n, k) alike, so that a base with a cheap matmat is asked for k at once
+
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         return self.base.dot(left, right)
 
@@ -340,14 +292,8 @@ class ScaledOperator(_DerivedOperator):
         self.factor, self.shift = factor, shift
 
     def matvec(self, vector: Tensor) -> Tensor:
-        return self._combine(self.base.multiply(vector), vector)
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return self._combine(self.base.multiply(vectors), vectors)
-
-    def _combine(self, product: Tensor, vectors: Tensor) -> Tensor:
-        scaled = product * self.factor
-        return scaled.add_(vectors, alpha=self.shift) if self.shift else scaled
+        scaled = self.base.multiply(vector) * self.factor
+        return scaled.add_(vector, alpha=self.shift) if self.shift else scaled
 
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
         return ScaledOperator(self.base.block(pattern), self.factor, self.shift)
@@ -367,9 +313,6 @@ class SumOperator(_DerivedOperator):
     def matvec(self, vector: Tensor) -> Tensor:
         return self.base.multiply(vector) + self.second.multiply(vector)
 
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return self.base.multiply(vectors) + self.second.multiply(vectors)
-
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
         return SumOperator(self.base.block(pattern), self.second.block(pattern))
 
@@ -387,27 +330,12 @@ class DeflatedOperator(_DerivedOperator):
         self.values = values.to(dtype=base.dtype, device=base.device)
 
     def matvec(self, vector: Tensor) -> Tensor:
-        return self.base.multiply(vector) - self.vectors @ (self.values * self.base.dot(self.vectors, vector))
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return self.base.multiply(vectors) - self.vectors @ (self.values[:, None] * self.base.dot(self.vectors, vectors))
+        return self.base.multiply(vector) - self.vectors @ scale_rows(self.values, self.base.dot(self.vectors, vector))
 
 
-def add(operator: SymmetricOperator, other: SymmetricOperator | float) -> SymmetricOperator:
-    """operator + other, a number meaning that multiple of the identity."""
-    if isinstance(other, SymmetricOperator):
-        return SumOperator(operator, other)
-    return ScaledOperator(operator, shift=_number(other))
-
-
-def scale(operator: SymmetricOperator, factor: float) -> SymmetricOperator:
-    """factor * operator."""
-    return ScaledOperator(operator, factor=_number(factor))
-
-
-def deflate(operator: SymmetricOperator, vectors: Tensor, values: Tensor) -> SymmetricOperator:
-    """operator - V diag(values) V^T."""
-    return DeflatedOperator(operator, vectors, values)
+def scale_rows(diagonal: Tensor, vectors: Tensor) -> Tensor:
+    """diag(diagonal) times (n,) or (n, k)."""
+    return diagonal * vectors if vectors.ndim == 1 else diagonal[:, None] * vectors
 
 
 def _number(value: Any) -> float:
@@ -447,6 +375,7 @@ def as_operator(
     if isinstance(matrix, SymmetricOperator):
         return matrix
     if isinstance(matrix, np.ndarray):
+        # contiguous, since from_numpy refuses negative strides
         matrix = torch.from_numpy(np.ascontiguousarray(matrix, dtype=None if matrix.dtype.kind in "fc" else np.float64))
         dtype = dtype or torch.float64
     if isinstance(matrix, Tensor):

@@ -6,6 +6,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -51,11 +52,13 @@ _UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first th
 }
 
 
+@dataclass(frozen=True)
 class PieceProduct:
-    """The product with one piece's matrix, unweighted, on tensors in the parameters' shapes."""
+    """The product with one piece's matrix, unweighted, on tensors in the parameters' shapes; and the memory of its graph."""
 
-    def __init__(self, multiply: Callable[[Sequence[Tensor]], Pieces], weight: float, bytes_held: int) -> None:
-        self.multiply, self.weight, self.bytes_held = multiply, weight, bytes_held
+    multiply: Callable[[Sequence[Tensor]], Pieces]
+    weight: float
+    bytes_held: int
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -92,10 +95,9 @@ class CurvatureOperator(SymmetricOperator):
         self._kept_for: tuple[int | None, list[Tensor]] = (None, [])  # micro_batch_size and values of all that is watched
         self._kept_versions: list[int] = []
 
-    # -- to be implemented ------------------------------------------------------------------------------------------------
     @abstractmethod
     def _build(self, piece: Piece) -> PieceProduct:
-        """Build the graph of one piece and return its product."""
+        """Build the graph of one piece and return its product: the method that a subclass writes."""
 
     # -- products -----------------------------------------------------------------------------------------------------
     def matvec(self, vector: Tensor) -> Tensor:
@@ -109,11 +111,11 @@ class CurvatureOperator(SymmetricOperator):
                 raise explained from error
 
         ranks = self.objective.ranks
-        return ranks.sum_(ranks.run_together(local, device=self.device))
+        return ranks.sum_(ranks.run_together(local, device=self.device))  # each process holds its own batches' share of the sum
 
     def _local_product(self, vector: Tensor) -> Tensor:
         self._drop_if_stale()
-        while True:
+        while True:  # after a failed allocation again, with smaller pieces
             try:
                 return self._sum_over_pieces(vector)
             except Exception as exception:  # the CPU allocator raises a plain RuntimeError
@@ -127,14 +129,14 @@ class CurvatureOperator(SymmetricOperator):
             (product,) = self._kept.values()
             return self.layout.flatten(product.multiply(parts), product.weight)
         total = torch.zeros_like(vector, requires_grad=False)
-        if self.all_kept:
+        if self.all_kept:  # the data is not gone through again: loading it may cost more than the products
             for product in self._kept.values():
                 self.layout.add_flat_(total, product.multiply(parts), product.weight)
             return total
         every_one_kept = True
         # Copies of the values that graphs are made for: the only way to see a change made behind autograd's back.
         values = [t.detach().clone() for t in self._watched()] if self._retain is not False and not self._kept else self._kept_for[1]
-        self._forecast()
+        self._forecast()  # before the first graph
         for piece in self.objective.pieces():
             product = self._kept.get(piece.key) or self._build(piece)
             self.layout.add_flat_(total, product.multiply(parts), product.weight)
@@ -164,8 +166,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _watched(self) -> list[Tensor]:
         """All that the function depends on besides the data: every parameter, also those held fixed, and every buffer."""
-        model = self.objective.model
-        return [*model.parameters(), *model.buffers()]
+        return [*self.objective.model.parameters(), *self.objective.model.buffers()]
 
     def _versions(self) -> list[int]:
         """How often each parameter was written to in place: autograd refuses a graph older than the last write, equal values or not."""
@@ -189,23 +190,19 @@ class CurvatureOperator(SymmetricOperator):
         """After a failed allocation: first drop what is retained, then cut the pieces in halves."""
         if self._kept and self._retain == "auto":
             self.forget_graphs()
-            self._retain = False
+            self._retain = False  # for good: kept again, they would fill the memory again
         elif not self._halve_pieces():
-            raise OutOfMemoryError(self._does_not_fit()) from cause
+            samples = self._piece_length()
+            raise OutOfMemoryError(
+                f"a product does not fit: {human_bytes(self.free_memory())} free on {self.device}, {self.size:,} parameters, pieces of "
+                f"{samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. Select fewer "
+                "parameters (params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
+            ) from cause
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # blocks cached for the larger pieces are too fragmented for the smaller ones
         logger.warning("a product ran out of memory; going on with pieces of %s samples", self.objective.micro_batch_size or "all")
 
-    def _does_not_fit(self) -> str:
-        samples = self._piece_length()
-        return (
-            f"a product does not fit: {human_bytes(self.free_memory())} free on {self.device}, {self.size:,} parameters, "
-            f"pieces of {samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. "
-            "Select fewer parameters (params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
-        )
-
     def _piece_length(self) -> int:
-        """Samples in the largest piece."""
         return self.objective.micro_batch_size or max(self.objective.batch_lengths, default=0)
 
     def _halve_pieces(self) -> bool:
@@ -224,20 +221,15 @@ class CurvatureOperator(SymmetricOperator):
             return
         objective.micro_batch_size = sample = max(1, longest // 32)  # by judgement: 3 % of a product's time, once
         try:
-            first = next(objective.pieces(), None)
+            first = next(objective.pieces(), None)  # None: a process without data
             held = self._build(first).bytes_held if first is not None else 0
         finally:
             objective.micro_batch_size = None
         peak = _PEAK * held * longest / sample
         if peak > (free := self.free_memory()):
             objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (_PEAK * held)))
-            logger.warning(
-                "a batch of %d samples would need about %s of %s free; using pieces of %d samples",
-                longest,
-                human_bytes(peak),
-                human_bytes(free),
-                objective.micro_batch_size,
-            )
+            needed = f"{human_bytes(peak)} of {human_bytes(free)} free"
+            logger.warning("a batch of %d samples would need about %s; using pieces of %d", longest, needed, objective.micro_batch_size)
 
     # -- ranks and blocks -----------------------------------------------------------------------------------------------
     def dot(self, left: Tensor, right: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class FisherOperator(CurvatureOperator):
         if self.likelihood not in _LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {_LIKELIHOODS}, got {likelihood!r}")
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:  # a block draws the same labels as the whole
         return {**super()._settings(), "num_draws": self.num_draws, "likelihood": self.likelihood, "seed": self.seed}
 
     def _build(self, piece: Piece) -> PieceProduct:
@@ -63,7 +63,7 @@ class FisherOperator(CurvatureOperator):
         index, first = piece.key
         seed = hash((self.seed, self.objective.ranks.rank, index)) % 2**63  # other labels for each batch, the same for its pieces
         error: ObjectiveError | None = None
-        for class_dim in self._class_dims(jacobian):
+        for class_dim in self._class_dims(jacobian):  # the first under which the loss is the likelihood's
             draws = _Draws(
                 self.likelihood, jacobian, self._known, whole=self.objective.batch_lengths[index], first=first, class_dim=class_dim
             )
@@ -98,6 +98,7 @@ class FisherOperator(CurvatureOperator):
         for _ in range(self.num_draws + 1):  # one more, to see that the shares do not depend on the label
             target, residual = draws.next(generator)
             residuals.append(residual)
+            # the loss's gradient, not the residual alone, carries how it averages: masks, divisors, label shapes
             slopes.append(output_gradient(self.objective, jacobian.output, target, number=number)[0])
         _check_likelihood(self.likelihood, draws, (residuals[0], slopes[0]), (residuals[-1], slopes[-1]))
         return torch.stack(residuals[:-1]), torch.stack(slopes[:-1])
@@ -140,7 +141,7 @@ class _Draws:
         self, likelihood: str, jacobian: OutputJacobian, known: KnownLoss | None, *, whole: int, first: int, class_dim: int
     ) -> None:
         self._likelihood, self._output, self._target = likelihood, jacobian.output, jacobian.target
-        self._ignored = known.ignore_index if known is not None else -100
+        self._ignored = known.ignore_index if known is not None else -100  # PyTorch's default, which a user's own loss calls
         self._whole, self._first, self._class_dim = whole, first, class_dim
 
     def sum_units(self, entries: Tensor) -> Tensor:
@@ -155,13 +156,13 @@ class _Draws:
             return z + noise, -noise
         if self._likelihood == "bernoulli":
             p = z.double().sigmoid()
-            drawn = (self._noise(z.shape, generator) < p).double()
+            drawn = (self._noise(z.shape, generator) < p).double()  # compared in float64, as the draws are
             return drawn.to(z.dtype), (p - drawn).to(z.dtype)
         p = z.double().softmax(dim=self._class_dim).movedim(self._class_dim, -1)  # float64: the draws must not depend on the device
         drawn = (p.cumsum(-1) < self._noise(p.shape[:-1], generator).unsqueeze(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
         residual = (p - F.one_hot(drawn, p.shape[-1])).movedim(-1, self._class_dim)
         if isinstance(self._target, Tensor) and not self._target.is_floating_point() and self._target.shape == drawn.shape:
-            drawn = torch.where(self._target == self._ignored, self._target, drawn)
+            drawn = torch.where(self._target == self._ignored, self._target, drawn)  # masked targets stay masked
         return drawn, residual.to(z.dtype)
 
     def _noise(self, shape: torch.Size, generator: torch.Generator, *, normal: bool = False) -> Tensor:
@@ -174,12 +175,9 @@ class _Draws:
 
 def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
     if known is not None and known.weight is None and known.label_smoothing == 0.0:
-        if known.function is F.cross_entropy:
-            return "categorical"
-        if known.function is F.mse_loss:
-            return "gaussian"
-        if known.function is F.binary_cross_entropy_with_logits:
-            return "bernoulli"
+        standard = {F.cross_entropy: "categorical", F.mse_loss: "gaussian", F.binary_cross_entropy_with_logits: "bernoulli"}
+        if known.function in standard:
+            return standard[known.function]
     raise ObjectiveError(
         "the Fisher matrix needs the likelihood that labels are drawn from. Plain cross_entropy, mse_loss and "
         "binary_cross_entropy_with_logits tell it; for another loss that is a negative log-likelihood pass likelihood='categorical', "
@@ -190,7 +188,7 @@ def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
 class EmpiricalFisherOperator(CurvatureOperator):
     """(1/N) sum_i g_i g_i^T with g_i the gradient of sample i's own loss at its given label (uncentred second moment).
 
-    g_i is scaled so that the mean of the g_i is the gradient of the objective. With ``loss=`` one product costs about two gradients. With
+    g_i is scaled so that the mean of the g_i is the gradient of the objective. With ``loss=`` one product costs about two gradients; with
     ``closure=`` the per-sample gradients are computed one by one, and kept if they fit into memory.
 
     Raises:
@@ -206,6 +204,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
                 "mode='eval', or another loss"
             )
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
+        # rows of the loss's gradient in the output are those of each sample's own loss, since the samples do not mix
         score = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0])[0] * self._sample_scale(piece)
         samples, expected = jacobian.output.shape[0] if jacobian.output.ndim else 1, samples_in(piece.batch, True)
         if samples != expected:
@@ -223,7 +222,6 @@ class EmpiricalFisherOperator(CurvatureOperator):
     def _build_one_by_one(self, piece: Piece) -> PieceProduct:
         samples = self.objective.samples_of(piece)
         bytes_needed = len(samples) * self.size * self.dtype.itemsize
-
         matrix = None  # (samples, n)
         # a quarter of what is free, by judgement: torch.stack holds them twice for a moment
         if samples and bytes_needed < 0.25 * self.free_memory():
@@ -233,11 +231,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
             flat = self.layout.flatten(vectors)
             if matrix is not None:
                 return list(self.layout.split(matrix.T @ (matrix @ flat)))
-            total = torch.zeros_like(flat)
-            for sample in samples:
-                gradient = self._sample_gradient(sample)
-                total.add_(gradient * torch.dot(gradient, flat))
-            return list(self.layout.split(total))
+            gradients = (self._sample_gradient(sample) for sample in samples)  # one at a time
+            return list(self.layout.split(sum((g * torch.dot(g, flat) for g in gradients), torch.zeros_like(flat))))
 
         return PieceProduct(multiply, self._sample_weight(), bytes_needed if matrix is not None else 0)
 
@@ -245,6 +240,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
         loss = self.objective.evaluate(sample)
         return self.layout.flatten(torch.autograd.grad(loss, self.layout.params, allow_unused=True), self._sample_scale(sample))
 
+    # A sum of g_i g_i^T for reduction="sum", a mean of them with gradients scaled to a mean for "mean".
     def _sample_scale(self, piece: Piece) -> float:
         """From the gradient of the piece's loss to gradients whose mean (sum) over samples is the objective's."""
         objective = self.objective
@@ -263,10 +259,9 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     def matvec(self, vector: Tensor) -> Tensor:
         second_moment = super().matvec(vector)
         mean = self._mean_gradient()
-        return second_moment - mean * (torch.dot(mean, vector) * self._mean_weight())
-
-    def _mean_weight(self) -> float:
-        return 1.0 if self.objective.reduction == "mean" else 1.0 / self.objective.num_samples
+        # of a sum, sum_i (g_i - G/N)(g_i - G/N)^T = sum_i g_i g_i^T - G G^T / N with G the gradient of the sum
+        weight = 1.0 if self.objective.reduction == "mean" else 1.0 / self.objective.num_samples
+        return second_moment - mean * (torch.dot(mean, vector) * weight)
 
     def _mean_gradient(self) -> Tensor:
         """The gradient, computed again when the model has changed; all processes decide together, since it is summed over them."""

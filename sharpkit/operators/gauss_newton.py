@@ -47,6 +47,7 @@ class OutputJacobian:
         transposed = torch.autograd.grad(output, params, grad_outputs=self._dummy, create_graph=True, allow_unused=True)
         if all(t is None for t in transposed):
             raise ObjectiveError("the model's output does not depend on any of the selected parameters: check params=")
+        # parameters that the output does not use have no column in J
         self._used = [j for j, t in enumerate(transposed) if t is not None and t.requires_grad]
         self._transposed = [t for t in transposed if t is not None and t.requires_grad]
         self.bytes_held = graph_bytes([*self._transposed, output], exclude=params)
@@ -64,7 +65,7 @@ class OutputJacobian:
 
 
 def output_gradient(objective: Objective, output: Tensor, target: Any, *, number: int, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-    """The loss's gradient in the output, and the output it was taken at (a leaf).
+    """The loss's gradient in the output, and the output it was taken at (a leaf), both in the output's shape.
 
     Args:
         objective: with ``loss=``.
@@ -72,11 +73,8 @@ def output_gradient(objective: Objective, output: Tensor, target: Any, *, number
         target: what the loss compares it with.
         number: number of the batch, for messages.
         create_graph: whether the gradient is to be differentiated again.
-
-    Returns:
-        (gradient, output), both in the output's shape.
     """
-    leaf = output.detach().requires_grad_()
+    leaf = output.detach().requires_grad_()  # cut off from the model, so that the second derivative is the loss's alone
     loss = check_loss(objective.output_loss(leaf, target), number)
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True)
     return gradient, leaf

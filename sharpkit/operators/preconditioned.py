@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sharpkit.objective.params import ParamLayout, ParamSelector
-from sharpkit.operators.base import SymmetricOperator, _DerivedOperator
+from sharpkit.objective.params import ParamLayout
+from sharpkit.operators.base import SymmetricOperator, _DerivedOperator, scale_rows
 from sharpkit.optimizers import preconditioner_scale
 
 
@@ -30,11 +30,11 @@ class _DiagonalScaling(_DerivedOperator):
         self.scale = scale.detach().to(dtype=base.dtype, device=base.device)
 
     def matvec(self, vector: Tensor) -> Tensor:
-        return self.base.multiply(self.scale * vector) * self.scale
+        return scale_rows(self.scale, self.base.multiply(scale_rows(self.scale, vector)))
 
-    def _restricted_scale(self, pattern: ParamSelector) -> tuple[SymmetricOperator, Tensor]:
-        block = self.base.block(pattern)  # type: ignore[arg-type]
-        return block, self.scale[layout_of(self.base).indices(layout_of(block).names)]
+    def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
+        block = self.base.block(pattern)
+        return _DiagonalScaling(block, self.scale[layout_of(self.base).indices(layout_of(block).names)])
 
 
 class PreconditionedOperator(_DiagonalScaling):
@@ -77,10 +77,6 @@ class PreconditionedOperator(_DiagonalScaling):
             scale = diagonal.double().rsqrt()  # in float64: small second moments lose digits in float32
         super().__init__(base, scale)
 
-    def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
-        block, scale = self._restricted_scale(pattern)
-        return PreconditionedOperator(block, diagonal=scale.double().pow(-2))
-
 
 class AdaptiveOperator(_DiagonalScaling):
     """T A T with T = diag(|w|): the quadratic form of adaptive sharpness, unchanged by rescaling the weights.
@@ -96,10 +92,6 @@ class AdaptiveOperator(_DiagonalScaling):
     def __init__(self, base: SymmetricOperator, *, weights: Tensor | None = None) -> None:
         super().__init__(base, (layout_of(base).current() if weights is None else weights).abs())
 
-    def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
-        block, scale = self._restricted_scale(pattern)
-        return AdaptiveOperator(block, weights=scale)
-
 
 def layout_of(operator: SymmetricOperator) -> ParamLayout:
     """The named parameters behind an operator or what it is derived from.
@@ -112,7 +104,6 @@ def layout_of(operator: SymmetricOperator) -> ParamLayout:
         inner = getattr(inner, "base", None)  # of a sum the first: both have the same parameters, or adding them means nothing
         if inner is None:
             raise TypeError(
-                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or "
-                "pass diagonal="
+                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass diagonal="
             )
     return inner.layout

@@ -195,8 +195,8 @@ class CurvatureOperator(SymmetricOperator):
             samples = self._piece_length()
             raise OutOfMemoryError(
                 f"a product does not fit: {human_bytes(self.free_memory())} free on {self.device}, {self.size:,} parameters, pieces of "
-                f"{samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. Select fewer "
-                "parameters (params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
+                f"{samples} sample{'' if samples == 1 else 's'} that {'cannot' if samples == 1 else 'may not'} be cut further. Select "
+                "fewer parameters (params=), checkpoint activations (use_reentrant=False), or measure on a smaller batch"
             ) from cause
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # blocks cached for the larger pieces are too fragmented for the smaller ones

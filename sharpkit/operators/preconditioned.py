@@ -104,6 +104,7 @@ def layout_of(operator: SymmetricOperator) -> ParamLayout:
         inner = getattr(inner, "base", None)  # of a sum the first: both have the same parameters, or adding them means nothing
         if inner is None:
             raise TypeError(
-                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass diagonal="
+                f"{type(operator).__name__} has no named parameters to match with the optimizer's: wrap a curvature operator, or pass "
+                "diagonal="
             )
     return inner.layout

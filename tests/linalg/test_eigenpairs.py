@@ -412,6 +412,19 @@ def test_a_restart_keeps_the_wanted_two_in_reserve_and_a_third_of_the_rest(size:
     assert len(sizes) > 2 and set(sizes) == {kept}, f"3 + 2 + ({size} - 3) // 3"
 
 
+def test_the_search_for_missed_pairs_restarts_into_what_leaves_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 13 rows the search may need 6 and 2 to start with, and one vector is pending: 4 are left to keep."""
+    sizes, compress = [], KrylovSpace.compress
+
+    def watched(self: KrylovSpace, values: np.ndarray, coordinates: np.ndarray) -> None:
+        compress(self, values, coordinates)
+        sizes.append((len(values), self.size))
+
+    monkeypatch.setattr(KrylovSpace, "compress", watched)
+    spectrum = np.concatenate([[9.0, 8, 7], np.linspace(0, 1, 197)])
+    assert bool(sk.eigenpairs(operator_with(spectrum), 3, basis_size=13).converged.all()) and sizes == [(4, 5)]
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_of_two_pending_vectors_the_one_that_carries_the_residuals_is_multiplied(first: int) -> None:
     """One start spans the space of the wanted pairs, the other two rows that nothing else is coupled to."""

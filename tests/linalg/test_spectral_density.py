@@ -84,6 +84,12 @@ def test_outliers_stand_apart_from_the_bulk_at_any_scale(factor: float, dtype: t
     np.testing.assert_allclose(density.outliers.numpy() / factor, [5, 4, 3, -2], rtol=1e-4)
 
 
+def test_a_multiple_of_the_identity_has_no_outliers_in_its_rounding() -> None:
+    spectrum = np.concatenate([[9.0], np.random.default_rng(0).uniform(-1, 1, 199)])
+    spread, tight = (sk.spectral_density(operator_with(1 + factor * spectrum), num_probes=3, num_steps=30) for factor in (1e-4, 1e-8))
+    assert len(spread.outliers) == 1 and len(tight.outliers) == 0
+
+
 def test_a_bulk_without_outliers_shows_none() -> None:
     assert len(sk.spectral_density(operator_with(UNIFORM), num_probes=5, num_steps=40).outliers) == 0
 
@@ -156,6 +162,13 @@ def outliers(*rules: Quadrature) -> list[float]:
 def test_an_outlier_stands_three_spacings_of_the_bulk_apart(gap: float, apart: bool) -> None:
     assert outliers(rule(top=(19 + gap,))) == ([19 + gap] if apart else [])
     assert outliers(rule(bottom=(-gap,))) == ([-gap] if apart else [])
+
+
+def test_the_spacing_of_the_bulk_is_that_of_the_middle_half_of_its_gaps() -> None:
+    """Of 19 gaps the 5th to the 14th from the top are five of 3 and five of 1: their median is 2, and 6 is three times that."""
+    nodes = np.cumsum([0.0] + [1.0] * 10 + [3.0] * 8 + [5.9])
+    wider = np.append(nodes[:-1], nodes[-2] + 6.1)
+    assert [outliers(Quadrature(n, np.full(20, 0.05), np.zeros(20))) for n in (nodes, wider)] == [[], [wider[-1]]]
 
 
 def test_outliers_at_both_ends_come_in_descending_order_with_those_that_stand_together() -> None:

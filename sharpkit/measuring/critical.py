@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result
 from sharpkit.objective.objective import Objective
-from sharpkit.objective.params import ParamLayout
+from sharpkit.objective.params import moved
 from sharpkit.optimizers import learning_rate, next_update
 
 _PRECISION = 15 / 16  # lower over upper end, by judgement: three bisections from a factor sqrt(2), so six forward passes in all
@@ -138,16 +137,3 @@ class _LineSearch:
                 return (following, step) if risen else (step, following)
             step, factor = following, 2.0  # the guess was bad: larger steps from here
         return (0.0, step) if risen else (step, math.inf)
-
-
-@contextmanager
-def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Parameters at w + step * direction inside; the original storages, never written to, are put back after."""
-    originals = [p.data for p in layout.params]  # exchanged whole: adding the step and taking it off again would leave rounding behind
-    try:
-        for p, here, d in zip(layout.params, originals, direction, strict=True):
-            p.data = here + step * d
-        yield
-    finally:
-        for p, here in zip(layout.params, originals, strict=True):
-            p.data = here

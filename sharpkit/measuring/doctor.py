@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sharpkit._results import Progress, ProgressCallback, Result
+from sharpkit.objective.distributed import Ranks
+from sharpkit.objective.guard import random_fingerprint
 from sharpkit.objective.memory import available_memory, human_bytes
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.operators.probe import first_batches, float64_copy, precision_of, probe_derivatives
 
 Outcome = tuple[str, str] | tuple[str, str, str]  # status, message and, where something should be changed, the remedy
 
@@ -25,10 +28,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh
 _KINKED = (*_ACTIVATIONS, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_MAX_COPIED_BATCHES = 2  # to float64, by judgement: a check, not a measurement
-# Relative to |w| / |v|, in float64, by theory near eps^(1/3) = 6e-6, where truncation and rounding of a central difference are alike.
-_FD_STEP = 1e-6
-_FD_AGREE = 1e-3  # by judgement: a wrong second derivative is off by far more, a central difference by far less
+_FEW = 10.0  # times the noise of finite differences: what is closer cannot be told from it, by judgement
 _SERIOUS_ROUNDING, _HARMLESS_ROUNDING = 0.3, 1e-2  # of a product on a random vector, by judgement
 _MEASURE_PRODUCTS = 200  # that measure() makes, about, by definition of its defaults: 6 probes of 32 steps
 _BASIS_VECTORS = 40  # that a typical Lanczos basis holds, by judgement
@@ -90,11 +90,12 @@ class Diagnosis(Result, kind="diagnosis", saved=("passed", "objective", "checks"
 
 
 def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback | None = None) -> Diagnosis:
-    """Examine an objective before trusting its curvature: about ten Hessian products and a few gradients.
+    """Examine an objective before trusting its curvature: about ten Hessian products and twenty gradients.
 
-    Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients (in float64, on a copy,
-    where the model allows it), how far float32 rounding goes, attention kernels, dropout and batch statistics, unused, frozen and tied
-    parameters, integer buffers, kinked activations, how batches are weighted, memory and time.
+    Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients, and those to
+    differences of the loss (in float64, on a copy, where the model allows it), how far float32 rounding goes, attention kernels, dropout
+    and batch statistics, hooks, unused, frozen, tied and doubled parameters, integer buffers, kinked activations, how batches are weighted,
+    memory and time.
 
     Args:
         objective: as made for measuring.
@@ -118,7 +119,9 @@ def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback |
         try:
             checks.append(Check(name, *function(hessian, seed)))
         except Exception as error:
-            checks.append(Check(name, "failed", f"{type(error).__name__}: {error}"))
+            said = f"{type(error).__name__}: {error}"
+            first = next((c.name for c in checks if c.message == said), None)
+            checks.append(Check(name, "failed", said if first is None else f"stopped by the same error as the check {first!r}"))
     return Diagnosis(repr(objective), tuple(checks))
 
 
@@ -133,10 +136,11 @@ def _relative(hessian: HessianOperator, difference: Tensor, reference: Tensor) -
 
 
 def _rounding(hessian: HessianOperator) -> float:
-    """What products may differ by: rounding of the type the model computes in."""
-    if hessian.objective.autocast is not None or any(p.dtype in (torch.bfloat16, torch.float16) for p in hessian.layout.params):
+    """What products may differ by: rounding of the coarsest type in the graph; logits may be cast to float32 in a float64 model."""
+    eps = precision_of(hessian.objective)[0]
+    if eps > 1e-4:  # half precision
         return 3e-2  # a few times the 8e-3 of bfloat16, since errors of a product add up over layers; the others likewise
-    return 1e-9 if hessian.dtype == torch.float64 else 2e-4
+    return 1e-9 if eps < 1e-10 else 2e-4
 
 
 def _check_repeats(hessian: HessianOperator, seed: int) -> Outcome:
@@ -173,47 +177,27 @@ def _check_linear(hessian: HessianOperator, seed: int) -> Outcome:
     return "ok", f"products are linear to {gap:.1g}"
 
 
-def float64_twin(objective: Objective) -> Objective:
-    """The same objective on a float64 copy of the model and of the first batches. Raises whatever the model raises in float64."""
-    batches = list(itertools.islice(objective.batches(), _MAX_COPIED_BATCHES))
-    return objective.copy(batches, dtype=torch.float64)
-
-
 def _check_finite_differences(hessian: HessianOperator, seed: int) -> Outcome:
-    try:
-        twin = float64_twin(hessian.objective)
-        operator = HessianOperator(twin)
-        vector = _probes(operator, seed, 1)[:, 0]
-        exact = operator @ vector
-    except Exception as error:
-        return "note", f"not compared: no float64 copy of the model can be run ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-    step = _FD_STEP * float(operator.layout.current().norm()) / float(vector.norm())
-    gaps = []
-    for size in (step, step / 30):  # the smaller step crosses fewer kinks; the better of the two counts
-        shifted = [_gradient_at(twin, vector, sign * size) for sign in (1.0, -1.0)]
-        gaps.append(_relative(operator, (shifted[0] - shifted[1]) / (2 * size) - exact, exact))
-    gap, kinks = min(gaps), _names(hessian, _KINKED)  # kinks excuse a gap, they do not explain it: a warning, no failure
-    if gap <= _FD_AGREE:
-        return "ok", f"finite differences of gradients agree to {gap:.1g} (float64 copy)"
-    if kinks:
-        said = f"finite differences of gradients differ by {gap:.2g}; kinks crossed within the step ({kinks}) can do that"
-        return "warning", said, "replace kinked activations by smooth ones to be sure"
-    said = f"finite differences of gradients differ from the product by {gap:.2g}"
-    return "failed", said, "an operation has a wrong second derivative: a custom backward, or .detach() / .data inside the model"
-
-
-def _gradient_at(objective: Objective, vector: Tensor, step: float) -> Tensor:
-    """The gradient of a private copy's objective at w + step v; the copy's parameters are put back."""
-    saved = [p.detach().clone() for p in objective.layout.params]
-    try:
-        with torch.no_grad():
-            for p, direction in zip(objective.layout.params, objective.layout.split(vector), strict=True):
-                p.add_(direction, alpha=step)
-        return objective.gradient()[1]
-    finally:
-        with torch.no_grad():
-            for p, before in zip(objective.layout.params, saved, strict=True):
-                p.copy_(before)
+    probe = probe_derivatives(hessian.objective, HessianOperator, seed=seed, patient=True)
+    gradient, product = probe.gradient, probe.product
+    where = "float64 copy" if probe.copied else "the model itself, which has no float64 copy that runs"
+    if gradient.wrong:
+        said = f"the gradient differs from finite differences of the loss by {gradient.gap:.2g} of its length ({where})"
+        return ("failed", said, "look for a straight-through estimator, gradient reversal, or .detach() / .data in the model or the loss")
+    if product is None:
+        return "failed", "the objective cannot be differentiated twice", "see the error of the first check"
+    if product.wrong:
+        said = f"finite differences of gradients differ from the product by {product.gap:.2g} ({where})"
+        return "failed", said, "an operation has a wrong second derivative: a custom backward, or .detach() / .data inside the model"
+    mended = ", ".join(sorted(hessian.objective.second_order.replaced))
+    done = f"; {mended} computed by definition, as PyTorch's own second derivative is wrong or missing" if mended else ""
+    if product.right:
+        return ("note" if mended else "ok"), f"finite differences of gradients agree to {product.gap:.1g} ({where}){done}"
+    said = f"finite differences of gradients differ by {product.gap:.2g}, and among themselves by {product.noise:.2g} ({where})"
+    if product.gap <= _FEW * product.noise and not probe.kinked:
+        return "note", f"{said}: more cannot be told in this precision{done}"
+    said += f"; kinks crossed within the step ({_names(hessian, _KINKED) or 'in the graph'}) can do that{done}"
+    return ("warning", said, "replace kinked activations by smooth ones to be sure")
 
 
 def _check_rounding(hessian: HessianOperator, seed: int) -> Outcome:
@@ -222,15 +206,16 @@ def _check_rounding(hessian: HessianOperator, seed: int) -> Outcome:
         return "warning", said, "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False"
     if hessian.dtype == torch.float64:
         return "ok", "the model computes in float64"
+    vector, batches = _probes(hessian, seed, 1)[:, 0], first_batches(hessian.objective)
     try:
-        twin = HessianOperator(float64_twin(hessian.objective))
-        if hessian.objective.num_batches > _MAX_COPIED_BATCHES:  # the copy is another function than the whole objective
-            return "note", "not compared with float64: more batches than are copied"
-        vector = _probes(hessian, seed, 1)[:, 0]
-        exact = twin @ vector.double()
+        twin = float64_copy(hessian.objective, batches)
+        exact = HessianOperator(twin) @ vector.double() if twin is not None else None
     except Exception:
-        return "note", "not compared: the model cannot be run in float64"
-    gap = _relative(hessian, (hessian @ vector).double() - exact, exact)
+        exact = None
+    if exact is None:
+        return "note", "not compared: the model cannot be copied or run in float64"
+    own = HessianOperator(hessian.objective.with_data(batches, ranks=Ranks()))  # the copy holds no more batches
+    gap = _relative(hessian, (own @ vector).double() - exact, exact)
     if gap > _SERIOUS_ROUNDING:
         said = f"a product differs by {gap:.2g} from float64 on a random vector: small eigenvalues and the trace are rounding noise"
         return "warning", said, "measure a float64 copy: model.double()"
@@ -251,10 +236,10 @@ class _Recorder(TorchFunctionMode):
 def _check_attention(hessian: HessianOperator, seed: int) -> Outcome:
     objective = hessian.objective
     recorder = _Recorder()
-    with objective.undisturbed(), torch.no_grad(), recorder:  # one piece shows which operations a forward pass calls
-        for piece in objective.pieces():
-            objective.evaluate(piece)
-            break
+    with objective.undisturbed():
+        for piece in itertools.islice(objective.pieces(), 1):  # one shows which operations a forward pass calls
+            with recorder:
+                objective.evaluate(piece)
     if recorder.calls:
         kernel = "the math kernel, the only one with a second derivative"
         return "note", f"{recorder.calls} fused attention calls run with {kernel}: memory grows with the square of the sequence length"
@@ -263,24 +248,56 @@ def _check_attention(hessian: HessianOperator, seed: int) -> Outcome:
 
 def _names(hessian: HessianOperator, kinds: Any) -> str:
     names = [f"{name or 'model'} ({type(m).__name__})" for name, m in hessian.objective.model.named_modules() if isinstance(m, kinds)]
+    return _few(names)
+
+
+def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_randomness(hessian: HessianOperator, seed: int) -> Outcome:
     objective = hessian.objective
+    with objective.undisturbed():
+        for piece in itertools.islice(objective.pieces(), 1):
+            objective.seed_for(piece.key[0])
+            before = random_fingerprint(objective.device)
+            objective.evaluate(piece)
+            draws = random_fingerprint(objective.device) != before
     dropout = [m for m in objective.model.modules() if isinstance(m, _DROPOUT) and m.p > 0]
     norms = [m for m in objective.model.modules() if isinstance(m, _BATCH_NORM)]
+    if draws and objective.mode == "eval":
+        said = "the loss draws random numbers in eval mode: one fixed draw of them is measured, not their mean"
+        return "warning", said, "look for dropout that is always on, such as F.dropout without training=self.training"
     if not dropout and not norms:
+        if draws:
+            return "note", "the loss draws random numbers, fixed by the seed"
         return "ok", "no dropout and no batch statistics: train and eval mode are the same function"
     parts = [text for text, present in ((f"{len(dropout)} dropout", dropout), (f"{len(norms)} batch-norm", norms)) if present]
     what = f"{' and '.join(parts)} layers, measured in {objective.mode} mode"
     if objective.mode == "eval":
         said = f"{what}: dropout off, running statistics used; training itself sees another function"
         return "note", said, "mode='train' measures that one, with fixed masks"
-    if norms and objective.num_batches > 1:  # over one batch the statistics are those of all the data, a function well defined
+    if objective.in_eval:
+        names = sorted(objective.in_eval)
+        what += (
+            f" but for {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}, kept in eval mode as you put them"
+        )
+    if objective.couples_samples and objective.num_batches > 1:  # over one batch the statistics are those of all the data
         said = f"{what}: batch statistics make the function depend on how the data is cut into batches"
         return "warning", said, "mode='eval', or keep the batch size of training"
     return "note", f"{what}: masks fixed by the seed"
+
+
+def _check_hooks(hessian: HessianOperator, seed: int) -> Outcome:
+    model = hessian.objective.model
+    hooked = [f"parameter {name}" for name, p in model.named_parameters() if p._backward_hooks]
+    hooked += [f"module {name or 'model'}" for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    if not hooked:
+        return "ok", "no backward hooks"
+    said = (
+        f"backward hooks are silent in a measurement ({', '.join(hooked[:3])}{f' and {len(hooked) - 3} more' if len(hooked) > 3 else ''})"
+    )
+    return "warning", f"{said}: where they change gradients, training follows others than the loss's", "remove those that do not only log"
 
 
 def _check_parameters(hessian: HessianOperator, seed: int) -> Outcome:
@@ -304,8 +321,34 @@ def _check_parameters(hessian: HessianOperator, seed: int) -> Outcome:
     integers = [name for name, b in objective.model.named_buffers() if not b.is_floating_point()]
     if integers:
         notes.append(f"{len(integers)} integer buffers (left alone)")
+    if shared := _shared_memory(objective):
+        said = f"parameters share memory but are separate ({shared}): a step moves both, while each counts as free in the Hessian"
+        return "failed", said, "tie them by assigning one parameter to both places, or clone one"
+    if equal := _equal_values(objective):
+        notes.append(f"{equal} hold equal values but are separate: if they are to be tied, assign one parameter to both places")
     head = f"{len(objective.layout.names)} tensors, {objective.num_parameters:,} parameters"
     return ("note" if notes else "ok"), "; ".join([head, *notes])
+
+
+def _shared_memory(objective: Objective) -> str:
+    """Names of two parameters that lie in the same memory, as ``a.data = b.data`` makes them; empty if there are none."""
+    places: dict[int, str] = {}
+    for name, p in zip(objective.layout.names, objective.layout.params, strict=True):
+        if p.numel() and (first := places.setdefault(p.data_ptr(), name)) != name:
+            return f"{first} and {name}"
+    return ""
+
+
+def _equal_values(objective: Objective) -> str:
+    """Names of two matrices with the same entries: a tie that was lost, for instance in a copy; empty if there are none."""
+    matrices: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
+    for name, p in zip(objective.layout.names, objective.layout.params, strict=True):
+        if p.ndim > 1 and float(p.detach().std()) > 0:  # not constants, which are often alike
+            for other, q in matrices.setdefault((p.shape, p.dtype, p.device), []):
+                if torch.equal(p, q):
+                    return f"{other} and {name}"
+            matrices[p.shape, p.dtype, p.device].append((name, p))
+    return ""
 
 
 def _check_smoothness(hessian: HessianOperator, seed: int) -> Outcome:
@@ -358,6 +401,7 @@ CHECKS: dict[str, Callable[[HessianOperator, int], Outcome]] = {
     "weights": _check_weights,
     "parameters": _check_parameters,
     "randomness": _check_randomness,
+    "hooks": _check_hooks,
     "attention": _check_attention,
     "smoothness": _check_smoothness,
     "memory and time": _check_memory,

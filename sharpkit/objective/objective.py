@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharpkit._errors import ObjectiveError
+from sharpkit._errors import ObjectiveError, SharpkitError
 from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
 from sharpkit.objective.distributed import Ranks, find_ranks
 from sharpkit.objective.guard import loader_generators, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
@@ -31,6 +31,7 @@ from sharpkit.objective.reduction import (
     look_at,
     samples_in,
 )
+from sharpkit.objective.second_order import Replaced, SecondOrder, Watch
 
 Closure = Callable[[nn.Module, Batch], Tensor]
 
@@ -103,6 +104,7 @@ class Objective:
         self.loss, self.mode, self.seed, self.autocast = loss, mode, seed, autocast
         self._closure: Closure = closure or (self._pair_loss if loss is not None else own_loss)
         self._count = count
+        self.second_order = SecondOrder(check=check)
         self.micro_batch_size: int | None = None
         self.ranks = find_ranks(process_group)
         # What may fail on one process alone runs together, so that the others do not wait for it in the next collective.
@@ -134,7 +136,7 @@ class Objective:
             with self.undisturbed():
                 self.seed_for(number)
                 before = random_fingerprint(self._data_device)
-                value = self._evaluate(to_device(batch, self._data_device), number).detach()
+                value = self._watched(to_device(batch, self._data_device), number)
                 return value, before != random_fingerprint(self._data_device)
 
         several = self.ranks.size > 1
@@ -153,6 +155,20 @@ class Objective:
     def _look(self, evaluator: Evaluator, reduction: str) -> Look:
         with self.undisturbed():
             return look_at(self._source, evaluator, reduction=reduction)
+
+    def _watched(self, batch: Batch, number: int) -> Tensor:
+        """The loss of a batch, with a look at what its evaluation does to derivatives."""
+        known = self.second_order
+        try:
+            with Watch(known):
+                loss = self._evaluate(batch, number)
+        except SharpkitError:
+            raise
+        except Exception:  # code that cannot run under a torch function mode; if that is not it, the error comes again
+            return self._evaluate(batch, number).detach()
+        if known.takes_gradients:
+            known.mend_inner_gradients(loss)
+        return loss.detach()
 
     def _candidate_counts(self, batch: Batch) -> Counts:
         if self._count is not None:
@@ -296,7 +312,10 @@ class Objective:
             batches: data of the same kind.
             dtype: convert model, data and a loss module to this type. Raises whatever the model raises for it.
         """
-        model, loss = copy.deepcopy(self.model), self.loss
+        # Tensors computed from parameters, as the old weight norm keeps them, refuse to be copied; the next forward pass makes them anew.
+        held = (value for m in self.model.modules() for value in vars(m).values())
+        computed = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+        model, loss = copy.deepcopy(self.model, computed), self.loss
         for original, copied in zip(self.model.parameters(), model.parameters(), strict=True):
             copied.requires_grad_(original.requires_grad)
         if dtype is not None:
@@ -318,6 +337,7 @@ class Objective:
             check=False,
         )
         twin.in_eval = self.in_eval
+        twin.second_order.replaced, twin.second_order.takes_gradients = self.second_order.replaced, self.second_order.takes_gradients
         return twin
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
@@ -383,6 +403,24 @@ class Objective:
         """
         return self._evaluate(piece.batch, piece.key[0])
 
+    def twice_differentiable(self, compute: Callable[[], Tensor], *, once: bool = False) -> Tensor:
+        """A loss or an output whose graph is to be differentiated twice. To be called under :meth:`undisturbed`.
+
+        It is computed again, with operations replaced by their definitions, where its graph shows some whose second derivative PyTorch
+        gets wrong or lacks.
+
+        Args:
+            compute: evaluates it.
+            once: custom functions that can be differentiated only once are the caller's concern.
+
+        Raises:
+            UnsupportedError: it cannot be differentiated twice; the message names the remedy.
+        """
+        result = compute()
+        while self.second_order.adapt([result], once=once):
+            result = compute()
+        return result
+
     def _evaluate(self, batch: Batch, number: int) -> Tensor:
         self.seed_for(number)
         with self._precision():
@@ -396,21 +434,37 @@ class Objective:
     def _pair_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.output_loss(self.predict(batch), batch[1])
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        # without its cache: it may hold weights cast by the user under no_grad, cut off from the graph
-        return torch.autocast(self._data_device.type, dtype=self.autocast, cache_enabled=False)
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.second_order.replaced:
+                stack.enter_context(Replaced(self.second_order.replaced))
+            if self.autocast is not None:
+                # without its cache: it may hold weights cast by the user under no_grad, cut off from the graph
+                stack.enter_context(torch.autocast(self._data_device.type, dtype=self.autocast, cache_enabled=False))
+            yield
 
     def value(self) -> float:
         """f(w)."""
 
         def local() -> float:
-            with self.undisturbed(), torch.no_grad():
-                return sum(float(self.evaluate(piece)) * piece.weight for piece in self.pieces())
+            with self.undisturbed():
+                return sum(self._value_of(piece) * piece.weight for piece in self.pieces())
 
         total = self.ranks.run_together(local, device=self.device)
         return self.ranks.sum_numbers([total], device=self.device)[0]
+
+    def _value_of(self, piece: Piece) -> float:
+        """The loss of a piece, without a graph unless it takes a gradient inside (a gradient penalty, a physics-informed residual)."""
+        if not self.second_order.takes_gradients:
+            try:
+                with torch.no_grad():
+                    return float(self.evaluate(piece))
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self.second_order.takes_gradients = True
+        return float(self.evaluate(piece).detach())
 
     def gradient(self) -> tuple[float, Tensor]:
         """f(w) and its gradient, a flat vector of shape (num_parameters,)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -184,3 +185,16 @@ def _check_param(name: str, param: nn.Parameter) -> None:
 def among(own: set[int]) -> Callable[[str, Tensor], bool]:
     """A selector of the parameters with these ``id``s."""
     return lambda _, parameter: id(parameter) in own
+
+
+@contextmanager
+def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Parameters at w + step * direction inside; the original storages, never written to, are put back after."""
+    originals = [p.data for p in layout.params]  # exchanged whole: adding the step and taking it off again would leave rounding behind
+    try:
+        for p, here, d in zip(layout.params, originals, direction, strict=True):
+            p.data = here + step * d
+        yield
+    finally:
+        for p, here in zip(layout.params, originals, strict=True):
+            p.data = here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
-from sharpkit.objective.memory import graph_nodes, human_bytes, is_out_of_memory
+from sharpkit.objective.memory import human_bytes, is_out_of_memory
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamSelector
 from sharpkit.objective.reduction import Piece
+from sharpkit.objective.second_order import ONCE, REENTRANT
 from sharpkit.operators.base import SymmetricOperator
 
 logger = logging.getLogger(__name__)
@@ -28,23 +29,15 @@ _GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs; by judgement:
 _PEAK = 1.5  # memory of a product over that of its graph: the second backward's own; by judgement
 _FORECAST_FROM = 64  # samples, by judgement: a slice of 1/32 of a smaller batch would be one sample, and forecast too little
 
-_REENTRANT = (
-    "reentrant activation checkpointing cannot be differentiated twice: use torch.utils.checkpoint(..., use_reentrant=False); for Hugging "
-    "Face models gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
-)
 _COMPILED = "compiled code cannot be differentiated twice: pass the module from before torch.compile"
-_ONCE = (
-    "a custom autograd.Function in the model has a backward marked once_differentiable, so that second derivatives through it are wrong: "
-    "write the backward in torch operations and remove the mark"
-)
 _UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first that matches is shown
     "scaled_dot_product": "attention ran a fused kernel without second derivatives although the math kernel was asked for: set "
     "attn_implementation='eager' (Hugging Face), or call F.scaled_dot_product_attention without choosing a kernel",
     "does not currently support double backward": _COMPILED,
     "donated buffers": _COMPILED,
-    "use_reentrant=True": _REENTRANT,
-    "Checkpointing is not compatible": _REENTRANT,
-    "once_differentiable": _ONCE,
+    "use_reentrant=True": REENTRANT,
+    "Checkpointing is not compatible": REENTRANT,
+    "once_differentiable": ONCE,
     "_cudnn_rnn_backward": "the cuDNN RNN kernel has no second derivative: run the model's RNN under "
     "torch.backends.cudnn.flags(enabled=False)",
     "modified by an inplace operation": "the data was changed in place between the products of one measurement: leave the batches "
@@ -99,12 +92,17 @@ class CurvatureOperator(SymmetricOperator):
     def _build(self, piece: Piece) -> PieceProduct:
         """Build the graph of one piece and return its product: the method that a subclass writes."""
 
+    def _look_into_doubts(self) -> None:
+        """Refuse what the graphs built so far give reason to doubt; by default nothing: first derivatives are what training uses."""
+
     # -- products -----------------------------------------------------------------------------------------------------
     def matvec(self, vector: Tensor) -> Tensor:
         def local() -> Tensor:
             try:
                 with self.objective.undisturbed():  # once a product: as much as it costs to set aside and put back a model's state
-                    return self._local_product(vector)
+                    product = self._local_product(vector)
+                self._look_into_doubts()
+                return product
             except RuntimeError as error:
                 if (explained := _explained(error)) is None:
                     raise
@@ -262,26 +260,13 @@ def all_equal(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
     return on_cpu and not (elsewhere and bool(torch.stack([x.to(elsewhere[0].device) for x in elsewhere]).any()))  # one synchronisation
 
 
-def check_twice_differentiable(outputs: Sequence[Tensor]) -> None:
-    """Refuse a graph with parts that PyTorch differentiates twice wrongly without saying so.
-
-    Raises:
-        UnsupportedError: reentrant checkpointing, or a custom function whose backward is marked once_differentiable.
-    """
-    for node in graph_nodes(outputs):
-        function = getattr(node, "_forward_cls", None)  # of a custom autograd.Function
-        if function is CheckpointFunction:
-            raise UnsupportedError(_REENTRANT)
-        code = getattr(getattr(function, "backward", None), "__code__", None)
-        if code is not None and code is _ONCE_CODE:
-            raise UnsupportedError(f"{_ONCE} ({function.__name__})")  # type: ignore[union-attr]
-
-
-_ONCE_CODE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__  # shared by all functions so marked
-
-
 def _explained(error: Exception) -> UnsupportedError | None:
     for sign, remedy in _UNSUPPORTED.items():
         if sign in str(error):
             return UnsupportedError(f"{remedy} (PyTorch said: {str(error).splitlines()[0]})")
+    if match := re.search(r"derivative for '?(?:aten::)?_?(\w+?)(?:_backward)?'? is not implemented", str(error)):
+        return UnsupportedError(
+            f"PyTorch has no second derivative of {match[1]}: write it in elementary torch operations, or use GaussNewtonOperator or "
+            f"EmpiricalFisherOperator, which need first derivatives of it alone (PyTorch said: {str(error).splitlines()[0]})"
+        )
     return None

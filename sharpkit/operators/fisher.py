@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sharpkit._errors import ObjectiveError
+from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.loss import KnownLoss, recognise_loss
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.reduction import Piece, samples_in
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, all_equal
 from sharpkit.operators.gauss_newton import OutputJacobian, output_gradient
+from sharpkit.operators.hessian import HessianOperator
+from sharpkit.operators.probe import look_into_doubts
 
 _LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 
@@ -77,6 +79,9 @@ class FisherOperator(CurvatureOperator):
             f"outputs of shape {tuple(jacobian.output.shape)} do not fit labels of shape {tuple(getattr(jacobian.target, 'shape', ()))}: "
             "labels have the output's shape without the classes, which come second or last"
         )
+
+    def _look_into_doubts(self) -> None:
+        look_into_doubts(self.objective, HessianOperator, first_alone=True)
 
     def _class_dims(self, jacobian: OutputJacobian) -> list[int]:
         """Where the classes may lie, counted from the end; F.cross_entropy has them second, a user's own loss perhaps last."""
@@ -203,7 +208,10 @@ class EmpiricalFisherOperator(CurvatureOperator):
                 "per-sample gradients need a loss that is a mean or sum over the samples of a batch, and no batch statistics: use "
                 "mode='eval', or another loss"
             )
-        jacobian = OutputJacobian(self.objective, piece, self.layout.params)
+        try:
+            jacobian = OutputJacobian(self.objective, piece, self.layout.params)
+        except UnsupportedError:  # the pass over all samples at once differentiates twice, those over single ones once
+            return self._build_one_by_one(piece)
         # rows of the loss's gradient in the output are those of each sample's own loss, since the samples do not mix
         score = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0])[0] * self._sample_scale(piece)
         samples, expected = jacobian.output.shape[0] if jacobian.output.ndim else 1, samples_in(piece.batch, True)

@@ -8,19 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ObjectiveError
+from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.loss import check_loss
-from sharpkit.objective.memory import graph_bytes
+from sharpkit.objective.memory import available_memory, graph_bytes, graph_nodes, human_bytes
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.reduction import Piece
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, check_twice_differentiable
+from sharpkit.objective.second_order import custom_functions
+from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+from sharpkit.operators.hessian import HessianOperator
+from sharpkit.operators.probe import look_into_doubts
+
+# u.(J v) = v.(J^T u), relative, by type of the output: by judgement above rounding, and far below a derivative that is cut off
+_ADJOINT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+# A central difference of the loss's gradient in its output: the step is near eps^(1/3) of float32, which losses are often computed in;
+# its error is far below the tolerance, a derivative that is cut off far above. Both by judgement.
+_SLOPE_STEP, _SLOPE_AGREE = 5e-3, 5e-2
 
 
 class OutputJacobian:
     """The Jacobian J of the model's output z(w) on one piece.
 
     J v is the derivative of u -> J^T u, which is linear, applied to v: the double-backward trick. It needs no forward-mode rule, works on
-    the live parameters, and its graph is reused for every v.
+    the live parameters, and its graph is reused for every v. Where the model has an operation that can be differentiated only once, J is
+    computed row by row instead and kept, by as many backward passes as the output has entries.
 
     Attributes:
         output: z, detached.
@@ -34,13 +44,19 @@ class OutputJacobian:
                 "this operator needs the model's output and the loss apart: make the Objective with loss= and (input, target) batches, "
                 "not with closure="
             )
-        objective.seed_for(piece.key[0])  # the same dropout masks as in the objective's own evaluation
-        output = objective.predict(piece.batch)
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise ObjectiveError(f"the model's output must be one floating-point tensor (or have .logits), got {type(output).__name__}")
-        if not output.requires_grad:
-            raise ObjectiveError("the model's output does not depend on any trainable parameter: it was detached, or made under no_grad()")
-        check_twice_differentiable([output])
+
+        def predict() -> Tensor:
+            objective.seed_for(piece.key[0])  # the same dropout masks as in the objective's own evaluation
+            output = objective.predict(piece.batch)
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                raise ObjectiveError(f"the model's output must be one floating-point tensor (or have .logits), got {type(output).__name__}")
+            if not output.requires_grad:
+                raise ObjectiveError(
+                    "the model's output does not depend on any trainable parameter: it was detached, or made under no_grad()"
+                )
+            return output
+
+        output = objective.twice_differentiable(predict, once=True)
         self._output, self._params = output, params
         self.output, self.target = output.detach(), piece.batch[1]
         self._dummy = torch.zeros_like(self.output, requires_grad=True)  # u: its value does not matter, J^T u is linear in it
@@ -50,10 +66,46 @@ class OutputJacobian:
         # parameters that the output does not use have no column in J
         self._used = [j for j, t in enumerate(transposed) if t is not None and t.requires_grad]
         self._transposed = [t for t in transposed if t is not None and t.requires_grad]
-        self.bytes_held = graph_bytes([*self._transposed, output], exclude=params)
+        self._rows: Tensor | None = None
+        if not self._is_transposed_twice():
+            self._rows, self._transposed = self._row_by_row(objective), []
+        self.bytes_held = graph_bytes([*self._transposed, output], exclude=params) if self._rows is None else self._rows.nbytes
+
+    def _is_transposed_twice(self) -> bool:
+        """Whether the double-backward trick works here: always, but for custom functions and operations without a second derivative."""
+        if any(node.name() == "NotImplemented" for node in graph_nodes(self._transposed)):
+            return False
+        if not custom_functions([self._output]):
+            return True
+        generator = torch.Generator().manual_seed(0)
+        u, *v = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (self.output, *self._params)]
+        try:
+            along = self.forward(v)
+        except RuntimeError:  # marked once_differentiable
+            return False
+        back = [float((b * w).sum()) for b, w in zip(self.transpose(u), v, strict=True) if b is not None]
+        gap = abs(float((along * u).sum()) - sum(back))  # u.(J v) - v.(J^T u)
+        return gap <= _ADJOINT[self.output.dtype] * (float(along.norm() * u.norm()) + sum(map(abs, back)))
+
+    def _row_by_row(self, objective: Objective) -> Tensor:
+        """J as a matrix, (entries of the output, n)."""
+        rows, layout = self.output.numel(), objective.layout
+        needed = 2 * rows * layout.size * layout.dtype.itemsize  # torch.stack holds them twice for a moment
+        if needed > 0.5 * available_memory(layout.device):
+            raise UnsupportedError(
+                f"the model has an operation that PyTorch differentiates only once, so the Jacobian of its {rows:,} outputs must be kept, "
+                f"which takes {human_bytes(needed)}: use EmpiricalFisherOperator, or a smaller batch"
+            )
+        units = torch.eye(rows, dtype=self.output.dtype, device=self.output.device).view(rows, *self.output.shape)
+        return torch.stack([layout.flatten(self.transpose(unit)) for unit in units])
 
     def forward(self, vectors: Sequence[Tensor]) -> Tensor:
         """J v in the output's shape."""
+        if self._rows is not None:
+            flat = torch.cat([v.reshape(-1).to(self._rows) for v in vectors])
+            return (self._rows @ flat).view(self.output.shape).to(self.output.dtype)
+        if not self._transposed:
+            return torch.zeros_like(self.output)
         along = [vectors[j] for j in self._used]
         return torch.autograd.grad(
             self._transposed, self._dummy, grad_outputs=along, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -75,9 +127,31 @@ def output_gradient(objective: Objective, output: Tensor, target: Any, *, number
         create_graph: whether the gradient is to be differentiated again.
     """
     leaf = output.detach().requires_grad_()  # cut off from the model, so that the second derivative is the loss's alone
-    loss = check_loss(objective.output_loss(leaf, target), number)
+
+    def evaluate() -> Tensor:
+        return check_loss(objective.output_loss(leaf, target), number)
+
+    loss = objective.twice_differentiable(evaluate) if create_graph else evaluate()
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True)
     return gradient, leaf
+
+
+def _check_loss_curvature(objective: Objective, slope: Tensor, leaf: Tensor, target: Any, *, number: int) -> None:
+    """Refuse a loss whose second derivative in the output is not the derivative of its first, as that of a fused custom function is."""
+    if not objective.second_order.doubts:
+        return
+    direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
+    step = _SLOPE_STEP * float(leaf.detach().norm()) / float(direction.norm()) or _SLOPE_STEP
+    up, down = (output_gradient(objective, leaf + sign * step * direction, target, number=number)[0] for sign in (1.0, -1.0))
+    expected = (up - down) / (2 * step)
+    exact = torch.zeros_like(leaf)
+    if slope.requires_grad:
+        (exact,) = torch.autograd.grad(slope, leaf, direction, retain_graph=True, allow_unused=True, materialize_grads=True)
+    if float((exact - expected).norm()) > _SLOPE_AGREE * float(torch.maximum(exact.norm(), expected.norm())):
+        raise UnsupportedError(
+            f"the second derivative of the loss in the output is wrong ({', '.join(sorted(objective.second_order.doubts))}): compute the "
+            "loss by torch.nn.functional, write the backward of a custom function in torch operations, or use EmpiricalFisherOperator"
+        )
 
 
 class GaussNewtonOperator(CurvatureOperator):
@@ -102,6 +176,7 @@ class GaussNewtonOperator(CurvatureOperator):
     def _build(self, piece: Piece) -> PieceProduct:
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
         slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0], create_graph=True)
+        _check_loss_curvature(self.objective, slope, leaf, jacobian.target, number=piece.key[0])
 
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
             if not slope.requires_grad:  # a loss that is linear in the output
@@ -112,3 +187,6 @@ class GaussNewtonOperator(CurvatureOperator):
             return jacobian.transpose(curved)
 
         return PieceProduct(multiply, piece.weight, jacobian.bytes_held)
+
+    def _look_into_doubts(self) -> None:
+        look_into_doubts(self.objective, HessianOperator, first_alone=True)

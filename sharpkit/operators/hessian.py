@@ -10,7 +10,9 @@ from torch import Tensor
 from sharpkit._errors import ObjectiveError
 from sharpkit.objective.memory import graph_bytes
 from sharpkit.objective.reduction import Piece
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, check_twice_differentiable
+from sharpkit.objective.second_order import refuse_held_vectors
+from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+from sharpkit.operators.probe import look_into_doubts
 
 
 class HessianOperator(CurvatureOperator):
@@ -34,8 +36,9 @@ class HessianOperator(CurvatureOperator):
 
     def _build(self, piece: Piece) -> PieceProduct:
         params = self.layout.params
-        loss = self.objective.evaluate(piece)
-        check_twice_differentiable([loss])
+        if self.objective.mode == "train":
+            refuse_held_vectors(self.objective.model, self.objective.in_eval)
+        loss = self.objective.twice_differentiable(lambda: self.objective.evaluate(piece))
         # Reverse over reverse: reverse over forward mode is silently wrong for LayerNorm, InstanceNorm and BatchNorm in train mode.
         gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
@@ -51,3 +54,6 @@ class HessianOperator(CurvatureOperator):
             return list(torch.autograd.grad(roots, params, grad_outputs=along, retain_graph=True, allow_unused=True))
 
         return PieceProduct(multiply, piece.weight, graph_bytes([r for r in roots if r is not None], exclude=params))
+
+    def _look_into_doubts(self) -> None:
+        look_into_doubts(self.objective, HessianOperator)

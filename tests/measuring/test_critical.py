@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from traces import untouched
 
 import sharpkit as sk
-from sharpkit.measuring.critical import moved
+from sharpkit.objective.params import moved
 from sharpkit.optimizers import next_update
 
 BRACKET = 1 / 16

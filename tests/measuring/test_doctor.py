@@ -129,4 +129,4 @@ def test_each_check_is_announced_as_progress() -> None:
     model = nn.Linear(3, 2)
     seen: list[sk.Progress] = []
     diagnosis = sk.examine(sk.Objective(model, (torch.randn(8, 3), torch.randn(8, 2)), loss=F.mse_loss), callback=seen.append)
-    assert [(p.text, p.done, p.expected, p.unit) for p in seen] == [(c.name, i, 11, "checks") for i, c in enumerate(diagnosis.checks)]
+    assert [(p.text, p.done, p.expected, p.unit) for p in seen] == [(c.name, i, 12, "checks") for i, c in enumerate(diagnosis.checks)]

@@ -156,7 +156,13 @@ def _is_batch(data: Any, pair: bool) -> bool:
         return True
     if isinstance(data, list):  # as DataLoader collates an (input, target) batch
         return pair and len(data) == 2 and all(isinstance(x, Tensor) for x in data)
-    return hasattr(data, "to") and not isinstance(data, Iterable)  # a graph, for instance
+    if not isinstance(data, Iterable):
+        return hasattr(data, "to")  # a graph, for instance
+    holds = hasattr(data, "to") or any(isinstance(value, Tensor) for value in getattr(data, "__dict__", {}).values())
+    if not holds or isinstance(data, (Iterator, Dataset, DataLoader)):
+        return False
+    first = next(iter(data), None)  # graphs that can be gone through give their names and tensors, loaders give batches
+    return isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], str)
 
 
 def _check_reiterable(data: Any) -> None:

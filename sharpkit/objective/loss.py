@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +82,36 @@ def recognise_loss(loss: Callable[..., Tensor]) -> KnownLoss | None:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """The model's output, or its ``.logits``: a mapping is passed as keywords, a tuple or list as positions."""
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):  # a tuple, but one argument
-        output = model(*inputs)
-    else:
-        output = model(inputs)
+    """The model's output, or its ``.logits``: a mapping is passed as keywords, a tuple or list as positions, if the model takes them so."""
+    output = _called(model, inputs)
     logits = getattr(output, "logits", None)
     return logits if not isinstance(output, Tensor) and isinstance(logits, Tensor) else output
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs) if _accepts(model, (), inputs) else model(inputs)
+    if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):  # a tuple, but one argument
+        return model(*inputs) if _accepts(model, inputs, {}) else model(inputs)
+    return model(inputs)
+
+
+def _accepts(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """False only if the model's signature takes one argument, and not these."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+        return True
+    except TypeError:
+        pass
+    try:
+        signature.bind(None)
+        return False
+    except TypeError:
+        return True  # neither: the model's own error names what is missing
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -104,7 +126,7 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
             f"without loss= or closure=, batches must be dicts for model(**batch).loss; this one is a {type(batch).__name__}: pass "
             "loss= or closure="
         )
-    loss = getattr(model(**batch), "loss", None)
+    loss = getattr(_called(model, batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise ObjectiveError("model(**batch) returned no .loss: give the batch its labels, or pass loss= or closure=")
     return loss

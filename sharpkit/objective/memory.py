@@ -106,6 +106,8 @@ def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) ->
     with _NoRecomputation():  # type: ignore[no-untyped-call]
         for node in graph_nodes(outputs):
             for t in _saved_tensors(node):
+                if t.layout != torch.strided:  # sparse ones have no storage of their own
+                    continue
                 storage = t.untyped_storage()
                 if storage.data_ptr() not in known:
                     sizes[storage.data_ptr()] = storage.nbytes()

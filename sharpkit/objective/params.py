@@ -53,20 +53,22 @@ class ParamLayout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The flat vector as one tensor per parameter, in its shape, type and device (views where possible)."""
-        pieces = torch.split(vector, list(self.sizes))
+        whole = torch.split(vector, list(self.sizes))
+        # complex views of a parameter (torch.view_as_complex) need pairs that begin at an even place
+        pieces = [x.clone() if x.storage_offset() % 2 and x.numel() % 2 == 0 else x for x in whole]
         return [x.view(p.shape).to(dtype=p.dtype, device=p.device) for x, p in zip(pieces, self.params, strict=True)]
 
     def add_flat_(self, total: Tensor, pieces: Sequence[Tensor | None], weight: float) -> None:
         """``total += weight * pieces``, with None meaning zero."""
         for target, piece in zip(torch.split(total, list(self.sizes)), pieces, strict=True):
             if piece is not None:
-                target.add_(piece.reshape(-1).to(device=target.device), alpha=weight)
+                target.add_(_dense(piece).reshape(-1).to(device=target.device), alpha=weight)
 
     def flatten(self, pieces: Sequence[Tensor | None], weight: float = 1.0) -> Tensor:
         """``weight * pieces`` as one flat vector, one tensor (or None, meaning zero) per parameter."""
         flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
         for target, piece in zip(torch.split(flat, list(self.sizes)), pieces, strict=True):
-            target.copy_(piece.reshape(-1)) if piece is not None else target.zero_()
+            target.copy_(_dense(piece).reshape(-1)) if piece is not None else target.zero_()
         return flat if weight == 1.0 else flat.mul_(weight)  # in place: one vector of memory, not two
 
     def current(self) -> Tensor:
@@ -106,6 +108,11 @@ class ParamLayout:
         for name in self.names:
             groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
         return groups
+
+
+def _dense(piece: Tensor) -> Tensor:
+    """Gradients of sparse embeddings are sparse."""
+    return piece.to_dense() if piece.is_sparse else piece
 
 
 def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayout:

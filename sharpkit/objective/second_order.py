@@ -36,6 +36,7 @@ _FAULTY = {
     "HardsigmoidBackward0": "hardsigmoid",
     "CdistBackward0": "cdist",
     "PdistBackward0": "pdist",
+    "EmbeddingBackward0": "embedding",  # with sparse=True alone: sparse gradients are not differentiated
     "EmbeddingBagBackward0": "embedding_bag",
     "MultiMarginLossBackward0": "multi_margin_loss",
     "MultilabelMarginLossBackward0": "multilabel_margin_loss",
@@ -98,7 +99,7 @@ def _examine(outputs: Iterable[Tensor], *, once: bool) -> tuple[set[str], set[st
     """(nodes of faulty operations, doubts about custom functions) in the graph behind tensors."""
     faulty, doubts = set(), set()
     for node in graph_nodes(outputs):
-        if (name := node.name()) in _FAULTY:
+        if (name := node.name()) in _FAULTY and (name != "EmbeddingBackward0" or node._saved_sparse):
             faulty.add(name)
         if (function := getattr(node, "_forward_cls", None)) is None:  # of a custom autograd.Function
             continue
@@ -285,6 +286,18 @@ def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
     return _distance(x[i] - x[j], p)
 
 
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
 def _embedding_bag(
     input: Tensor,
     weight: Tensor,
@@ -413,6 +426,7 @@ _REPLACEMENTS: dict[str, dict[Any, Callable[..., Tensor]]] = {
     "hardsigmoid": {F.hardsigmoid: _hardsigmoid},
     "cdist": {torch.cdist: _cdist},
     "pdist": {F.pdist: _pdist},
+    "embedding": {F.embedding: _embedding},
     "embedding_bag": {F.embedding_bag: _embedding_bag},
     "multi_margin_loss": {F.multi_margin_loss: _multi_margin_loss},
     "multilabel_margin_loss": {F.multilabel_margin_loss: _multilabel_margin_loss},

@@ -575,3 +575,64 @@ def test_a_sharded_or_wrapped_part_is_refused() -> None:
         sk.Objective(Outer(), (X, Y), loss=F.cross_entropy)
     whole = nn.DataParallel(mlp().model)
     assert sk.Objective(whole, (X, Y), loss=F.cross_entropy).layout.names[0] == "0.weight"
+
+
+# -- batches and models of other forms ---------------------------------------------------------------------------------------------
+class Graph:
+    """Gives its names and tensors when gone through, as graph libraries' data objects do."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __iter__(self) -> Iterator[Any]:
+        yield "x", self.x
+        yield "y", self.y
+
+
+class Loader:
+    """Keeps its tensors itself, and gives batches."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.x[:4], self.y[:4]
+        yield self.x[4:], self.y[4:]
+
+
+def test_an_object_that_can_be_gone_through_is_a_batch_or_a_loader_by_what_it_gives() -> None:
+    model = network()
+    right = float(F.cross_entropy(model(X), Y).detach())
+    assert sk.Objective(model, Graph(X, Y), closure=lambda m, b: F.cross_entropy(m(b.x), b.y)).value() == pytest.approx(right)
+    assert sk.Objective(model, Loader(X, Y), loss=F.cross_entropy).value() == pytest.approx(right)
+
+
+class TakesOne(nn.Module):
+    """Takes its inputs as one mapping or one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+
+    def forward(self, data: Any) -> Tensor:
+        return self.body(data["x"] if isinstance(data, dict) else data[0] + data[1])
+
+
+def test_a_model_that_takes_one_mapping_or_one_sequence_is_given_it_whole() -> None:
+    model = built(TakesOne)
+    right = float(F.cross_entropy(model({"x": X}), Y).detach())
+    assert sk.Objective(model, ({"x": X}, Y), loss=F.cross_entropy).value() == pytest.approx(right)
+    assert sk.Objective(model, ((X / 2, X / 2), Y), loss=F.cross_entropy).value() == pytest.approx(right)
+
+
+def test_arguments_that_a_model_lacks_are_named_by_its_own_error() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.body(a + b)
+
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'"):
+        sk.Objective(built(Two), ({"a": X}, Y), loss=F.cross_entropy)

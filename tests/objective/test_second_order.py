@@ -20,7 +20,7 @@ IDS = torch.tensor([[0, 1, 2, 2], [3, 4, 5, 6], [1, 1, 1, 1], [6, 0, 3, 5]])
 
 def hessian_by_differences(loss: Callable[[], Tensor], params: list[nn.Parameter], step: float = 1e-5) -> Tensor:
     def gradient() -> Tensor:
-        parts = torch.autograd.grad(loss(), params, allow_unused=True)
+        parts = [None if g is None else g.to_dense() for g in torch.autograd.grad(loss(), params, allow_unused=True)]
         return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(parts, params, strict=True)])
 
     rows = []
@@ -83,6 +83,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[..., Tensor]]] = {
     "hardsigmoid": (lambda: after(F.hardsigmoid), gaussian(6, 4), mean_square),
     "cdist": (lambda: after(lambda z: torch.cdist(z, z)), gaussian(6, 4), mean_square),
     "pdist": (lambda: after(F.pdist), gaussian(6, 4), mean_square),
+    "sparse Embedding": (lambda: nn.Sequential(nn.Embedding(7, 3, sparse=True), nn.Linear(3, 2), nn.Tanh()), IDS, mean_square),
     "EmbeddingBag": (lambda: nn.Sequential(nn.EmbeddingBag(7, 3), nn.Linear(3, 2), nn.Tanh()), IDS, mean_square),
     "multi_margin_loss": (lambda: after(torch.tanh), gaussian(6, 4), lambda m, x: F.multi_margin_loss(m(x), labels(6, classes=5), p=2)),
     "multilabel_margin_loss": (
@@ -137,6 +138,7 @@ FORMS: dict[str, list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]]] = {
     "hardsigmoid": [(F.hardsigmoid, (4 * gaussian(30),))],
     "cdist": [(lambda x, y, p=p: torch.cdist(x, y, p=p), (gaussian(2, 4, 3), gaussian(2, 5, 3))) for p in (1.0, 2.0, 3.0, float("inf"))],
     "pdist": [(lambda x, p=p: F.pdist(x, p), (gaussian(5, 3),)) for p in (1.0, 2.0, 3.0)],
+    "embedding": [(lambda w: F.embedding(IDS, w, padding_idx=2), (gaussian(7, 3),))],
     "embedding_bag": [
         (lambda w, m=m, o=o: F.embedding_bag(IDS if o is None else IDS.flatten(), w, o, mode=m, padding_idx=2), (gaussian(7, 3),))
         for m in ("mean", "sum", "max")
@@ -248,3 +250,18 @@ def test_a_monitor_and_a_learning_rate_curve_take_a_loss_that_differentiates_ins
     assert monitor.history[-1]["lambda_max"].value == pytest.approx(float(top), rel=0.05)
     curve = sk.learning_rate_curve(sk.Objective(model, x, closure=physics, count=len), optimizer, batch_sizes=[8, 32])
     assert curve.lr > 0
+
+
+def test_complex_views_of_parameters_at_any_place_in_the_vector_are_right() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias, self.weight = nn.Parameter(gaussian(3)), nn.Parameter(gaussian(3, 3, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = torch.fft.fft(x.to(torch.complex128)) @ torch.view_as_complex(self.weight)
+            return (torch.fft.ifft(mixed).real + self.bias).tanh()
+
+    model, x = Spectral(), gaussian(10, 3)
+    expected = hessian_by_differences(lambda: mean_square(model, x), list(model.parameters()))
+    assert relative_error(sk.HessianOperator(sk.Objective(model, x, closure=mean_square)).to_dense(), expected) < BY_DIFFERENCES

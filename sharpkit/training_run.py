@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit._results import State
 from sharpkit.objective.batches import Batch, BatchSource, to_device
+from sharpkit.objective.guard import random_states_kept
 from sharpkit.objective.loss import call_model, own_loss
 from sharpkit.objective.objective import Closure, Objective
 from sharpkit.optimizers import learning_rates, set_learning_rates
@@ -106,7 +107,7 @@ class ShuffledBatches:
     def backward(self, batch: Batch, number: int) -> float:
         """With the global random state as it was afterwards."""
         self._model.train()
-        with torch.random.fork_rng():
+        with random_states_kept():
             torch.manual_seed(self._seed + _MASK_STRIDE * number)  # dropout masks
             loss = self._loss_of(self._model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -273,7 +274,7 @@ class RaceRun(TrainingRun):
 
     def __init__(self, problem: RaceProblem, *, seed: int, max_gradients: int, optimizer: MakeOptimizer | None = None) -> None:
         self.problem, self.seed, self.max_gradients = problem, seed, max_gradients
-        with torch.random.fork_rng():  # the optimizer inside too: some draw random numbers when they are made
+        with random_states_kept():  # the optimizer inside too: some draw random numbers when they are made
             torch.manual_seed(seed)
             model = problem.make_model(seed)
             made = problem.make_optimizer(model, 1.0) if optimizer is None else optimizer(model.parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
 from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.objective.guard import silenced
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
@@ -104,8 +104,7 @@ class _EdgeRate:
         pool = SamplePool(objective)
         pool = pool.limited(min(max(pool.size // _LOOK_SHARE, _LOOK_SAMPLES[0]), _LOOK_SAMPLES[1]), seed=self.seed)
         hessian = HessianOperator(pool.parent)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with silenced(ConvergenceWarning):
             # 12 products from a random vector, 4 from the last look's: by judgement, the rate needs one digit and no more
             pairs = eigenpairs(hessian, k=1, tol=0.03, seed=self.seed, initial=self.vector, max_matvecs=4 if self.rate else 12)
         self.ledger.spend(2 * hessian.num_matvecs * pool.size)

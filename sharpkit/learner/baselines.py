@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 
 from sharpkit.learner.learner import CurvatureLearner
 from sharpkit.learner.schedules import DECAYS, Schedule
+from sharpkit.objective.guard import random_states_kept, silenced
 from sharpkit.optimizers import averaging, is_adaptive, weight_decay
 from sharpkit.training_run import MakeOptimizer, RaceProblem, RaceRun
 
@@ -173,7 +172,7 @@ def _suggested(run: RaceRun, low: float, high: float, *, trials: int, steps: int
     # a diverged trial's loss would flatten the Gaussian process everywhere else
     worst = 10 * abs(run.losses[0]) if run.losses and math.isfinite(run.losses[0]) else 1e3
     before = optuna.logging.get_verbosity()
-    with _quiet():
+    with silenced(Warning), random_states_kept():  # optuna's warnings on its experimental samplers, and what it draws
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(2, trials // 3)))
@@ -184,13 +183,6 @@ def _suggested(run: RaceRun, low: float, high: float, *, trials: int, steps: int
         finally:
             optuna.logging.set_verbosity(before)
     return float(study.best_params["lr"])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _schedule_free(name: str, problem: RaceProblem) -> Entrant:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from sharpkit.measuring.directional import (
 from sharpkit.measuring.layers import layer_of
 from sharpkit.measuring.sharpness import preconditioned_hessian
 from sharpkit.monitor.records import Measurement
+from sharpkit.objective.guard import silenced
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import among
 from sharpkit.operators.base import SymmetricOperator
@@ -146,12 +146,9 @@ class Situation:
         return 2 / self.lr if self.lr > 0 else None
 
 
-@contextmanager
-def _unwarned() -> Iterator[None]:
+def _unwarned() -> AbstractContextManager[None]:
     """No warning about what did not converge: the record says so, and a warning at every measurement would drown the others."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield
+    return silenced(ConvergenceWarning)
 
 
 # -- eigenvalues --------------------------------------------------------------------------------------------------------------

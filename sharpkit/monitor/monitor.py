@@ -25,7 +25,7 @@ from sharpkit.monitor.records import Measurement, MonitorHistory, Record
 from sharpkit.monitor.schema import RUN, VERSION
 from sharpkit.monitor.sinks import SinkPlace, as_sink
 from sharpkit.objective.batches import Batch
-from sharpkit.objective.guard import unwrap
+from sharpkit.objective.guard import refuse_reentry, unwrap
 from sharpkit.objective.objective import Closure, ObjectiveMaker
 from sharpkit.objective.params import ParamSelector
 from sharpkit.optimizers import held_parameters, learning_rate, unwrap_optimizer, update_rule
@@ -152,7 +152,11 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
 
         Returns:
             the record if one was made.
+
+        Raises:
+            ObjectiveError: called by the model itself, as from a forward hook, while it is measured.
         """
+        refuse_reentry(self.model)
         watch = self._planner.watch
         entered = watch.enter()
         if loss is not None:

@@ -16,9 +16,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from sharpkit._errors import NonDeterministicError, ObjectiveError
+from sharpkit.objective.guard import RandomStates, loader_generators, random_states_kept
 
 Batch = Any
 
+_END = object()
 _HOW_TO_FIX = "Pass one batch, a list of batches (list(loader) fixes what was drawn), or a DataLoader(shuffle=False)"
 
 
@@ -119,6 +121,8 @@ class BatchSource:
             pair: batches are (input, target), so a list of two tensors is one batch.
         """
         self.data = data
+        self._generators = loader_generators(data)
+        self._stream: RandomStates | None = None
         self._batches: list[Batch] | None = None
         if _is_batch(data, pair):
             self._batches = [data]
@@ -133,7 +137,24 @@ class BatchSource:
         return self._batches is None
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches if self._batches is not None else self.data)
+        return iter(self._batches) if self._batches is not None else self._pass()
+
+    def _pass(self) -> Iterator[Batch]:
+        """A pass over a loader that leaves the random states alone: iterating a DataLoader draws a seed, whatever it does with it.
+
+        What the loader draws goes on from pass to pass, as it would in training; so augmentation makes two passes differ, and is noticed.
+        """
+        batches: Iterator[Batch] | None = None
+        while True:
+            with random_states_kept(self._generators):
+                if self._stream is not None:
+                    self._stream.restore()
+                batches = iter(self.data) if batches is None else batches
+                batch = next(batches, _END)
+                self._stream = RandomStates(self._generators)
+            if batch is _END:
+                return
+            yield batch
 
     def check_repeatable(self, first_pass: list[str]) -> None:
         """Compare the beginning of a second pass with the first one's fingerprints.

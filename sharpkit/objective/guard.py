@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpkit._errors import UnsupportedError
+from sharpkit._errors import ObjectiveError, UnsupportedError
+from sharpkit.objective.interrupts import Whole, check_pending
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -69,26 +72,56 @@ def random_fingerprint(device: torch.device) -> tuple[object, ...]:
     return (*(s.numpy().tobytes() for s in states), random.getstate(), legacy[1].tobytes(), legacy[2:])
 
 
-@contextmanager
-def undisturbed(
-    model: nn.Module, *, training: bool, in_eval: Container[str] = (), generators: Iterable[torch.Generator] = ()
-) -> Iterator[None]:
-    """Run a measurement on a model without leaving a trace.
+# Measurements of one process take turns, guard by guard: random states, kernel switches and a model's flags are the process's or the
+# model's, and a thread that came in between would save what another has changed, or draw the dropout masks that another has seeded.
+_TURN = threading.RLock()
+
+
+class _Under:
+    """One guard that is in force: the model, and how many calls of user code are running under it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.calls = model, 0
+
+
+class _Guards(threading.local):
+    """The guards that this thread is under, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Under] = []
+
+
+_GUARDS = _Guards()
+
+
+def undisturbed(model: nn.Module, *, training: bool, in_eval: Container[str] = ()) -> AbstractContextManager[None]:
+    """Run a measurement on a model without leaving a trace, also where a signal's exception or another thread comes in between.
 
     Inside: gradients are on, autocast is off, attention uses the math kernel (the only one that can be differentiated twice), compiled
     code runs eagerly, backward hooks of parameters and modules are silent, ``.grad`` is empty, buffers are copies. After, also after an
     exception: training flags, buffers, gradients, hooks and random states are what they were, the very same objects. Forward hooks run:
-    they may be part of the function, as those of pruning and old-style weight norm are.
+    they may be part of the function, as those of pruning and old-style weight norm are. Other threads wait until it is left.
 
     Args:
         model: unwrapped.
         training: the mode to measure in.
         in_eval: names of the modules that stay in eval mode all the same; see :func:`modules_in_eval`.
-        generators: further random generators (those of data loaders) to restore.
+
+    Raises:
+        ObjectiveError: the model is being evaluated by a measurement in this thread, which its forward pass, a hook or its loss called.
     """
+    refuse_reentry(model)
+    return Whole(_undisturbed(model, training, in_eval))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, training: bool, in_eval: Container[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(_random_states_kept(generators))  # first in, last out: restoring the rest may draw, too
+        stack.enter_context(_turn())
+        stack.enter_context(_under(model))
+        stack.enter_context(_random_states_kept())  # early in, late out: restoring the rest may draw, too
         stack.enter_context(_module_state_kept(model, training, in_eval))
+        stack.enter_context(_modes_kept())
         stack.enter_context(torch.inference_mode(False))  # a user may measure from inside an evaluation loop
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(p.device.type for p in model.parameters())}:
@@ -102,22 +135,111 @@ def undisturbed(
 
 
 @contextmanager
-def _random_states_kept(generators: Iterable[torch.Generator]) -> Iterator[None]:
-    # asking an uninitialised CUDA for its state would make a context on every device
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
-    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-    own = [(g, g.get_state()) for g in generators]
+def _modes_kept() -> Iterator[None]:
+    """Function and dispatch modes that an exception left pushed are popped: entered in the body, they are no whole (see Whole)."""
+    stacks = (
+        (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
+        (torch._C._len_torch_dispatch_stack, lambda: torch._C._pop_torch_dispatch_stack(None)),
+    )
+    before = [size() for size, _ in stacks]
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        for d, state in cuda:
+        for (size, pop), count in zip(stacks, before, strict=True):
+            while size() > count:
+                pop()
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    while not _TURN.acquire(timeout=0.1):  # in pieces, by judgement: Ctrl-C must work while another thread measures
+        check_pending()
+    try:
+        yield
+    finally:
+        _TURN.release()
+
+
+@contextmanager
+def _under(model: nn.Module) -> Iterator[None]:
+    _GUARDS.stack.append(_Under(model))
+    try:
+        yield
+    finally:
+        _GUARDS.stack.pop()
+
+
+@contextmanager
+def calling(model: nn.Module) -> Iterator[None]:
+    """Around each call of user code under a guard: a measurement that is started in there is refused."""
+    under = _GUARDS.stack[-1] if _GUARDS.stack else _Under(model)
+    under.calls += 1
+    try:
+        yield
+    finally:
+        under.calls -= 1
+
+
+def refuse_reentry(model: nn.Module) -> None:
+    """Raise where this thread is inside a measurement's own call of the model.
+
+    Raises:
+        ObjectiveError: it is; without end each measurement would start another.
+    """
+    for under in _GUARDS.stack:
+        if under.calls and (any(m is model for m in under.model.modules()) or any(m is under.model for m in model.modules())):
+            raise ObjectiveError(
+                f"a measurement of {type(model).__name__} was started while another one evaluates it, by a forward hook, its forward() or "
+                "its loss: start it in the training loop, or let the hook return at once while a flag of yours says that you measure"
+            )
+
+
+class RandomStates:
+    """The states of every generator that user code may draw from, as they are now."""
+
+    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+        # asking an uninitialised CUDA for its state would make a context on every device
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+        self._cpu, self._python, self._numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._own = [(g, g.get_state()) for g in generators]
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self._cpu)
+        for d, state in self._cuda:
             torch.cuda.set_rng_state(state, d)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for g, state in own:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        for g, state in self._own:
             g.set_state(state)
+
+
+def random_states_kept(generators: Iterable[torch.Generator] = ()) -> AbstractContextManager[None]:
+    """Whatever is drawn or seeded inside, every generator goes on afterwards as if it had not been: those of torch, Python, NumPy."""
+    return Whole(_random_states_kept(generators))
+
+
+@contextmanager
+def _random_states_kept(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    with _turn():
+        states = RandomStates(generators)
+        try:
+            yield
+        finally:
+            states.restore()
+
+
+def silenced(category: type[Warning]) -> AbstractContextManager[None]:
+    """No warnings of a category inside. Other threads wait: the filters are the process's, and two would put back each other's."""
+    return Whole(_silenced(category))
+
+
+@contextmanager
+def _silenced(category: type[Warning]) -> Iterator[None]:
+    with _turn(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", category)
+        yield
 
 
 @contextmanager
@@ -159,15 +281,21 @@ def modules_in_eval(model: nn.Module) -> frozenset[str]:
 
     A frozen batch norm is one: its user called ``.eval()`` on it, or overrode ``train()`` to do so.
     """
-    modules = list(model.modules())
-    flags = [m.training for m in modules]
-    try:
+    with Whole(_flags_kept(model)):
         if not model.training:
             model.train()
         return frozenset(name for name, m in model.named_modules() if not m.training)
-    finally:
-        for m, flag in zip(modules, flags, strict=True):
-            m.training = flag
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    with _turn():
+        flags = [(m, m.training) for m in model.modules()]
+        try:
+            yield
+        finally:
+            for m, flag in flags:
+                m.training = flag
 
 
 def loader_generators(data: Any) -> list[torch.Generator]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sharpkit._errors import ObjectiveError, SharpkitError
 from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
 from sharpkit.objective.distributed import Ranks, find_ranks
-from sharpkit.objective.guard import loader_generators, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
+from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
+from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.loss import KnownLoss, call_model, check_loss, own_loss, recognise_loss
 from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.objective.reduction import (
@@ -102,7 +103,8 @@ class Objective:
     ) -> None:
         _check_arguments(model, loss, closure, count, reduction, mode, micro_batch_size)
         self.loss, self.mode, self.seed, self.autocast = loss, mode, seed, autocast
-        self._closure: Closure = closure or (self._pair_loss if loss is not None else own_loss)
+        # None for loss=: a method kept on its own object would be a cycle, and data would wait for the cycle collector to be freed
+        self._closure: Closure | None = closure or (own_loss if loss is None else None)
         self._count = count
         self.second_order = SecondOrder(check=check)
         self.micro_batch_size: int | None = None
@@ -326,7 +328,7 @@ class Objective:
             model,
             batches,
             loss=loss,
-            closure=None if loss is not None else self._closure,
+            closure=self._closure,
             count=self.count_of,  # by this objective's rule, on batches that may not show it
             params=list(self.layout.names),
             reduction=self.reduction,
@@ -351,7 +353,7 @@ class Objective:
         return self._guard(training=self.mode == "train")
 
     def _guard(self, *, training: bool) -> AbstractContextManager[None]:
-        return undisturbed(self.model, training=training, in_eval=self.in_eval, generators=loader_generators(self._source.data))
+        return undisturbed(self.model, training=training, in_eval=self.in_eval)
 
     def batches(self) -> Iterator[Batch]:
         """This process's batches as they were given."""
@@ -381,7 +383,7 @@ class Objective:
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's output on an (input, target) batch, as the loss receives it. To be called under :meth:`undisturbed`."""
-        with self._precision():
+        with calling(self.model), self._precision():
             output: Tensor = call_model(self.model, batch[0])
         return output
 
@@ -423,7 +425,9 @@ class Objective:
 
     def _evaluate(self, batch: Batch, number: int) -> Tensor:
         self.seed_for(number)
-        with self._precision():
+        if self._closure is None:
+            return check_loss(self.output_loss(self.predict(batch), batch[1]), number)
+        with calling(self.model), self._precision():
             loss = self._closure(self.model, batch)
         return check_loss(loss, number)
 
@@ -431,11 +435,11 @@ class Objective:
         """Fix the randomness inside the model for a batch of this number. To be called under :meth:`undisturbed`."""
         seed_everything(self.seed + number, self._data_device)
 
-    def _pair_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.output_loss(self.predict(batch), batch[1])
+    def _precision(self) -> AbstractContextManager[Any]:
+        return Whole(self._in_precision()) if self.second_order.replaced or self.autocast is not None else nullcontext()
 
     @contextmanager
-    def _precision(self) -> Iterator[None]:
+    def _in_precision(self) -> Iterator[None]:
         with ExitStack() as stack:
             if self.second_order.replaced:
                 stack.enter_context(Replaced(self.second_order.replaced))

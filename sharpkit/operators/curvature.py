@@ -180,9 +180,9 @@ class CurvatureOperator(SymmetricOperator):
 
     def forget_graphs(self) -> None:
         """Free all retained graphs; the next product builds them anew."""
+        self.all_kept = False  # first: an interruption after the next line must not leave "all of nothing is kept", a matrix of zeros
         self._kept.clear()
         self._kept_for = (None, [])
-        self.all_kept = False
 
     def _shrink(self, cause: BaseException) -> None:
         """After a failed allocation: first drop what is retained, then cut the pieces in halves."""

@@ -19,6 +19,7 @@ from sharpkit._errors import SharpkitError
 from sharpkit._results import ProgressCallback, Result, to_json
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.batches import fingerprint as batch_fingerprint
+from sharpkit.objective.guard import random_states_kept
 from sharpkit.optimizers import held_parameters, learning_rate, plain_settings
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.fits import Curve, Optimum, Slope, log_slope, loss_at, optimum, search, sensitivity
@@ -364,7 +365,7 @@ def first_loss(run: FamilyRun) -> float:
     fresh = FamilyRun(run.family, run.model, run.optimizer, run.size, run.seed)
     run.model.train()
     buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}  # batch norm's running means move in train mode
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), random_states_kept():
         torch.manual_seed(run.seed)
         loss = float(run.family.loss_of(run.model, fresh.next_batch()))
     for name, b in run.model.named_buffers():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sharpkit._results import ProgressCallback
 from sharpkit.objective.batches import Batch, batch_length, slice_batch, to_device
 from sharpkit.objective.guard import undisturbed, unwrap
+from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.loss import call_model
 from sharpkit.optimizers import decoupled_decays, held_parameters, is_adaptive, learning_rates
 from sharpkit.training_run import as_seeds
@@ -165,19 +166,25 @@ def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collectio
 
     Containers that hand on a child's output unchanged are left out, except the model itself; so are integers and single numbers (a loss).
     """
+    watch = _Watch(inputs_of)
+    with Whole(_watched(model, watch)):
+        forward()
+        return watch.finish()
+
+
+@contextmanager
+def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, training=False))
         stack.enter_context(torch.no_grad())
         # the fast path of nn.MultiheadAttention is one kernel, which calls no hooks and shows no logits
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        watch = _Watch(inputs_of)
         for name, module in model.named_modules():
             stack.enter_context(module.register_forward_pre_hook(watch.entering(name), with_kwargs=True))
             stack.enter_context(module.register_forward_hook(watch.leaving(name)))
         stack.enter_context(_SoftmaxWatch(watch))
-        forward()
-        return watch.finish()
+        yield
 
 
 class _Watch:

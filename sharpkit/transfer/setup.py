@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sharpkit._results import Progress, ProgressCallback
 from sharpkit.objective.batches import Batch
+from sharpkit.objective.guard import random_states_kept
 from sharpkit.objective.objective import Closure, Objective
 from sharpkit.optimizers import learning_rates, set_learning_rates
 from sharpkit.training_run import ShuffledBatches, TrainingRun, mean_loss, training_batches, training_loss
@@ -65,7 +66,7 @@ class Family:
             TypeError: build or optimizer returned something else.
         """
         # the optimizer inside too: some draw random numbers when they are made
-        with torch.random.fork_rng():
+        with random_states_kept():
             torch.manual_seed(seed)
             model = self.build(size)
             if not isinstance(model, nn.Module):

@@ -463,3 +463,14 @@ def test_history_reads_as_series_and_survives_its_document() -> None:
         back.series("trace")
     with pytest.raises(KeyError, match="was not measured at step 9"):
         back[-1]["trace"]
+
+
+def test_a_monitor_stepped_by_a_hook_of_the_model_measures_nothing_and_says_why() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, metrics=["lambda_max"], every=1)
+    model[1].register_forward_hook(lambda *_: [monitor.step((X, Y)), None][1])
+    with pytest.warns(sk.SharpkitWarning, match="started while another one evaluates it"):
+        model(X)
+    assert len(monitor.history) == 1, "not one more for each forward pass of the measurement"
+    assert "forward hook" in " ".join(monitor.history[-1].failed.values())

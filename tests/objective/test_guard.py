@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
+import signal
+import threading
+import warnings
+import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -291,3 +298,140 @@ def test_the_mode_of_each_part_is_captured_when_the_objective_is_made() -> None:
     before = objective.value()
     model.eval()
     assert objective.value() == before
+
+
+# -- other threads, calls from inside the model, random states, memory -------------------------------------------------------------
+def test_threads_that_measure_one_model_leave_it_as_it_was_and_get_the_right_numbers() -> None:
+    model, optimizer = everything()
+    H = sk.HessianOperator(sk.Objective(model, DATA, loss=F.cross_entropy, mode="train"))
+    v, results = gaussian(H.size), []
+    expected = H @ v
+
+    def work() -> None:
+        other = sk.HessianOperator(sk.Objective(model, DATA, loss=F.cross_entropy, mode="train"), retain=False)
+        results.extend(other @ v for _ in range(4))
+
+    with untouched(model, optimizer=optimizer):
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 12
+    assert all(torch.equal(found, expected) for found in results), "no thread saw the masks or the mode of another"
+
+
+def test_threads_that_measure_two_models_leave_the_process_as_it_was() -> None:
+    models = [built(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3))) for _ in range(2)]
+    objectives = [sk.Objective(m, (gaussian(6, 4), labels(6)), loss=F.cross_entropy, mode="train") for m in models]
+    filters = list(warnings.filters)
+
+    def work(objective: sk.Objective) -> None:
+        for _ in range(10):
+            objective.gradient()
+
+    with untouched(models[0]), untouched(models[1]):
+        threads = [threading.Thread(target=work, args=(objective,)) for objective in objectives]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert warnings.filters == filters
+
+
+def test_ctrl_c_ends_the_wait_for_another_thread_that_measures() -> None:
+    model, objective = everything()[0], sk.Objective(mlp().model, mlp().batches, loss=mlp().loss)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with objective.undisturbed():
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert entered.wait(20)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with untouched(model), pytest.raises(KeyboardInterrupt):
+            sk.Objective(model, DATA, loss=F.cross_entropy)
+    finally:
+        leave.set()
+        thread.join()
+        timer.join()
+    assert sk.Objective(model, DATA, loss=F.cross_entropy).value() > 0
+
+
+@pytest.mark.parametrize("where", ["hook", "closure", "part"])
+def test_a_measurement_that_is_started_by_a_measurement_of_the_same_model_is_refused(where: str) -> None:
+    model, (x, y) = built(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))), DATA[0]
+    loss = F.cross_entropy
+
+    def again(*_: Any) -> None:
+        sk.Objective(model[0] if where == "part" else model, (x, gaussian(5, 5) if where == "part" else y), loss=F.mse_loss).value()
+
+    if where == "closure":
+        with pytest.raises(sk.ObjectiveError, match="started while another one evaluates it"):
+            sk.Objective(model, [(x, y)], closure=lambda m, batch: (again(), loss(m(batch[0]), batch[1]))[1])
+        return
+    model[1].register_forward_hook(again)
+    with untouched(model), pytest.raises(sk.ObjectiveError, match="started while another one evaluates it"):
+        sk.Objective(model, (x, y), loss=loss)
+
+
+def test_a_loss_may_measure_another_model() -> None:
+    other = sk.Objective(mlp().model, mlp().batches, loss=mlp().loss)
+    model, (x, y) = built(lambda: nn.Linear(4, 3)), DATA[0]
+    objective = sk.Objective(model, [(x, y)], closure=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]) * other.value())
+    assert objective.value() == pytest.approx(float(F.cross_entropy(model(x), y)) * other.value(), rel=1e-10)
+
+
+def test_going_through_a_loader_moves_no_random_state() -> None:
+    problem = mlp()
+    loader = DataLoader(TensorDataset(gaussian(16, 4), labels(16)), batch_size=4)
+    objective = sk.Objective(problem.model, loader, loss=F.cross_entropy)
+    calls: list[Callable[[], object]] = [lambda: list(objective.batches()), lambda: next(iter(objective.batches()))]
+    calls += [lambda: sk.batch_sharpness(objective, batch_size=4), lambda: sk.gradient_noise_scale(objective)]
+    calls += [lambda: sk.batch_size_tests(objective), lambda: sk.examine(objective), lambda: sk.sharpness_bracket(objective)]
+    calls += [lambda: sk.measure(objective, num_probes=3, num_steps=4)]
+    for call in calls:
+        with untouched(problem.model):
+            call()
+
+
+def test_augmentation_by_the_global_random_state_is_noticed() -> None:
+    class Augmented(Dataset):
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            return gaussian(16, 4)[i] + 0.1 * torch.randn(4, dtype=torch.float64), labels(16)[i]
+
+        def __len__(self) -> int:
+            return 16
+
+    problem = mlp()
+    with untouched(problem.model), pytest.raises(sk.NonDeterministicError, match="shuffles or augments"):
+        sk.Objective(problem.model, DataLoader(Augmented(), batch_size=4), loss=F.cross_entropy)
+
+
+@pytest.mark.parametrize("given", ["loss", "closure", "own"])
+def test_objectives_and_operators_are_freed_without_the_cycle_collector(given: str) -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return SimpleNamespace(loss=F.cross_entropy(super().forward(x), y))
+
+    (x, y), model = DATA[0], built(lambda: Own(4, 3) if given == "own" else nn.Linear(4, 3))
+    data = {"loss": (x.clone(), y), "closure": [(x.clone(), y)], "own": {"x": x.clone(), "y": y}}[given]
+    how = {"loss": {"loss": F.cross_entropy}, "closure": {"closure": lambda m, b: F.cross_entropy(m(b[0]), b[1])}, "own": {}}[given]
+    gc.collect()
+    gc.disable()
+    try:
+        objective = sk.Objective(model, data, **how)
+        H = sk.HessianOperator(objective)
+        H @ gaussian(H.size)
+        pairs = sk.eigenpairs(H, k=1)
+        seen = [weakref.ref(objective), weakref.ref(H), weakref.ref(objective.gradient()[1])]
+        del objective, H
+        assert [ref() for ref in seen] == [None] * 3
+        assert pairs.converged.all()
+    finally:
+        gc.enable()

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _pop_mode
 
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.interrupts import Whole, check_pending
@@ -121,7 +122,6 @@ def _undisturbed(model: nn.Module, training: bool, in_eval: Container[str]) -> I
         stack.enter_context(_under(model))
         stack.enter_context(_random_states_kept())  # early in, late out: restoring the rest may draw, too
         stack.enter_context(_module_state_kept(model, training, in_eval))
-        stack.enter_context(_modes_kept())
         stack.enter_context(torch.inference_mode(False))  # a user may measure from inside an evaluation loop
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(p.device.type for p in model.parameters())}:
@@ -131,15 +131,16 @@ def _undisturbed(model: nn.Module, training: bool, in_eval: Container[str]) -> I
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # the cuDNN kernel has no second derivative
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_modes_kept())  # last in, first out: a mode left pushed would see what the others do to put things back
         yield
 
 
 @contextmanager
 def _modes_kept() -> Iterator[None]:
     """Function and dispatch modes that an exception left pushed are popped: entered in the body, they are no whole (see Whole)."""
-    stacks = (
+    stacks: tuple[tuple[Callable[[], int], Callable[[], Any]], ...] = (
         (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
-        (torch._C._len_torch_dispatch_stack, lambda: torch._C._pop_torch_dispatch_stack(None)),
+        (torch._C._len_torch_dispatch_stack, _pop_mode),
     )
     before = [size() for size, _ in stacks]
     try:

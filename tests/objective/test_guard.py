@@ -19,6 +19,8 @@ import torch
 from problems import built, dense_hessian, gaussian, labels, mlp, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 from traces import untouched
 
@@ -378,6 +380,23 @@ def test_a_measurement_that_is_started_by_a_measurement_of_the_same_model_is_ref
     model[1].register_forward_hook(again)
     with untouched(model), pytest.raises(sk.ObjectiveError, match="started while another one evaluates it"):
         sk.Objective(model, (x, y), loss=loss)
+
+
+def test_modes_that_an_interruption_left_pushed_are_popped() -> None:
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    class Dispatches(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    model, _ = everything()
+    objective = sk.Objective(model, DATA, loss=F.cross_entropy)
+    with untouched(model), objective.undisturbed():
+        for mode in (Functions(), Dispatches(), Functions()):
+            mode.__enter__()
+    assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
 
 
 def test_a_loss_may_measure_another_model() -> None:

@@ -25,7 +25,7 @@ import sharpkit as sk
 from experiments._common import HERE, Row, circumstances, read_rows, rounded
 from experiments._models import GPT, conv_net, images, mlp, seeded, text
 from experiments.monitor_edge import half_square, tanh_mlp
-from sharpkit.measuring.sharpness import preconditioned_hessian
+from sharpkit.operators.preconditioned import optimizer_curvature
 
 NAME = "monitor_overhead"
 PARTS = ("overhead", "tracking")
@@ -112,7 +112,7 @@ def exact(run: Run, record: sk.Record, x: Tensor, y: Tensor, name: str) -> float
     objective = sk.Objective(run.model, (x[:n], y[:n]), loss=F.cross_entropy, mode="train", seed=SEED + record.step)
     operator: Any = sk.HessianOperator(objective)
     if name == "preconditioned_lambda_max":
-        operator = preconditioned_hessian(operator, run.optimizer)
+        operator, _ = optimizer_curvature(operator, run.optimizer)
     return float(sk.eigenpairs(operator, 1, tol=1e-4, max_matvecs=400, seed=1).values[0])
 
 

@@ -185,8 +185,8 @@ def pairs_of(reference: Reference) -> dict[str, Callable[[], tuple[sk.SymmetricO
         optimizer.zero_grad(set_to_none=True)
         moments = torch.cat([optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in reference.params])
         steps = len(reference.batches)
-        # The denominator of Cohen et al., arXiv 2207.14484: early in training it carries the bias correction of the first moment too.
-        scale = ((1 - 0.9**steps) * ((moments / (1 - 0.999**steps)).sqrt() + 1e-8)).rsqrt()
+        # The denominator of Cohen et al., arXiv 2207.14484, without the bias correction of the first moment, which soon is 1.
+        scale = ((moments / (1 - 0.999**steps)).sqrt() + 1e-8).rsqrt()
         return sk.PreconditionedOperator(H, optimizer), scale[:, None] * dense * scale
 
     return {

@@ -5,6 +5,11 @@ the groups train, which parameters they hold, and what the next step would be. T
 :func:`register_optimizer`, or add a line to the table ``_KINDS``.
 
 A subclass that does not override ``step`` is treated as its parent. One that does is another method, and unknown unless registered.
+
+The limit of several groups: at a rate eta of the reference group (the first that trains), the others at r_i eta, training is stable where
+eta s lambda_max(S (H + W) + V) <= 1 with s = gain / (2 (1 + beta)) of the reference's rule, S = diag(r_i s_i / s) D^-1, W the coupled decay
+and V = diag(r_i decay_i / (2 s)) the decoupled one. It is exact on a quadratic whatever the groups' momenta: with H, W and V positive, the
+step's eigenvalues reach the unit circle at +-1 alone, as the imaginary part of the characteristic equation on the circle shows.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +41,7 @@ class UpdateRule:
 
     Attributes:
         adaptive: the curvature meant is that of D^-1 H.
-        name: for messages.
+        name, matrix: for messages; the matrix is H or D^-1 H where none is named.
 
     Example:
         >>> UpdateRule(momentum=0.9).max_learning_rate(10.0)
@@ -53,6 +58,7 @@ class UpdateRule:
     decoupled: bool = False
     adaptive: bool = False
     name: str = "gradient descent"
+    matrix: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -66,39 +72,37 @@ class UpdateRule:
 
     def max_learning_rate(self, curvature: float) -> float:
         """The rate at which the mode with this curvature starts to flip sign with growing size; inf where there is none."""
-        gain, decay = self._gains()
-        load = gain * curvature + decay
+        load = self.gain * curvature + self.drag
         return 2 * (1 + self.momentum) / load if load > 0 else math.inf
 
     def max_curvature(self, lr: float) -> float:
-        """The largest curvature that is stable at a learning rate: what lambda_max is to be compared with.
-
-        Raises:
-            ValueError: the rate is not positive.
-        """
+        """The largest curvature that is stable at a learning rate, a positive one: what lambda_max is to be compared with."""
         if lr <= 0:
             raise ValueError(f"the learning rate must be positive, got {lr}")
-        gain, decay = self._gains()
-        return (2 * (1 + self.momentum) / lr - decay) / gain
+        return (2 * (1 + self.momentum) / lr - self.drag) / self.gain
 
-    def _gains(self) -> tuple[float, float]:
-        """(gain, decay) in the condition lr (gain * curvature + decay) <= 2 (1 + momentum): the characteristic polynomial at z = -1."""
-        gain = 1 + 2 * self.momentum if self.nesterov else 1 - self.dampening
+    # In the condition lr (gain * curvature + drag) <= 2 (1 + momentum), the characteristic polynomial at z = -1.
+    @property
+    def gain(self) -> float:
+        """How much of the curvature counts: 1 for heavy ball, 1 - beta for an averaging momentum, 1 + 2 beta for Nesterov's."""
+        return 1 + 2 * self.momentum if self.nesterov else 1 - self.dampening
+
+    @property
+    def drag(self) -> float:
+        """What weight decay adds to the curvature that counts."""
         # coupled decay is curvature like any other; decoupled decay shrinks w beside the step, with no part in the momentum buffer
-        return gain, self.weight_decay * (1 + self.momentum if self.decoupled else gain)
+        return self.weight_decay * (1 + self.momentum if self.decoupled else self.gain)
 
     @property
     def condition(self) -> str:
         """The condition as a formula in the usual letters."""
-        curvature = "lambda_max(D^-1 H)" if self.adaptive else "lambda_max(H)"
-        if self.momentum == 0:
-            formula = f"{curvature} <= 2 / lr"
-        elif self.nesterov:
-            formula = f"{curvature} <= 2 (1 + beta) / ((1 + 2 beta) lr), beta = {self.momentum:g}"
-        elif self.dampening:
-            formula = f"{curvature} <= 2 (1 + beta) / ((1 - {self.dampening:g}) lr), beta = {self.momentum:g}"
-        else:
-            formula = f"{curvature} <= 2 (1 + beta) / lr, beta = {self.momentum:g}"
+        load, above = "lr", "2"
+        if self.momentum:
+            above = "2 (1 + beta)"
+            load = "((1 + 2 beta) lr)" if self.nesterov else f"((1 - {self.dampening:g}) lr)" if self.dampening else "lr"
+        formula = f"lambda_max({self.matrix or ('D^-1 H' if self.adaptive else 'H')}) <= {above} / {load}"
+        formula += f", beta = {self.momentum:g}" if self.momentum else ""
+        formula += ", R the groups' rates over that of the first" if self.matrix else ""
         if self.weight_decay:
             formula += f", less {'decoupled ' if self.decoupled else ''}weight decay {self.weight_decay:g}"
         return f"{self.name}: {formula}"
@@ -155,12 +159,12 @@ def _adam_rule(settings: Settings, *, decoupled: bool | None = None) -> UpdateRu
 
 
 def _adam_preconditioner(state: State, settings: Settings, p: Tensor) -> Tensor:
-    """(1 - beta1^t)(sqrt(v_hat) + eps), v_hat the bias-corrected second moment (Cohen et al. 2022, arXiv 2207.14484)."""
-    beta1, beta2 = settings["betas"]
+    """sqrt(v_hat) + eps, v_hat the bias-corrected second moment (Cohen et al. 2022, arXiv 2207.14484)."""
+    # Without their factor 1 - beta1^t, the bias correction of the first moment: whether training is stable is decided by the steps to come,
+    # and after t = 1 / (1 - beta1) of them it is gone. With it, the limit after Adam's first step read a tenth of what it then was.
     moment: Tensor = state["max_exp_avg_sq" if settings.get("amsgrad") else "exp_avg_sq"]
-    t = float(state["step"])
-    corrected = moment.double() / (1 - float(beta2) ** t)
-    divisor: Tensor = (corrected.sqrt() + settings["eps"]) * (1 - float(beta1) ** t)
+    corrected = moment.double() / (1 - float(settings["betas"][1]) ** float(state["step"]))
+    divisor: Tensor = corrected.sqrt() + settings["eps"]
     return divisor
 
 
@@ -271,40 +275,42 @@ def _no_rule(optimizer: Optimizer) -> UnsupportedError:
 
 # -- what an optimizer is ---------------------------------------------------------------------------------------------------------
 
-_WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer")  # subclasses of the torch class that hold the real one
+# Subclasses of the torch class, or holders of one, whose step only calls the real one's; by name, so that no package need be imported.
+_WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer")
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a trainer's wrapper (accelerate, Lightning, anything else that holds it as ``.optimizer``).
+    """The torch optimizer inside a trainer's wrapper (accelerate, Lightning), or held as ``.optimizer`` by an object without a step.
 
     Raises:
         TypeError: there is none.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-        >>> unwrap_optimizer(SimpleNamespace(optimizer=inner)) is inner
-        True
+        UnsupportedError: it is held by an object with a step of its own, as that of SAM or LookAhead.
     """
     inside = optimizer
-    # by names in the whole mro, since Lightning's wrapper makes a class of itself and the optimizer's class, "LightningAdam"
-    while not isinstance(inside, Optimizer) or any(cls.__name__ in _WRAPPERS for cls in type(inside).__mro__):
+    while True:
+        # by names in the whole mro, since Lightning's wrapper makes a class of itself and the optimizer's class, "LightningAdam"
+        trusted = any(cls.__name__ in _WRAPPERS for cls in type(inside).__mro__)
+        if isinstance(inside, Optimizer) and not trusted:
+            return inside
         inner = getattr(inside, "optimizer", None)
         if inner is None or inner is inside:
-            raise TypeError(f"the optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            came = type(optimizer).__name__
+            raise TypeError(f"the optimizer must be a torch.optim.Optimizer, got {came}: pass the torch optimizer that it steps")
+        # SAM's first and second step, LookAhead's, a scheduler's: whether such a step is only the inner one, nobody can tell
+        if not trusted and (steps := [name for name in dir(type(inside)) if "step" in name and not name.startswith("_")]):
+            holder, held = type(inside).__name__, type(inner).__name__
+            raise UnsupportedError(
+                f"{holder} holds a {held} and has a step of its own ({', '.join(steps)}), whose limit is not known: pass its .optimizer "
+                f"instead of the {holder} if that step does nothing to the parameters but the inner one's"
+            )
         inside = inner
-    return inside
 
 
-def update_rule(optimizer: Optimizer, *, group: int = 0) -> UpdateRule:
-    """The linear update rule of a parameter group.
+def update_rule(optimizer: Optimizer, *, group: int | None = None) -> UpdateRule:
+    """The linear update rule of a parameter group, by default of the first that trains.
 
     Raises:
         UnsupportedError: an optimizer whose linear rule is not known, or one that maximizes.
-
-    Example:
-        >>> update_rule(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)).condition
-        'SGD: lambda_max(H) <= 2 (1 + beta) / lr, beta = 0.9'
     """
     optimizer = unwrap_optimizer(optimizer)
     kind = kind_of(optimizer)
@@ -314,36 +320,19 @@ def update_rule(optimizer: Optimizer, *, group: int = 0) -> UpdateRule:
         raise UnsupportedError(
             f"{type(optimizer).__name__} has maximize=True, and stability limits are those of descent: minimize the negative loss instead"
         )
-    rule = kind.rule(optimizer.param_groups[group])
+    rule = kind.rule(optimizer.param_groups[_reference(relative_rates(optimizer)) if group is None else group])
     return replace(rule, name=type(optimizer).__name__) if rule.name == UpdateRule.name else rule
 
 
 def update_rules(optimizer: Optimizer) -> list[UpdateRule]:
-    """The linear update rule of every parameter group.
-
-    Raises:
-        UnsupportedError: an optimizer whose linear rule is not known, or one that maximizes.
-    """
-    return [update_rule(optimizer, group=index) for index in range(len(optimizer.param_groups))]
-
-
-def known_rule(optimizer: Optimizer) -> UpdateRule | None:
-    """The linear update rule of the first group; None for an optimizer whose stability limit is not known."""
-    try:
-        return update_rule(optimizer)
-    except UnsupportedError:
-        return None
+    """The linear update rule of every parameter group; errors as in :func:`update_rule`."""
+    return [update_rule(optimizer, group=index) for index in range(len(unwrap_optimizer(optimizer).param_groups))]
 
 
 def is_adaptive(optimizer: Optimizer, *, unknown: bool | None = None) -> bool:
-    """Whether the optimizer divides gradients by their own size, so that its limit is about D^-1 H.
+    """Whether gradients are divided by their own size, so that the limit is about D^-1 H.
 
-    Args:
-        optimizer: any.
-        unknown: answer for an optimizer whose rule is not known; None raises.
-
-    Raises:
-        UnsupportedError: an optimizer whose rule is not known, without ``unknown``.
+    Where the rule is not known, the answer is ``unknown``, or an UnsupportedError if that is None.
     """
     kind = kind_of(optimizer)
     if kind is not None and kind.rule is not None:
@@ -366,43 +355,85 @@ def held_parameters(optimizer: Optimizer) -> list[list[nn.Parameter]]:
     return [list(group["params"]) for group in optimizer.param_groups]
 
 
-def learning_rate(optimizer: Optimizer) -> float:
-    """The learning rate of the first group."""
-    return float(optimizer.param_groups[0]["lr"])
+def _rate(settings: Settings) -> float:
+    try:
+        return float(settings["lr"])
+    except (KeyError, TypeError, ValueError, RuntimeError):  # absent, None, a text, a tensor of several rates
+        raise UnsupportedError(
+            f"a parameter group has lr={settings.get('lr')!r}, so nothing says how far the optimizer steps: limits and learned rates are "
+            "for optimizers whose groups keep a number as lr; give one (in transformers' Adafactor with relative_step=False)"
+        ) from None
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of every group."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
+    """The learning rate of every group; UnsupportedError where one has none."""
+    return [_rate(group) for group in optimizer.param_groups]
 
 
-def relative_rates(optimizer: Optimizer) -> list[float]:
-    """Every group's learning rate over the first group's; 1 for all where that is 0."""
-    first = learning_rate(optimizer)
-    return [rate / first if first else 1.0 for rate in learning_rates(optimizer)]
+def relative_rates(optimizer: Optimizer, layout: ParamLayout | None = None) -> list[float]:
+    """Every group's learning rate over that of the reference: the first that trains, and holds some of the layout's parameters if given.
+
+    Groups that hold none of them count as resting.
+    """
+    rates = learning_rates(optimizer)
+    if not any(rates):  # a warmup from 0: the scheduler multiplies the initial rates, if it noted them
+        rates = [float(group.get("initial_lr", 1.0)) for group in optimizer.param_groups]
+    if layout is not None:
+        rates = [rate if holds else 0.0 for rate, holds in zip(rates, _holding(optimizer, layout), strict=True)]
+    first = next((rate for rate in rates if rate), 0.0)
+    return [rate / first if first else 1.0 for rate in rates]
+
+
+def learning_rate(optimizer: Optimizer, layout: ParamLayout | None = None) -> float:
+    """The learning rate of the reference group, as in :func:`relative_rates`: the one that limits are stated for."""
+    return learning_rates(optimizer)[_reference(relative_rates(optimizer, layout))]
+
+
+def _reference(ratios: Sequence[float]) -> int:
+    return next((index for index, ratio in enumerate(ratios) if ratio == 1), 0)
+
+
+def _holding(optimizer: Optimizer, layout: ParamLayout) -> list[bool]:
+    """Whether each group holds some of the parameters."""
+    wanted = {id(p) for p in layout.params}
+    return [any(id(p) in wanted for p in group["params"]) for group in optimizer.param_groups]
+
+
+def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
+    """Make sure that the optimizer trains this model and nothing beside it.
+
+    Raises:
+        ValueError: it holds none of the model's parameters.
+        UnsupportedError: it also trains parameters that are not the model's, such as the loss's own.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    own = {id(p) for p in model.parameters()}
+    moving = [p for group, ratio in zip(optimizer.param_groups, relative_rates(optimizer), strict=True) for p in group["params"] if ratio]
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
+    if strangers := sum(p.requires_grad and id(p) not in own for p in moving):
+        raise UnsupportedError(
+            f"the optimizer also trains {strangers} parameters that are no part of the {type(model).__name__}, the loss's own or another "
+            "model's, and its limit is that of all together: put both into one nn.ModuleList, and pass that with closure="
+        )
 
 
 def set_learning_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
-    """Give every group its learning rate; one that is a tensor is overwritten in place, as captured graphs need it.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-        >>> set_learning_rates(optimizer, [0.2])
-        >>> learning_rates(optimizer)
-        [0.2]
-    """
+    """Give every group its learning rate; one that is a tensor is overwritten in place, as captured graphs need it."""
+    written: dict[int, float] = {}
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
+        held = group["lr"]
+        if not isinstance(held, Tensor):
             group["lr"] = rate
+        elif written.setdefault(id(held), rate) == rate:
+            held.fill_(rate)
+        else:  # torch gives all groups the one tensor of lr=: groups that part need tensors of their own
+            group["lr"] = torch.full_like(held, rate)
 
 
 def restore_initial_rates(optimizer: Optimizer) -> None:
     """Give back the rates from before a scheduler's warmup, which may have begun at 0 and so hidden the groups' ratios."""
-    for group in optimizer.param_groups:
-        if "initial_lr" in group and not isinstance(group["lr"], Tensor):
-            group["lr"] = group["initial_lr"]
+    set_learning_rates(optimizer, [float(group.get("initial_lr", _rate(group))) for group in optimizer.param_groups])
 
 
 def current_momentum(optimizer: Optimizer) -> float:
@@ -435,75 +466,191 @@ def decoupled_decays(optimizer: Optimizer) -> list[float]:
     return [rule.weight_decay if rule.decoupled else 0.0 for rule in map(kind.rule, optimizer.param_groups)]
 
 
-def gradient_decay(optimizer: Optimizer) -> float:
-    """The first group's weight decay that is divided by D together with the gradient, so that the matrix is D^-1 (H + decay).
+def gradient_decays(optimizer: Optimizer) -> list[float]:
+    """Weight decay of every group that is divided by D together with the gradient, so that the matrix is D^-1 (H + decay).
 
     It is 0 where the rule holds the decay, as it does for SGD and AdamW.
     """
-    kind, settings = kind_of(optimizer), optimizer.param_groups[0]
+    kind = kind_of(optimizer)
     if kind is None or kind.rule is None:
-        return 0.0 if settings.get("decoupled_weight_decay") else _decay(settings)
-    rule = kind.rule(settings)
+        return [0.0 if group.get("decoupled_weight_decay") else _decay(group) for group in optimizer.param_groups]
+    rules = [kind.rule(group) for group in optimizer.param_groups]
     # torch adds coupled decay to g before g enters the second moment and is divided by D, as if the loss had 0.5 decay |w|^2 more
-    return _decay(settings) if rule.adaptive and not rule.weight_decay else 0.0
+    return [
+        _decay(group) if rule.adaptive and not rule.weight_decay else 0.0 for rule, group in zip(rules, optimizer.param_groups, strict=True)
+    ]
 
 
 def plain_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Every group's settings that are plain values, for a key that tells runs apart."""
     plain = (int, float, str, tuple, bool, type(None))
     # a rate may be a tensor; it must count all the same, or runs at two rates would share a key
-    groups = [{**group, "lr": float(group["lr"])} for group in optimizer.param_groups]
+    groups = [{**group, "lr": _rate(group)} for group in optimizer.param_groups]
     return [{k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in groups]
 
 
 # -- what its state says ----------------------------------------------------------------------------------------------------------
 
 
-def preconditioner_scale(optimizer: Optimizer, layout: ParamLayout) -> Tensor:
-    """D^-1/2 from an optimizer's live state, with groups' learning rates relative to the first's.
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of an optimizer against the reference, by the formula at the head of this file.
+
+    Attributes:
+        rule: the reference's own.
+        weights: r_i s_i / s of each group.
+        coupled, shifts: decay_i of coupled and r_i decay_i / (2 s) of decoupled decay.
+        extra: coupled decay that is no part of the rule, since it is divided by D.
+        agree: whether one weight and one decay move all parameters, so that the limit is about H, or D^-1 H, itself.
+    """
+
+    rule: UpdateRule
+    weights: list[float]
+    coupled: list[float]
+    shifts: list[float]
+    extra: float
+    agree: bool
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, layout: ParamLayout | None, ratios: Sequence[float] | None) -> _Groups:
+        ratios = relative_rates(optimizer, layout) if ratios is None else ratios
+        rules, first = update_rules(optimizer), _reference(ratios)
+        speeds = [rule.gain / (2 * (1 + rule.momentum)) for rule in rules]
+        weights = [ratio * speed / speeds[first] for ratio, speed in zip(ratios, speeds, strict=True)]
+        divided = gradient_decays(optimizer)
+        coupled = [own + (0.0 if rule.decoupled else rule.weight_decay) for own, rule in zip(divided, rules, strict=True)]
+        decoupled = [rule.weight_decay if rule.decoupled else 0.0 for rule in rules]
+        shifts = [ratio * decay / (2 * speeds[first]) for ratio, decay in zip(ratios, decoupled, strict=True)]
+        holding = [True] * len(rules) if layout is None else _holding(optimizer, layout)
+        training = [index for index, ratio in enumerate(ratios) if ratio and holding[index]]
+        moving = {id(p) for index in training for p in optimizer.param_groups[index]["params"]}
+        agree = all(ratios) if layout is None else all(id(p) in moving for p in layout.params)  # none rests
+        # 1e-9 by judgement: rates that a scheduler multiplied group by group agree to rounding
+        agree = agree and all(
+            math.isclose(values[index], values[first], rel_tol=1e-9) for values in (weights, coupled, shifts) for index in training
+        )
+        return cls(rules[first], weights, coupled, shifts, divided[first], agree)
+
+    @property
+    def limit_rule(self) -> UpdateRule:
+        if self.agree:
+            return self.rule
+        inside = "(H + decay)" if any((*self.coupled, *self.shifts)) else "H"
+        return replace(self.rule, weight_decay=0.0, matrix=f"R {'D^-1 ' if self.rule.adaptive else ''}{inside}")
+
+
+def limit_rule(optimizer: Optimizer, layout: ParamLayout | None = None, *, ratios: Sequence[float] | None = None) -> UpdateRule:
+    """The rule by which the top eigenvalue of :func:`step_matrix` bounds the reference group's rate; errors as in :func:`update_rule`."""
+    return _Groups.of(unwrap_optimizer(optimizer), layout, ratios).limit_rule
+
+
+def known_rule(optimizer: Optimizer, layout: ParamLayout | None = None) -> UpdateRule | None:
+    """The same; None for an optimizer whose stability limit is not known."""
+    try:
+        return limit_rule(optimizer, layout)
+    except UnsupportedError:
+        return None
+
+
+def groups_agree(optimizer: Optimizer, layout: ParamLayout | None = None) -> bool:
+    """Whether one rate, one rule and one decay move all parameters, so that the limit is about H, or D^-1 H, itself."""
+    return _Groups.of(unwrap_optimizer(optimizer), layout, None).agree
+
+
+@dataclass(frozen=True)
+class StepMatrix:
+    """What turns the curvature A into the matrix that a limit is about, scale (A + decay) scale + shift, and its top into a rate.
+
+    Attributes:
+        rule: of the reference group, without the decay that the matrix holds.
+        scale: (n,) square root of the groups' weights over D; None for 1 throughout.
+        decay, shift: (n,) of coupled and decoupled decay; a number where it is the same throughout.
+    """
+
+    rule: UpdateRule
+    scale: Tensor | None
+    decay: Tensor | float
+    shift: Tensor | float
+
+
+def step_matrix(
+    optimizer: Optimizer, layout: ParamLayout, *, ratios: Sequence[float] | None = None, diagonal: Tensor | None = None
+) -> StepMatrix:
+    """The matrix of an optimizer's limit, by the formula at the head of this file.
 
     Args:
         optimizer: after at least one step, if it is adaptive.
-        layout: the parameters meant; the optimizer must hold them all.
+        layout: the parameters meant; those that the optimizer does not hold never move.
+        ratios: the groups' rates over the reference's, where the optimizer's own are not those meant.
+        diagonal: (n,) D, where it is not read from the optimizer's state.
+
+    Raises:
+        UnsupportedError: an optimizer whose rule or D is not known, or one that maximizes.
+        ValueError: it has not stepped yet, or holds none of the parameters.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    groups = _Groups.of(optimizer, layout, ratios)
+    if groups.agree and not groups.rule.adaptive:
+        return StepMatrix(groups.rule, None, 0.0, 0.0)
+    scale = _scale(optimizer, layout, groups.weights, diagonal)
+    if groups.agree:
+        return StepMatrix(groups.rule, scale, groups.extra, 0.0)
+    decay, shift = (_by_group(optimizer, layout, values) for values in (groups.coupled, groups.shifts))
+    return StepMatrix(groups.limit_rule, scale, decay, shift)
+
+
+def _by_group(optimizer: Optimizer, layout: ParamLayout, values: Sequence[float]) -> Tensor | float:
+    """(n,) each group's value at its parameters, 0 at those that no group holds; the number 0 where all are 0."""
+    if not any(values):
+        return 0.0
+    own = {id(p): value for value, group in zip(values, optimizer.param_groups, strict=True) for p in group["params"]}
+    return layout.flatten([torch.full_like(p, own.get(id(p), 0.0), dtype=torch.float64) for p in layout.params])
+
+
+def preconditioner_scale(optimizer: Optimizer, layout: ParamLayout) -> Tensor:
+    """D^-1/2 from an optimizer's live state, with the groups' weights relative to the reference.
 
     Returns:
-        (n,) in the layout's order; 0 for parameters that an adaptive optimizer has not moved yet.
+        (n,) in the layout's order; 0 for parameters that do not move: not held, at rate 0, or without a gradient so far.
 
     Raises:
         UnsupportedError: an optimizer whose D is not known.
-        ValueError: it has not stepped yet, does not hold a parameter, or has rate 0 in its first group only.
+        ValueError: it has not stepped yet, or holds none of the parameters.
     """
     optimizer = unwrap_optimizer(optimizer)
     kind = kind_of(optimizer)
-    divide = kind.preconditioner if kind is not None else None
-    if divide is None and (kind is None or kind.rule is None or update_rule(optimizer).adaptive):
+    known = kind is not None and kind.rule is not None and not is_maximizing(optimizer)
+    weights = _Groups.of(optimizer, layout, None).weights if known else relative_rates(optimizer, layout)
+    return _scale(optimizer, layout, weights, None)
+
+
+def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], diagonal: Tensor | None) -> Tensor:
+    kind = kind_of(optimizer)
+    divide = kind.preconditioner if kind is not None and diagonal is None else None
+    known = kind is not None and kind.rule is not None and (diagonal is not None or not update_rule(optimizer).adaptive)
+    if divide is None and not known:
         remedy = "Pass diagonal= with what it divides gradients by"
         raise _unknown(optimizer, "the state", lambda k: k.preconditioner or k.velocity, remedy, "preconditioner")
-    groups = {id(p): (settings, rate) for settings, rate in _groups_with_rates(optimizer) for p in settings["params"]}
-    if learning_rate(optimizer) == 0 and any(learning_rates(optimizer)):
-        raise ValueError("the first group's learning rate is 0, and the others' are relative to it: measure after the warmup's first step")
+    groups = {id(p): (group, weight) for group, weight in zip(optimizer.param_groups, weights, strict=True) for p in group["params"]}
+    if not any(id(p) in groups for p in layout.params):
+        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
     if divide is not None and not any(map(_has_stepped, optimizer.state.values())):
         raise ValueError(f"{type(optimizer).__name__} has no state yet: measure after its first step")
     pieces: list[Tensor | None] = []
     for name, p in zip(layout.names, layout.params, strict=True):
-        if id(p) not in groups:
-            raise ValueError(f"parameter {name!r} is not in the optimizer; select the optimizer's parameters with params=, or add it")
-        (settings, rate), state = groups[id(p)], optimizer.state.get(p, {})
-        if divide is None:
-            pieces.append(torch.full_like(p, rate, dtype=torch.float64).sqrt())
-        elif not _has_stepped(state):
-            pieces.append(None)  # without a gradient so far, it has never been moved
+        (settings, weight), state = groups.get(id(p), ({}, 0.0)), optimizer.state.get(p, {})
+        if not weight or (divide is not None and not _has_stepped(state)):
+            pieces.append(None)
+        elif divide is None:
+            pieces.append(torch.full_like(p, weight, dtype=torch.float64).sqrt())
         else:
             denominator = divide(state, settings, p)
             if denominator.shape != p.shape:
                 raise ValueError(f"the preconditioner of {name!r} must have shape {tuple(p.shape)}, got {tuple(denominator.shape)}")
             # a group at r times the first group's rate moves as if D were r times smaller, so the limit holds for the first's rate
-            pieces.append((rate / denominator.double()).sqrt())
-    return layout.flatten(pieces)
-
-
-def _groups_with_rates(optimizer: Optimizer) -> list[tuple[dict[str, Any], float]]:
-    return list(zip(optimizer.param_groups, relative_rates(optimizer), strict=True))
+            pieces.append((weight / denominator.double()).sqrt())
+    scale = layout.flatten(pieces)
+    return scale if diagonal is None else scale * diagonal.to(scale.device).rsqrt()
 
 
 def _has_stepped(state: State) -> bool:
@@ -512,15 +659,7 @@ def _has_stepped(state: State) -> bool:
 
 
 def settled_preconditioner(optimizer: Optimizer, second_moment: Tensor) -> Tensor:
-    """sqrt(v) + eps: the D that an adaptive optimizer comes to where the squared gradient has this mean.
-
-    Args:
-        optimizer: gives eps, 1e-8 (torch's own default) where it has none.
-        second_moment: (n,) mean of the squared gradient per coordinate.
-
-    Returns:
-        (n,).
-    """
+    """(n,) sqrt(v) + eps: the D that an adaptive optimizer comes to where the squared gradient has the mean v; eps is 1e-8 by default."""
     return second_moment.sqrt() + float(optimizer.param_groups[0].get("eps", 1e-8))
 
 
@@ -531,13 +670,9 @@ def has_velocity(optimizer: Optimizer) -> bool:
 
 
 def velocity(optimizer: Optimizer, layout: ParamLayout) -> Tensor:
-    """beta v of SGD's step g + beta v, each parameter with its own group's beta.
+    """(n,) beta v of SGD's step g + beta v, each parameter with its own group's beta; TypeError for another kind of optimizer.
 
-    Returns:
-        (n,) in the layout's order; 0 where there is no momentum, before the first step, and for parameters that are not held.
-
-    Raises:
-        TypeError: an optimizer of another kind than SGD.
+    It is 0 where there is no momentum, before the first step, and for parameters that are not held.
     """
     optimizer = unwrap_optimizer(optimizer)
     kind = kind_of(optimizer)
@@ -553,57 +688,54 @@ _COUNTERS = ("step", "mu_product")  # scalars beside the moments, kept in their 
 _FAST_PATHS = ("fused", "foreach", "capturable")  # ask for devices or types that a copy in float64 does not have
 
 
-def copy_optimizer(optimizer: Optimizer, place: Mapping[int, nn.Parameter], *, lr: float | None = None, reset: bool = False) -> Optimizer:
+def copy_optimizer(optimizer: Optimizer, place: Mapping[int, nn.Parameter], *, reset: bool = False) -> Optimizer:
     """The same optimizer over other parameters, with a copy of its state; schedulers and hooks stay behind.
 
     Args:
         optimizer: the original; only read.
         place: the new parameter for each of its own, by ``id``.
-        lr: rate of the first group, the others' keeping their ratio to it.
         reset: start with an empty state.
 
     Raises:
         ValueError: the optimizer holds parameters that the model does not.
-
-    Example:
-        >>> old, new = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
-        >>> other = copy_optimizer(torch.optim.SGD([old], lr=0.1), {id(old): new}, lr=0.5)
-        >>> learning_rates(other), held_parameters(other)[0][0] is new
-        ([0.5], True)
+        UnsupportedError: it holds something that cannot be copied.
     """
     optimizer = unwrap_optimizer(optimizer)
-    groups: list[dict[str, Any]] = []
-    for group, ratio in _groups_with_rates(optimizer):
-        if any(id(p) not in place for p in group["params"]):
-            raise ValueError("the optimizer holds parameters that are not the model's: make it from model.parameters()")
-        settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
-        settings["lr"] = _copied(group["lr"])  # a tensor would be shared, and set in place
-        if lr is not None:
-            settings["lr"] = lr * ratio
-        groups.append({**settings, "params": [place[id(p)] for p in group["params"]]})
-    # Not the class's own __init__, whose arguments are unknown, nor deepcopy, which would copy the parameters, hooks and schedulers too.
-    other = type(optimizer).__new__(type(optimizer))
-    Optimizer.__init__(other, groups, dict(optimizer.defaults))
-    for name, value in vars(optimizer).items():
-        if isinstance(value, (bool, int, float, str)):  # settings that some optimizers keep as attributes
-            vars(other).setdefault(name, value)
-    if not reset:
-        for p, values in optimizer.state.items():
-            other.state[place[id(p)]] = {key: _copied(value) for key, value in values.items()}
+    if any(id(p) not in place for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer holds parameters that are not the model's: make it from model.parameters()")
+    try:
+        other = _twin(optimizer, dict(place))
+    except Exception as error:
+        raise UnsupportedError(f"{type(optimizer).__name__} cannot be copied to step elsewhere: {type(error).__name__}: {error}") from error
+    for group in other.param_groups:
+        group.pop("initial_lr", None)
+    if reset:
+        other.state.clear()
     return other
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+def _twin(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    """A deep copy in which ``memo`` says, by ``id``, what stands for what; inner optimizers, as LookAhead has one, are copied alike."""
+    # Not the class's own __init__, whose arguments are unknown, nor deepcopy of the whole: torch leaves all but groups and state out of it.
+    twin = memo[id(optimizer)] = type(optimizer).__new__(type(optimizer))
+    Optimizer.__setstate__(twin, {"defaults": {}, "state": {}, "param_groups": []})  # hooks of its own, none in them
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer) and id(value) not in memo:
+            _twin(value, memo)
+    for name, value in vars(optimizer).items():
+        # a method among the attributes was patched in, by a scheduler for one: the class's own counts
+        if not name.startswith("_optimizer_") and not (callable(value) and hasattr(type(optimizer), name)):
+            vars(twin)[name] = copy.deepcopy(value, memo)
+    return twin
 
 
 def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> Tensor:
-    """u in w <- w - eta u for the step that the optimizer would make with this gradient, groups' rates relative to the first's.
+    """u in w <- w - eta u for the step that the optimizer would make with this gradient, groups' rates relative to the reference's.
 
     The optimizer is copied with its state, in float64; the original and its hooks are not touched.
 
     Args:
-        optimizer: any whose step takes no closure, known or not.
+        optimizer: any whose step takes no closure and is proportional to its rate, known or not.
         layout: the parameters meant.
         gradient: (n,) in the layout's order.
 
@@ -611,33 +743,51 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
         (n,) in the layout's order; 0 for parameters the optimizer does not hold.
 
     Raises:
-        UnsupportedError: LBFGS, whose step searches.
+        UnsupportedError: LBFGS, whose step searches; Rprop, whose step does not depend on its rate; one that cannot step on a copy.
         ValueError: the optimizer holds none of these parameters.
     """
     optimizer = unwrap_optimizer(optimizer)
+    name = type(optimizer).__name__
     if _needs_closure(optimizer):
-        raise UnsupportedError(
-            f"{type(optimizer).__name__} evaluates the loss several times in a step, so it has no next update to look at; use another one"
-        )
-    # In float64, since u is a difference of parameters: in float32 a step of 1e-6 |w| would keep one correct digit.
-    copies = {id(p): nn.Parameter(p.detach().double().clone()) for group in held_parameters(optimizer) for p in group}
-    if not any(id(p) in copies for p in layout.params):
+        raise UnsupportedError(f"{name} evaluates the loss several times in a step, so it has no next update to look at; use another one")
+    if not any(_holding(optimizer, layout)):
         raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
-    before = {key: p.detach().clone() for key, p in copies.items()}
-    present = learning_rate(optimizer)
+    present = learning_rate(optimizer, layout)
     # u is the step over the rate, so at rate 0 (the first step of a warmup) the copy steps at rate 1 instead
-    twin = copy_optimizer(optimizer, copies, lr=None if present else 1.0)
+    step = _step_elsewhere(optimizer, layout, gradient, factor=1.0 if present else None)
+    kind = kind_of(optimizer)
+    if kind is None or kind.rule is None:  # a rate that is no factor of the step has no critical value: two rates must agree
+        twice = _step_elsewhere(optimizer, layout, gradient, factor=2.0 if present else None)
+        rounding = 1e-12 * float(layout.current().double().norm())  # by judgement: steps are differences of parameters in float64
+        if present and not float((twice - 2 * step).norm()) <= 1e-6 * float(twice.norm()) + rounding:
+            raise UnsupportedError(
+                f"the step of {name} is not proportional to its learning rate here, so no rate along it is critical; use another optimizer"
+            )
+    return step / (present or 1.0)
+
+
+def _step_elsewhere(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor, *, factor: float | None) -> Tensor:
+    """(n,) w less what a copy makes of it at the present rates times a factor; at the ratios of the rates without one."""
+    # In float64, since the step is a difference of parameters: in float32 one of 1e-6 |w| would keep one correct digit.
+    copies = {id(p): nn.Parameter(p.detach().double().clone()) for group in held_parameters(optimizer) for p in group}
+    before = {key: p.detach().clone() for key, p in copies.items()}
+    twin = copy_optimizer(optimizer, copies)
+    rates = relative_rates(optimizer, layout) if factor is None else [factor * rate for rate in learning_rates(optimizer)]
+    for group, rate in zip(twin.param_groups, rates, strict=True):
+        group.update({"lr": rate, **{key: False for key in _FAST_PATHS if key in group}})
     for values in twin.state.values():
         moments = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in _COUNTERS}
         values.update({k: v.double() for k, v in moments.items()})
-    for group in twin.param_groups:
-        group.update({key: False for key in _FAST_PATHS if key in group})
     for p, g in zip(layout.params, layout.split(gradient), strict=True):
         if id(p) in copies:
             copies[id(p)].grad = g.double()
-    type(twin).step(twin)  # type: ignore[call-arg]
-    steps = [before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params]
-    return layout.flatten(steps, 1.0 / (present or 1.0))
+    try:
+        with torch.random.fork_rng(devices=[layout.device] if layout.device.type == "cuda" else []):  # some steps draw noise
+            type(twin).step(twin)  # type: ignore[call-arg]
+    except Exception as error:
+        name = type(optimizer).__name__
+        raise UnsupportedError(f"the step of {name} failed on a copy, so its next update is not known: {error}") from error
+    return layout.flatten([before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params])
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

@@ -215,6 +215,9 @@ def test_rates_are_read_and_set_group_by_group() -> None:
     optimizers.set_learning_rates(optimizer, [1.0, 2.0])
     assert optimizers.learning_rates(optimizer) == [1.0, 2.0]
     optimizers.set_learning_rates(optimizer, [0.0, 2.0])
+    assert optimizers.relative_rates(optimizer) == [0.0, 1.0], "relative to the first that trains"
+    assert optimizers.learning_rate(optimizer) == 2.0
+    optimizers.set_learning_rates(optimizer, [0.0, 0.0])
     assert optimizers.relative_rates(optimizer) == [1.0, 1.0], "there is nothing to be relative to"
     with pytest.raises(ValueError, match="zip"):
         optimizers.set_learning_rates(optimizer, [1.0])
@@ -257,7 +260,7 @@ def test_decay_is_counted_once_either_in_the_rule_or_in_the_matrix(make: Any, de
     optimizer = make([weight()])
     assert optimizers.weight_decay(optimizer) == 0.3
     assert optimizers.decoupled_decays(optimizer) == [decoupled]
-    assert optimizers.gradient_decay(optimizer) == in_gradient
+    assert optimizers.gradient_decays(optimizer) == [in_gradient]
 
 
 def test_momentum_and_averaging_are_those_of_the_first_group() -> None:
@@ -292,6 +295,38 @@ def test_lightnings_wrapper_which_takes_the_optimizers_class_is_unwrapped() -> N
     module = pytest.importorskip("lightning.pytorch.core.optimizer")
     inner = ADAM([weight()])
     assert optimizers.unwrap_optimizer(module.LightningOptimizer(inner)) is inner
+
+
+class LookAhead(torch.optim.Optimizer):
+    """Every second step goes back half-way to where the last one was: a wrapper that is an optimizer itself, as many packages have it."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.optimizer, self.count, self.blend = inner, 0, lambda slow, fast: slow + 0.5 * (fast - slow)
+        self.slow = [p.detach().clone() for group in inner.param_groups for p in group["params"]]
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        self.count += 1
+        if self.count % 2 == 0:
+            for slow, p in zip(self.slow, (p for group in self.param_groups for p in group["params"]), strict=True):
+                p.copy_(slow.copy_(self.blend(slow, p)))
+
+
+def test_a_wrapper_with_a_step_of_its_own_is_not_taken_for_what_it_wraps() -> None:
+    class Ascent:  # SAM, as some write it: two steps, and no torch optimizer
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def first_step(self) -> None: ...
+
+    inner = SGD([weight()], lr=0.1, momentum=0.9)
+    with pytest.raises(sk.UnsupportedError, match=r"Ascent holds a SGD and has a step of its own \(first_step\).*\.optimizer instead"):
+        sk.stable_learning_rate(1.0, optimizer=Ascent(inner))  # type: ignore[arg-type]
+    with pytest.raises(sk.UnsupportedError, match="LookAhead is not known"):
+        sk.stable_learning_rate(1.0, optimizer=LookAhead(inner))
 
 
 # -- a step elsewhere -------------------------------------------------------------------------------------------------------------
@@ -339,8 +374,10 @@ def test_a_copy_steps_as_the_original_would_and_leaves_it_alone(name: str) -> No
 def test_a_copy_may_start_afresh_at_another_rate() -> None:
     optimizer, params = stepped(COPIED["SGD"])
     twins = {id(p): weight(*p.tolist()) for p in params}
-    other = optimizers.copy_optimizer(optimizer, twins, lr=1.0, reset=True)
+    other = optimizers.copy_optimizer(optimizer, twins, reset=True)
+    optimizers.set_learning_rates(other, optimizers.relative_rates(optimizer))
     assert optimizers.learning_rates(other) == pytest.approx([1.0, 3.0]) and not other.state
+    assert optimizers.learning_rates(optimizer) == [0.1, 0.3], "the original's are its own"
     with pytest.raises(ValueError, match="not the model's"):
         optimizers.copy_optimizer(optimizer, {})
 
@@ -384,6 +421,72 @@ def test_without_adaptivity_only_the_groups_rates_scale() -> None:
     for optimizer in (SGD(groups), cls(groups, {"lr": 1.0, "momentum": 0.9})):
         scale: Tensor = optimizers.preconditioner_scale(optimizer, layout)
         assert scale.unique().tolist() == [1.0, 2.0]
+
+
+def layout_of(*params: nn.Parameter) -> Any:
+    return sk.Objective(nn.ParameterList(params), torch.ones(1, 1), closure=lambda m, b: m[0].sum() * b.sum(), count=len).layout
+
+
+def test_the_next_update_of_a_wrapper_is_that_of_its_inner_optimizer_and_nothing_of_it_moves() -> None:
+    p, gradient = weight(1.0, 2.0), gaussian(2, seed=3)
+    inner = SGD([p], lr=0.1, momentum=0.9)
+    optimizer = LookAhead(inner)
+    p.grad = gradient.clone()
+    inner.step()
+    before = [p.detach().clone(), inner.state_dict(), optimizer.count, optimizer.slow[0].clone()]
+    assert relative_error(optimizers.next_update(optimizer, layout_of(p), gradient), 1.9 * gradient) < 1e-12
+    assert same(before, [p.detach(), inner.state_dict(), optimizer.count, optimizer.slow[0]])
+    optimizer.step()
+    with pytest.raises(sk.UnsupportedError, match="LookAhead is not proportional to its learning rate"):
+        optimizers.next_update(optimizer, layout_of(p), gradient)  # the step that goes back half-way
+
+
+class Noisy(SGD):
+    """Langevin's method: every step draws noise."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad + torch.randn_like(p), alpha=-group["lr"])
+
+
+class NeedsMore(SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is not None, "this step needs a closure"
+
+
+def test_a_step_that_no_rate_scales_or_that_fails_on_a_copy_is_refused_and_the_random_state_stays() -> None:
+    p, gradient = weight(1.0, 2.0), gaussian(2, seed=3)
+    rprop = torch.optim.Rprop([p], lr=0.1)
+    p.grad = gradient.clone()
+    rprop.step()
+    with pytest.raises(sk.UnsupportedError, match="Rprop is not proportional"):
+        optimizers.next_update(rprop, layout_of(p), gradient)
+    with pytest.raises(sk.UnsupportedError, match=r"step of NeedsMore failed on a copy.*needs a closure"):
+        optimizers.next_update(NeedsMore([p], lr=0.1), layout_of(p), gradient)
+    state = torch.get_rng_state()
+    noise = optimizers.next_update(Noisy([p], lr=0.1), layout_of(p), gradient) - gradient
+    assert torch.equal(state, torch.get_rng_state())
+    assert relative_error(noise, torch.randn(2, dtype=torch.float64)) < 1e-12
+
+
+def test_groups_that_share_one_tensor_as_their_rate_part_when_their_rates_do() -> None:
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    optimizer = ADAM([{"params": [weight()]}, {"params": [weight()]}, {"params": [weight()]}], lr=rate)
+    assert all(group["lr"] is rate for group in optimizer.param_groups)
+    optimizers.set_learning_rates(optimizer, [0.2, 0.2, 0.2])
+    assert all(group["lr"] is rate for group in optimizer.param_groups) and float(rate) == 0.2
+    optimizers.set_learning_rates(optimizer, [0.2, 0.6, 0.2])
+    assert optimizers.learning_rates(optimizer) == [0.2, 0.6, 0.2] and optimizer.param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize("rate", [None, "fast", torch.ones(2)])
+def test_a_rate_that_is_no_number_is_refused_by_name(rate: Any) -> None:
+    optimizer = SGD([weight()], lr=0.1)
+    optimizer.param_groups[0]["lr"] = rate
+    with pytest.raises(sk.UnsupportedError, match=r"a parameter group has lr=.*give one"):
+        update_rule(optimizer)
 
 
 # -- the only place that knows optimizers -------------------------------------------------------------------------------------------

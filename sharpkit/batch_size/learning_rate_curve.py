@@ -20,7 +20,7 @@ from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Trainer
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
-from sharpkit.optimizers import UpdateRule, learning_rate, update_rule
+from sharpkit.optimizers import UpdateRule, check_trains, learning_rate, limit_rule, unwrap_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,11 +86,11 @@ class LearningRateCurve(
     Attributes:
         batch_sizes: those asked for, ascending.
         optimizer: name of its class.
-        rule: its update rule.
+        rule: by which curvature bounds its rate.
         curvature: full-data curvature and its noise (preconditioned for an adaptive optimizer, at the smallest batch size).
         limits: (batch size, rate) by the mean-square condition on the curvature measured, on a fine grid.
         anchors: short runs that fix the level; empty without.
-        sharpness: (lambda_max at the starting point, after the pilot).
+        sharpness: lambda_max at the starting point and after the pilot, of H for an adaptive optimizer, else of the matrix of its limit.
         lr: the optimizer's present rate.
         num_samples: N.
         gradients, seconds: cost in full-data gradients (products count two), and wall time.
@@ -288,7 +288,9 @@ def learning_rate_curve(
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092; the mean-square condition: docs/mathematics.md.
     """
     started = time.perf_counter()
-    rule = update_rule(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
+    check_trains(optimizer, objective.model)
+    rule = limit_rule(optimizer, objective.layout)
     pool = SamplePool(objective).limited(max_samples, seed=seed)
     sizes = _checked_sizes(batch_sizes, pool.size)
     if pilot < _LEAST_PILOT:
@@ -308,16 +310,23 @@ def learning_rate_curve(
 
     runs = sum(plan.runs for plan in plans) + 1
     say(f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some {runs:.0f} short runs")
-    settled, rate, start_lambda = trainer.settle(steps=pilot, batch_size=size, rule=rule)
+    settled, rate, (before, after) = trainer.settle(steps=pilot, batch_size=size, rule=rule)
     say(f"pilot done (loss {settled.losses[0]:.3g} -> {settled.losses[-1]:.3g}); measuring curvature and its noise")
-    curvature, limits = limits_for(SamplePool(settled.objective), optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
+    curvature, limits = limits_for(SamplePool(settled.objective), settled.optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
     anchors: list[Anchor] = []
     for plan in plans:
         say(f"calibrating at B = {plan.batch_size}")
         # begin at the last anchor's rate, which is a safe guess for the next larger size; first at the pilot's, scaled by sqrt(B)
         begin = anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
         anchors.append(plan.search(trainer, begin))
-    readings = (curvature, limits, tuple(anchors), (start_lambda, curvature.lambda_max), learning_rate(optimizer), pool.size)
+    readings = (
+        curvature,
+        limits,
+        tuple(anchors),
+        (before, after if rule.adaptive else curvature.lambda_max),
+        learning_rate(optimizer, objective.layout),
+        pool.size,
+    )
     cost = (trainer.ledger.samples / pool.size, time.perf_counter() - started)
     return LearningRateCurve(sizes, type(optimizer).__name__, rule, *readings, *cost)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.batch_size.curvature import BatchCurvature, measure_batch_curvature, top_and_noise
+from sharpkit.batch_size.curvature import BatchCurvature, Wrap, measure_batch_curvature, top_and_noise
 from sharpkit.batch_size.pilot import Ledger
 from sharpkit.objective.samples import SamplePool
-from sharpkit.operators.base import SymmetricOperator
-from sharpkit.operators.preconditioned import PreconditionedOperator
+from sharpkit.operators.preconditioned import optimizer_curvature
 from sharpkit.optimizers import UpdateRule, settled_preconditioner
 
 # By judgement, within the cost that docs/batch_size.md counts (50 times below a sweep):
@@ -38,12 +37,13 @@ def limits_for(
     direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], _DIRECT_SIZES)
 
     def limit(size: float, top: float, noise: float) -> tuple[float, float]:
-        # averaging momentum is a heavy ball whose rate is smaller by 1 - dampening
-        rate = short_form(max(top, 1e-12), noise, curvature.effective(size), momentum=rule.momentum) / (1.0 - rule.dampening)
-        return float(size), rate
+        # Averaging momentum is a heavy ball whose rate is smaller by 1 - dampening. Nesterov's look ahead and decay bound the full batch
+        # alone: gradient noise drives the momentum buffer as it drives heavy ball's.
+        load = rule.gain * max(top, 1e-12) + rule.drag
+        return float(size), short_form(load, (1 - rule.dampening) * noise, curvature.effective(size), momentum=rule.momentum)
 
     if not rule.adaptive:
-        curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger)
+        curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger, wrap=as_seen_by(optimizer))
         grid = np.geomspace(sizes[0], sizes[-1], _GRID)
         return curvature, tuple(limit(min(float(b), pool.size), curvature.lambda_max, curvature.noise) for b in grid)
     mean, variance = gradient_moments(pool, seed=seed, ledger=ledger)
@@ -73,14 +73,17 @@ def gradient_moments(pool: SamplePool, *, seed: int, ledger: Ledger) -> tuple[Te
     return gradients.mean(dim=0), gradients.var(dim=0) * size
 
 
-def preconditioner(
-    mean: Tensor, variance: Tensor, batch_size: int, optimizer: torch.optim.Optimizer
-) -> Callable[[SymmetricOperator], SymmetricOperator]:
-    """D^-1/2 A D^-1/2 with D = sqrt(g^2 + var / B) + eps: what an adaptive optimizer's second moment tends to at a batch size."""
+def preconditioner(mean: Tensor, variance: Tensor, batch_size: int, optimizer: torch.optim.Optimizer) -> Wrap:
+    """The matrix of the limit with D = sqrt(g^2 + var / B) + eps, what an adaptive optimizer's second moment tends to at a batch size."""
     diagonal = settled_preconditioner(optimizer, mean.square() + variance / batch_size)
     if not math.isfinite(float(diagonal.sum())):
         raise ValueError("the gradient's moments are not finite")
-    return lambda operator: PreconditionedOperator(operator, diagonal=diagonal)
+    return as_seen_by(optimizer, diagonal)
+
+
+def as_seen_by(optimizer: torch.optim.Optimizer, diagonal: Tensor | None = None) -> Wrap:
+    """A curvature operator -> the matrix that the optimizer's limit is about, with the groups' rates, momenta and decays in it."""
+    return lambda operator: optimizer_curvature(operator, optimizer, diagonal=diagonal)[0]
 
 
 def short_form(lambda_max: float, noise: float, batch_size: float, *, momentum: float = 0.0) -> float:

@@ -18,7 +18,8 @@ from sharpkit.objective.guard import silenced
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.optimizers import UpdateRule, copy_optimizer, line_search_minimizer
+from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.optimizers import UpdateRule, copy_optimizer, line_search_minimizer, relative_rates, set_learning_rates, unwrap_optimizer
 from sharpkit.training_run import TrainingRun
 
 # -- the search for the largest rate that trains
@@ -93,20 +94,21 @@ class _EdgeRate:
     first: float = math.nan
     vector: Tensor | None = None
 
-    def at(self, step: int, objective: Objective) -> float:
-        """The rate of a step, with a look at the objective where it is due."""
+    def at(self, step: int, run: PilotRun) -> float:
+        """The rate of a step, with a look at the run where it is due."""
         if step % self.every == 0:
-            self.look(objective)
+            self.look(run.objective, run.optimizer)
         return self.rate
 
-    def look(self, objective: Objective) -> None:
-        """Measure lambda_max on a part of the data and set the rate by it."""
+    def look(self, objective: Objective, optimizer: torch.optim.Optimizer | None) -> float:
+        """lambda_max on a part of the data, of the matrix of the optimizer's limit (of H without one), which also sets the rate."""
         pool = SamplePool(objective)
         pool = pool.limited(min(max(pool.size // _LOOK_SHARE, _LOOK_SAMPLES[0]), _LOOK_SAMPLES[1]), seed=self.seed)
         hessian = HessianOperator(pool.parent)
+        matrix = hessian if optimizer is None else optimizer_curvature(hessian, optimizer)[0]
         with silenced(ConvergenceWarning):
             # 12 products from a random vector, 4 from the last look's: by judgement, the rate needs one digit and no more
-            pairs = eigenpairs(hessian, k=1, tol=0.03, seed=self.seed, initial=self.vector, max_matvecs=4 if self.rate else 12)
+            pairs = eigenpairs(matrix, k=1, tol=0.03, seed=self.seed, initial=self.vector, max_matvecs=4 if self.rate else 12)
         self.ledger.spend(2 * hessian.num_matvecs * pool.size)
         top, self.vector = float(pairs.values[0]), pairs.vectors[:, 0]
         wanted = _PILOT_SHARE * self.limit(max(top, 1e-12))
@@ -114,6 +116,7 @@ class _EdgeRate:
             self.rate = min(wanted, _PILOT_GROWTH * self.rate)
         else:
             self.first, self.rate = top, _PILOT_START * wanted
+        return top
 
 
 @dataclass(frozen=True)
@@ -129,32 +132,35 @@ class Trainer:
         """A run from the present parameters, no step made yet; another offset is another order of the data. Groups keep their ratios."""
         twin = self.pool.parent.copy(self.pool.batches)
         pairs = zip(self.pool.parent.model.parameters(), twin.model.parameters(), strict=True)
-        optimizer = copy_optimizer(self.optimizer, {id(p): t for p, t in pairs}, lr=1.0, reset=True)
+        optimizer = copy_optimizer(self.optimizer, {id(p): t for p, t in pairs}, reset=True)
+        set_learning_rates(optimizer, relative_rates(unwrap_optimizer(self.optimizer), self.pool.parent.layout))
         self.ledger.runs += 1
         # masks and measurements keep the seed, so that runs differ by the order of the data alone
         order = self.seed + seed_offset
         gradients = _PoolGradients(SamplePool(twin), batch_size, seed=self.seed, order=order, ledger=self.ledger)
         return PilotRun(twin, optimizer, gradients)
 
-    def settle(self, *, steps: int, batch_size: int, rule: UpdateRule) -> tuple[PilotRun, float, float]:
+    def settle(self, *, steps: int, batch_size: int, rule: UpdateRule) -> tuple[PilotRun, float, tuple[float, float]]:
         """The pilot: a run that keeps to half the full-batch limit (an adaptive optimizer: to a small rate).
 
         Returns:
-            the run, its rate at the end, and lambda_max of the Hessian at its start.
+            the run, its rate at the end, and lambda_max at its start and end: of the Hessian for an adaptive optimizer; else of the matrix
+            of its limit, which is measured at the end anyway, and NaN here.
 
         Raises:
             ObjectiveError: it diverged all the same.
         """
-        plain = UpdateRule(rule.momentum, rule.dampening, rule.nesterov)
-        edge = _EdgeRate(plain.max_learning_rate, max(1, steps // _LOOKS), self.seed, self.ledger)
-        if rule.adaptive:  # its limit is not that of H; the look is for lambda_max at the start alone
-            edge.look(self.pool.parent)
+        edge = _EdgeRate(rule.max_learning_rate, max(1, steps // _LOOKS), self.seed, self.ledger)
+        if rule.adaptive:  # its limit is not that of H, and D^-1 H would be no measure of what the pilot changed: D grows meanwhile
+            edge.look(self.pool.parent, None)
         pilot = self.start(batch_size)
-        pilot.follow(_ADAPTIVE_RATE if rule.adaptive else edge.at(step, pilot.objective) for step in range(steps))
+        pilot.follow(_ADAPTIVE_RATE if rule.adaptive else edge.at(step, pilot) for step in range(steps))
         if pilot.diverged:
             remedy = "start from a less sharp point, or warm up first"
             raise ObjectiveError(f"the pilot run diverged at a rate well inside the stability limit: {remedy}")
-        return pilot, _ADAPTIVE_RATE if rule.adaptive else edge.rate, edge.first
+        if not rule.adaptive:
+            return pilot, edge.rate, (edge.first, math.nan)
+        return pilot, _ADAPTIVE_RATE, (edge.first, edge.look(pilot.objective, None))
 
     def final_loss(self, lr: float, *, batch_size: int, steps: int, seed_offset: int = 0) -> float:
         """Loss over up to 512 samples of the pool after a run at a constant rate; infinite where it diverged."""

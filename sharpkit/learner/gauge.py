@@ -14,12 +14,11 @@ from sharpkit.learner.rate import COLD_MATVECS, WARM_MATVECS
 from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.slq import spectral_density
 from sharpkit.linalg.tracking import EigenvalueTracker
-from sharpkit.measuring.sharpness import preconditioned_hessian
-from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import among
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.optimizers import held_parameters
+from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.optimizers import UpdateRule, held_parameters
 
 BULKS = ("median", "weighted median", "mean")
 
@@ -84,6 +83,10 @@ def bulk_curvature(nodes: Sequence[float], weights: Sequence[float], largest: fl
 
 _TOL = 0.2  # by judgement: the curvature of one batch is off by a factor of two either way, so that more products would buy nothing
 _BULK_STEPS = 10  # Lanczos steps for the bulk of the curvature; those of experiments/learner_momentum.py
+_FLAT = 1e-4  # of the sharpest block's curvature, by judgement: below, a tracker's few products cannot tell a block from a flat one
+_MOST_RATIO = (
+    10.0  # a group's rate leaves the given ratio by no more, by judgement: a flat block may turn sharp before it is measured again
+)
 _MOST_MOMENTUM = 0.98  # by judgement; in experiments/learner_momentum.py 0.96 already cost the digits 1.4 times the best test loss
 
 
@@ -92,30 +95,42 @@ class Gauge:
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, adaptive: bool, seed: int) -> None:
         self._optimizer, self._adaptive, self._seed = optimizer, adaptive, seed
-        self._matrix: SymmetricOperator | None = None
         settings: dict[str, Any] = {"max_matvecs": WARM_MATVECS, "cold_matvecs": COLD_MATVECS, "seed": seed}
         # every 8th update (by judgement) also looks for another eigenvalue that has risen above the one followed
         self._trackers = Parts(lambda _: EigenvalueTracker(tol=_TOL, check_every=8, **settings))
 
-    def measure(self, hessian: HessianOperator, *, step: int) -> Estimate:
-        """lambda_max of a batch's Hessian, or of D^-1 H."""
-        self._matrix = preconditioned_hessian(hessian, self._optimizer) if self._adaptive else hessian
-        return self._trackers["all"].update(self._matrix, step=step)
+    def measure(self, hessian: HessianOperator, ratios: Sequence[float], *, step: int) -> tuple[Estimate, UpdateRule]:
+        """lambda_max on a batch of the matrix of the optimizer's limit, groups in these ratios, and the rule that it goes with."""
+        matrix, rule = optimizer_curvature(hessian, self._optimizer, ratios=ratios)
+        return self._trackers["all"].update(matrix, step=step), rule
 
-    def group_ratios(self, objective: Objective, ratios: list[float]) -> list[float]:
-        """Each group's rate relative to the first's, inversely to its block's curvature in the matrix just measured; others stay."""
-        tops: list[float] = []
+    def group_ratios(self, hessian: HessianOperator, given: Sequence[float]) -> list[float]:
+        """Each group's rate relative to the reference's, inversely to its own block's curvature.
+
+        A block without curvature says nothing about its rate: it keeps the given ratio to the others. So does a group at rate 0.
+
+        Args:
+            hessian: of a batch.
+            given: the ratios that the optimizer came with.
+        """
+        equal = [1.0 if ratio else 0.0 for ratio in given]
+        matrix, _ = optimizer_curvature(hessian, self._optimizer, ratios=equal)
+        reached = {id(p) for p in hessian.layout.params}
+        tops: dict[int, float] = {}
         for index, params in enumerate(held_parameters(self._optimizer)):
             own = {id(p) for p in params}
-            if self._matrix is None or not any(id(p) in own for p in objective.layout.params):
-                tops.append(math.nan)
-                continue
-            block: SymmetricOperator = self._matrix.block(among(own))  # type: ignore[attr-defined]
-            # a block without positive curvature bounds nothing; a floor keeps the ratio finite
-            tops.append(max(self._trackers[f"group{index}"].update(block).value, 1e-30))
-        if not math.isfinite(tops[0]):
-            return ratios
-        return [tops[0] / top if math.isfinite(top) else old for top, old in zip(tops, ratios, strict=True)]
+            if given[index] and own & reached:
+                block: SymmetricOperator = matrix.block(among(own))  # type: ignore[attr-defined]
+                tops[index] = self._trackers[f"group{index}"].update(block).value
+        floor = _FLAT * max(tops.values(), default=0.0)
+        # gains: by how much each group's rate would leave the given ratio
+        gains = {index: 1 / (top * given[index]) for index, top in tops.items() if top > floor}
+        if not gains:
+            return list(given)
+        usual = math.exp(sum(map(math.log, gains.values())) / len(gains))
+        chosen = [ratio * min(max(gains.get(index, usual) / usual, 1 / _MOST_RATIO), _MOST_RATIO) for index, ratio in enumerate(given)]
+        reference = next(ratio for ratio, before in zip(chosen, given, strict=True) if before == 1)
+        return [ratio / reference for ratio in chosen]
 
     def polyak_momentum(self, hessian: HessianOperator, largest: float, reading: str | float, *, step: int) -> float | None:
         """Polyak's momentum, the lower end of the curvature read from one random probe or given; None without positive curvature."""

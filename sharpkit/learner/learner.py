@@ -26,14 +26,15 @@ from sharpkit.objective.objective import Closure, ObjectiveMaker
 from sharpkit.objective.params import ParamSelector
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.optimizers import (
+    check_trains,
     current_momentum,
     held_parameters,
     learning_rate,
+    limit_rule,
     relative_rates,
     set_learning_rates,
     set_momentum,
     unwrap_optimizer,
-    update_rule,
 )
 from sharpkit.training_run import Snapshot
 
@@ -98,7 +99,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         warmup: share of T in which the rate grows 50-fold.
         decay: ``"linear"``, ``"cosine"``, ``"constant"``, or a function of the share z of steps done, such as
             :func:`sharpkit.refined_schedule` gives.
-        schedule: optimizer -> a torch learning-rate scheduler; its rate relative to the start multiplies the learned one.
+        schedule: optimizer -> a torch learning-rate scheduler, called twice; its rate, relative to its peak in total_steps, multiplies the
+            learned one. Not ReduceLROnPlateau, whose step needs a metric, nor several lambdas.
         momentum: ``"keep"`` or ``"polyak"``: Polyak's momentum from lambda_max and the bulk curvature, at most 0.98, from where the rate
             settles on (SGD only).
         bulk: what counts as the lower end of the curvature: the ratio of lambda_max to it, or ``"median"``, ``"weighted median"`` or
@@ -158,19 +160,21 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
-        self.optimizer, self.model = unwrap_optimizer(optimizer), unwrap(model)
-        adaptive = update_rule(self.optimizer).adaptive
+        self.optimizer, self.model, self._multiplier = unwrap_optimizer(optimizer), unwrap(model), Multiplier(schedule)
+        check_trains(self.optimizer, self.model)
+        adaptive = limit_rule(self.optimizer).adaptive
         check_learner_settings(total_steps, interval, budget, safety, warmup, decay)
         check_momentum(momentum, bulk, adaptive=adaptive)
+        self._multiplier.rehearse(total_steps)
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
         self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
-        self._multiplier = Multiplier(schedule)
         self._polyak, self._bulk, self._per_group = momentum == "polyak", bulk, per_group
         settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
         settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
         held = partial(held_parameters, self.optimizer)
         self._maker = ObjectiveMaker(self.model, held, params=params, probe=None, max_samples=None, settings=settings)
         self._given, self._ratios = learning_rate(self.optimizer), relative_rates(self.optimizer)
+        self._first_ratios = self._ratios
         self._pace = Pace(total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=adaptive)
         self._gauge = Gauge(self.optimizer, adaptive=adaptive, seed=seed)
         self._losses = LossWatch()
@@ -232,9 +236,9 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             if not self._recent:  # no loss= was given to step: without one, nothing could tell a good point
                 self._recent.append(objective.value())
             hessian = HessianOperator(objective)
-            measured = self._gauge.measure(hessian, step=self._step)
-            if self._per_group:
-                self._ratios = self._gauge.group_ratios(objective, self._ratios)
+            if self._per_group:  # first: the limit is that of the ratios which are then used
+                self._ratios = self._gauge.group_ratios(hessian, self._first_ratios)
+            measured, rule = self._gauge.measure(hessian, self._ratios, step=self._step)
         except Exception as error:  # whatever it was, training goes on
             cause = f"{type(error).__name__}: {error}"
             reason = f"not measured ({cause}); the rate stays"
@@ -244,7 +248,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             self._warn(reason)
             self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
             return self._record(None, math.nan, reason)
-        limit = self._limit_at(max(measured.value, 1e-30))  # without positive curvature nothing bounds the rate but its growth
+        limit = rule.max_learning_rate(max(measured.value, 1e-30))  # without positive curvature nothing bounds the rate but its growth
         decay = self._decay(self._step / self.total_steps)
         reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
         if self._polyak and self._rate.settled:
@@ -255,7 +259,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
 
     def _limit_at(self, curvature: float) -> float:
         """Largest stable rate, with the optimizer's present momentum and weight decay."""
-        return update_rule(self.optimizer).max_learning_rate(curvature)
+        return limit_rule(self.optimizer, ratios=self._ratios).max_learning_rate(curvature)
 
     def _set_momentum(self, hessian: HessianOperator, largest: float) -> str:
         """Set Polyak's momentum, keeping the rate's share of the limit, which changes with it; returns what was done, in words."""

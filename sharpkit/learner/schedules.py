@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +19,11 @@ DECAYS: dict[str, Schedule] = {"linear": lambda z: 1 - z, "cosine": lambda z: 0.
 
 
 class Multiplier:
-    """A torch scheduler run on a stand-in optimizer of rate 1: its lr is used as the multiplier; without one it stays 1.
+    """A torch scheduler run on a stand-in optimizer of rate 1: its lr over its peak is the multiplier; without one it stays 1.
 
     Raises:
-        TypeError: a scheduler instead of a function that makes one.
+        TypeError: a scheduler instead of a function that makes one, or one whose step needs a metric.
+        ValueError: it cannot drive one group alone.
     """
 
     def __init__(self, make: Callable[[torch.optim.Optimizer], Any] | None) -> None:
@@ -29,13 +32,22 @@ class Multiplier:
                 "schedule must be a function optimizer -> scheduler, such as lambda o: torch.optim.lr_scheduler.StepLR(o, 30), got a "
                 f"{type(make).__name__}: an existing scheduler would overwrite the learned rate"
             )
-        self._optimizer = gradient_descent([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        self._scheduler = None if make is None else make(self._optimizer)
+        self._make, self._peak = make, 1.0
+        self._optimizer, self._scheduler = _stand_in(make)
+
+    def rehearse(self, total_steps: int) -> None:
+        """Find the peak, by a run of another scheduler: OneCycleLR and CyclicLR set rates of their own, whatever the optimizer's was.
+
+        Raises:
+            ValueError: the scheduler ends before the run, or its rate never rises above 0.
+        """
+        if self._scheduler is not None:
+            self._peak = _peak(*_stand_in(self._make), total_steps=total_steps)
 
     @property
     def value(self) -> float:
         """The present factor."""
-        return learning_rate(self._optimizer)
+        return learning_rate(self._optimizer) / self._peak
 
     def advance(self) -> None:
         """One step of the scheduler."""
@@ -52,7 +64,51 @@ class Multiplier:
         """Go on from a saved scheduler."""
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-        set_learning_rates(self._optimizer, [float(state["value"])])
+        set_learning_rates(self._optimizer, [float(state["value"]) * self._peak])
+
+
+def _stand_in(make: Callable[[torch.optim.Optimizer], Any] | None) -> tuple[torch.optim.Optimizer, Any]:
+    """An optimizer with one group of rate 1, and its scheduler."""
+    optimizer = gradient_descent([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    if make is None:
+        return optimizer, None
+    try:
+        scheduler = make(optimizer)
+        needed = [
+            p for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD
+        ]
+    except Exception as error:  # several lambdas, for one: one factor multiplies the rates of all groups
+        raise ValueError(
+            "schedule must make a torch scheduler for an optimizer with one group of rate 1, whose rate multiplies that of every group; "
+            f"it raised {type(error).__name__}: {error}"
+        ) from error
+    if needed:
+        raise TypeError(
+            f"schedule makes a {type(scheduler).__name__}, whose step needs {needed[0].name}, and the learner steps a scheduler by the "
+            "number of steps alone: choose another, such as CosineAnnealingLR, or none, since the learner lowers the rate by curvature"
+        )
+    return optimizer, scheduler
+
+
+def _peak(optimizer: torch.optim.Optimizer, scheduler: Any, *, total_steps: int) -> float:
+    """The highest rate of a run, by a rehearsal."""
+    rates = [learning_rate(optimizer)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to warn of, the run itself will
+        for step in range(total_steps):
+            try:
+                optimizer.step()  # type: ignore[call-overload]
+                scheduler.step()
+            except Exception as error:
+                raise ValueError(
+                    f"schedule fails after {step} of total_steps={total_steps} steps: {type(error).__name__}: {error}"
+                ) from error
+            rates.append(learning_rate(optimizer))
+    if not 0 < max(rates) < math.inf:
+        raise ValueError(
+            f"schedule's rate goes up to {max(rates):g} in total_steps={total_steps} steps: it must rise above 0 and stay finite"
+        )
+    return max(rates)
 
 
 # -- from the gradient norms of an earlier run ----------------------------------------------------------------------------------------

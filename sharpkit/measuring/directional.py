@@ -17,7 +17,7 @@ from sharpkit.linalg.results import Estimate
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.optimizers import has_velocity, next_update, velocity
+from sharpkit.optimizers import check_trains, has_velocity, next_update, velocity
 
 # By judgement: a standard error from fewer than 20 batches is itself off by more than a sixth; 1000 batches reach 5 % unless the scatter
 # of one batch is more than 1.6 times the mean.
@@ -159,6 +159,7 @@ def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer
         >>> round(sk.directional_sharpness(objective, torch.optim.SGD(model.parameters(), lr=0.1)), 4)
         2.0
     """
+    check_trains(optimizer, objective.model)
     gradient, update, product = gradient_and_product(objective, lambda g: next_update(optimizer, objective.layout, g))
     below, above = float(update @ gradient), float(update @ product)
     if not (math.isfinite(below) and math.isfinite(above)) or below == 0:

@@ -13,12 +13,12 @@ from sharpkit._results import ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import SpectralOverview, spectral_overview
 from sharpkit.linalg.results import Eigenpairs, Estimate, SpectralDensity
-from sharpkit.measuring.stability import StableLearningRate, stable_learning_rate
+from sharpkit.measuring.stability import StableLearningRate, rate_under
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.operators.preconditioned import PreconditionedOperator
-from sharpkit.optimizers import gradient_decay, learning_rate, update_rule
+from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.optimizers import UpdateRule, check_trains, learning_rate, unwrap_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,9 +38,11 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         effective_rank: sum |lambda_i| / max |lambda_i|: how many directions are about as curved as the sharpest.
         negative_mass: share of eigenvalues clearly below zero.
         loss, grad_norm: f(w) and ||grad f(w)||.
-        stable_lr: largest stable learning rate of the optimizer (of plain gradient descent without one).
-        lr: the optimizer's present rate, None without an optimizer.
-        preconditioned_lambda_max: largest eigenvalue of D^-1 H for an adaptive optimizer, else None.
+        stable_lr: largest stable learning rate of the optimizer (of plain gradient descent without one): that of its first group that
+            trains, the others keeping their ratios to it.
+        lr: that group's present rate, None without an optimizer.
+        preconditioned_lambda_max: largest eigenvalue of the matrix that the optimizer's limit is about, where that is not H: D^-1 H for an
+            adaptive one, R^1/2 (H + decay) R^1/2 for groups whose rates R (momenta, decays) differ.
         eigenpairs: the top pair, with its vector.
         density: the spectral density from the same products.
         num_parameters, num_samples: what the objective holds.
@@ -78,7 +80,8 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
 
     def __repr__(self) -> str:
         names = ("lambda_max", "preconditioned_lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank")
-        shown = ("lambda_max", "lambda_max D^-1H", "lambda_min", "trace", "Frobenius norm", "effective rank")
+        turned = "D^-1H" if "D^-1" in self.stable_lr.rule else "R H"
+        shown = ("lambda_max", f"lambda_max {turned}", "lambda_min", "trace", "Frobenius norm", "effective rank")
         estimates = [(label, getattr(self, name)) for label, name in zip(shown, names, strict=True) if getattr(self, name) is not None]
         rows = [(label, f"{estimate}{'' if estimate.converged else '  (not converged)'}") for label, estimate in estimates]
         rows += [("loss", f"{self.loss:.5g}"), ("gradient norm", f"{self.grad_norm:.4g}")]
@@ -152,11 +155,13 @@ def measure(
 ) -> Sharpness:
     """Measure the sharpness of an objective: one shared pass of about num_probes x num_steps Hessian products.
 
-    An adaptive optimizer adds about 15 products, for the top eigenvalue of its preconditioned Hessian, which its stable rate depends on.
+    An adaptive optimizer, or groups with rates, momenta or decays of their own, add about 15 products, for the top eigenvalue of the matrix
+    that the stable rate depends on.
 
     Args:
         objective: the function.
-        optimizer: decides, with its momentum and weight decay, which stability limit is meant; only read.
+        optimizer: decides, with the rate, momentum and weight decay of each group, which stability limit is meant; only read. Parameters
+            that it does not hold rest.
         num_probes: random probes; the error of trace and norm falls as their square root.
         num_steps: Lanczos steps per probe, which give the density its resolution.
         tol: tolerance of the extreme eigenvalues, relative to the largest in size.
@@ -166,7 +171,8 @@ def measure(
 
     Raises:
         NonFiniteError, UnsupportedError, OutOfMemoryError: from the products.
-        UnsupportedError: an optimizer whose stability limit is not known.
+        UnsupportedError: an optimizer whose stability limit is not known, or which trains more than the objective's model.
+        ValueError: an optimizer of another model.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -177,18 +183,19 @@ def measure(
         (1.0, 2.0)
     """
     start = time.perf_counter()
-    rule = update_rule(optimizer) if optimizer is not None else None
-    hessian = HessianOperator(objective)
+    hessian, rule = HessianOperator(objective), UpdateRule()
+    matrix: SymmetricOperator = hessian
+    if optimizer is not None:
+        check_trains(optimizer, objective.model)
+        matrix, rule = optimizer_curvature(hessian, optimizer)
     loss, gradient = objective.gradient()
     budget: Any = {"max_matvecs": max_matvecs, "max_seconds": max_seconds, "callback": callback}
     # ends, trace, norm and density come from the same products
     overview = spectral_overview(hessian, num_probes=num_probes, num_steps=num_steps, tol=tol, seed=seed, **budget)
     top, preconditioned = end_of(overview.largest), None
-    # the limit of an adaptive optimizer is that of D^-1 H, which has a spectrum of its own
-    if optimizer is not None and rule is not None and rule.adaptive:
+    if matrix is not hessian:  # a matrix with a spectrum of its own: D^-1 H, or H scaled by the groups' rates
         # what is left of the time, at least a moment: an estimate flagged as unconverged is worth more than none
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
-        matrix = preconditioned_hessian(hessian, optimizer)
         preconditioned = end_of(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, callback=callback))
     return Sharpness(
         lambda_max=top,
@@ -200,8 +207,8 @@ def measure(
         loss=loss,
         grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,
         # `or`: an Estimate has no truth value of its own, so only None falls through
-        stable_lr=stable_learning_rate(preconditioned or top, optimizer=optimizer),
-        lr=learning_rate(optimizer) if optimizer is not None else None,
+        stable_lr=rate_under(rule, preconditioned or top),
+        lr=learning_rate(unwrap_optimizer(optimizer), objective.layout) if optimizer is not None else None,
         preconditioned_lambda_max=preconditioned,
         eigenpairs=overview.largest,
         density=overview.density,
@@ -218,12 +225,6 @@ def end_of(pairs: Eigenpairs) -> Estimate:
     """The first eigenvalue as a number with its residual bound."""
     value, residual, method = float(pairs.values[0]), float(pairs.residuals[0]), "Lanczos, residual bound"
     return Estimate(value, residual, pairs.num_matvecs, pairs.seconds, method, bool(pairs.converged[0]), error_kind="residual bound")
-
-
-def preconditioned_hessian(hessian: SymmetricOperator, optimizer: torch.optim.Optimizer) -> PreconditionedOperator:
-    """D^-1/2 H D^-1/2 from an optimizer's live state, with coupled weight decay, which is part of the gradient it divides, in H."""
-    decay = gradient_decay(optimizer)
-    return PreconditionedOperator(hessian + decay if decay else hessian, optimizer)
 
 
 def _effective_rank(overview: SpectralOverview) -> Estimate:

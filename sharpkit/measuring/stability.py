@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from sharpkit._errors import UnsupportedError
 from sharpkit._results import Bounded
-from sharpkit.optimizers import UpdateRule, update_rule
+from sharpkit.optimizers import UpdateRule, decoupled_decays, limit_rule, unwrap_optimizer
 
 
 class StableLearningRate(Bounded, kind="stable_learning_rate", saved=("value", "lower", "upper", "rule", "lambda_max")):
@@ -60,7 +61,7 @@ def stable_learning_rate(
     Args:
         lambda_max: the top eigenvalue: a number, an Estimate or Eigenpairs. For Adam-like optimizers that of the PreconditionedOperator,
             of H + weight_decay I where the decay is coupled.
-        optimizer: takes momentum, decay and kind from its first parameter group.
+        optimizer: instead of the settings below; its groups must have one rate, momentum and decay, as :func:`sharpkit.measure` need not.
         momentum, dampening, nesterov, weight_decay: as in torch.optim.SGD.
         decoupled: weight decay as in AdamW.
         error: error of lambda_max, for the interval; an Estimate or Eigenpairs brings its own.
@@ -70,7 +71,7 @@ def stable_learning_rate(
 
     Raises:
         ValueError: lambda_max is not finite, or settings out of range.
-        UnsupportedError: an unknown optimizer.
+        UnsupportedError: an unknown optimizer, or one whose limit no eigenvalue of H (of D^-1 H) gives, since its groups differ.
 
     Example:
         >>> import sharpkit as sk
@@ -80,22 +81,27 @@ def stable_learning_rate(
     References:
         Cohen et al. (2021), arXiv 2103.00065; Cohen et al. (2022), arXiv 2207.14484, for Adam.
     """
-    value, own_error = _curvature_of(lambda_max)
-    width = own_error if error is None else error
     if optimizer is not None:
-        rule = update_rule(optimizer)
+        rule = limit_rule(optimizer)
+        if rule.matrix and (not rule.adaptive or any(decoupled_decays(unwrap_optimizer(optimizer)))):
+            raise UnsupportedError(
+                f"the groups of {rule.name} differ in learning rate, momentum or decay, so its limit is not that of lambda_max(H) but of "
+                "another matrix: sharpkit.measure(objective, optimizer=optimizer).stable_lr measures that one"
+            )
     else:
         # the name stands in the rule that people read
         name = "SGD" if momentum or weight_decay else "gradient descent"
         rule = UpdateRule(momentum, dampening, nesterov, weight_decay, decoupled, name=name)
+    return rate_under(rule, lambda_max, error=error)
+
+
+def rate_under(rule: UpdateRule, lambda_max: Any, *, error: float | None = None) -> StableLearningRate:
+    """The largest stable learning rate by a rule, for a top eigenvalue as :func:`stable_learning_rate` takes it."""
+    value, own_error = _curvature_of(lambda_max)
+    width = own_error if error is None else error
     # the rate falls with the curvature, so the ends change places
-    return StableLearningRate(
-        rule.max_learning_rate(value),
-        lower=rule.max_learning_rate(value + width),
-        upper=rule.max_learning_rate(value - width),
-        rule=rule.condition,
-        lambda_max=value,
-    )
+    ends = {"lower": rule.max_learning_rate(value + width), "upper": rule.max_learning_rate(value - width)}
+    return StableLearningRate(rule.max_learning_rate(value), **ends, rule=rule.condition, lambda_max=value)
 
 
 def _curvature_of(lambda_max: Any) -> tuple[float, float]:

@@ -34,23 +34,14 @@ from sharpkit.measuring.directional import (
     momentum_step,
 )
 from sharpkit.measuring.layers import layer_of
-from sharpkit.measuring.sharpness import preconditioned_hessian
 from sharpkit.monitor.records import Measurement
 from sharpkit.objective.guard import silenced
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import among
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.optimizers import (
-    UpdateRule,
-    has_velocity,
-    held_parameters,
-    is_adaptive,
-    known_rule,
-    learning_rate,
-    learning_rates,
-    update_rules,
-)
+from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.optimizers import UpdateRule, has_velocity, held_parameters, known_rule, learning_rate, learning_rates, update_rules
 
 Values = dict[str, Measurement]
 # How many batches and products a slow quantity gets: enough for a useful error at a cost that a budget of a few per cent bears.
@@ -99,13 +90,13 @@ class Situation:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the first parameter group."""
-        return learning_rate(self.optimizer)
+        """Learning rate of the first group that trains measured parameters."""
+        return learning_rate(self.optimizer, self.objective.layout)
 
     @cached_property
     def rule(self) -> UpdateRule | None:
-        """Update rule of the first parameter group; None for an optimizer whose limits are not known."""
-        return known_rule(self.optimizer)
+        """The rule that limits that group's rate; None for an optimizer whose limits are not known."""
+        return known_rule(self.optimizer, self.objective.layout)
 
     @property
     def awaits_state(self) -> bool:
@@ -137,9 +128,8 @@ class Situation:
         return self.rule.max_curvature(self.lr) if self.rule is not None and self.lr > 0 else None
 
     def hessian_limit(self) -> float | None:
-        """The largest stable lambda_max(H): none for an adaptive optimizer, or if the groups' rates differ."""
-        same = len(set(learning_rates(self.optimizer))) == 1
-        return self.curvature_limit() if self.rule is not None and not self.rule.adaptive and same else None
+        """The largest stable lambda_max(H): none for an adaptive optimizer, or if the groups' rates, momenta or decays differ."""
+        return self.curvature_limit() if self.rule is not None and not self.rule.adaptive and not self.rule.matrix else None
 
     def step_limit(self) -> float | None:
         """2 / lr: the curvature along a step at which the loss no longer falls to second order."""
@@ -162,7 +152,7 @@ def _lambda_max(s: Situation) -> Values:
 
 
 def _preconditioned(s: Situation) -> Values:
-    return _followed(s, "preconditioned_lambda_max", lambda: preconditioned_hessian(s.hessian, s.optimizer), s.curvature_limit())
+    return _followed(s, "preconditioned_lambda_max", lambda: optimizer_curvature(s.hessian, s.optimizer)[0], s.curvature_limit())
 
 
 def _followed(s: Situation, name: str, operator: Callable[[], SymmetricOperator], limit: float | None) -> Values:
@@ -213,16 +203,16 @@ def _per_layer(s: Situation) -> Values:
 def _groups(s: Situation) -> Values:
     """The block of each parameter group against that group's own limit."""
     values: Values = {}
-    live = preconditioned_hessian(s.hessian, s.optimizer) if s.rule is not None and s.rule.adaptive else s.hessian
+    live = optimizer_curvature(s.hessian, s.optimizer)[0] if s.rule is not None and s.rule.adaptive else s.hessian
     rules = update_rules(s.optimizer) if s.rule is not None else None
     for index, (params, lr) in enumerate(zip(held_parameters(s.optimizer), learning_rates(s.optimizer), strict=True)):
         own = {id(p) for p in params}
         if not any(id(p) in own for p in s.objective.layout.params):
             continue  # params= leaves this group out
         block: SymmetricOperator = live.block(among(own))
-        rule, name = rules[index] if rules is not None else None, f"lambda_max/group{index}"
-        # the live matrix carries each group's rate relative to the first's, so that all are held against the first's
-        at = s.lr if rule is not None and rule.adaptive else lr
+        name = f"lambda_max/group{index}"
+        # the live matrix carries each group's weight relative to the first's, so that all are held against the first's
+        rule, at = (s.rule, s.lr if lr else 0.0) if s.rule is None or s.rule.adaptive else (rules[index] if rules is not None else None, lr)
         values[name] = _tracked(s, name, block, rule.max_curvature(at) if rule is not None and at > 0 else None)
     return values
 
@@ -433,9 +423,9 @@ def register_metric(
 def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.Optimizer, probe: Any) -> dict[str, Metric]:
     """The metrics asked for by name, the main one first; defaults by the kind of optimizer."""
     if metrics is None:
-        # groups with other rates have one limit only for H scaled by their rates, as adaptive optimizers have one only for D^-1 H
-        several = len(set(learning_rates(optimizer))) > 1
-        main = ["preconditioned_lambda_max", "lambda_max"] if several or is_adaptive(optimizer, unknown=False) else ["lambda_max"]
+        # groups that differ have one limit only for H scaled by their rates, as adaptive optimizers have one only for D^-1 H
+        rule = known_rule(optimizer)
+        main = ["preconditioned_lambda_max", "lambda_max"] if rule is not None and (rule.matrix or rule.adaptive) else ["lambda_max"]
         metrics = [*main, "batch_sharpness", "critical_sharpness"]
     if isinstance(metrics, str) or not metrics:
         raise ValueError(f"metrics must be a list of at least one of {', '.join(METRICS)}, or functions; got {metrics!r}")

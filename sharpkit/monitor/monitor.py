@@ -28,7 +28,7 @@ from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import refuse_reentry, unwrap
 from sharpkit.objective.objective import Closure, ObjectiveMaker
 from sharpkit.objective.params import ParamSelector
-from sharpkit.optimizers import held_parameters, learning_rate, unwrap_optimizer, update_rule
+from sharpkit.optimizers import check_trains, held_parameters, learning_rate, limit_rule, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
     ) -> None:
         self.model, self.optimizer = unwrap(model), unwrap_optimizer(optimizer)
         check_settings(every, budget, tol, max_samples, max_interval)
+        check_trains(self.optimizer, self.model)
         self.metrics = chosen_metrics(metrics, self.optimizer, probe)
         self.every, self.budget, self.seed, self.mode = every, budget, seed, mode
         settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
@@ -272,7 +273,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         from sharpkit import __version__
 
         try:
-            condition = update_rule(self.optimizer).condition
+            condition = limit_rule(self.optimizer).condition
         except UnsupportedError as error:
             condition = f"no limit: {error}"
         header = {

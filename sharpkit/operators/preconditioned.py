@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharpkit.objective.params import ParamLayout
 from sharpkit.operators.base import SymmetricOperator, _DerivedOperator, scale_rows
-from sharpkit.optimizers import preconditioner_scale
+from sharpkit.optimizers import UpdateRule, preconditioner_scale, step_matrix
 
 
 @runtime_checkable
@@ -40,10 +40,10 @@ class _DiagonalScaling(_DerivedOperator):
 class PreconditionedOperator(_DiagonalScaling):
     """D^-1/2 A D^-1/2: symmetric, with the eigenvalues of D^-1 A, D what an adaptive optimizer divides its gradients by.
 
-    D is read from the live state: Adam and AdamW (1 - beta1^t)(sqrt(v_hat) + eps), amsgrad's maximum where used; RMSprop sqrt(v) + eps,
-    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Parameter groups with other learning rates than the first are scaled by the
-    ratio, so that the limit holds for the first group's rate. Parameters that the optimizer has never moved have zero rows. The state is
-    captured at construction: make a new operator after further steps.
+    D is read from the live state: Adam and AdamW sqrt(v_hat) + eps, amsgrad's maximum where used; RMSprop sqrt(v) + eps,
+    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Groups with other learning rates or momenta than the first that trains are scaled
+    so that the limit holds for that one's rate. Parameters that the optimizer does not move have zero rows: not held, at rate 0, without a
+    gradient so far. The state is captured at construction: make a new operator after further steps.
 
     Args:
         base: a curvature operator, or a sum or multiple of such.
@@ -52,7 +52,7 @@ class PreconditionedOperator(_DiagonalScaling):
 
     Raises:
         UnsupportedError: another optimizer, without ``diagonal``.
-        ValueError: the optimizer has not stepped yet, or does not hold all parameters.
+        ValueError: the optimizer has not stepped yet, or holds none of the parameters.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -76,6 +76,46 @@ class PreconditionedOperator(_DiagonalScaling):
                 raise ValueError("the diagonal must be positive everywhere")
             scale = diagonal.double().rsqrt()  # in float64: small second moments lose digits in float32
         super().__init__(base, scale)
+
+
+class DiagonalShift(_DerivedOperator):
+    """A + diag(d)."""
+
+    def __init__(self, base: SymmetricOperator, diagonal: Tensor) -> None:
+        super().__init__(base)
+        self.diagonal = diagonal.to(dtype=base.dtype, device=base.device)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.base.multiply(vector) + scale_rows(self.diagonal, vector)
+
+    def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
+        block = self.base.block(pattern)
+        return DiagonalShift(block, self.diagonal[layout_of(self.base).indices(layout_of(block).names)])
+
+
+def optimizer_curvature(
+    base: SymmetricOperator, optimizer: torch.optim.Optimizer, *, ratios: Sequence[float] | None = None, diagonal: Tensor | None = None
+) -> tuple[SymmetricOperator, UpdateRule]:
+    """The matrix that an optimizer's stability limit is about, and the rule by which its top eigenvalue bounds the learning rate.
+
+    D^-1/2 R^1/2 (H + decay) R^1/2 D^-1/2 + R decoupled decay, R each group's weight against the first that trains; H itself where one rate
+    and one rule move all parameters and nothing is divided by D.
+
+    Args:
+        base: a curvature operator.
+        optimizer, ratios, diagonal: as in :func:`sharpkit.optimizers.step_matrix`, which names the errors too.
+    """
+    turned = step_matrix(optimizer, layout_of(base), ratios=ratios, diagonal=diagonal)
+    matrix = _shifted(base, turned.decay)
+    if turned.scale is not None:
+        matrix = _DiagonalScaling(matrix, turned.scale)
+    return _shifted(matrix, turned.shift), turned.rule
+
+
+def _shifted(base: SymmetricOperator, shift: Tensor | float) -> SymmetricOperator:
+    if isinstance(shift, Tensor):
+        return DiagonalShift(base, shift)
+    return base + shift if shift else base
 
 
 class AdaptiveOperator(_DiagonalScaling):

@@ -15,14 +15,13 @@ from sharpkit._results import ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
-from sharpkit.measuring.sharpness import preconditioned_hessian
 from sharpkit.objective.batches import Batch, batch_length, slice_batch
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.gauss_newton import GaussNewtonOperator
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.operators.preconditioned import PreconditionedOperator
-from sharpkit.optimizers import known_rule, learning_rate, learning_rates
+from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.optimizers import groups_agree, known_rule, learning_rate
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.fits import Slope, log_slope
 from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes
@@ -220,8 +219,7 @@ def sharpness_transfer(
     adaptive = rule is not None and rule.adaptive
     if preconditioned == "auto":
         # rates that differ between groups scale the steps as a preconditioner does
-        several = any(len(set(learning_rates(family.start(size).optimizer))) > 1 for size in sizes)
-        preconditioned = rule is not None and (adaptive or several)
+        preconditioned = rule is not None and (adaptive or not all(groups_agree(family.start(size).optimizer) for size in sizes))
     batches = [family.batches[0]] if probe is None else probe if isinstance(probe, list) else [probe]
     follower = _Follower(batches, preconditioned, preconditioned and adaptive, top_k, with_trace, with_ntk, tol)
     times = follower.times(steps, every)
@@ -297,8 +295,7 @@ class _Follower:
     def _measure(self, run: FamilyRun, tracker: EigenvalueTracker) -> Row:
         matrix: SymmetricOperator = HessianOperator(run.objective(self.batches))
         if self.preconditioned:
-            # without live state D holds the ratios of the groups' rates alone, and no weight decay is divided by it
-            matrix = preconditioned_hessian(matrix, run.optimizer) if self.adaptive else PreconditionedOperator(matrix, run.optimizer)
+            matrix, _ = optimizer_curvature(matrix, run.optimizer)
         row = {"loss": run.final_loss(self.batches)}
         if self.top_k == 1:
             top = tracker.update(matrix)

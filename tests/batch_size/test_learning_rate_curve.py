@@ -257,5 +257,5 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(sk.UnsupportedError, match="NAdam"):
         sk.learning_rate_curve(objective, torch.optim.NAdam(model.parameters()))
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="not the model's"):
+    with pytest.raises(ValueError, match="holds none of the objective's parameters"):
         sk.learning_rate_curve(objective, other, batch_sizes=[8, 64], pilot=20)

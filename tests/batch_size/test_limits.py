@@ -131,8 +131,10 @@ def test_the_moments_of_many_samples_come_from_64_groups_and_are_those_of_single
 
 def test_the_preconditioner_divides_by_the_second_moment_and_epsilon() -> None:
     mean, variance = torch.tensor([3.0, 0.0]).double(), torch.tensor([64.0, 4.0]).double()
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], eps=0.5)
-    matrix = sk.as_operator(torch.tensor([[8.0, 2.0], [2.0, 6.0]]).double())
+    M = torch.tensor([[8.0, 2.0], [2.0, 6.0]]).double()
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2, dtype=torch.float64))])
+    optimizer = torch.optim.Adam(model.parameters(), eps=0.5)
+    matrix = sk.HessianOperator(sk.Objective(model, torch.ones(1).double(), closure=lambda m, b: 0.5 * m[0] @ M @ m[0] * b.mean()))
     root = torch.tensor([5.5, 1.5]).double().sqrt()  # sqrt(9 + 64 / 4) + 0.5 and sqrt(4 / 4) + 0.5
     turned = preconditioner(mean, variance, 4, optimizer)(matrix)
     torch.testing.assert_close(turned.to_dense(), matrix.to_dense() / root[:, None] / root[None, :])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -199,11 +198,13 @@ def _page(
 
 def _check_folder(path: str | None) -> None:
     """Before any work: a page that cannot be written is a usage error now, not a loss at the end."""
-    target = Path(os.path.realpath(path)) if path else None
-    if target and not target.parent.is_dir():
-        raise UsageError(f"cannot write {path}: the folder {target.parent} does not exist; make it first or name another place")
-    if target and target.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
+    from sharpkit.reporting import page_place
+
+    try:
+        if path:
+            page_place(path)
+    except OSError as error:
+        raise UsageError(str(error)) from error
 
 
 def _read_run(source: Path) -> Document:

@@ -67,17 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             documents, extra, code = arguments.run(arguments)
-        _print_answer(arguments, documents, extra)
-        return int(code)
+        return _to_stdout(lambda: _print_answer(arguments, documents, extra), int(code))
     except KeyboardInterrupt:
         print("\nsharpkit: interrupted; no result", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout went away (sharpkit ... | head). Python flushes stdout once more as it ends: into nothing, not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:  # from a command that writes to stdout while it runs
+        return _to_stdout(lambda: None, FAILED)
     except Exception as error:
         return _explain(error, arguments)
+
+
+def _to_stdout(write: Callable[[], None], code: int) -> int:
+    """Write the answer; the exit code says whether stdout took it."""
+    try:
+        write()
+        print(end="", flush=True)
+        return code
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # a reader that went away (sharpkit ... | head) has seen what it wanted
+            print(f"sharpkit: cannot write the answer to stdout: {error.strerror or error}", file=sys.stderr)
+        # Python flushes stdout once more as it ends: into nothing, or it would report the same error again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def _explain(error: Exception, arguments: argparse.Namespace) -> int:
@@ -96,7 +107,8 @@ def _explain(error: Exception, arguments: argparse.Namespace) -> int:
     hint = "" if isinstance(error, (*speaking, TargetError)) or arguments.traceback else "  (--traceback shows where)"
     print(f"sharpkit: {error}{hint}", file=sys.stderr)
     if arguments.json:  # a program that reads stdout gets one document whatever happened
-        print(to_json({"kind": "error", "error": type(error).__name__, "message": str(error)}))
+        document = to_json({"kind": "error", "error": type(error).__name__, "message": str(error)})
+        _to_stdout(lambda: print(document), FAILED)
     return USAGE if isinstance(error, UsageError) else FAILED
 
 

@@ -135,7 +135,7 @@ def report(
         ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
         True
     """
-    target = Path(os.path.realpath(path))  # through links: replacing the link itself would leave what it points to as it was
+    target = page_place(path)  # before the figures are drawn
     sections = []
     for i, item in enumerate(results):
         heading, result = item if isinstance(item, (tuple, list)) and len(item) == 2 else ("", item)
@@ -167,6 +167,22 @@ def _render(**context: Any) -> str:
     return templates.get_template("report.html.j2").render(**context)
 
 
+def page_place(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a page to be written, through links: replacing a link would leave what it points to as it was.
+
+    Raises:
+        OSError: the folder does not exist, or there is something at the path that is no file and that a move would replace.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} does not exist; make it first or name another place")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it, such as {target / 'report.html'}")
+    if os.path.exists(path) and not os.path.isfile(path):  # asked of the path: a pipe behind /dev/stdout has no name to follow to
+        raise OSError(f"cannot write {path}: it is a pipe, a socket or a device, which the page would replace; name a file")
+    return target
+
+
 def write_atomically(target: Path, text: str) -> None:
     """Write beside the target, then move: a reader sees the old file or the whole new one, never half of it.
 
@@ -184,10 +200,7 @@ def write_atomically(target: Path, text: str) -> None:
         ...     (Path(folder) / "a.txt").read_text()
         'hello'
     """
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist; make it first or name another place")
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write {target}: it is a folder; name a file in it, such as {target / 'report.html'}")
+    target = page_place(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # in the same folder: a move between file systems is a copy
     try:
         with open(temporary, "w", encoding="utf-8") as stream:

@@ -280,3 +280,32 @@ def test_quick_demo_meets_the_stability_limit_and_writes_a_page(tmp_path: Path, 
     assert mlp["loss"][-1] < 0.5 * mlp["loss"][0]
     assert len(histories) == 2
     assert Path(document["page"]).read_text().count("<svg ") >= 8
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [["report", "saved.json", "--html", "page.html"], ["measure", "nothing.py:f", "--json"]])
+def test_a_full_stdout_is_one_sentence_on_stderr_and_exit_code_1(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved.json").write_text('{"kind": "estimate", "value": 1.0, "stderr": 0.1}')
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(arguments) in (1, 2)
+        monkeypatch.undo()
+    err = capsys.readouterr().err
+    assert "cannot write the answer to stdout: No space left on device" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_page_in_place_of_a_pipe_or_device_is_refused_before_any_work(
+    kind: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = "/dev/null"
+    if kind == "pipe":
+        place = str(tmp_path / "page.html")
+        os.mkfifo(place)
+    assert main(["measure", f"{target}:objective", "--html", place]) == 2
+    assert f"cannot write {place}: it is a pipe, a socket or a device" in capsys.readouterr().err
+    assert not os.path.isfile(place)

@@ -173,3 +173,16 @@ def test_a_link_to_the_page_stays_a_link(tmp_path: Path) -> None:
     sk.report(tmp_path / "link.html", [sk.Estimate(1.0, 0.1)])
     assert (tmp_path / "link.html").is_symlink()
     assert (tmp_path / "real.html").read_text() != "old"
+
+
+def test_a_pipe_a_device_and_what_a_link_points_to_are_never_replaced(tmp_path: Path) -> None:
+    pipe, link, page = tmp_path / "pipe.html", tmp_path / "link.html", tmp_path / "page.html"
+    os.mkfifo(pipe)
+    link.symlink_to(page)
+    for place in (pipe, Path("/dev/null"), Path("/dev/stdout")):
+        if place.exists() and not place.is_file():  # stdout may be a file here
+            with pytest.raises(OSError, match=r"it is a pipe, a socket or a device, which the page would replace; name a file"):
+                sk.report(place, [sk.Estimate(1.0, 0.1)])
+            assert not place.is_file()
+    assert sk.report(link, [sk.Estimate(1.0, 0.1)]) == page.resolve()
+    assert link.is_symlink()

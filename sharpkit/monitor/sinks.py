@@ -110,7 +110,7 @@ class FileSink(Sink):
     """A text file that only grows, whole lines at a time; an existing one is continued, after a torn last line is cut off.
 
     Each piece is handed to the operating system in one write, so it survives the process; it is forced to the disk every few seconds and on
-    close. When the disk is full the pieces wait, bounded in number, and are written once there is room.
+    close. When the disk is full, or while another run writes the same file, the pieces wait, bounded in number, and are written afterwards.
 
     Attributes:
         path: the file it writes.
@@ -124,6 +124,7 @@ class FileSink(Sink):
         to_text: Callable[[Document], str],
         *,
         is_whole: Callable[[bytes], bool],
+        head: str = "",
         sync_seconds: float,
         max_waiting: int,
     ) -> None:
@@ -134,13 +135,28 @@ class FileSink(Sink):
             raise FileNotFoundError(f"cannot write {self.path}: the folder {folder} does not exist; make it first or name another place")
         if self.path.is_dir():
             raise IsADirectoryError(f"cannot write {self.path}: it is a folder; name a file in it")
-        if self.path.is_file():
-            _mend_tail(self.path, is_whole)
         self._waiting: deque[bytes] = deque()
         self._max_waiting, self._sync_seconds = max_waiting, sync_seconds
         self._synced, self._warned = time.monotonic(), False
+        self._head, self._is_whole = head, is_whole
         # unbuffered: a line handed over is the operating system's and survives the process
         self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 - it stays open for the whole run
+        self._owned = False
+        with contextlib.suppress(BlockingIOError):  # said with the first write: of several processes that make the same sink, one writes
+            self._own()
+            _lock(self._file, self.path, unlock=True)
+            self._owned = False
+
+    def _own(self) -> None:
+        """Lock the file for this run, and mend it: before that the torn last line may be one that another run is writing.
+
+        Raises:
+            BlockingIOError: another run writes it.
+        """
+        if self.path.is_file() and not self._owned:  # of a pipe or a terminal each run is one of several, as with any program
+            _lock(self._file, self.path)
+            _mend_tail(self.path, self._is_whole)
+        self._owned = True
 
     @property
     def num_waiting(self) -> int:
@@ -159,6 +175,10 @@ class FileSink(Sink):
 
     def _flush(self, *, sync: bool = False) -> None:
         try:
+            if self._waiting and not self._owned:
+                self._own()
+                if self._head and not (self.path.is_file() and self.path.stat().st_size):
+                    self._waiting.appendleft(self._head.encode())
             while self._waiting:
                 piece = self._waiting[0]
                 done = self._file.write(piece) or 0
@@ -184,8 +204,9 @@ class FileSink(Sink):
         if self._warned:
             return
         self._warned = True
+        remedy = "Name another file for this run" if isinstance(error, BlockingIOError) else "Make room"
         warnings.warn(
-            f"cannot write {self.path}: {error.strerror or error}. Training goes on. Make room: up to {self._max_waiting} writes "
+            f"cannot write {self.path}: {error.strerror or error}. Training goes on. {remedy}: up to {self._max_waiting} writes "
             "are kept in memory and tried again with every new one; beyond that the oldest are lost.",
             SharpkitWarning,
             stacklevel=2,
@@ -197,9 +218,31 @@ class FileSink(Sink):
         # the file is closed even if it cannot be synced: an open descriptor would outlive the run
         lost = self.num_dropped + len(self._waiting)
         with contextlib.suppress(OSError):
+            if self._owned:  # by hand too: a worker process that was forked meanwhile keeps the file, and with it the lock, open
+                _lock(self._file, self.path, unlock=True)
             self._file.close()
         if lost:
-            warnings.warn(f"{lost} writes to {self.path} were lost: the disk did not take them", SharpkitWarning, stacklevel=2)
+            why = "the disk did not take them" if self._owned else "another run was writing it"
+            warnings.warn(f"{lost} writes to {self.path} were lost: {why}", SharpkitWarning, stacklevel=2)
+
+
+def _lock(stream: Any, path: Path, *, unlock: bool = False) -> None:
+    """Lock a file until it is closed or unlocked, for this process and this opening of it.
+
+    Raises:
+        BlockingIOError: it is locked already.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_UN if unlock else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        reason = "another run writes it (another process, or a sink of this one that was not closed)"
+        raise BlockingIOError(error.errno, reason, str(path)) from None
+    except OSError:  # some network file systems know no locks: no protection, as before
+        return
 
 
 def jsonl(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting: int = 1000) -> FileSink:
@@ -250,12 +293,15 @@ def csv(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting:
     """
     head = ",".join(_COLUMNS)
     _refuse_foreign(Path(path), lambda line: line.strip() == head, head, f"the columns {head}")
-    sink = FileSink(
-        "csv", path, _rows, is_whole=lambda tail: tail.decode(errors="replace") == head, sync_seconds=sync_seconds, max_waiting=max_waiting
+    return FileSink(
+        "csv",
+        path,
+        _rows,
+        is_whole=lambda tail: tail.decode(errors="replace") == head,
+        head=head + "\n",
+        sync_seconds=sync_seconds,
+        max_waiting=max_waiting,
     )
-    if not sink.path.is_file() or sink.path.stat().st_size == 0:
-        sink.append(head + "\n")
-    return sink
 
 
 def tensorboard(target: Any) -> Sink:

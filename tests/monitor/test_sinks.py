@@ -530,3 +530,49 @@ def test_a_write_takes_far_less_than_a_training_step(tmp_path: Path) -> None:
             sink.write(record(step))
         each = (time.perf_counter() - started) / 200
     assert each < 5e-3  # measured: 0.14 ms
+
+
+# -- two writers -------------------------------------------------------------------------------------------------------------------
+def test_a_second_writer_of_a_run_file_waits_is_warned_of_and_mixes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    first, second = sk.sinks.jsonl(path), sk.sinks.jsonl(path)
+    first.write({"kind": "monitor_run", "version": 1})
+    with pytest.warns(sk.SharpkitWarning, match=r"another run writes it .* Name another file for this run"):
+        second.write({"kind": "monitor_run", "version": 1})
+    second.write(record(0))
+    first.write(record(1))
+    assert [r["step"] for r in sk.sinks.read_run(path).records] == [1]
+    first.close()
+    second.write(record(2))
+    assert second.num_waiting == 0
+    second.close()
+    run = sk.sinks.read_run(path)
+    assert [r["step"] for r in run.records] == [0, 2], "whole runs, one after the other"
+
+
+def test_a_second_process_does_not_cut_off_the_line_that_the_first_is_writing(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    first = sk.sinks.jsonl(path)
+    first.write({"kind": "monitor_run", "version": 1})
+    with open(path, "ab") as stream:
+        stream.write(b'{"kind": "monitor_rec')  # half a line, as seen from outside in the midst of a write
+    code = (
+        "import sys, warnings, sharpkit as sk\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    with sk.sinks.jsonl(sys.argv[1]) as sink: sink.write({'kind': 'monitor_run', 'version': 1})\n"
+        "print([str(w.message) for w in caught])"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+    assert "another run writes it" in said
+    assert "1 writes to" in said
+    assert path.read_bytes().endswith(b'{"kind": "monitor_rec')
+    first.close()
+
+
+def test_ranks_that_make_the_same_sink_leave_it_to_the_one_that_writes(tmp_path: Path) -> None:
+    sinks = [sk.sinks.csv(tmp_path / "run.csv") for _ in range(3)]
+    sinks[0].write(record(3))
+    for sink in sinks:
+        sink.close()
+    assert (tmp_path / "run.csv").read_text().count("step,metric") == 1

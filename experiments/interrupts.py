@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "interrupts.jsonl")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with SIGINT ignored
     training, began, rows = Training(), time.perf_counter(), list[Row]()
     for seed, name in enumerate(training.calls()):
         rows.append(random_instants(training, name, signals=options.signals // 5, seed=seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -132,6 +133,7 @@ def refusals() -> dict[str, Callable[[int], Any]]:
         "product fails on one": failing,
         "making fails on one": lambda rank: sk.Objective(mlp().model, (x, y) if rank else iter([(x, y)]), loss=F.cross_entropy),
         "wrong argument on one": lambda rank: sk.Objective(mlp().model, (x, y), loss=F.cross_entropy, params="typo.*" if rank else None),
+        "wrong mode on one": lambda rank: sk.Objective(mlp().model, (x, y), loss=F.cross_entropy, mode="trian" if rank else "eval"),
         "nan on one": lambda rank: sk.Objective(mlp().model, (x * float("nan") if rank else x, y), loss=F.cross_entropy),
         "disagreeing losses": lambda rank: sk.Objective(mlp().model, (x, y), loss=squares if rank else token_mean),
         "other weights": other_weights,
@@ -139,6 +141,53 @@ def refusals() -> dict[str, Callable[[int], Any]]:
         "agreed": agreed,
         "no data anywhere": lambda rank: sk.Objective(mlp().model, [], loss=F.cross_entropy),
     }
+
+
+def disagreements() -> dict[str, Callable[[int], Any]]:
+    """What differs between the ranks: each ends in an error on both, and the group still works afterwards."""
+    problem = mlp()
+
+    def operator(rank: int) -> sk.HessianOperator:
+        return sk.HessianOperator(sk.Objective(problem.model, shards(problem.batches, rank, "uneven"), loss=problem.loss))
+
+    def wrong_k(rank: int) -> Any:
+        return sk.eigenpairs(operator(rank), k=0 if rank else 2)
+
+    return {
+        "k": lambda rank: sk.eigenpairs(operator(rank), k=2 + rank),
+        "wrong k on one": wrong_k,
+        "which": lambda rank: sk.eigenpairs(operator(rank), which="largest" if rank else "smallest"),
+        "tol": lambda rank: sk.eigenpairs(operator(rank), tol=1e-3 if rank else 1e-4),
+        "budget": lambda rank: sk.spectral_density(operator(rank), num_steps=5, num_probes=3, max_matvecs=12 + rank),
+        "seconds": lambda rank: sk.trace(operator(rank), max_seconds=5.0 if rank else None),
+        "seed": lambda rank: sk.diagonal(operator(rank), seed=rank),
+        "probes": lambda rank: sk.measure(operator(rank).objective, num_probes=3 + rank, num_steps=4),
+        "call": lambda rank: (sk.trace if rank else sk.eigenpairs)(operator(rank)),
+        "evaluation": lambda rank: (operator(rank).objective.value if rank else functools.partial(sk.eigenpairs, operator(rank)))(),
+        "parameters": lambda rank: sk.eigenpairs(operator(rank).block("0.*" if rank else "2.*")),
+        "callback": lambda rank: float(sk.eigenpairs(operator(rank), callback=print if rank else None).values[0]) > 0,
+    }
+
+
+def lost() -> dict[str, Callable[[int], Any]]:
+    """A process that goes away in the midst of a call, and one that never comes."""
+    problem = mlp()
+
+    def killed(rank: int) -> Any:
+        objective = sk.Objective(problem.model, shards(problem.batches, rank, "uneven"), loss=problem.loss)
+        calls: list[int] = []
+
+        def stop(_: Any) -> None:
+            calls.append(1)
+            if rank == 1 and len(calls) == 4:
+                os._exit(0)
+
+        began = time.monotonic()
+        said = _outcome(lambda _: sk.eigenpairs(sk.HessianOperator(objective), k=3, callback=stop), rank)
+        torch.save((said, time.monotonic() - began), Path(os.environ["SHARPKIT_TEST_FOLDER"]) / "said.pt")
+        os._exit(0)
+
+    return {"killed": killed}
 
 
 # -- wrappers and sharded models ----------------------------------------------------------------------------------------------
@@ -253,7 +302,15 @@ def learning() -> dict[str, Callable[[int], Any]]:
     return {"learning": quietly}
 
 
-TASKS = {"learning": learning, "same_numbers": same_numbers, "refusals": refusals, "wrappers": wrappers, "monitored": monitored}
+TASKS = {
+    "learning": learning,
+    "disagreements": disagreements,
+    "lost": lost,
+    "same_numbers": same_numbers,
+    "refusals": refusals,
+    "wrappers": wrappers,
+    "monitored": monitored,
+}
 
 
 def test_every_number_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
@@ -283,6 +340,7 @@ def test_an_error_on_one_process_is_an_error_on_both_and_none_hangs(tmp_path: Pa
     for task, failing, kind in (
         ("making fails on one", 0, "ObjectiveError"),
         ("wrong argument on one", 1, "ValueError"),
+        ("wrong mode on one", 1, "ValueError"),
         ("nan on one", 1, "NonFiniteError"),
     ):
         said = [zero[task][0], one[task][0]]
@@ -295,6 +353,44 @@ def test_an_error_on_one_process_is_an_error_on_both_and_none_hangs(tmp_path: Pa
         assert found["own group"] is True
         assert found["agreed"] == "labels other than -100"
         assert "holds nothing that counts" in found["no data anywhere"][0]
+
+
+def test_processes_that_disagree_all_say_so(tmp_path: Path) -> None:
+    zero, one = on_two_ranks(tmp_path, "disagreements")
+    said = {
+        "k": "call eigenpairs with different arguments: k is 2 on rank 0 and 3 on rank 1",
+        "wrong k on one": "k is 2 on rank 0 and 0 on rank 1",
+        "which": "which is 'smallest' on rank 0 and 'largest' on rank 1",
+        "tol": "tol is 0.0001 on rank 0 and 0.001 on rank 1",
+        "budget": "call spectral_density with different arguments: max_matvecs is 12 on rank 0 and 13 on rank 1",
+        "seconds": "max_seconds is None on rank 0 and 5.0 on rank 1",
+        "seed": "call diagonal with different arguments: seed is 0 on rank 0 and 1 on rank 1",
+        "probes": "num_probes is 3 on rank 0 and 4 on rank 1",
+        "call": "the processes make different calls: rank 0 eigenpairs, rank 1 trace",
+        "evaluation": "the processes do different things: rank 0 at a new call, rank 1 at the start of an evaluation",
+        "parameters": "size is ",
+    }
+    for rank, found in enumerate((zero, one)):
+        for name, sentence in said.items():
+            assert isinstance(found[name], tuple), (name, found[name])
+            assert found[name][0].startswith("SharpkitError: "), (name, found[name])
+            assert sentence in found[name][0], (name, found[name])
+            assert f"this is rank {rank} of 2" in found[name][0]
+        assert found["callback"] is True, "one may show its progress"
+
+
+def test_a_process_that_is_killed_is_an_error_on_the_other_within_half_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARPKIT_TEST_FOLDER", str(tmp_path))
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), "lost")) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    (said, _), seconds = torch.load(tmp_path / "said.pt", weights_only=False)
+    assert said.startswith("SharpkitError: ")
+    assert "the connection to another process was lost, as when it is killed" in said
+    assert seconds < 30
 
 
 def test_data_parallel_wrappers_are_measured_and_sharded_models_refused(tmp_path: Path) -> None:

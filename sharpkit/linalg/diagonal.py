@@ -72,6 +72,7 @@ def diagonal(
         [2.0, 3.0]
     """
     operator = as_operator(operator)
+    operator.check_alike("diagonal", locals())  # before an argument is refused on one process alone
     if num_probes < 2:
         raise ValueError(f"num_probes must be at least 2, so that the spread gives an error; got {num_probes}")
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
@@ -151,6 +152,7 @@ def frobenius_norm(
         5.0
     """
     operator = as_operator(operator)
+    operator.check_alike("frobenius_norm", locals())  # before an argument is refused on one process alone
     if not rtol > 0:
         raise ValueError(f"rtol must be positive, got {rtol}")
     limit = max_matvecs or DEFAULT_MATVECS

@@ -82,6 +82,7 @@ def eigenpairs(
         True
     """
     operator = as_operator(operator)
+    operator.check_alike("eigenpairs", locals())  # before an argument is refused on one process alone
     check_arguments(operator, k, which, tol, initial)
     budget = Budget(operator, max_matvecs=1000 + 50 * k if max_matvecs is None else max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(seed)

@@ -86,6 +86,7 @@ def spectral_overview(
         (9.0, 44.0)
     """
     operator = as_operator(operator)
+    operator.check_alike("spectral_overview", locals())  # before an argument is refused on one process alone
     if num_probes < 3 or num_steps < 2:
         raise ValueError(f"an overview needs num_probes >= 3 and num_steps >= 2, got {num_probes} and {num_steps}")
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)

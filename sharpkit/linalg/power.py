@@ -61,6 +61,7 @@ def power_iteration(
         -5.0
     """
     operator = as_operator(operator)
+    operator.check_alike("power_iteration", locals())  # before an argument is refused on one process alone
     check_arguments(operator, k, "magnitude", tol, initial)
     limit = _DEFAULT_MATVECS * k if max_matvecs is None else max_matvecs
     budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)

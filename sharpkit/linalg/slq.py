@@ -69,6 +69,7 @@ def spectral_density(
         15.0
     """
     operator = as_operator(operator)
+    operator.check_alike("spectral_density", locals())  # before an argument is refused on one process alone
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

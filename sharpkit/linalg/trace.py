@@ -94,6 +94,7 @@ def trace(
         True
     """
     operator = as_operator(operator)
+    operator.check_alike("trace", locals())  # before an argument is refused on one process alone
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if rtol < 0 or atol < 0 or not rtol + atol > 0:

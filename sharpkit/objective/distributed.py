@@ -1,9 +1,16 @@
-"""The few collectives that data-parallel measurements need, and nothing when there is one process."""
+"""The few collectives that data-parallel measurements need, checked so that processes that disagree all say so; nothing for one process.
+
+Every collective begins with, or is, one exchange of a few numbers that says at which place of the program each process is. Processes at
+different places so meet in an exchange all the same, see it, and raise the same error, where mixed collectives would hang, or add up
+numbers that do not belong together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +21,14 @@ from sharpkit._errors import SharpkitError
 
 T = TypeVar("T")
 
+# Where a process can be; the exchange carries the index.
+_BEGIN, _END, _SUM, _DECISION, _DOT, _OBJECTS = range(6)
+_PLACES = ("the start of an evaluation", "the end of an evaluation", "a sum of numbers", "a decision", "an inner product", "a new call")
+_ROOM = 7  # numbers beside the place in one exchange, by judgement: the usual sums and inner products fit
+# How long the first waits for the last where all should come at once, by judgement: a process that saves a checkpoint before it measures
+# comes in time, one that ended or went elsewhere is noticed before the group's own limit of half an hour.
+_PATIENCE = timedelta(seconds=25)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -23,47 +38,58 @@ class Ranks:
         group: the process group, or None for the default one.
         size: number of processes; 1 makes every method a no-op.
         rank: this process, from 0.
+        needs_cuda: the group takes no tensors on the CPU (NCCL); then nobody waits with a limit but the group's own.
     """
 
     group: Any = None
     size: int = 1
     rank: int = 0
+    needs_cuda: bool = False
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
+        """Sum over the processes, in place; to follow :meth:`run_together`, which has made sure that all are here."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            with self._connected():
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def sum_numbers(self, numbers: list[float], *, device: torch.device) -> list[float]:
-        """Sum a few Python numbers over the processes, in float64."""
+        """Sum a few Python numbers over the processes, in float64: counts of tokens beyond 2^24 lose their last digits in float32."""
         if self.size == 1:
             return numbers
-        # float64: counts of tokens beyond 2^24 would lose their last digits in float32
-        return [float(x) for x in self.sum_(torch.tensor(numbers, dtype=torch.float64, device=self._device(device)))]
+        rows = self._exchange(_SUM, numbers, device=device)
+        return [sum(column) for column in zip(*rows, strict=True)]
 
     def gather(self, item: Any) -> list[Any]:
         """Every process's item, in the order of ranks, on every process."""
         if self.size == 1:
             return [item]
+        self._exchange(_OBJECTS, device=torch.device("cuda" if self.needs_cuda else "cpu"))
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self.group)
+        with self._connected():
+            dist.all_gather_object(items, item, group=self.group)
         return items
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Overwrite with the first process's values, in place."""
-        if self.size > 1:
+        if self.size == 1:
+            return tensor
+        if not tensor.is_cuda:  # a check would wait for the GPU, once an inner product
+            first = self._exchange(_DOT, tensor.flatten().tolist() if tensor.numel() <= _ROOM else (), device=tensor.device)[0]
+            if tensor.numel() <= _ROOM:
+                return tensor.copy_(torch.tensor(first, dtype=torch.float64).view_as(tensor))
+        with self._connected():
             dist.broadcast(tensor, group=self.group, group_src=0)  # the group's own rank 0, which need not be the world's
         return tensor
 
     def agree(self, value: float, *, device: torch.device) -> float:
         """The first process's number, on every process."""
-        if self.size == 1:
-            return value
-        return float(self.broadcast_(torch.tensor([value], dtype=torch.float64, device=self._device(device))))
+        return value if self.size == 1 else self._exchange(_DECISION, [value], device=device)[0][0]
 
     def run_together(self, work: Callable[[], T], *, device: torch.device) -> T:
         """Do this process's share; if it fails on one, raise on all. No collectives inside ``work``."""
+        if self.size > 1 and not self.needs_cuda:
+            self._exchange(_BEGIN, device=device)  # all come at once, while the shares below may take very different times
         error: Exception | None = None
         result: Any = None
         try:
@@ -81,17 +107,73 @@ class Ranks:
             SharpkitError: another process failed.
         """
         if self.size > 1:
-            failed = torch.zeros(self.size, device=self._device(device))  # one entry a process: a sum says who failed
-            failed[self.rank] = error is not None
-            others = self.sum_(failed).nonzero().flatten().tolist()
+            failed = self._exchange(_END, [float(error is not None)], device=device)
+            others = [rank for rank, (flag,) in enumerate(failed) if flag]
             if error is None and others:
-                where = ", ".join(map(str, others))
-                raise SharpkitError(f"the measurement failed on rank {where}: see the error there; this is rank {self.rank} of {self.size}")
+                raise self._error(f"the measurement failed on rank {', '.join(map(str, others))}: see the error there")
         if error is not None:
             raise error
 
-    def _device(self, device: torch.device) -> torch.device:
-        return device if device.type == "cuda" else torch.device("cpu")  # gloo and nccl know no other devices
+    def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
+        """Raise on every process unless all make the same call; to be made before the arguments are checked, which may fail on one alone.
+
+        Args:
+            call: the function's name.
+            settings: its arguments.
+
+        Raises:
+            SharpkitError: the processes make other calls, or with other arguments.
+        """
+        if self.size == 1:
+            return
+        mine = {key: _shown(value) for key, value in settings.items()}
+        (first, ours), *others = self.gather((call, mine))
+        for rank, (name, theirs) in enumerate(others, start=1):
+            if name != first:
+                raise self._error(f"the processes make different calls: rank 0 {first}, rank {rank} {name}; make the same ones on all")
+            if differing := [key for key in ours if theirs.get(key) != ours[key]]:
+                said = "; ".join(f"{key} is {ours[key]} on rank 0 and {theirs.get(key)} on rank {rank}" for key in differing)
+                raise self._error(f"the processes call {first} with different arguments: {said}. Pass the same on all")
+
+    def _exchange(self, place: int, numbers: Sequence[float] = (), *, device: torch.device) -> list[list[float]]:
+        """Every process's numbers, in the order of ranks.
+
+        Raises:
+            SharpkitError: the processes are at different places, or one of them did not come.
+        """
+        row = torch.zeros(1 + max(_ROOM, len(numbers)), dtype=torch.float64, device=device if self.needs_cuda else "cpu")
+        row[: len(numbers) + 1] = torch.tensor([place, *numbers], dtype=torch.float64)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        with self._connected(place):
+            waiting = dist.all_gather(rows, row, group=self.group, async_op=True)
+            # at the end of a share the slowest may take as long as it takes
+            limited = not self.needs_cuda and place != _END
+            waiting.wait(_PATIENCE) if limited else waiting.wait()
+        table: list[list[float]] = torch.stack(rows).tolist()
+        places = [int(each[0]) for each in table]
+        if len(set(places)) > 1:
+            said = ", ".join(f"rank {rank} at {_PLACES[at]}" for rank, at in enumerate(places))
+            raise self._error(f"the processes do different things: {said}. Make the same calls with the same arguments on all of them")
+        return [each[1 : len(numbers) + 1] for each in table]
+
+    @contextmanager
+    def _connected(self, place: int = _END) -> Iterator[None]:
+        """Say in our words that another process ended or did not come."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "timed out" in str(error).lower():
+                what = f"a process did not come to {_PLACES[place]}: it raised an error, ended, or makes other calls"
+            else:
+                what = f"the connection to another process was lost, as when it is killed ({str(error).splitlines()[0][:200]})"
+            raise self._error(what) from error
+
+    def _error(self, what: str) -> SharpkitError:
+        return SharpkitError(f"{what}; this is rank {self.rank} of {self.size}")
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:200]
 
 
 def find_ranks(process_group: Any = None) -> Ranks:
@@ -106,4 +188,5 @@ def find_ranks(process_group: Any = None) -> Ranks:
     size = dist.get_world_size(process_group)
     if size < 1:  # torch says -1 to a process outside the group
         raise ValueError("this process is not a member of process_group; measure on its members only, or pass process_group=False")
-    return Ranks(process_group, size, dist.get_rank(process_group)) if size > 1 else Ranks()
+    backend = str(dist.get_backend(process_group))
+    return Ranks(process_group, size, dist.get_rank(process_group), backend == "nccl") if size > 1 else Ranks()

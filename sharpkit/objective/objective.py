@@ -101,7 +101,6 @@ class Objective:
         seed: int = 0,
         check: bool = True,
     ) -> None:
-        _check_arguments(model, loss, closure, count, reduction, mode, micro_batch_size)
         self.loss, self.mode, self.seed, self.autocast = loss, mode, seed, autocast
         # None for loss=: a method kept on its own object would be a cycle, and data would wait for the cycle collector to be freed
         self._closure: Closure | None = closure or (own_loss if loss is None else None)
@@ -110,6 +109,8 @@ class Objective:
         self.micro_batch_size: int | None = None
         self.ranks = find_ranks(process_group)
         # What may fail on one process alone runs together, so that the others do not wait for it in the next collective.
+        given = (model, loss, closure, count, reduction, mode, micro_batch_size)
+        self.ranks.run_together(lambda: _check_arguments(*given), device=_device_of(model))
         self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
         evaluator = self._evaluator(check)
         look = self.ranks.run_together(lambda: self._look(evaluator, reduction), device=self.device)
@@ -595,7 +596,8 @@ class ObjectiveMaker:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())  # it may be anything: it is checked later
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def _check_arguments(model: Any, loss: Any, closure: Any, count: Any, reduction: Any, mode: Any, micro_batch_size: Any) -> None:

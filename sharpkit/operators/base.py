@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,6 +134,15 @@ class SymmetricOperator(ABC):
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner products ``left^T right`` of (n,) or (n, j) with (n,) or (n, k), over all processes where vectors are sharded."""
         return left.T @ right if left.ndim == 2 else torch.tensordot(left, right, dims=1) if right.ndim == 1 else left @ right
+
+    def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
+        """Raise on every process of a distributed run unless all make this call with the same arguments.
+
+        Args:
+            call: the function's name.
+            settings: its arguments; the operator and a callback, which one process alone may have, are left out.
+        """
+        return None
 
     def agree(self, value: float) -> float:
         """The same number on every process (the first one's), for decisions such as a time budget running out."""
@@ -279,6 +288,9 @@ class _DerivedOperator(SymmetricOperator):
 
     def agree(self, value: float) -> float:
         return self.base.agree(value)
+
+    def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
+        self.base.check_alike(call, settings)
 
     def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
         return self.base.random_vectors(k, generator=generator, distribution=distribution)

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -236,6 +236,10 @@ class CurvatureOperator(SymmetricOperator):
 
     def agree(self, value: float) -> float:
         return self.objective.ranks.agree(value, device=self.device)
+
+    def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
+        alike = {name: value for name, value in settings.items() if name not in ("operator", "callback")}
+        self.objective.ranks.check_alike(call, {"size": self.size, **alike})
 
     def block(self, pattern: ParamSelector) -> Self:
         """The diagonal block of a parameter group: the same matrix for fewer parameters, at the cost of those alone."""

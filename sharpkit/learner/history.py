@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sharpkit._results import Result, format_with_error
+from sharpkit.learner.rollback import tells_of_return
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,8 +61,7 @@ class LearnerHistory(Result, Sequence[Decision], kind="learner_history"):
         """What was decided, in sentences."""
         if not self.decisions:
             return ["No decision was made yet."]
-        # the learner's reason for going back begins so, see CurvatureLearner
-        last, back = self.decisions[-1], sum("the loss rose" in d.reason for d in self.decisions)
+        last, back = self.decisions[-1], sum(tells_of_return(d.reason) for d in self.decisions)
         went = f"the run went back to an earlier point {back} time{'' if back == 1 else 's'}" if back else "the run never had to go back"
         return [f"The learned rate is {last.lr:.3g} after {last.step} steps and {len(self)} decisions; {went}."]
 

@@ -17,7 +17,7 @@ from sharpkit._results import State
 from sharpkit.learner.gauge import BULKS, Gauge
 from sharpkit.learner.history import Decision, LearnerHistory
 from sharpkit.learner.rate import LearnedRate, Pace
-from sharpkit.learner.rollback import LossWatch
+from sharpkit.learner.rollback import GoodPoints, LossWatch
 from sharpkit.learner.schedules import DECAYS, Multiplier, Schedule
 from sharpkit.linalg.results import Estimate
 from sharpkit.objective.batches import Batch
@@ -36,13 +36,12 @@ from sharpkit.optimizers import (
     set_momentum,
     unwrap_optimizer,
 )
-from sharpkit.training_run import Snapshot
 
 logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 8  # steps between looks at the losses, each of which waits for the device; by judgement
 _MAX_ROLLBACKS = 8  # by judgement: a run that is lost more often has another cause than the rate
-_STATE_VERSION = 2  # of the layout, counted by convention; 2 since several batches decide where the rate settles
+_STATE_VERSION = 3  # of the layout, counted by convention; 3 since good points are kept by steps
 _MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given; by judgement
 
 
@@ -71,7 +70,7 @@ def check_momentum(momentum: str, bulk: str | float, *, adaptive: bool) -> None:
 
 
 _SAVED = ("step=_step", "rate=_rate", "ratios=_ratios", "batch_size=_batch_size", "last_size=_last_size", "rollbacks=_rollbacks")
-_PARTS = ("recent=_recent", "losses=_losses", "multiplier=_multiplier", "gauge=_gauge", "snapshot=_snapshot", "history")
+_PARTS = ("recent=_recent", "losses=_losses", "multiplier=_multiplier", "gauge=_gauge", "points=_points", "blamed=_blamed", "history")
 
 
 class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
@@ -82,8 +81,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
     products. When the rate meets ``safety`` times the limit at the current rate (training at a higher rate changes the sharpness), it
     stops growing: it is set by the mean curvature of that batch and a few more, and decays to 0 at the end. Later measurements only lower
     it, unless the batch size changes: then the limit is measured at once and the rate grows anew, by the ratio of the batch sizes at most.
-    If half of the progress is lost or the loss is not finite, parameters and optimizer state go back to the last good point, with half
-    the rate.
+    If half of the progress is lost or the loss is not finite, parameters and optimizer state go back to the last good point, some 16 to 32
+    steps before, with half the rate; with the same rate where a loss that was good became NaN or infinite at once, as by a broken batch.
 
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
 
@@ -130,9 +129,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092, for learning rates from batch Hessians; the rule here is sharpkit's own.
     """
 
-    _recent: list[Tensor | float]
+    _recent: list[tuple[int, Tensor | float]]  # (step, loss) not looked at yet
     _ratios: list[float]
-    _snapshot: Snapshot | None
     history: LearnerHistory
 
     def __init__(
@@ -178,7 +176,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         self._pace = Pace(total_steps, start=LearnedRate.start_share, warmup=warmup, budget=budget, interval=interval, adaptive=adaptive)
         self._gauge = Gauge(self.optimizer, adaptive=adaptive, seed=seed)
         self._losses = LossWatch()
-        self._snapshot, self._recent = None, []  # the point to go back to; losses not looked at yet
+        self._points, self._recent = GoodPoints(), []
+        self._blamed = -1  # step of the point gone back to last: what is lost from there again is the rate's fault
         self._step, self._batch_size, self._last_size, self._rollbacks = 0, 0, 0, 0
         self._rate = LearnedRate(self._pace, safety=safety, max_lr=max_lr)
         self._warned: set[str] = set()
@@ -199,14 +198,16 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         self._step += 1
         self._multiplier.advance()  # after optimizer.step(), as torch asks of a scheduler
         if loss is not None:
-            self._recent.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
-        decision = None
-        if self._step % _CHECK_EVERY == 0 and self._is_lost():
+            self._recent.append((self._step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
+        decision, looks, heard = None, self._step % _CHECK_EVERY == 0, bool(self._recent)
+        if looks and self._is_lost():
             decision = self._go_back()
         elif self._is_time(self._maker.samples_of(batch)):
             decision = self._measure(batch)
         else:
             self._rate.grow()
+        if looks and heard and decision is None:
+            self._advance_point()
         self._apply()
         return decision
 
@@ -234,7 +235,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         try:
             objective, _ = self._maker.over(batch, part=1.0, seed=self.seed + self._step)
             if not self._recent:  # no loss= was given to step: without one, nothing could tell a good point
-                self._recent.append(objective.value())
+                self._recent.append((self._step, objective.value()))
             hessian = HessianOperator(objective)
             if self._per_group:  # first: the limit is that of the ratios which are then used
                 self._ratios = self._gauge.group_ratios(hessian, self._first_ratios)
@@ -281,28 +282,39 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         return self._rollbacks < _MAX_ROLLBACKS and bool(self._maker.agree(float(self._losses.is_lost)))
 
     def _go_back(self) -> Decision:
-        reason = f"the loss rose to {self._losses.mean:.3g} (best {self._losses.best:.3g})"
-        self._rollbacks += 1
-        self._rate.back_off()
-        if self._snapshot is not None:
-            self._snapshot.restore(self.model, self.optimizer)
-            reason += ": back to the last good point with half the rate"
-        else:
-            reason += ": no checkpoint to restore yet; rate halved"
-        self._losses.come_back()
+        losses, points = self._losses, self._points
+        reason = f"the loss rose to {losses.mean:.3g} (best {losses.best:.3g})"
+        if losses.broken is not None:
+            reason = f"the loss was {losses.broken[1]} at step {losses.broken[0]} (mean before {losses.mean:.3g})"
+        # agreed on: one process's broken batch breaks all
+        faulty = self._maker.agree(float(losses.is_lost and not (losses.broken is not None and losses.was_good)))
+        faultless = not faulty and points.step > self._blamed
+        if not faultless:
+            self._rollbacks += 1
+            self._rate.back_off()
+        rate = "the same rate" if faultless else "half the rate"
+        self._blamed = points.step
+        back = points.restore(self.model, self.optimizer)
+        reason += f": back to step {points.step}, the last good point, with {rate}" if back else f": no point to go back to yet; {rate}"
+        losses.come_back()
         self._warn(reason)
         return self._record(None, math.nan, reason)
 
     def _look_at_losses(self) -> None:
-        for loss in self._recent:
-            self._losses.add(float(loss))
+        for step, loss in self._recent:
+            self._losses.add(float(loss), step=step)
         self._recent.clear()
 
     def _remember_if_good(self) -> None:
         self._look_at_losses()
         if not self._maker.agree(float(not self._losses.is_good)):  # on every process, so that all go back to the same point
-            self._snapshot = Snapshot(self.model, self.optimizer)
+            self._points.keep(self.model, self.optimizer, step=self._step, rate=self._rate.value)
             self._rate.remember()
+
+    def _advance_point(self) -> None:
+        good = not self._maker.agree(float(not self._losses.is_good))
+        self._points.advance(self.model, self.optimizer, step=self._step, rate=self._rate.value, good=good)
+        self._rate.remember(self._points.rate)
 
     # -- small parts -----------------------------------------------------------------------------------------------------------------
     def _apply(self) -> None:
@@ -337,7 +349,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
     # -- saving ----------------------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """All that the next decision depends on, with the point to go back to: plain containers and tensors."""
-        self._recent = [float(loss) for loss in self._recent]  # tensors would keep their device
+        self._recent = [(step, float(loss)) for step, loss in self._recent]  # tensors would keep their device
         return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

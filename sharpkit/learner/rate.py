@@ -103,7 +103,7 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
     def __init__(self, pace: Pace, *, safety: float, max_lr: float) -> None:
         self.value, self.settled = 0.0, False
         self._pace, self._safety, self._max_lr = pace, safety, max_lr
-        self._cap, self._grows_since, self._target = math.inf, 0, math.inf  # the cap is linear scaling's, after a change of the batch size
+        self._cap, self._grows_since, self._target = math.inf, 0, math.inf  # the cap is a batch rule's, after a change of the size
         self._before, self._good = 0.0, 0.0  # the rate before it met its limit, and at the point to go back to
         self._limits, self._pool = [], []
 
@@ -151,7 +151,7 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
             return f"reached {self._safety:.3g} of the limit {target / self._safety:.3g}: held there while more batches are measured"
         self.settled = True
         if self.value >= self._cap:
-            return f"capped by the linear scaling rule; fixed at {self.value:.3g}, below its share {target:.3g} of the limit"
+            return f"capped after the change of the batch size; fixed at {self.value:.3g}, below its share {target:.3g} of the limit"
         if math.isinf(self._cap) and losses.mean < _MOSTLY_DONE * losses.first:
             return f"the loss has fallen to {losses.mean:.3g} from {losses.first:.3g}: settles at {self.value:.3g}"
         if step - self._grows_since >= self._pace.longest_growth:
@@ -177,15 +177,16 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
         return f"{words}: settles at {self.value:.3g}"
 
     def grow_anew(self, ratio: float, *, step: int) -> None:
-        """After a change of the batch size by a factor ``ratio``, grow again, bounded by the linear scaling rule.
+        """After a change of the batch size by a factor ``ratio``, grow again, bounded by a batch rule.
 
         For larger batches the rate gains sqrt(ratio) at once, the least that any batch rule gives, and ``ratio`` at most. For smaller ones
-        it is multiplied by ``ratio`` at once, since the curvature of fitted data would not show that it must fall, and grows back to at
-        most what it was.
+        it is multiplied by ``ratio`` at once, since the curvature of fitted data would not show that it must fall, and grows back to
+        sqrt(ratio) at most: of the two rules that are in use, linear and square root, each the bolder one bounds it.
         """
+        met = self.settled or bool(self._pool)
+        self._cap = (self.value if met else self._cap) * max(ratio, math.sqrt(ratio))
         self._limits.clear()
         self._pool.clear()
-        self._cap = self.value * max(ratio, 1.0) if self.settled else math.inf
         if ratio < 1 or self.settled:
             self.value *= min(ratio, math.sqrt(ratio))
         self.settled, self._grows_since = False, step
@@ -210,9 +211,9 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
         self._limits.clear()
         self._pool.clear()
 
-    def remember(self) -> None:
-        """Note the present rate as that of the last good point."""
-        self._good = self.value
+    def remember(self, value: float | None = None) -> None:
+        """Note a rate, the present one by default, as that of the last good point."""
+        self._good = self.value if value is None else value
 
 
 def _geometric_mean(values: list[float]) -> float:

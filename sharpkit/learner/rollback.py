@@ -6,16 +6,26 @@ import math
 import statistics
 from collections import deque
 
+import torch
+from torch import nn
+
 from sharpkit._results import State
+from sharpkit.training_run import Snapshot
 
 # In experiments/learner_robust.py none of 60 runs, all of which trained well, was taken for lost.
 _WINDOW = 16  # losses whose mean is the present level; by judgement
 _LOST_SHARE = 0.5  # of the improvement so far; by judgement
 _SCATTER = 5.0  # standard errors of the recent mean: many, since the best mean is the lowest of many; by judgement
-_NEAR_BEST = 0.1  # of the best mean; by judgement
+_NEAR_BEST, _WITHIN = 0.1, 2.0  # of the best mean, and standard errors of the recent one: a good mean is near it; by judgement
+_KEEP_EVERY = 16  # steps between two points to go back to, by judgement: a copy costs less than a step, and little is lost by going back
 
 
-class LossWatch(State, saved=("first", "best", "recent=_recent", "broken=_broken")):
+def tells_of_return(reason: str) -> bool:
+    """Whether the reason of a decision is that of going back to an earlier point."""
+    return reason.startswith(("the loss rose", "the loss was"))
+
+
+class LossWatch(State, saved=("first", "best", "broken", "recent=_recent")):
     """The mean of the last losses against the first and the best.
 
     A run is lost when its loss is not finite, or when the recent mean has given back half of the best improvement, or rose by half of the
@@ -24,17 +34,20 @@ class LossWatch(State, saved=("first", "best", "recent=_recent", "broken=_broken
     Attributes:
         first: mean of the first window; NaN before it is full.
         best: lowest recent mean so far.
+        broken: the last loss, with its step, if it was not finite.
     """
+
+    broken: tuple[int, float] | None
 
     def __init__(self) -> None:
         self.first, self.best = math.nan, math.inf
-        self._broken = False
+        self.broken = None
         self._recent: deque[float] = deque(maxlen=_WINDOW)
 
-    def add(self, loss: float) -> None:
+    def add(self, loss: float, *, step: int = 0) -> None:
         """One step's loss; one that is not finite counts only while it is the last (a gradient scaler may skip such a step)."""
-        self._broken = not math.isfinite(loss)
-        if self._broken:
+        self.broken = None if math.isfinite(loss) else self.broken or (step, loss)
+        if self.broken is not None:
             return
         self._recent.append(loss)
         if len(self._recent) == _WINDOW:
@@ -50,25 +63,36 @@ class LossWatch(State, saved=("first", "best", "recent=_recent", "broken=_broken
     @property
     def is_lost(self) -> bool:
         """Whether the run should go back."""
-        if self._broken:
+        if self.broken is not None:
             return True
         if len(self._recent) < _WINDOW or math.isnan(self.first) or math.isinf(self.best):
             return False
         # a run that has hardly improved has little to lose: there half of the first loss counts
         slack = max(_LOST_SHARE * (self.first - self.best), 0.0 if self.best < 0.9 * self.first else 0.5 * abs(self.first))
-        return self.mean > self.best + max(slack, _SCATTER * statistics.stdev(self._recent) / math.sqrt(_WINDOW))
+        return self.mean > self.best + max(slack, _SCATTER * self._error)
+
+    @property
+    def _error(self) -> float:
+        """Standard error of the recent mean; 0 for a single loss."""
+        return statistics.stdev(self._recent) / math.sqrt(len(self._recent)) if len(self._recent) > 1 else 0.0
 
     @property
     def is_good(self) -> bool:
         """Whether the recent mean is near the best, or nothing is known yet: a point worth going back to."""
-        if self._broken or not self._recent:
+        return self.broken is None and self.was_good
+
+    @property
+    def was_good(self) -> bool:
+        """The same of the last finite losses: what follows suddenly is the data's fault rather than the rate's."""
+        if not self._recent:
             return False
-        return math.isnan(self.first) or (math.isfinite(self.best) and self.mean <= self.best + _NEAR_BEST * abs(self.best))
+        near = max(_NEAR_BEST * abs(self.best), _WITHIN * self._error)
+        return math.isnan(self.first) or (math.isfinite(self.best) and self.mean <= self.best + near)
 
     def forget(self) -> None:
         """Drop the recent losses: they no longer count."""
         self._recent.clear()
-        self._broken = False
+        self.broken = None
 
     def come_back(self) -> None:
         """After going back, find the best level anew: one that was never reached again would make every later mean count as lost."""
@@ -79,3 +103,38 @@ class LossWatch(State, saved=("first", "best", "recent=_recent", "broken=_broken
         """Begin anew: the losses to come are not comparable, as after a change of the batch size."""
         self.come_back()
         self.first = math.nan
+
+
+class GoodPoints(State, saved=("step", "rate", "point=_point", "next_step=_next_step", "next_rate=_next_rate", "next=_next")):
+    """The last good point, by steps, and a newer one that the losses after it have still to confirm: a step may spoil what it starts from.
+
+    Attributes:
+        step: optimizer steps done at the good point; -1 without one.
+        rate: the learned rate there.
+    """
+
+    _point: Snapshot | None
+    _next: Snapshot | None
+
+    def __init__(self) -> None:
+        self.step, self.rate, self._point = -1, 0.0, None
+        self._next_step, self._next_rate, self._next = -1, 0.0, None
+
+    def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, rate: float) -> None:
+        """Take this point as good: it was measured."""
+        self.step, self.rate, self._point, self._next = step, rate, Snapshot(model, optimizer), None
+
+    def advance(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, rate: float, good: bool) -> None:
+        """Confirm the point taken last by the losses since, which were ``good`` or not, and take another if it is time."""
+        if good and self._next is not None:
+            self.step, self.rate, self._point = self._next_step, self._next_rate, self._next
+        self._next = None
+        if good and step - self.step >= _KEEP_EVERY:
+            self._next_step, self._next_rate, self._next = step, rate, Snapshot(model, optimizer)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        """Go back to the good point; False without one."""
+        self._next = None
+        if self._point is not None:
+            self._point.restore(model, optimizer)
+        return self._point is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit._results import number
+from sharpkit.learner.rollback import tells_of_return
 from sharpkit.monitor.schema import Reading, in_words, main_curvature, reading
 from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, TEAL, _stack, finish, new_axes
 
@@ -258,7 +259,7 @@ def plot_learner(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes
     ax.plot(*zip(*limits, strict=True), "--", color=GREY, marker="_", label="stability limit on the batch") if limits else None
     ax.plot(steps, [number(row["lr"]) for row in rows], color=BLUE, marker="o", markersize=3, label="learned rate, before decay")
     ax.plot(steps, [number(row["lr_in_use"]) for row in rows], color=ORANGE, linewidth=1, label="rate of the next step")
-    back = [(s, number(row["lr"])) for s, row in zip(steps, rows, strict=True) if "the loss rose" in row["reason"]]
+    back = [(s, number(row["lr"])) for s, row in zip(steps, rows, strict=True) if tells_of_return(row["reason"])]
     if back:
         ax.plot(*zip(*back, strict=True), "v", color=PINK, label="went back")
     if any(number(row["lr"]) > 0 for row in rows):

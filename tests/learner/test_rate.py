@@ -196,16 +196,14 @@ def test_a_rate_from_elsewhere_is_settled() -> None:
 
 
 # -- changes of the batch size ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("ratio", "at_once", "at_most"), [(4.0, 2.0, 4.0), (0.25, 0.25, 1.0)])
-def test_a_settled_rate_moves_by_the_least_a_batch_rule_gives_and_grows_as_linear_scaling_allows(
-    ratio: float, at_once: float, at_most: float
-) -> None:
+@pytest.mark.parametrize(("ratio", "at_once", "at_most"), [(4.0, 2.0, 4.0), (0.25, 0.25, 0.5)])
+def test_a_settled_rate_moves_by_the_least_a_batch_rule_gives_and_grows_to_the_most(ratio: float, at_once: float, at_most: float) -> None:
     rate = settled(0.1)
     rate.grow_anew(ratio, step=100)
     assert rate.value == pytest.approx(0.1 * at_once) and rate.growing
     rate.see(1000.0, step=110)
     assert grown(rate) == pytest.approx(0.1 * at_most)
-    assert rate.see(1000.0, step=120).startswith("capped by the linear scaling rule; fixed at") and rate.settled
+    assert rate.see(1000.0, step=120).startswith("capped after the change of the batch size; fixed at") and rate.settled
 
 
 @pytest.mark.parametrize(("ratio", "at_once"), [(4.0, 1.0), (0.25, 0.25)])
@@ -216,6 +214,14 @@ def test_a_rate_still_growing_loses_by_smaller_batches_and_gains_nothing_by_larg
     assert rate.value == pytest.approx(0.002 * at_once)
     rate.see(400.0, step=60)
     assert grown(rate) == pytest.approx(100.0), "no bound by linear scaling, and the limits of the other size are forgotten"
+
+
+def test_a_second_change_before_the_rate_has_settled_is_bounded_from_where_it_had_settled() -> None:
+    rate = settled(0.1)
+    for _ in range(2):
+        rate.grow_anew(0.25, step=100)
+    rate.see(1000.0, step=110)
+    assert grown(rate) == pytest.approx(0.1 / 4), "a sixteenth of the batch, a quarter of the rate"
 
 
 def test_growth_after_a_change_is_timed_from_the_change_and_ends_by_fitted_data_no_more() -> None:

@@ -70,18 +70,41 @@ def number(value: Any) -> float:
 
 # -- numbers with errors ------------------------------------------------------------------------------------------------------
 def format_with_error(value: float, error: float, kind: ErrorKind | None = None) -> str:
-    """``1.234 +- 0.005``, with as many digits as the error supports; the kind of error in parentheses if it is given.
+    """``1.234 +- 0.005``, with as many digits as the error supports; in parentheses the kind of error, and whether it exceeds the value.
 
     Example:
-        >>> format_with_error(1.23456, 0.005), format_with_error(2.0, 0.1, "residual bound")
-        ('1.235 +- 0.005', '2 +- 0.1 (residual bound)')
+        >>> format_with_error(1.23456, 0.005), format_with_error(2.0, 0.1, "residual bound"), format_with_error(2e3, 2e4)
+        ('1.235 +- 0.005', '2 +- 0.1 (residual bound)', '2e+03 +- 2e+04 (not resolved)')
     """
     if not math.isfinite(error):
         return f"{value:.4g} (error unknown)"
     if error <= 0:
         return f"{value:.6g}"  # exact: as many digits as a float32 can hold, by judgement
     digits = max(1, min(7, math.ceil(math.log10(max(abs(value), error) / error)) + 1)) if value else 2
-    return f"{value:.{digits}g} +- {error:.2g}" + (f" ({kind})" if kind else "")
+    remarks = ([kind] if kind else []) + (["not resolved"] if value and error >= abs(value) else [])
+    return f"{value:.{digits}g} +- {error:.2g}" + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def percent(share: float) -> str:
+    """A share in percent, with a decimal below 10 %; a small one is not shown as none.
+
+    Example:
+        >>> percent(0.00004), percent(0.05), percent(1.24), percent(0)
+        ('0.004%', '5.0%', '124%', '0%')
+    """
+    if 0 < abs(share) < 0.001:
+        return f"{100 * share:.1g}%"
+    return f"{share:.1%}" if 0 < abs(share) < 0.0995 else f"{share:.0%}"
+
+
+def decimals(value: float) -> str:
+    """A number about 1 with two decimals; a small one is not shown as 0.00.
+
+    Example:
+        >>> decimals(0.9712), decimals(0.0012), decimals(0)
+        ('0.97', '0.0012', '0')
+    """
+    return f"{value:.2f}" if abs(value) >= 0.0995 or not math.isfinite(value) else f"{value:.2g}"
 
 
 @cache

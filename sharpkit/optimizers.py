@@ -370,6 +370,12 @@ def learning_rates(optimizer: Optimizer) -> list[float]:
     return [_rate(group) for group in optimizer.param_groups]
 
 
+def rates_at_hand(optimizer: Optimizer) -> tuple[float, ...] | None:
+    """The learning rate of every group; None where one is no plain number: reading a tensor would wait for the device."""
+    rates = tuple(rate for group in optimizer.param_groups if isinstance(rate := group.get("lr"), (int, float)))
+    return rates if len(rates) == len(optimizer.param_groups) else None
+
+
 def relative_rates(optimizer: Optimizer, layout: ParamLayout | None = None) -> list[float]:
     """Every group's learning rate over that of the reference: the first that trains, and holds some of the layout's parameters if given.
 

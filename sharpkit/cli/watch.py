@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sharpkit._results import format_with_error, number
+from sharpkit._results import decimals, format_with_error, number, percent
 from sharpkit.cli.output import say
 from sharpkit.cli.target import UsageError
 from sharpkit.monitor.runs import RunBuilder, RunFile, RunFollower
@@ -153,9 +153,9 @@ def row(record: Document, metric: str) -> str:
     now = reading(record, metric) if metric else None
     value = format_with_error(now.value, now.stderr) if now else "-"
     limit = f"{now.limit:.4g}" if now and now.limit > 0 else "-"
-    share = f"{now.ratio:.2f} {bar(now.ratio)}" if now and now.limit > 0 else "-"
+    share = f"{decimals(now.ratio)} {bar(now.ratio)}" if now and now.limit > 0 else "-"
     overhead = number(record.get("overhead"))
-    last = f"{overhead:.1%}" if math.isfinite(overhead) else "-"
+    last = percent(overhead) if math.isfinite(overhead) else "-"
     return _columns((str(record["step"]), _short(record.get("loss")), _short(record.get("lr")), value, limit, share, last))
 
 

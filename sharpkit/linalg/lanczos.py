@@ -306,7 +306,7 @@ class _Iteration:
         converged = (residuals <= max(accuracy, 1.5 * space.floor())) & (outcome == "converged")
         if outcome == "converged" and accuracy < space.floor():
             converged[:] = False
-            outcome = f"stopped at the rounding of {space.dtype}: tol={self.tol:g} is out of reach"
+            outcome = f"stopped at the rounding of the products: tol={self.tol:g} is out of reach"
         if self.which == "smallest":  # the results are by descending value
             flip = np.concatenate([np.arange(known)[::-1], np.arange(known, k)])
             values, residuals, converged, vectors = values[flip], residuals[flip], converged[flip], vectors[:, flip.tolist()]

@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 # Residual, relative to the width of the spectrum, up to which a Ritz value at an end counts as converged, so that it may be an outlier.
 # By judgement: ten times finer than anything a density plot shows, and reached within the default 80 steps by every isolated eigenvalue.
 OUTLIER_RESIDUAL = 1e-2
+_HALF = 5e-4  # by the formats' definition: float16 rounds to 1e-3, bfloat16 to 8e-3, float32 to 1e-7
 
 
 class Budget:
@@ -115,6 +116,10 @@ class Estimate(Result, kind="estimate"):
     def interval(self) -> tuple[float, float]:
         """value -+ 2 errors."""
         return (self.value - 2 * self.stderr, self.value + 2 * self.stderr)
+
+    def rounded(self, rounding: float) -> Self:
+        """The same with twice the rounding of a half-precision type in its error, as in a Krylov space: repeated samples do not show it."""
+        return self if rounding < _HALF else replace(self, stderr=math.hypot(self.stderr, 2 * rounding * abs(self.value)))
 
     def root(self) -> Self:
         """The square root, its error by the delta method: d sqrt(x) = dx / (2 sqrt(x))."""

@@ -134,11 +134,11 @@ class EigenvalueTracker(State, saved=("vector", "second", "updates", "points", "
         return top, error
 
     def _error(self, ritz: Ritz) -> float:
-        """min(r, r^2 / gap), the gap by the nearest second eigenvalue seen now or before."""
-        top, residual = float(ritz.values[-1]), float(ritz.residuals[-1])
+        """min(r, r^2 / gap), the gap by the nearest second eigenvalue seen now or before, and what rounding moves the value by besides."""
+        top, residual = float(ritz.values[-1]), float(ritz.outward[-1])
         second = max(self.second * top, float(ritz.values[-2]) if len(ritz.values) > 1 else -math.inf)
         gap = top - second - residual
-        return min(residual, residual**2 / gap) if top > 0 and gap > 0 else residual
+        return math.hypot(min(residual, residual**2 / gap) if top > 0 and gap > 0 else residual, ritz.floor)
 
     # -- between updates ------------------------------------------------------------------------------------------------
     def _remember(self, step: int, value: float, converged: bool) -> None:

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,8 @@ def batch_sharpness(
         below = float(step @ gradient)  # not positive: momentum carries this step uphill, and a ratio would have the wrong sign
         return float(step @ product) / below if below > 0 else math.nan
 
-    return _mean_over_batches(objective, ratio, "batch sharpness", batch_size=batch_size, rtol=rtol, max_batches=max_batches, seed=seed)
+    settings: Any = {"batch_size": batch_size, "rtol": rtol, "max_batches": max_batches, "seed": seed}
+    return _mean_over_batches(objective, ratio, "batch sharpness", signed=direction is not None, **settings)
 
 
 def gradient_noise_interaction(
@@ -168,7 +170,7 @@ def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer
 
 
 def _mean_over_batches(
-    objective: Objective, measure: Measure, name: str, *, batch_size: int, rtol: float, max_batches: int, seed: int
+    objective: Objective, measure: Measure, name: str, *, batch_size: int, rtol: float, max_batches: int, seed: int, signed: bool = False
 ) -> Estimate:
     """The mean of a measure over random batches, until its relative standard error is reached; exact where the batch is everything."""
     started, pool = time.perf_counter(), SamplePool(objective)
@@ -186,9 +188,12 @@ def _mean_over_batches(
         raise NonFiniteError(f"no mini-batch gave a finite {name}: gradients are zero or not finite")
     stderr = 0.0 if whole else standard_error(np.array(values))
     how = f"{len(values)} batches of {batch_size}" + (f", {drawn - len(values)} left out" if drawn > len(values) else "")
-    estimate = Estimate(float(np.mean(values)), stderr, drawn, time.perf_counter() - started, how, converged)
-    if not converged:
-        warnings.warn(f"{name} {estimate} after {how}: not within {rtol:g}; raise max_batches", ConvergenceWarning, stacklevel=3)
+    crosses = signed and drawn > len(values)  # a ratio whose denominator crosses 0 has tails so heavy that no mean exists
+    mean = float(np.mean(values))
+    estimate = Estimate(mean, stderr, drawn, time.perf_counter() - started, how, converged and not crosses)
+    if not estimate.converged:
+        remedy = "the others step uphill, so the ratio has no mean; leave optimizer out" if crosses else "raise max_batches"
+        warnings.warn(f"{name} {estimate} after {how}: not within {rtol:g}; {remedy}", ConvergenceWarning, stacklevel=3)
     return estimate
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sharpkit._results import Result
+from sharpkit._results import Result, decimals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ class CurvatureHistory(
             movement = f"rose from {start:.3g} to at most {peak:.3g}" if rose else f"did not rise above its start, {start:.3g}"
             sentences = [f"{self.name}: lambda_max {movement} and stayed below {limit}; it ended at {end:.3g}."]
         if (settled := self.settled_ratio()) is not None:
-            at = f"{settled[0]:.2f} +- {settled[1]:.2f}"
+            at = f"{decimals(settled[0])} +- {decimals(settled[1])}"
             sentences.append(f"{self.name}: over the last half of the checkpoints it lay at {at} of the limit.")
         if not self.full_batch:
             sentences.append(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sharpkit._results import ProgressCallback, Result
+from sharpkit._results import ProgressCallback, Result, percent
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import SpectralOverview, spectral_overview
 from sharpkit.linalg.results import Eigenpairs, Estimate, SpectralDensity
@@ -115,7 +115,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
             return f"{rate} {ratio:.2f} times the stable limit {limit}: {grow}."
         if ratio > 0.9:
             return f"{rate} at the full-batch stable limit {limit}: at the edge of stability, where full-batch training settles."
-        return f"{rate} {ratio:.0%} of the full-batch stable limit {limit}; small batches lower that limit."
+        return f"{rate} {percent(ratio)} of the full-batch stable limit {limit}; small batches lower that limit."
 
     def _about_shape(self) -> str:
         share = self.effective_rank.value / self.num_parameters
@@ -200,8 +200,8 @@ def measure(
     return Sharpness(
         lambda_max=top,
         lambda_min=end_of(overview.smallest),
-        trace=overview.trace,
-        frobenius_norm=overview.frobenius_norm,
+        trace=overview.trace.rounded(objective.rounding),
+        frobenius_norm=overview.frobenius_norm.rounded(objective.rounding),
         effective_rank=_effective_rank(overview),
         negative_mass=overview.density.negative_mass,
         loss=loss,

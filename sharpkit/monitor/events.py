@@ -19,6 +19,7 @@ _TO_SIGMA = 1.4826  # median absolute deviation to standard deviation of a norma
 
 Readings = deque[Reading]
 Losses = deque[tuple[int, float]]  # (step, loss), finite ones only
+Rates = deque[tuple[int, float]]  # (step, learning rate) from each step at which it changed
 
 
 # -- statistics of a course -----------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ class ProgressiveSharpening(State):
 
 @dataclass
 class EdgeOfStability(State):
-    """The curvature has stayed near the limit over five readings, known well enough to say so, and the loss does not run away."""
+    """The curvature came to the limit, has stayed near it over five readings and touched it, and the loss does not run away."""
 
     kind: ClassVar[str] = "edge_of_stability"
     count: ClassVar[int] = 5
@@ -124,8 +125,10 @@ class EdgeOfStability(State):
     released: ClassVar[tuple[float, float]] = (0.8, 1.3)  # wider, so that a run on the rim of the band is one episode
 
     active: bool = False
+    came: bool = False  # whether it was ever clearly outside of the band: what is near the limit from the first step on went nowhere
 
     def on_reading(self, name: str, readings: Readings) -> str | None:
+        self.came = self.came or readings[-1].is_below(self.band[0]) or readings[-1].is_above(self.band[1])
         last = [r for r in list(readings)[-self.count :] if math.isfinite(r.ratio)]
         if len(last) < self.count:
             return None
@@ -138,6 +141,9 @@ class EdgeOfStability(State):
         near = all(low - r.ratio_error <= r.ratio <= high + r.ratio_error for r in last)
         # an error above 0.05 would let values far from the limit pass for near; a divergence also passes through the band
         if not (near and low <= mean <= high and error <= 0.05) or blows_up([r.loss for r in last]):
+            return None
+        # Adam settles a little below the limit and touches it now and then; a curvature that has not moved must lie at the limit itself
+        if not any(r.touches for r in last) or not (self.came or mean >= 1 - 2 * error):
             return None
         self.active = True
         return (
@@ -242,7 +248,7 @@ class Catapult(State):
     before: list[float] = field(default_factory=list)  # the sharpest reading before the peak
     waited: int = 0
 
-    def on_loss(self, step: int, loss: float, name: str, readings: Readings, losses: Losses) -> str | None:
+    def on_loss(self, step: int, loss: float, name: str, readings: Readings, losses: Losses, rates: Rates) -> str | None:
         if not math.isfinite(loss):
             self._calm()
             return None
@@ -312,14 +318,18 @@ class LossSpike(State):
     ceiling: float = math.inf  # where the spike is over
     length: int = 0
     active: bool = False
+    lost: bool = False  # whether a loss of the spike was not finite, which is an event of its own
 
-    def on_loss(self, step: int, loss: float, name: str, readings: Readings, losses: Losses) -> str | None:
+    def on_loss(self, step: int, loss: float, name: str, readings: Readings, losses: Losses, rates: Rates) -> str | None:
         if not math.isfinite(loss):
-            fresh, self.active, self.length, self.ceiling = not self.active, True, 0, losses[-1][1] if losses else math.inf
-            return f"The loss is {loss} at step {step}. {self._explain(step, name, readings)}" if fresh else None
+            fresh = not self.lost
+            self.ceiling = self.ceiling if self.active else losses[-1][1] if losses else math.inf
+            self.active, self.lost, self.length = True, True, 0
+            return f"{NOT_FINITE} {loss} at step {step}. {self._explain(step, name, readings, rates)}" if fresh else None
         if self.active:
             self.length += 1
             self.active = loss > self.ceiling and self.length < self.patience
+            self.lost = self.lost and self.active
             if not self.active and loss > self.ceiling:
                 losses.clear()
             return None
@@ -339,7 +349,7 @@ class LossSpike(State):
         times = f"{factor:.0f} times" if factor < 1000 else "more than 1000 times"
         return (
             f"Loss spike: the loss jumped from about {level:.4g} to {loss:.4g} at step {step}, {times} its usual scatter. "
-            f"{self._explain(step, name, readings)}"
+            f"{self._explain(step, name, readings, rates)}"
         )
 
     def _unusual_factor(self, loss: float, values: list[float]) -> bool:
@@ -349,7 +359,7 @@ class LossSpike(State):
         logs = [math.log(value) for value in values]
         return math.log(loss) - median(logs[-9:]) > self.num_log_spreads * spread_of_differences(logs)
 
-    def _explain(self, step: int, name: str, readings: Readings) -> str:
+    def _explain(self, step: int, name: str, readings: Readings, rates: Rates) -> str:
         recent = [r for r in _up_to(readings, step, 3) if math.isfinite(r.ratio)]
         spacing = (readings[-1].step - readings[0].step) / (len(readings) - 1) if len(readings) > 1 else math.inf
         if not recent or step - recent[-1].step > 3 * spacing:
@@ -358,9 +368,25 @@ class LossSpike(State):
         fact = f"{in_words(name)} was {_shown(worst)} at step {worst.step}"
         if worst.is_above():
             return f"Explained by a crossing: {fact}, above the limit {worst.limit:.4g}, so steps along the sharpest direction overshot."
-        return f"Not explained by the limit: {fact}, not above {worst.limit:.4g}; look at the data of that step, or at the precision."
+        # the steps since the last reading may have been made at a higher rate, whose limit is lower than the one read then
+        last, before = recent[-1], ""
+        in_force = [rate for (since, rate), (until, _) in pairwise([*rates, (step, 0.0)]) if since < step and last.step < until]
+        if in_force and max(in_force) > _RAISED * last.lr > 0:
+            now = last._replace(limit=last.limit * last.lr / max(in_force))
+            fact = f"{in_words(name)} was {_shown(last)} at step {last.step}"
+            before = (
+                f"the learning rate was raised from {last.lr:.3g} to {max(in_force):.3g} after that, where the limit is {now.limit:.4g}"
+            )
+            if now.is_above():
+                return f"Explained by the learning rate: {fact}, and {before}, so steps along the sharpest direction overshot."
+            worst, before = now, f"even though {before}; "
+        return (
+            f"Not explained by the limit: {fact}, not above {worst.limit:.4g}; {before}look at the data of that step, or at the precision."
+        )
 
 
+NOT_FINITE = "The loss is"  # how the text of such a loss begins; the findings look for it
+_RAISED = 1.01  # by judgement: a schedule's creep from step to step explains nothing
 EVENT_KINDS = tuple(d.kind for d in (ProgressiveSharpening, EdgeOfStability, SelfStabilisation, LimitCrossed, Catapult, LossSpike))
 
 
@@ -382,10 +408,11 @@ class Event(Result):
         return f"step {self.step}: {self.text}"
 
 
-_SAVED = ("metric=_metric", "last_step=_last_step", "last_loss_step=_last_loss_step", "pending=_pending")
+_SAVED = ("metric=_metric", "last_step=_last_step", "last_loss_step=_last_loss_step", "pending=_pending", "readings=_readings")
 
 
-class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_readings", "losses=_losses", "detectors=_detectors")):
+# version 2 since the limit follows the rate between readings
+class EventDetector(State, version=2, strict=True, saved=(*_SAVED, "losses=_losses", "rates=_rates", "detectors=_detectors")):
     """Finds the events of one run as its records come in; memory and work for each are bounded.
 
     An event is reported once, when it begins; it can come again after its episode is over. The curvature is the most telling one that the
@@ -394,11 +421,11 @@ class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_re
 
     ===========================  ====================================================================================================
     ``progressive_sharpening``   rose by half or more above its lowest level, still below the limit
-    ``edge_of_stability``        five readings near the limit (0.9 to 1.15 of it), the loss not running away
+    ``edge_of_stability``        came to the limit, five readings near it (0.9 to 1.15), some touching, the loss not running away
     ``self_stabilisation``       crossed the limit four times, up and down in turn, the loss not running away
     ``limit_crossed``            three readings in a row above the limit by more than twice their error
     ``catapult``                 the loss rose steeply and fell below where it was; the curvature is clearly lower afterwards
-    ``loss_spike``               the loss jumped; explained where the curvature was above the limit just before
+    ``loss_spike``               the loss jumped, or is NaN; explained where the curvature was above the limit at the rate in force
     ===========================  ====================================================================================================
 
     Example:
@@ -419,6 +446,7 @@ class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_re
     _last_loss_step: int
     _readings: Readings
     _losses: Losses
+    _rates: Rates
     _catapult: Catapult
     _spike: LossSpike
 
@@ -436,11 +464,17 @@ class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_re
             self._forget()
         self._last_step = step
         events = self._update_curvature(record)  # before the loss, so that a spike of this step is explained by this step's curvature
-        loss = number(record.get("loss"))
+        loss, lr = number(record.get("loss")), number(record.get("lr"))
         if not math.isnan(loss):  # NaN in a record says that the loss is unknown
             self.update_loss(step, loss)
+        self.note_rate(step, lr)  # after the loss, which the steps before it made
         begun, self._pending = [*self._pending, *events], []
         return sorted(begun, key=lambda event: event.step)
+
+    def note_rate(self, step: int, lr: float) -> None:
+        """Take the learning rate that is in force from a step on; NaN is unknown."""
+        if not (math.isnan(lr) or (self._rates and self._rates[-1][1] == lr)):
+            self._rates.append((step, lr))
 
     def update_loss(self, step: int, loss: float) -> None:
         """Take the loss of a step that may have no record, so that what happens between measurements is seen; costs microseconds.
@@ -455,7 +489,7 @@ class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_re
         self._last_loss_step = step
         name = self._metric or "the curvature"
         # the catapult first: a spike that turns out to be the new level empties the losses
-        texts = [(d.kind, d.on_loss(step, loss, name, self._readings, self._losses)) for d in (self._catapult, self._spike)]
+        texts = [(d.kind, d.on_loss(step, loss, name, self._readings, self._losses, self._rates)) for d in (self._catapult, self._spike)]
         if math.isfinite(loss) and not self._spike.active:  # losses within a spike would raise the level it is compared with
             self._losses.append((step, loss))
         self._pending += [Event(kind, step, text) for kind, text in texts if text]
@@ -482,7 +516,7 @@ class EventDetector(State, version=1, strict=True, saved=(*_SAVED, "readings=_re
     def _forget(self) -> None:
         """Begin anew; what was noticed and not yet handed out stays."""
         self._last_step = self._last_loss_step = -1
-        self._losses = deque(maxlen=MAX_LOSSES)
+        self._losses, self._rates = deque(maxlen=MAX_LOSSES), deque(maxlen=MAX_LOSSES)
         self._catapult, self._spike = Catapult(), LossSpike()
         self._begin_course()
 

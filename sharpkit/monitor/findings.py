@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
-from sharpkit._results import format_with_error, number
+from sharpkit._results import decimals, format_with_error, number, percent
+from sharpkit.monitor.events import NOT_FINITE, spread_of_differences
 from sharpkit.monitor.schema import Reading, in_words, main_curvature, reading
 
 Document = Mapping[str, Any]
+_GIVEN_BACK = 0.5  # of the improvement, and of the level: a run that ends so far above its lowest loss was lost; as for the learner
+_NUM_SPREADS = 8.0  # of the losses' scatter, by judgement, as for a spike
 
 
 def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
@@ -20,7 +23,7 @@ def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
         >>> def record(step, value):
         ...     return {"step": step, "overhead": 0.03, "values": {"lambda_max": {"value": value, "stderr": 0.1, "limit": 20.0}}}
         >>> print(run_findings({"budget": 0.05}, [record(0, 5.0), record(100, 15.0)])[0])
-        lambda_max went from 5 +- 0.1 (step 0) to 15 +- 0.1 (step 100), 0.75 times the limit 20; lambda_max never reached the limit.
+        lambda_max went from 5 +- 0.1 (step 0) to 15 +- 0.1 (step 100), 0.75 times the limit 20; no measurement reached the limit.
     """
     if not records:
         return ["Nothing was measured yet."]
@@ -28,9 +31,11 @@ def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
     readings = [r for r in (reading(record, main) for record in records) if r is not None] if main else []
     said = _course(main, readings) if readings else ["No curvature was measured, so nothing can be compared with the stability limit."]
     # batch sharpness has a limit of its own, at which SGD settles while lambda_max stays below its limit
-    along = [r for r in (reading(record, "batch_sharpness") for record in records) if r is not None]
-    said += [*_settled(main, readings), *_settled("batch_sharpness", along)]
-    return [*said, *_failures(records), *_unconverged(main, records), *_cost(header, records)]
+    # means that did not converge have no typical value
+    along = [record for record in records if record["values"].get("batch_sharpness", {}).get("converged", True)]
+    said += _settled(main, readings)
+    said += _settled("batch_sharpness", [r for r in (reading(record, "batch_sharpness") for record in along) if r is not None])
+    return [*said, *_loss(records), *_failures(records), *_unconverged(main, records), *_cost(header, records)]
 
 
 def _course(main: str, readings: list[Reading]) -> list[str]:
@@ -41,11 +46,11 @@ def _course(main: str, readings: list[Reading]) -> list[str]:
     else:
         start = format_with_error(first.value, first.stderr)
         sentence = f"{name} went from {start} (step {first.step}) to {shown} (step {last.step})"
-    # a value within one error of the limit counts as having reached it
-    reached = next((r for r in readings if r.limit > 0 and r.value + r.stderr >= r.limit), None)
+    # a value within one error of the limit counts as having reached it, as for the event of that name
+    reached = next((r for r in readings if r.touches), None)
     if last.limit > 0:
-        sentence += f", {last.ratio:.2f} times the limit {last.limit:.4g}"
-        sentence += f"; {name} first reached the limit at step {reached.step}" if reached else f"; {name} never reached the limit"
+        sentence += f", {decimals(last.ratio)} times the limit {last.limit:.4g}"
+        sentence += f"; {name} first reached the limit at step {reached.step}" if reached else "; no measurement reached the limit"
     elif not any(r.limit > 0 for r in readings):
         sentence += "; no stability limit is known for this optimizer"
     sentences = [sentence + "."]
@@ -62,9 +67,27 @@ def _settled(name: str, readings: list[Reading]) -> list[str]:
         return []
     ratios = [r.ratio for r in tail]
     return [
-        f"Over the last third of the run, steps {tail[0].step} to {tail[-1].step}, {in_words(name)} lay at {fmean(ratios):.2f} +- "
+        f"Over the last third of the run, steps {tail[0].step} to {tail[-1].step}, {in_words(name)} lay at {decimals(fmean(ratios))} +- "
         f"{stdev(ratios):.2g} of its limit (mean and standard deviation)."
     ]
+
+
+def _loss(records: Sequence[Document]) -> list[str]:
+    """Where it was lost: a value that is not finite, or an end far above the lowest level."""
+    lost = [e["text"] for record in records for e in record.get("events", ()) if e["text"].startswith(NOT_FINITE)]
+    said = [lost[0].partition(". ")[0] + "."] if lost else []
+    losses = [(record["step"], loss) for record in records if math.isfinite(loss := number(record.get("loss")))]
+    if len(losses) < 3:
+        return said
+    values = [loss for _, loss in losses]
+    # levels are medians of three, so that one easy batch is not the lowest; the end is what it is
+    levels = [(median(values[i - 1 : i + 2]), losses[i][0]) for i in range(1, len(losses) - 1)]
+    (low, at), (step, last) = min(levels), losses[-1]
+    if last - low > max(_GIVEN_BACK * abs(values[0] - low), _GIVEN_BACK * abs(low), _NUM_SPREADS * spread_of_differences(values)):
+        said.append(
+            f"The loss rose from {low:.3g} (step {at}) to {last:.3g} (step {step}), the last one known; it began at {values[0]:.3g}."
+        )
+    return said
 
 
 def _failures(records: Sequence[Document]) -> list[str]:
@@ -93,9 +116,9 @@ def _cost(header: Document, records: Sequence[Document]) -> list[str]:
     overhead, budget = number(records[-1].get("overhead")), header.get("budget")
     if not math.isfinite(overhead):
         return []
-    sentence = f"Measuring took {overhead:.1%} of the training time"
+    sentence = f"Measuring took {percent(overhead)} of the training time"
     if budget is None:
         return [sentence + "."]
     # a tenth of tolerance, by judgement: the last measurement is paid for by the steps that follow it
     verdict = "within" if overhead <= 1.1 * float(budget) else "ABOVE"
-    return [f"{sentence}, {verdict} the budget of {float(budget):.1%}."]
+    return [f"{sentence}, {verdict} the budget of {percent(float(budget))}."]

@@ -46,6 +46,8 @@ from sharpkit.optimizers import UpdateRule, has_velocity, held_parameters, known
 Values = dict[str, Measurement]
 # How many batches and products a slow quantity gets: enough for a useful error at a cost that a budget of a few per cent bears.
 _WINDOW = 16  # training batches that a mean looks back on; by judgement
+_LEAST_STEADY = 4  # of them that are averaged without asking whether they drift; by judgement: fewer have no error to tell it by
+_SAME_RATE = 0.1  # relative change of the learning rate within which they are; by judgement: less than the scatter of a few batches shows
 _MEAN_BATCHES = 24  # batches drawn from the probe set for a mean; by judgement
 _NOISE_GROUPS = 8  # parts of a batch whose gradients are compared for the noise scale; by judgement
 _TRACE_MATVECS = 24  # products of a trace without a budget; by judgement
@@ -228,18 +230,37 @@ def _batch_sharpness(s: Situation) -> Values:
                 s.probe.by_samples(), batch_size=size, optimizer=stepper, max_batches=_MEAN_BATCHES, seed=s.memory.seed + s.step
             )
         return {name: Measurement.of(estimate, limit=s.step_limit(), method=f"{estimate.method} from the probe set")}
-    # One product, not a mean: averaged over this and the last batches, each at the parameters of its own step, which move little meanwhile.
+    # One product, not a mean: averaged over this and the last batches, each at the parameters of its own step, while these moved little.
     gradient, along, product = gradient_and_product(s.objective, momentum_step(s.objective, stepper))
     dot = s.hessian.dot
     below, above = float(dot(along, gradient)), float(dot(along, product))
-    if not below > 0 or not math.isfinite(above):
-        raise NonFiniteError(f"the step of this batch goes uphill or is not finite (slope {-below:.3g}): its sharpness has no meaning")
+    uphill = not below > 0 or not math.isfinite(above)
     window = s.memory.window(name)
-    window.append((float(s.step), above / below))
-    values = np.array([value for _, value in window])
-    how = f"{len(values)} training batches, steps {int(window[0][0])} to {s.step}"
-    error = standard_error(values)
-    return {name: Measurement(float(values.mean()), error, 1, time.perf_counter() - started, how, len(values) > 1, s.step_limit())}
+    window.append((float(s.step), math.nan if uphill else above / below, s.lr, float(size)))
+    if uphill:
+        raise NonFiniteError(f"the step of this batch goes uphill or is not finite (slope {-below:.3g}): its sharpness has no meaning")
+    # it depends on the batch size, and follows the rate: what was measured at others is no sample of the same mean
+    alike = [entry for entry in window if entry[3] == size and abs(entry[2] - s.lr) <= _SAME_RATE * s.lr]
+    entries = [entry for entry in alike if math.isfinite(entry[1])]
+    entries = entries[-_num_steady([entry[1] for entry in entries]) :]
+    values = np.array([entry[1] for entry in entries])
+    # a denominator that crosses 0 gives the ratio tails so heavy that it has no mean for the samples to converge to
+    crosses = sum(entry[0] >= entries[0][0] for entry in alike) - len(entries)
+    how = f"{len(values)} training batches, steps {int(entries[0][0])} to {s.step}" + (f", {crosses} uphill left out" if crosses else "")
+    error, seconds = standard_error(values), time.perf_counter() - started
+    return {name: Measurement(float(values.mean()), error, 1, seconds, how, len(values) > 1 and not crosses, s.step_limit())}
+
+
+def _num_steady(values: Sequence[float]) -> int:
+    """How many of the last values have one mean within their errors: twice as many for as long as the older ones agree."""
+    count = min(_LEAST_STEADY, len(values))
+    while count < len(values):
+        more = min(2 * count, len(values))
+        recent, older = np.array(values[-count:]), np.array(values[-more:-count])
+        if abs(recent.mean() - older.mean()) > 2 * math.hypot(standard_error(recent), standard_error(older)):
+            break
+        count = more
+    return count
 
 
 def _gradient_noise_interaction(s: Situation) -> Values:
@@ -300,12 +321,17 @@ def _noise_scale(s: Situation) -> Values:
     noise_of_batch = gradient_noise_scale(objective, group_size=size, max_groups=_NOISE_GROUPS, seed=s.memory.seed + s.step)
     window = s.memory.window(name)
     window.append((float(s.step), noise_of_batch.trace.value, noise_of_batch.gradient_norm_squared.value))
-    noise, signal = (np.array([entry[j] for entry in window]) for j in (1, 2))
+    entries = list(window)[-min(_num_steady([entry[j] for entry in window]) for j in (1, 2)) :]
+    noise, signal = (np.array([entry[j] for entry in entries]) for j in (1, 2))
     value, error = _ratio_of_means(noise, signal)
-    if len(window) == 1:  # the jackknife needs two batches; the first has only its own groups to compare
+    resolved = float(signal.mean()) > 2 * standard_error(signal)  # a denominator that may be 0 bounds nothing
+    if len(entries) == 1:  # the jackknife needs two batches; the first has only its own groups to compare
         value, error = noise_of_batch.noise_scale.value, noise_of_batch.noise_scale.stderr
-    how = f"{len(window)} training batches, steps {int(window[0][0])} to {s.step}"
-    return {name: Measurement(value, error, 0, time.perf_counter() - started, how, math.isfinite(value))}
+        resolved = noise_of_batch.gradient_norm_squared.value > 2 * noise_of_batch.gradient_norm_squared.stderr
+    how = f"{len(entries)} training batches, steps {int(entries[0][0])} to {s.step}"
+    if not resolved:
+        how += "; not resolved: |G|^2 is within two errors of 0"
+    return {name: Measurement(value, error, 0, time.perf_counter() - started, how, math.isfinite(value) and resolved)}
 
 
 def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) -> tuple[float, float]:

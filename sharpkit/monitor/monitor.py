@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sharpkit._errors import SharpkitWarning, UnsupportedError
-from sharpkit._results import State
+from sharpkit._errors import NonFiniteError, SharpkitWarning, UnsupportedError
+from sharpkit._results import State, percent
 from sharpkit.monitor.events import EventDetector
 from sharpkit.monitor.metrics import Memory, MetricLike, Situation, check_settings, chosen_metrics
 from sharpkit.monitor.planner import Planner
@@ -28,16 +28,16 @@ from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import refuse_reentry, unwrap
 from sharpkit.objective.objective import Closure, ObjectiveMaker
 from sharpkit.objective.params import ParamSelector
-from sharpkit.optimizers import check_trains, held_parameters, learning_rate, limit_rule, unwrap_optimizer
+from sharpkit.optimizers import check_trains, held_parameters, learning_rate, learning_rates, limit_rule, rates_at_hand, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
 
-_MAX_LOSSES = 4096  # kept between two measurements; by judgement: a few times the longest interval, max_interval
+_MAX_LOSSES = 4096  # steps kept between two measurements; by judgement: a few times the longest interval, max_interval
 # Out of memory or a NaN may pass; a wrong batch, an unsupported layer or optimizer will not.
 _PERMANENT = (TypeError, ValueError, UnsupportedError)  # a metric that fails so will fail again
 
 
-_SAVED = ("step=_step", "plan=_planner", "memory=_memory", "events=_detector", "losses=_losses", "disabled=_disabled")
+_SAVED = ("step=_step", "plan=_planner", "memory=_memory", "events=_detector", "losses=_losses", "rates=_rates", "disabled=_disabled")
 
 
 class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")):
@@ -71,7 +71,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         max_interval: longest interval between records in steps: if the budget asks for a longer one, batches are halved, down to 32
             samples. Smaller batches are sharper: the record says on how many samples it was measured.
         top_k: number of eigenvalues that the metric ``"top_k"`` gives.
-        sinks: where records go: ``sk.sinks`` places, paths ending in .jsonl or .csv, or functions of a record's dict.
+        sinks: where records go: ``sk.sinks`` places, paths ending in .jsonl or .csv, or functions of a record's dict; None for nowhere.
         process_group: as in Objective; every process must call :meth:`step` with its own batch.
         seed: seeds the random probes and dropout masks.
 
@@ -94,7 +94,9 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         (1.0, 20.0)
     """
 
-    _losses: deque[tuple[int, Tensor | float]]  # (step, loss) since the last measurement
+    # (step, loss, each group's rate) since the last measurement, None where it was not given or cannot be read without waiting
+    _losses: deque[tuple[int, Tensor | float | None, tuple[float, ...] | None]]
+    _rates: list[float]  # at the last measurement: the one that limits are stated for, then those of all groups
     _disabled: dict[str, str]
 
     def __init__(
@@ -116,7 +118,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         max_samples: int | None = None,
         max_interval: int = 1000,
         top_k: int = 5,
-        sinks: SinkPlace | Iterable[SinkPlace] = (),
+        sinks: SinkPlace | Iterable[SinkPlace] | None = None,
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
@@ -131,12 +133,12 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         self._maker = ObjectiveMaker(self.model, held, params=params, probe=probe, max_samples=max_samples, settings=settings)
         self._top_k = top_k
         single = callable(sinks) or hasattr(sinks, "write") or isinstance(sinks, (str, os.PathLike))
-        places = cast(Iterable[SinkPlace], [sinks] if single else sinks)
+        places = cast(Iterable[SinkPlace], [sinks] if single else sinks or ())
         self._sinks = [as_sink(place) for place in places]
         self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector()
         gradients = {name: metric.gradients for name, metric in self.metrics.items()}
         self._planner = Planner(gradients, every=every, budget=budget, max_interval=max_interval, process_group=process_group)
-        self._step = 0
+        self._step, self._rates = 0, [learning_rate(self.optimizer), *learning_rates(self.optimizer)]
         self._losses, self._disabled = deque(maxlen=_MAX_LOSSES), {}
         self._warned: set[str] = set()
         self._opened = False  # whether the sinks have their header, which goes out with the first record
@@ -160,8 +162,9 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         refuse_reentry(self.model)
         watch = self._planner.watch
         entered = watch.enter()
-        if loss is not None:
-            self._losses.append((self._step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
+        rates = rates_at_hand(self.optimizer)
+        if loss is not None or (self._losses and self._losses[-1][2] != rates):
+            self._losses.append((self._step, loss.detach() if isinstance(loss, Tensor) else loss, rates))
         record = None
         if not self._planner.is_due(self._step):  # nearly all steps end here, after two clock readings and little else
             watch.leave()
@@ -185,23 +188,28 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         """One record with its events, in the history and the sinks; None if no metric could be measured yet."""
         values: dict[str, Measurement] = {}
         failed: dict[str, str] = {}
-        loss, samples = math.nan, 0
+        situation, samples = None, 0
         try:
             situation = self._situation(batch)
             samples = situation.objective.num_samples
             self._measure_all(situation, values, failed)
-            loss = self._flush_losses(situation)
         except Exception as error:
             self._fail("objective", error, failed)
+        loss = self._flush_losses(situation)
         if not values and not failed:  # an adaptive optimizer before its first step, or all metrics disabled
             return None
         self._synchronise()
         watch = self._planner.watch
         spent = watch.mark() - watch.entered
         lr, overhead = learning_rate(self.optimizer), watch.overhead_with(spent)
-        record = Record(self._step, values, {**self._disabled, **failed}, loss, lr, (), samples, spent, overhead)
+        return self._keep(Record(self._step, values, {**self._disabled, **failed}, loss, lr, (), samples, spent, overhead))
+
+    def _keep(self, record: Record) -> Record | None:
+        """Put a record with its events into the history and the sinks, unless there is nothing in it."""
         # the detector reads documents, as it does from a file: what it finds here and what it would find there cannot differ
         record = replace(record, events=tuple(self._detector.update(record.to_dict())))
+        if not (record.values or record.failed or record.events):
+            return None
         for event in record.events:
             logger.info("step %d: %s", event.step, event.text)
         self.history.append(record)
@@ -222,7 +230,9 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             situation.max_matvecs = self._planner.matvecs(name)
             known = name in self._memory.trackers
             try:
-                values.update(metric.compute(situation))
+                rounding = situation.objective.rounding  # which the bounds of eigenvalues hold already
+                for key, m in metric.compute(situation).items():
+                    values[key] = m if m.error_kind == "residual bound" else m.rounded(rounding)
             except Exception as error:
                 self._fail(name, error, failed)
             now = self._planner.watch.mark()
@@ -230,20 +240,27 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             self._planner.pay(name, now - begun, cold=not known and name in self._memory.trackers)
             begun = now
 
-    def _flush_losses(self, situation: Situation) -> float:
-        """Hand the losses since the last measurement to the detector, and return the present one, computed if it was not given."""
-        last = math.nan  # all are read at once: reading each at its step would wait for the device each time
-        for step, loss in self._losses:
-            last = float(loss)
-            self._detector.update_loss(step, last)
-        given = bool(self._losses) and self._losses[-1][0] == self._step
+    def _flush_losses(self, situation: Situation | None) -> float:
+        """Hand losses and rates since the last measurement to the detector, and return the present loss, computed if it was not given."""
+        last, at = math.nan, -1  # all are read at once: reading each at its step would wait for the device each time
+        for step, loss, rates in self._losses:
+            if loss is not None:
+                last, at = float(loss), step
+                self._detector.update_loss(step, last)
+            # a rate that was raised in any group lowers the limit on the matrix last measured by as much
+            raised = max((now / before for now, before in zip(rates or (), self._rates[1:], strict=False) if before > 0), default=math.nan)
+            self._detector.note_rate(step, self._rates[0] * raised)
         self._losses.clear()
-        if given:
-            return last
+        self._rates = [learning_rate(self.optimizer), *learning_rates(self.optimizer)]
+        if at == self._step or situation is None:
+            return last if at == self._step else math.nan
         try:
             return situation.objective.value()
+        except NonFiniteError:
+            self._detector.update_loss(self._step, math.nan)
         except Exception:
-            return math.nan
+            logger.debug("the loss at step %d could not be computed", self._step, exc_info=True)
+        return math.nan
 
     def _fail(self, name: str, error: Exception, failed: dict[str, str]) -> None:
         reason = failed[name] = f"{type(error).__name__}: {error}"
@@ -294,7 +311,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
     # -- saving, ending --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue the series: plain containers and tensors, safe for ``torch.save``."""
-        self._losses = deque(((step, float(loss)) for step, loss in self._losses), _MAX_LOSSES)  # tensors would keep their device
+        # as numbers, since tensors would keep their device
+        self._losses = deque(((s, None if loss is None else float(loss), rates) for s, loss, rates in self._losses), _MAX_LOSSES)
         return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -308,7 +326,9 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         self.history = MonitorHistory(self._header(), list(self.history.records))
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Tell what the losses since the last measurement show, if anything, in a record without measurements, and close the sinks."""
+        self._flush_losses(None)
+        self._keep(Record(self._step, {}, lr=learning_rate(self.optimizer)))
         for sink in self._sinks:
             sink.close()
 
@@ -319,8 +339,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         self.close()
 
     def __repr__(self) -> str:
-        when = f"every {self.every} steps" if self.every != "auto" else f"within {self.budget:.0%} of training time"
+        when = f"every {self.every} steps" if self.every != "auto" else f"within {percent(self.budget)} of training time"
         return (
             f"Monitor({type(self.model).__name__}, {type(self.optimizer).__name__}, {', '.join(self.metrics)}; {when}; step {self._step}, "
-            f"{len(self.history)} records{'' if math.isnan(self.overhead) else f', overhead {self.overhead:.1%}'})"
+            f"{len(self.history)} records{'' if math.isnan(self.overhead) else f', overhead {percent(self.overhead)}'})"
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sharpkit._results import Result, format_with_error
+from sharpkit._results import Result, format_with_error, percent
 from sharpkit.linalg.results import Estimate
 from sharpkit.monitor.events import Event
 from sharpkit.monitor.findings import run_findings
@@ -91,8 +91,8 @@ class Record(Result, kind=RECORD, version=VERSION, saved=_RECORD_FIELDS):
 
 
 def _against_limit(m: Measurement) -> str:
-    shown = format_with_error(m.value, m.stderr)
-    return f"{shown} ({m.ratio:.0%} of the limit {m.limit:.4g})" if m.limit else shown
+    shown = format_with_error(m.value, m.stderr) + ("" if m.converged else ", not converged")
+    return f"{shown} ({percent(m.ratio)} of the limit {m.limit:.4g})" if m.limit else shown
 
 
 class Series(NamedTuple):

@@ -51,6 +51,7 @@ class Reading(NamedTuple):
     stderr: float  # error of the value; infinite if unknown
     limit: float  # value from which training is unstable; NaN if there is none
     loss: float  # loss at the same step
+    lr: float = math.nan  # learning rate that the limit belongs to
 
     @property
     def ratio(self) -> float:
@@ -61,6 +62,12 @@ class Reading(NamedTuple):
     def ratio_error(self) -> float:
         """One standard error of the ratio."""
         return self.stderr / self.limit if self.limit > 0 else math.nan
+
+    @property
+    def touches(self) -> bool:
+        """Whether the value lies within its error of the limit, or above it; an error above a twentieth of the limit counts as that."""
+        # bounded, by judgement, as at the edge of stability: an error of half the limit would let a value far below it pass for touching
+        return self.value + min(self.stderr, 0.05 * self.limit) >= self.limit > 0
 
     def is_above(self, factor: float = 1.0, *, num_errors: float = 2.0) -> bool:
         """Whether the value exceeds ``factor`` times its limit by more than ``num_errors`` errors; never without a limit."""
@@ -85,7 +92,7 @@ def reading(record: Document, metric: str) -> Reading | None:
     if not math.isfinite(value):
         return None
     error = math.inf if math.isnan(error) else error  # so that no comparison finds it significant
-    return Reading(int(record["step"]), value, error, number(entry.get("limit")), number(record.get("loss")))
+    return Reading(int(record["step"]), value, error, number(entry.get("limit")), number(record.get("loss")), number(record.get("lr")))
 
 
 def main_curvature(records: Iterable[Document]) -> str:

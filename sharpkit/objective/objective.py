@@ -240,6 +240,12 @@ class Objective:
         return self.layout.dtype
 
     @property
+    def rounding(self) -> float:
+        """Relative rounding of the least exact type that the loss is computed in: that of autocast, or of some parameter."""
+        types = {self.dtype, *(p.dtype for p in self.layout.params), *([self.autocast] if self.autocast is not None else [])}
+        return max(float(torch.finfo(kind).eps) for kind in types)
+
+    @property
     def couples_samples(self) -> bool:
         """Whether a sample's loss depends on the rest of its batch, through batch statistics."""
         # without running statistics the batch's own are used in eval mode, too

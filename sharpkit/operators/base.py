@@ -54,6 +54,7 @@ class SymmetricOperator(ABC):
             raise ValueError(f"an operator needs at least one row, got size={size}")
         self.size, self.dtype, self.device = size, dtype, torch.device(device)
         self.num_matvecs = 0
+        self.rounding = float(torch.finfo(dtype).eps)  # of a product, relative; larger where it is computed in a less exact type
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -278,7 +279,7 @@ class _DerivedOperator(SymmetricOperator):
 
     def __init__(self, base: SymmetricOperator) -> None:
         super().__init__(base.size, dtype=base.dtype, device=base.device)
-        self.base = base
+        self.base, self.rounding = base, base.rounding
 
     def matmat(self, vectors: Tensor) -> Tensor:
         return self.matvec(vectors)  # written for (n,) and (n, k) alike, so that a base with a cheap matmat is asked for k at once

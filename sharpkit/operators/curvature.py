@@ -80,7 +80,7 @@ class CurvatureOperator(SymmetricOperator):
         if retain not in (True, False, "auto"):
             raise ValueError(f"retain must be True, False or 'auto', got {retain!r}")
         super().__init__(objective.num_parameters, dtype=objective.dtype, device=objective.device)
-        self.objective = objective
+        self.objective, self.rounding = objective, objective.rounding
         self.layout = objective.layout
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}  # by the pieces' keys

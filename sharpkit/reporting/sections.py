@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sharpkit._errors import DocumentError
-from sharpkit._results import format_with_error, number
+from sharpkit._results import decimals, format_with_error, number, percent
 from sharpkit.learner.baselines import LEARNER
 from sharpkit.learner.race import COUNTING, RaceResult
+from sharpkit.learner.rollback import tells_of_return
 from sharpkit.linalg.results import Estimate, SpectralDensity
 from sharpkit.measuring.history import CurvatureHistory
 from sharpkit.measuring.layers import LayerSharpness
@@ -150,7 +151,7 @@ def _sharpness_section(document: Document) -> Section:
         section.tiles.append(("largest stable learning rate", "unbounded", "no positive curvature"))
     lr = number(document["lr"]) if document["lr"] is not None else None
     if lr is not None:
-        section.tiles.append(("learning rate in use", f"{lr:.4g}", f"{lr / rate:.0%} of the limit" if math.isfinite(rate) else ""))
+        section.tiles.append(("learning rate in use", f"{lr:.4g}", f"{percent(lr / rate)} of the limit" if math.isfinite(rate) else ""))
     section.columns = ["quantity", "value +- error", "method"]
     for name, words in _QUANTITIES.items():
         if document.get(name) is not None:
@@ -178,7 +179,7 @@ def _history_section(document: Document) -> Section:
         columns=["step", "loss", "lambda_max +- residual", "limit", "lambda_max / limit"],
     )
     rows = zip(history.steps, history.loss, history.lambda_max, history.residual, history.limit, history.ratios(), strict=True)
-    section.rows = [[str(s), f"{loss:.4g}", format_with_error(v, e), f"{lim:.4g}", f"{r:.2f}"] for s, loss, v, e, lim, r in rows]
+    section.rows = [[str(s), f"{loss:.4g}", format_with_error(v, e), f"{lim:.4g}", decimals(r)] for s, loss, v, e, lim, r in rows]
     return section
 
 
@@ -213,7 +214,7 @@ def _curve_section(document: Document) -> Section:
 
     section = Section(
         f"Largest learning rate against batch size, {document['optimizer']}",
-        f"{document['condition']}. Sharpness {document['sharpness_at_start']:.3g} at the start, "
+        f"{document['condition']}. lambda_max of H {document['sharpness_at_start']:.3g} at the start, "
         f"{document['sharpness_after_pilot']:.3g} after the pilot.",
         draw=lambda ax: plot_learning_rate_curve(document, ax=ax),
         figure_label="Largest stable learning rate against batch size",
@@ -274,10 +275,10 @@ def tiles_of(records: Sequence[Document]) -> list[tuple[str, str, str]]:
         if now.limit > 0:
             lr = number(records[-1].get("lr"))
             tiles.append(("stability limit", f"{now.limit:.4g}", f"at learning rate {lr:.4g}" if math.isfinite(lr) else ""))
-            tiles.append(("share of the limit", f"{now.ratio:.2f}", _verdict(now)))
+            tiles.append(("share of the limit", decimals(now.ratio), _verdict(now)))
     overhead = number(records[-1].get("overhead"))
     if math.isfinite(overhead):
-        tiles.append(("overhead", f"{overhead:.1%}", "of training time"))
+        tiles.append(("overhead", percent(overhead), "of training time"))
     return tiles
 
 
@@ -292,7 +293,7 @@ def rows_of(records: Sequence[Document]) -> list[list[str]]:
     rows = []
     for name, (now, entry) in last_readings(records).items():
         flag = "" if entry.get("converged", True) else " (not converged)"
-        limit, share = (f"{now.limit:.4g}", f"{now.ratio:.2f}") if now.limit > 0 else ("", "")
+        limit, share = (f"{now.limit:.4g}", decimals(now.ratio)) if now.limit > 0 else ("", "")
         method = str(entry.get("method", ""))
         products = entry.get("num_matvecs")
         how = f"{method}, {products} product{'s' if products > 1 else ''}" if method and products else method
@@ -352,7 +353,7 @@ def _learner_section(document: Document) -> Section:
     if not rows:
         section.findings = ["No decision was made yet."]
         return section
-    last, back = rows[-1], [row for row in rows if "the loss rose" in row["reason"]]
+    last, back = rows[-1], [row for row in rows if tells_of_return(row["reason"])]
     section.tiles = [("learned rate", f"{number(last['lr']):.3g}", f"at step {last['step']}")]
     if math.isfinite(limit := number(last["max_lr"])):
         section.tiles.append(("stability limit", f"{limit:.3g}", f"on a batch of {last['batch_size']}"))

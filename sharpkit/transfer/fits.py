@@ -57,7 +57,10 @@ class Slope(Result):
         return abs(self.value - value) <= self.half_width
 
     def __str__(self) -> str:
-        return f"{self.value:+.2f} +- {self.stderr:.2f}" if math.isfinite(self.value) else "unknown"
+        # two decimals, more where the error is smaller than that
+        places = max(2, math.ceil(-math.log10(self.stderr))) if 1e-4 < self.stderr < math.inf else 2
+        error = f"{self.stderr:.{places}f}" if self.stderr > 1e-4 else "0"
+        return f"{self.value:+.{places}f} +- {error}" if math.isfinite(self.value) else "unknown"
 
 
 def log_slope(sizes: Mapping[int, Sequence[float]]) -> Slope:
@@ -71,7 +74,7 @@ def log_slope(sizes: Mapping[int, Sequence[float]]) -> Slope:
 
     Example:
         >>> str(log_slope({64: [1.0, 1.0], 128: [2.0, 2.0], 256: [4.0, 4.0]}))
-        '+1.00 +- 0.00'
+        '+1.00 +- 0'
     """
     points = [(math.log(w), math.log(v)) for w, values in sizes.items() for v in values if math.isfinite(v) and v > 0]
     x, y = np.array([p[0] for p in points]), np.array([p[1] for p in points])

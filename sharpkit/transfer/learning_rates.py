@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from sharpkit._errors import SharpkitError
-from sharpkit._results import ProgressCallback, Result, to_json
+from sharpkit._results import ProgressCallback, Result, percent, to_json
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.batches import fingerprint as batch_fingerprint
 from sharpkit.objective.guard import random_states_kept
@@ -89,7 +89,7 @@ class LearningRateTransfer(
         if math.isfinite(value):
             sentences.append(
                 f"Training {self.dimension} {self.sizes[-1]} with the best rate of {self.dimension} {self.sizes[0]} gives a loss "
-                f"{value:.1%} ({low:.1%} to {high:.1%}) above that of its own best rate."
+                f"{percent(value)} ({percent(low)} to {percent(high)}) above that of its own best rate."
             )
         edge = ", ".join(str(o.size) for o in self.optima if not o.interior)
         if edge:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sharpkit._errors import NonFiniteError
-from sharpkit._results import ProgressCallback, Result
+from sharpkit._results import ProgressCallback, Result, percent
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
@@ -126,12 +126,12 @@ class SharpnessTransfer(
             unit = "share of the stability limit" if self.condition else "size"
             ending = "." if self.blurred else f" and goes as {self.dimension}^({self.exponent_after}): the curves {verdict}."
             sentences.append(
-                f"From step {self.warmup} on, sharpness ({self.matrix}, as a {unit}) has a relative spread of {self.spread_after:.1%} over "
-                f"{self.dimension}s {self.sizes[0]} to {self.sizes[-1]}{ending}"
+                f"From step {self.warmup} on, sharpness ({self.matrix}, as a {unit}) has a relative spread of "
+                f"{percent(self.spread_after)} over {self.dimension}s {self.sizes[0]} to {self.sizes[-1]}{ending}"
             )
         top = max((float(v) for s in self.sizes for v in self.typical(s) if math.isfinite(v)), default=math.nan)
         if self.condition and math.isfinite(top):
-            sentences.append(f"After warm-up the sharpest run is at {top:.0%} of the limit ({self.condition}).")
+            sentences.append(f"After warm-up the sharpest run is at {percent(top)} of the limit ({self.condition}).")
         if self.blurred:
             sentences.append(
                 "That is far beyond the limit, and yet training continues: somewhere the optimizer divides by almost 0, where recent "

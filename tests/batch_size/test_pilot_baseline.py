@@ -117,3 +117,15 @@ def test_the_groups_of_an_optimizer_keep_their_ratio_in_the_pilot() -> None:
     trainer = Trainer(SamplePool(objective), optimizer)
     pilot, rate, _ = trainer.settle(steps=11, batch_size=16, rule=update_rule(optimizer))  # the last step is one with a look
     assert [group["lr"] for group in pilot.optimizer.param_groups] == pytest.approx([rate, rate / 2])
+
+
+def test_the_pilot_compares_lambda_max_of_the_hessian_before_and_after_also_for_an_adaptive_optimizer() -> None:
+    """A quadratic, whose Hessian does not move while D^-1 H grows as the gradients fall."""
+    x = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(4, 1, bias=False).double()
+    objective = sk.Objective(model, (x, torch.zeros(64, 1, dtype=torch.float64)), loss=F.mse_loss)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    trainer = Trainer(SamplePool(objective), optimizer)
+    _, _, (before, after) = trainer.settle(steps=20, batch_size=16, rule=update_rule(optimizer))
+    assert after == pytest.approx(before, rel=0.03)
+    assert before == pytest.approx(float(torch.linalg.eigvalsh(2 * x.T @ x / 64)[-1]), rel=0.03)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -331,3 +332,34 @@ def test_a_saved_state_holds_all_that_the_next_update_depends_on() -> None:
     assert (other.second, other.updates, other.hits, other.points) == (0.7, 8, tracker.hits, tracker.points)
     assert torch.equal(other.vector, tracker.vector) and reach(other) == 4
     assert [step for step, _ in other.points] == [5, 6, 7], "three are kept"
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_the_error_in_half_precision_holds_its_rounding(half: torch.dtype) -> None:
+    """Against float64, along training."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(128, 16, generator=g), torch.randint(0, 4, (128,), generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(121):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        if step % 30 == 0:
+            setting = {"loss": torch.nn.functional.cross_entropy}
+            exact = copy.deepcopy(model).double()
+            right = float(sk.eigenpairs(sk.HessianOperator(sk.Objective(exact, (x.double(), y), **setting)), k=1, tol=1e-8).values[0])
+            rough = sk.HessianOperator(sk.Objective(model, (x, y), autocast=half, **setting))
+            followed, pairs = EigenvalueTracker(tol=0.02).update(rough), sk.eigenpairs(rough, k=1, tol=0.02)
+            assert abs(followed.value - right) < 2 * followed.stderr < 0.1 * right
+            assert abs(float(pairs.values[0]) - right) < 2 * float(pairs.residuals[0]) < 0.1 * right
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_a_tolerance_below_the_rounding_of_half_precision_is_said_to_be_out_of_reach() -> None:
+    model, data = torch.nn.Linear(3, 1), (torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 1))
+    for autocast, reached in ((None, True), (torch.bfloat16, False)):
+        hessian = sk.HessianOperator(sk.Objective(model, data, loss=torch.nn.functional.mse_loss, autocast=autocast))
+        assert bool(sk.eigenpairs(hessian, k=1, tol=1e-4).converged[0]) is reached

@@ -474,3 +474,70 @@ def test_a_monitor_stepped_by_a_hook_of_the_model_measures_nothing_and_says_why(
         model(X)
     assert len(monitor.history) == 1, "not one more for each forward pass of the measurement"
     assert "forward hook" in " ".join(monitor.history[-1].failed.values())
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------------------
+def watched(rates: Callable[[int], float], *, loss_of: Callable[[int, float], float] = lambda _, loss: loss, groups: int = 1) -> sk.Monitor:
+    """Least squares by gradient descent, lambda_max 4 or so, a record every 20 steps."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False)).double() if groups > 1 else nn.Linear(4, 1).double()
+    x = torch.randn(32, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = x.sum(1, keepdim=True) + torch.randn(32, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sets = [{"params": part.parameters()} for part in model] if groups > 1 else model.parameters()
+    optimizer = torch.optim.SGD(sets, lr=0.05)  # type: ignore[arg-type]
+    monitor = sk.Monitor(model, optimizer, loss=F.mse_loss, every=20, metrics=["preconditioned_lambda_max", "lambda_max"][groups == 1 :])
+    for step in range(75):
+        optimizer.param_groups[-1]["lr"] = rates(step)
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        monitor.step((x, y), loss=loss_of(step, loss.item()))
+        optimizer.step()
+    monitor.close()
+    return monitor
+
+
+def spikes(monitor: sk.Monitor) -> list[str]:
+    return [event.text for event in monitor.history.events if event.kind == "loss_spike"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_spike_after_a_rate_raised_between_measurements_in_any_group_is_explained_by_it(groups: int) -> None:
+    monitor = watched(lambda step: 30.0 if 45 <= step < 48 else 0.05, groups=groups)
+    (text,) = spikes(monitor)[:1]
+    assert "Explained by the learning rate" in text and "look at the data" not in text
+    assert watched(lambda _: 0.05, groups=groups).history.events == ()
+
+
+def test_a_spike_at_a_steady_rate_is_not_explained_by_it() -> None:
+    (text,) = spikes(watched(lambda _: 0.05, loss_of=lambda step, loss: 50 * loss if step == 46 else loss))
+    assert "Not explained by the limit" in text and "raised" not in text
+
+
+def test_what_the_last_losses_show_is_told_on_closing() -> None:
+    monitor = watched(lambda _: 0.05, loss_of=lambda step, loss: math.nan if step >= 70 else loss)
+    assert monitor.history[-1].step == 75 and not monitor.history[-1].values
+    assert [text.partition(".")[0] for text in spikes(monitor)] == ["The loss is nan at step 70"]
+    assert "The loss is nan at step 70." in monitor.history.findings()
+    records = len(monitor.history)
+    monitor.close()
+    assert len(monitor.history) == records
+    quiet = watched(lambda _: 0.05)
+    assert quiet.history[-1].values and not any("The loss" in sentence for sentence in quiet.history.findings())
+
+
+def test_a_loss_that_the_monitor_finds_not_finite_itself_is_told() -> None:
+    model = network()
+    monitor = sk.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=F.cross_entropy, every=1)
+    monitor.step((X, Y))
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    with pytest.warns(sk.SharpkitWarning, match="could not measure"):
+        monitor.step((X, Y))
+    assert [text.partition(".")[0] for text in spikes(monitor)] == ["The loss is nan at step 1"]
+
+
+def test_no_sinks_may_be_said_with_none() -> None:
+    model = network()
+    monitor = sk.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=F.cross_entropy, every=1, sinks=None)
+    assert monitor.step((X, Y)) is not None
+    monitor.close()

@@ -151,7 +151,7 @@ def test_values_that_are_missing_or_not_finite_are_left_out_and_nothing_fails() 
 def test_findings_tell_the_course_the_limit_and_the_cost(whole: dict[str, Any]) -> None:
     found = run_findings(whole["header"], whole["records"])
     assert found[0] == (
-        "lambda_max went from 5 +- 0.1 (step 0) to 27.5 +- 0.1 (step 90), 0.69 times the limit 40; lambda_max never reached the limit."
+        "lambda_max went from 5 +- 0.1 (step 0) to 27.5 +- 0.1 (step 90), 0.69 times the limit 40; no measurement reached the limit."
     )
     assert "critical sharpness could not be measured twice, last at step 70: NonFiniteError: no crossing" in found
     assert "1 of 10 values of lambda_max were not computed to the tolerance; their error bars are wider." in found

@@ -58,6 +58,35 @@ def to_json(document: Mapping[str, Any]) -> str:
     return json.dumps(json_ready(document), allow_nan=False)  # Python would write NaN as a bare word, which no other reader takes
 
 
+# Bytes of one JSON document, by judgement: the largest results, spectra of many probes, are a hundredth of it.
+MAX_JSON = 256 * 2**20
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """A document from JSON that may come from anywhere.
+
+    Args:
+        text: the document, at most ``MAX_JSON`` long.
+        where: names the file, and the line of it, in the message.
+
+    Raises:
+        DocumentError: it is no JSON, too long, or nested too deeply to be read.
+
+    Example:
+        >>> parse_json("[1, 2", "run.jsonl, line 3")
+        Traceback (most recent call last):
+        sharpkit._errors.DocumentError: run.jsonl, line 3: not JSON (Expecting ',' delimiter: line 1 column 6 (char 5)): '[1, 2'
+    """
+    if len(text) > MAX_JSON:
+        raise DocumentError(f"{where}: longer than {MAX_JSON / 2**20:.0f} MiB, which no document of sharpkit is")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and integers of thousands of digits are ValueErrors
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        shown = text[:60] if isinstance(text, str) else text[:60].decode("utf-8", errors="replace")
+        raise DocumentError(f"{where}: not JSON ({reason}): {shown.rstrip()!r}") from error
+
+
 def number(value: Any) -> float:
     """A float from a JSON value: null is NaN, and infinities are strings.
 
@@ -266,6 +295,8 @@ class Result(_Saved):
             DocumentError: another kind, a newer version, or a field that is missing or of the wrong type; the message names it.
         """
         layout, name = cls._layout, cls.__name__
+        if not isinstance(document, Mapping):
+            raise DocumentError(f"{name} is read from a dictionary, as to_dict() makes one, got {type(document).__name__}")
         if layout.kind:
             if document.get("kind", layout.kind) != layout.kind:
                 raise DocumentError(f"{name} reads documents whose field 'kind' is {layout.kind!r}, got {document['kind']!r}")
@@ -279,8 +310,11 @@ class Result(_Saved):
             if key in document:
                 arguments[argument] = _read_field(hint, document[key], key, name)
             elif not optional:
-                raise DocumentError(f"field {key!r} of {name} is missing from the document, which has {', '.join(document) or 'none'}")
-        return cls(**arguments)
+                raise DocumentError(f"field {key!r} of {name} is missing from the document, which has {_named(document)}")
+        try:
+            return cls(**arguments)
+        except (TypeError, ValueError, IndexError) as error:  # fields that are each of their type, and do not go together
+            raise DocumentError(f"the fields of {name} do not go together: {error}") from error
 
 
 class Bounded(float, Result, saved=("value", "lower", "upper")):
@@ -342,8 +376,12 @@ def _plain(value: Any) -> Any:
 def _read_field(hint: Any, value: Any, key: str, owner: str) -> Any:
     try:
         return _read(hint, value)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise DocumentError(f"field {key!r} of {owner} cannot be read: {error}") from error
+
+
+def _named(document: Mapping[Any, Any]) -> str:
+    return ", ".join(str(key)[:40] for key in list(document)[:20]) or "none"
 
 
 def _read(hint: Any, value: Any) -> Any:
@@ -354,7 +392,7 @@ def _read(hint: Any, value: Any) -> Any:
         return int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
     if hint in (str, bool):
         if not isinstance(value, hint):
-            raise TypeError(f"expected {hint.__name__}, got {value!r}")
+            raise TypeError(f"expected {hint.__name__}, got {_short(value)}")
         return value
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
@@ -363,7 +401,7 @@ def _read(hint: Any, value: Any) -> Any:
         others = [part for part in parts if part is not NoneType]
         return _read(others[0], value) if len(others) == 1 else value
     if kind is Literal and value not in parts:
-        raise ValueError(f"expected one of {', '.join(map(repr, parts))}, got {value!r}")
+        raise ValueError(f"expected one of {', '.join(map(repr, parts))}, got {_short(value)}")
     if not isinstance(kind, type):
         return value
     if issubclass(kind, Result):
@@ -377,17 +415,23 @@ def _read(hint: Any, value: Any) -> Any:
     return _container(kind, parts, value)
 
 
+def _short(value: Any) -> str:
+    return shown if len(shown := repr(value)) <= 80 else f"{shown[:80]} ..."
+
+
 def _container(kind: type, parts: tuple[Any, ...], value: Any) -> Any:
     if issubclass(kind, Mapping):
         # JSON has only strings as keys
         to_key: Any = {int: int, float: float}.get(parts[0], lambda key: key) if parts else lambda key: key
         return {to_key(k): _read(parts[1] if parts else Any, v) for k, v in value.items()}
+    if issubclass(kind, (tuple, Sequence, deque)) and (not hasattr(value, "__len__") or isinstance(value, (str, bytes, Mapping))):
+        raise TypeError(f"expected a list, got {_short(value)}")
     if issubclass(kind, tuple):
         if hasattr(kind, "_fields"):  # a NamedTuple, written as a list
             return kind(*map(_read, _hints(kind).values(), value))
         each = parts[:1] * len(value) if parts[1:] == (...,) else parts or (Any,) * len(value)
         return tuple(_read(part, v) for part, v in zip(each, value, strict=True))
-    if issubclass(kind, (Sequence, deque)) and not isinstance(value, str):
+    if issubclass(kind, (Sequence, deque)):
         items = [_read(parts[0] if parts else Any, v) for v in value]
         return deque(items) if issubclass(kind, deque) else items
     return value
@@ -451,12 +495,14 @@ class State(_Saved):
         Raises:
             DocumentError: a state of another version, or a field that is missing or of the wrong type; the message names it.
         """
+        if not isinstance(state, Mapping):
+            raise DocumentError(f"a {type(self).__name__} state is a dictionary, as state_dict() makes one, got {type(state).__name__}")
         name, came, version = type(self).__name__, state.get("version"), self._layout.version
         if version and came != version:
             raise DocumentError(f"a {name} state of version {came!r} cannot be loaded: expected version {version}, got version {came!r}")
         for key, path in _entries(type(self)):
             if key not in state:
-                raise DocumentError(f"field {key!r} of {name} is missing from the state, which has {', '.join(state) or 'none'}")
+                raise DocumentError(f"field {key!r} of {name} is missing from the state, which has {_named(state)}")
             where, _, attribute = path.rpartition(".")
             owner = _attribute(self, where)
             present: Any = getattr(owner, attribute, None)

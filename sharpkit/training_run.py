@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit._results import State
 from sharpkit.objective.batches import Batch, BatchSource, to_device
-from sharpkit.objective.guard import random_states_kept
+from sharpkit.objective.guard import grad_mode_kept, random_states_kept
 from sharpkit.objective.loss import call_model, own_loss
 from sharpkit.objective.objective import Closure, Objective
 from sharpkit.optimizers import learning_rates, set_learning_rates
@@ -154,6 +154,10 @@ class TrainingRun:
         """One optimizer step, on the next batch if none is given; the loss before it, infinite if the run had halted."""
         if self._halts and self.diverged:
             return math.inf
+        with grad_mode_kept():
+            return self._step(batch)
+
+    def _step(self, batch: Any) -> float:
         batch = self.next_batch() if batch is None else batch
         self.optimizer.zero_grad()  # before, not after: what the user's model held would be added to the first gradient
         # numbered by steps and not by batches, so that a batch looked at beforehand changes no mask
@@ -203,11 +207,11 @@ class Snapshot(State, saved=("tensors", "state")):
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write the copies back in place; learning rates and other settings of the optimizer stay as they are."""
-        with torch.no_grad():
+        with grad_mode_kept():
             for name, t in _tensors(model).items():
-                t.copy_(self.tensors[name])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": copy.deepcopy(self.state), "param_groups": groups})  # it would keep the copies themselves
+                t.detach().copy_(self.tensors[name])
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": copy.deepcopy(self.state), "param_groups": groups})  # it would keep the copies themselves
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.objective.guard import silenced
+from sharpkit.objective.guard import grad_mode_kept, silenced
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
@@ -130,9 +130,10 @@ class Trainer:
 
     def start(self, batch_size: int, *, seed_offset: int = 0) -> PilotRun:
         """A run from the present parameters, no step made yet; another offset is another order of the data. Groups keep their ratios."""
-        twin = self.pool.parent.copy(self.pool.batches)
-        pairs = zip(self.pool.parent.model.parameters(), twin.model.parameters(), strict=True)
-        optimizer = copy_optimizer(self.optimizer, {id(p): t for p, t in pairs}, reset=True)
+        with grad_mode_kept():  # copies of tensors are made under no_grad
+            twin = self.pool.parent.copy(self.pool.batches)
+            pairs = zip(self.pool.parent.model.parameters(), twin.model.parameters(), strict=True)
+            optimizer = copy_optimizer(self.optimizer, {id(p): t for p, t in pairs}, reset=True)
         set_learning_rates(optimizer, relative_rates(unwrap_optimizer(self.optimizer), self.pool.parent.layout))
         self.ledger.runs += 1
         # masks and measurements keep the seed, so that runs differ by the order of the data alone

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sharpkit as sk  # its names load what they need when they are used: --help and --version never wait for torch
+from sharpkit._errors import DocumentError
+from sharpkit._results import MAX_JSON, parse_json
 from sharpkit.cli.output import ProgressBar, all_converged, say, tell
 from sharpkit.cli.target import UsageError, load_target, returned_by
 
@@ -219,19 +220,32 @@ def _read_run(source: Path) -> Document:
             raise UsageError(f"cannot read {source} as the JSON lines of a monitored run: {error}") from error
         return {"results": [monitored], "seed": monitored["header"].get("seed")}
     try:
-        document = json.loads(source.read_text(encoding="utf-8"))
+        with open(source, "rb") as stream:  # a pipe is welcome too; no more of it than a document can be
+            document = parse_json(stream.read(MAX_JSON + 1), str(source))
     except FileNotFoundError as error:
         raise UsageError(
             f"the file {source} does not exist; report takes files saved by --json, a monitor's run.jsonl, or one file.py:function"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, DocumentError) as error:
         raise UsageError(f"cannot read {source} as a JSON document saved by --json: {error}") from error
     kind = document.get("kind") if isinstance(document, dict) else None
     if kind == "error":  # a pipeline saved what a failed command printed: its own message helps, "no results" would not
         raise UsageError(f"{source} holds the error of a run that failed: {document.get('message')}")
-    if kind is None or (kind == "run" and not isinstance(document.get("results"), list)):
+    if not isinstance(kind, str) or (kind == "run" and not isinstance(document.get("results"), list)):
         raise UsageError(f"{source} is JSON, but no results of sharpkit: expected a document saved by --json")
-    return document if kind == "run" else {"results": [document]}
+    run = document if kind == "run" else {"results": [document]}
+    for name, expected in _RUN_FIELDS.items():
+        value = run.get(name)
+        texts = value if isinstance(value, list) else ()
+        if value is not None and not (isinstance(value, expected) and all(isinstance(text, str) for text in texts)):
+            raise UsageError(f"{source}: field {name!r} of a run must be a {expected.__name__}, got {str(value)[:60]!r}")
+    for index, result in enumerate(run["results"]):
+        if not (isinstance(result, dict) and isinstance(result.get("kind"), str)):
+            raise UsageError(f"{source}: results[{index}] is no document of a result: it has no text 'kind'")
+    return run
+
+
+_RUN_FIELDS = {"seed": int, "command": list, "notes": list, "environment": dict}
 
 
 def _parts_of(returned: Any, keys: tuple[str, ...], target: str, example: str) -> dict[str, Any]:

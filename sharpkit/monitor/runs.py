@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sharpkit._results import Result
+from sharpkit._errors import DocumentError
+from sharpkit._results import MAX_JSON, Result, parse_json
 from sharpkit.monitor.findings import run_findings
 from sharpkit.monitor.schema import HISTORY, RECORD, RUN, VERSION
 
@@ -115,7 +115,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not one of a monitored run; the message names it.
+        DocumentError: a line is not one of a monitored run; the message names it and the field.
 
     Example:
         >>> import tempfile
@@ -127,11 +127,11 @@ def read_run(path: str | os.PathLike[str]) -> RunFile:
     """
     path, builder, notes, line = Path(path), RunBuilder(), [], b""
     with open(path, "rb") as stream:
-        for index, line in enumerate(stream, start=1):
+        for index, line in enumerate(iter(lambda: stream.readline(MAX_JSON + 1), b""), start=1):
             try:
                 documents = parse_lines([line], path, first=index)
-            except ValueError:
-                if line.endswith(b"\n"):  # written whole, and yet no document
+            except DocumentError:
+                if line.endswith(b"\n") or len(line) > MAX_JSON:  # written whole, and yet no document
                     raise
                 notes.append(f"The last line of {path.name} is incomplete and was left out: the run was killed, or is writing it.")
                 break
@@ -144,23 +144,19 @@ def parse_lines(lines: Iterable[bytes], path: Path, *, first: int) -> list[Docum
     """Documents of whole lines, blank ones skipped; the first of them is line ``first`` of the file, from 1.
 
     Raises:
-        ValueError: a line is not a header or record of a monitored run.
+        DocumentError: a line is not a header or record of a monitored run; a ValueError.
 
     Example:
         >>> parse_lines([b"{}"], Path("run.jsonl"), first=7)
         Traceback (most recent call last):
-        ValueError: run.jsonl, line 7: expected a document of kind 'monitor_run' or 'monitor_record', got kind None
+        sharpkit._errors.DocumentError: run.jsonl, line 7: expected a document of kind 'monitor_run' or 'monitor_record', got kind None
     """
     documents = []
     for index, line in enumerate(lines, start=first):
         if not line.strip():
             continue
         where = f"{path}, line {index}"
-        try:
-            document = json.loads(line)
-        except ValueError as error:
-            shown = line[:60].decode("utf-8", errors="replace").rstrip("\n")
-            raise ValueError(f"{where}: not JSON ({error}): {shown!r}") from error
+        document = parse_json(line, where)
         _check(document, where)
         documents.append(document)
     return documents
@@ -168,14 +164,50 @@ def parse_lines(lines: Iterable[bytes], path: Path, *, first: int) -> list[Docum
 
 def _check(document: Any, where: str) -> None:
     if not isinstance(document, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(document).__name__}")
-    if document.get("kind") not in (RUN, RECORD):
-        raise ValueError(f"{where}: expected a document of kind {RUN!r} or {RECORD!r}, got kind {document.get('kind')!r}")
-    if document.get("version", VERSION) > VERSION:
-        raise ValueError(f"{where}: version {document['version']} of the format was written by a newer sharpkit; update this one")
+        raise DocumentError(f"{where}: expected a JSON object, got {type(document).__name__}")
+    kind, version = document.get("kind"), document.get("version", VERSION)
+    if kind not in (RUN, RECORD):
+        raise DocumentError(f"{where}: expected a document of kind {RUN!r} or {RECORD!r}, got kind {repr(kind)[:60]}")
+    if _is_whole(version) and version > VERSION:
+        raise DocumentError(f"{where}: version {version} of the format was written by a newer sharpkit; update this one")
     # what all readers rely on; everything else may be missing from a record
-    if document["kind"] == RECORD and not (isinstance(document.get("step"), int) and isinstance(document.get("values"), dict)):
-        raise ValueError(f"{where}: a record needs a whole number 'step' and an object 'values', got the fields {', '.join(document)}")
+    if kind == RECORD and not (_is_whole(document.get("step")) and isinstance(document.get("values"), dict)):
+        raise DocumentError(
+            f"{where}: a record needs a whole number 'step' and an object 'values', got the fields {', '.join(document)[:200]}"
+        )
+    for name, (is_right, expected) in _FIELDS.items():
+        if name in document and not is_right(document[name]):
+            raise DocumentError(f"{where}: field {name!r} must be {expected}, got {str(document[name])[:60]!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53  # beyond it a float, as a picture needs, rounds
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or value in ("inf", "-inf") or isinstance(value, float) or _is_whole(value)
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or "value" not in entry or not _is_whole(entry.get("num_matvecs") or 0):
+        return False
+    return all(_is_number(entry.get(name)) for name in ("value", "stderr", "limit"))
+
+
+def _is_event(event: Any) -> bool:
+    return isinstance(event, dict) and _is_whole(event.get("step")) and isinstance(event.get("text"), str)
+
+
+# What the readers of a run count on, where the field is there: whether a value will do, and what was expected.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "version": (_is_whole, "a whole number"),
+    **dict.fromkeys(("num_parameters", "resumed_at"), (lambda count: count is None or _is_whole(count), "a whole number")),
+    "every": (lambda every: every in (None, "auto") or _is_whole(every), "a whole number or 'auto'"),
+    **dict.fromkeys(("budget", "loss", "lr", "overhead", "seconds"), (_is_number, "a number")),
+    "values": (lambda values: all(map(_is_entry, values.values())), "an object of metrics, each with the numbers value, stderr and limit"),
+    "failed": (lambda failed: isinstance(failed, dict), "an object of reasons by metric"),
+    "events": (lambda events: isinstance(events, list) and all(map(_is_event, events)), "a list of events, each with a step and a text"),
+}
 
 
 def is_run_file(path: Path) -> bool:
@@ -183,7 +215,7 @@ def is_run_file(path: Path) -> bool:
     try:
         with open(path, "rb") as stream:
             begin = stream.readline(65536)  # the file may be anything, without a newline in the first gigabyte
-        document = json.loads(begin)
+        document = parse_json(begin, str(path))
     except (OSError, ValueError):  # a run of which not even the header was written whole
         return path.suffix == ".jsonl"
     return isinstance(document, dict) and document.get("kind") in (RUN, RECORD)
@@ -209,7 +241,7 @@ class RunFollower:
         """Documents whose lines were completed since the last call; None while the file does not exist.
 
         Raises:
-            ValueError: a line is not one of a monitored run.
+            DocumentError: a line is not one of a monitored run.
         """
         try:
             stream = open(self.path, "rb")  # noqa: SIM115 - closed below

@@ -135,6 +135,21 @@ def _undisturbed(model: nn.Module, training: bool, in_eval: Container[str]) -> I
         yield
 
 
+def grad_mode_kept() -> AbstractContextManager[None]:
+    """Around training of our own, outside a guard: an interruption in an optimizer's ``no_grad`` must not leave gradients off."""
+    return Whole(_grad_mode_kept())
+
+
+@contextmanager
+def _grad_mode_kept() -> Iterator[None]:
+    before = torch.is_grad_enabled()
+    with _modes_kept():
+        try:
+            yield
+        finally:
+            torch._C._set_grad_enabled(before)  # type: ignore[no-untyped-call, unused-ignore]
+
+
 @contextmanager
 def _modes_kept() -> Iterator[None]:
     """Function and dispatch modes that an exception left pushed are popped: entered in the body, they are no whole (see Whole)."""

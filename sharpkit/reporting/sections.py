@@ -7,7 +7,8 @@ So a page made from results saved as JSON is the page made from the live objects
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -547,6 +548,19 @@ def register_section(kind: str, make: Callable[[Document], Section]) -> None:
     _SECTIONS[kind] = make
 
 
+# What reading a field raises where a file was written by another version, edited by hand, or made up.
+_MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+@contextmanager
+def _as_document_error(kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        what = str(error) if isinstance(error, DocumentError) else repr(error)
+        raise DocumentError(f"the {kind!r} document is not as this version of sharpkit writes it: {what}") from error
+
+
 def section_for(document: Document, *, title: str = "") -> Section:
     """The section of one result document.
 
@@ -558,17 +572,25 @@ def section_for(document: Document, *, title: str = "") -> Section:
         DocumentError: a field that this kind of result must have is missing or malformed.
         TypeError: a registered function returned something else than a section.
     """
-    make = _SECTIONS.get(document["kind"], _generic_section)
-    try:
+    kind = document["kind"]
+    if not isinstance(kind, str):
+        raise DocumentError(f"the field 'kind' of a result's document must be text, got {type(kind).__name__}")
+    make = _SECTIONS.get(kind, _generic_section)
+    own = make.__module__ == __name__
+    with _as_document_error(kind, (DocumentError, *_MALFORMED) if own else (DocumentError, KeyError, TypeError)):
         section = make(document)
-        if make.__module__ == __name__:  # a registered function says all by itself
+        if own:  # a registered function says all by itself
             section.findings = section.findings or list(document.get("findings", ()))
             section.cost = section.cost or _cost(document)
-    except (DocumentError, KeyError, TypeError) as error:  # from a file that another version wrote, or that was edited by hand
-        what = str(error) if isinstance(error, DocumentError) else repr(error)
-        raise DocumentError(f"the {document['kind']!r} document is not as this version of sharpkit writes it: {what}") from error
     if not isinstance(section, Section):  # from a registered function
-        raise TypeError(f"the function registered for {document['kind']!r} must return a sharpkit.Section, got {type(section).__name__}")
+        raise TypeError(f"the function registered for {kind!r} must return a sharpkit.Section, got {type(section).__name__}")
+    if own and (draw := section.draw) is not None:
+
+        def checked(ax: Any) -> Any:
+            with _as_document_error(kind, _MALFORMED):
+                return draw(ax)
+
+        section.draw = checked
     if heading := title or str(document.get("title", "")):
         # a figure labelled by the heading follows it: a reader who cannot see it hears the same words
         section.figure_label = heading if section.figure_label == section.title else section.figure_label

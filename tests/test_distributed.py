@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sharpkit as sk
+from sharpkit.objective import distributed
 
 pytestmark = pytest.mark.distributed
 WORLD = 2
@@ -170,7 +171,7 @@ def disagreements() -> dict[str, Callable[[int], Any]]:
 
 
 def lost() -> dict[str, Callable[[int], Any]]:
-    """A process that goes away in the midst of a call, and one that never comes."""
+    """A process that goes away in the midst of a call."""
     problem = mlp()
 
     def killed(rank: int) -> Any:
@@ -188,6 +189,25 @@ def lost() -> dict[str, Callable[[int], Any]]:
         os._exit(0)
 
     return {"killed": killed}
+
+
+def absent() -> dict[str, Callable[[int], Any]]:
+    """A process that does not make the call, since its own code raised before it."""
+    problem = mlp()
+
+    def part(rank: int) -> Any:
+        distributed._PATIENCE = timedelta(seconds=3)
+        objective = sk.Objective(problem.model, shards(problem.batches, rank, "uneven"), loss=problem.loss)
+        began = time.monotonic()
+        said = "no error"
+        if rank == 0:
+            said = _outcome(lambda _: sk.eigenpairs(sk.HessianOperator(objective)), rank)[0]
+        else:
+            time.sleep(6)
+        torch.save((said, time.monotonic() - began), Path(os.environ["SHARPKIT_TEST_FOLDER"]) / f"said{rank}.pt")
+        os._exit(0)
+
+    return {"absent": part}
 
 
 # -- wrappers and sharded models ----------------------------------------------------------------------------------------------
@@ -306,6 +326,7 @@ TASKS = {
     "learning": learning,
     "disagreements": disagreements,
     "lost": lost,
+    "absent": absent,
     "same_numbers": same_numbers,
     "refusals": refusals,
     "wrappers": wrappers,
@@ -379,14 +400,27 @@ def test_processes_that_disagree_all_say_so(tmp_path: Path) -> None:
         assert found["callback"] is True, "one may show its progress"
 
 
-def test_a_process_that_is_killed_is_an_error_on_the_other_within_half_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHARPKIT_TEST_FOLDER", str(tmp_path))
+def _without_a_result(folder: Path, task: str) -> None:
     context = mp.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), "lost")) for rank in range(WORLD)]
+    processes = [context.Process(target=_worker, args=(rank, str(folder), task)) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
+
+
+def test_a_process_that_does_not_come_is_an_error_on_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timedelta(seconds=30) >= distributed._PATIENCE
+    monkeypatch.setenv("SHARPKIT_TEST_FOLDER", str(tmp_path))
+    _without_a_result(tmp_path, "absent")
+    said, seconds = torch.load(tmp_path / "said0.pt", weights_only=False)
+    assert said.startswith("SharpkitError: a process did not come to a new call: it raised an error, ended, or makes other calls")
+    assert 3 <= seconds < 6
+
+
+def test_a_process_that_is_killed_is_an_error_on_the_other_within_half_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARPKIT_TEST_FOLDER", str(tmp_path))
+    _without_a_result(tmp_path, "lost")
     (said, _), seconds = torch.load(tmp_path / "said.pt", weights_only=False)
     assert said.startswith("SharpkitError: ")
     assert "the connection to another process was lost, as when it is killed" in said

@@ -128,9 +128,11 @@ class LearningRateCurve(
         return self.curvature.lambda_min_of(self._checked(batch_size))
 
     def by_curvature(self, batch_size: float) -> float:
-        """The mean-square limit on the curvature measured, without calibrating runs."""
+        """The mean-square limit on the curvature measured, without calibrating runs; below the sizes measured by the simple rule."""
         x, y = (np.log([point[j] for point in self.limits]) for j in (0, 1))
-        return float(np.exp(np.interp(math.log(self._checked(batch_size)), x, y)))
+        at = math.log(self._checked(batch_size))
+        # noise decides there, so that the limit falls on as the rule says; above, it rises no further than where it was measured
+        return float(np.exp(np.interp(at, x, y) + self.exponent * min(at - x[0], 0.0)))
 
     def max_lr(self, batch_size: float) -> Bounded:
         """The largest stable learning rate at a batch size, with an interval.

@@ -58,8 +58,9 @@ def scale_learning_rate(
 
     ``"linear"``: lr x k, for SGD. ``"sqrt"``: lr x sqrt(k), for Adam and its kin, with (1 - beta_i) x k and eps / sqrt(k), which holds
     while k (1 - beta_i) << 1: beyond a half it warns, and from 1 on that beta is 0. A :class:`sharpkit.LearningRateCurve` scales by the
-    ratio of its largest stable rates: the measured rule. Momentum of SGD is kept; weight decay is adjusted so that an epoch shrinks the
-    weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
+    ratio of its largest stable rates: the measured rule, with betas and eps as under ``"sqrt"`` if its optimizer is adaptive and kept if
+    not, and a warning outside of the batch sizes that it was measured at. Momentum of SGD is kept; weight decay is adjusted so that an
+    epoch shrinks the weights as much as before: kept under ``"linear"``, x sqrt(k) under ``"sqrt"``.
 
     Args:
         lr: learning rate that works at ``batch_size``.
@@ -87,16 +88,23 @@ def scale_learning_rate(
             raise ValueError(f"{name} must be a positive number, got {value}")
     k = new_batch_size / batch_size
     if not isinstance(rule, str):
-        return _by_curve(lr, batch_size, new_batch_size, rule, momentum=momentum, weight_decay=weight_decay)
+        scaled, decay, said = _by_curve(lr, batch_size, new_batch_size, rule, weight_decay)
+        if rule.exponent == _RULES["sqrt"]:  # an adaptive optimizer's averages reach back over samples, whatever the rate
+            betas, eps = _adaptive_companions(betas, eps, k)
+        return ScaledLearningRate(scaled, momentum=momentum, betas=betas, eps=eps, weight_decay=decay, rule=said)
     if rule not in _RULES:
         raise ValueError(f"rule must be 'linear', 'sqrt' or a LearningRateCurve, got {rule!r}")
     factor = k ** _RULES[rule]
     if rule == "sqrt":
-        betas, eps = _scaled_betas(betas, k) if betas is not None else None, eps / math.sqrt(k) if eps is not None else None
+        betas, eps = _adaptive_companions(betas, eps, k)
     # an epoch has k times fewer steps, each shrinking the weights by rate x decay
     decay = weight_decay * k / factor if weight_decay is not None else None
     said = f"lr x {'k' if rule == 'linear' else 'sqrt(k)'}, k = {k:g}"
     return ScaledLearningRate(lr * factor, momentum=momentum, betas=betas, eps=eps, weight_decay=decay, rule=said)
+
+
+def _adaptive_companions(betas: tuple[float, float] | None, eps: float | None, k: float) -> tuple[tuple[float, float] | None, float | None]:
+    return _scaled_betas(betas, k) if betas is not None else None, eps / math.sqrt(k) if eps is not None else None
 
 
 def _scaled_betas(betas: tuple[float, float], k: float) -> tuple[float, float]:
@@ -108,8 +116,15 @@ def _scaled_betas(betas: tuple[float, float], k: float) -> tuple[float, float]:
 
 
 def _by_curve(
-    lr: float, batch_size: float, new_batch_size: float, curve: LearningRateCurve, *, momentum: float | None, weight_decay: float | None
-) -> ScaledLearningRate:
+    lr: float, batch_size: float, new_batch_size: float, curve: LearningRateCurve, weight_decay: float | None
+) -> tuple[float, float | None, str]:
+    """The rate, the decay that goes with it, and the rule in words."""
+    first, last = min(curve.batch_sizes), max(curve.batch_sizes)
+    if outside := [f"{b:g}" for b in (batch_size, new_batch_size) if not first <= b <= last]:
+        _warn(
+            f"B = {' and '.join(outside)} lies outside of the batch sizes measured, {first} to {last}: the curve is extrapolated there; "
+            "measure it with batch_sizes= that reach so far"
+        )
     old, new = curve.max_lr(batch_size), curve.max_lr(new_batch_size)
     factor = float(new) / float(old)
     scaled = lr * factor
@@ -122,7 +137,7 @@ def _by_curve(
         _warn(f"between {sizes} the {name} rule is off by {straight / factor:.2g}x; the measured curve was used")
     # an epoch has k times fewer steps, each shrinking by lr x decay
     decay = weight_decay * (new_batch_size / batch_size) / factor if weight_decay is not None else None
-    return ScaledLearningRate(scaled, momentum=momentum, weight_decay=decay, rule=f"measured curve, x {factor:.3g}")
+    return scaled, decay, f"measured curve, x {factor:.3g}"
 
 
 def _warn(message: str) -> None:

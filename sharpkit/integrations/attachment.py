@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from sharpkit.monitor.metrics import MetricLike, check_settings
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory, Record
 from sharpkit.monitor.schema import RUN
-from sharpkit.monitor.sinks import SinkPlace, as_sink, scalars_of
+from sharpkit.monitor.sinks import SinkPlace, as_sinks, scalars_of
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.objective import Closure
 from sharpkit.objective.params import ParamSelector
@@ -54,7 +53,7 @@ class MonitorSettings(ObjectiveSettings, total=False):
     max_samples: int | None
     max_interval: int
     top_k: int
-    sinks: SinkPlace | Iterable[SinkPlace]
+    sinks: SinkPlace | Iterable[SinkPlace] | None
 
 
 class LearnerSettings(ObjectiveSettings, total=False):
@@ -184,7 +183,10 @@ class Attachment(Gathering):
             main: whether this process writes.
         """
         before = self.monitor  # trainer.fit() called again for the same model goes on with its series
-        settings = {**self.settings, "sinks": [*(self._sinks() if main else ()), *([LogSink(log)] if log is not None else [])]}
+        settings = {
+            **self.settings,
+            "sinks": [*(as_sinks(self.settings["sinks"]) if main else ()), *([LogSink(log)] if log is not None else [])],
+        }
         if self.derives_loss:
             settings["closure"] = closure
         self.made = monitor = Monitor(model, optimizer, **settings)
@@ -194,11 +196,6 @@ class Attachment(Gathering):
         if saved:
             self._load(monitor, saved)
         self.forget()
-
-    def _sinks(self) -> list[Any]:
-        given = self.settings["sinks"]
-        one = callable(given) or hasattr(given, "write") or isinstance(given, (str, os.PathLike))
-        return [as_sink(sink) for sink in ([given] if one else given)]
 
     def _load(self, monitor: Monitor, saved: Mapping[str, Any]) -> None:
         try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from sharpkit.monitor.metrics import Memory, MetricLike, Situation, check_settin
 from sharpkit.monitor.planner import Planner
 from sharpkit.monitor.records import Measurement, MonitorHistory, Record
 from sharpkit.monitor.schema import RUN, VERSION
-from sharpkit.monitor.sinks import SinkPlace, as_sink
+from sharpkit.monitor.sinks import SinkPlace, as_sinks
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import refuse_reentry, unwrap
 from sharpkit.objective.objective import Closure, ObjectiveMaker
@@ -132,9 +131,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         held = partial(held_parameters, self.optimizer)
         self._maker = ObjectiveMaker(self.model, held, params=params, probe=probe, max_samples=max_samples, settings=settings)
         self._top_k = top_k
-        single = callable(sinks) or hasattr(sinks, "write") or isinstance(sinks, (str, os.PathLike))
-        places = cast(Iterable[SinkPlace], [sinks] if single else sinks or ())
-        self._sinks = [as_sink(place) for place in places]
+        self._sinks = as_sinks(sinks)
         self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector()
         gradients = {name: metric.gradients for name, metric in self.metrics.items()}
         self._planner = Planner(gradients, every=every, budget=budget, max_interval=max_interval, process_group=process_group)

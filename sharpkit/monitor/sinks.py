@@ -17,7 +17,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -412,6 +412,12 @@ def as_sink(place: SinkPlace) -> SinkLike:
     if callable(place):
         return Sink(getattr(place, "__qualname__", repr(place)), lambda document: None if document.get("kind") == RUN else place(document))
     raise TypeError(f"expected a sink of sk.sinks, a path or a callable that takes one record, got {type(place).__name__}")
+
+
+def as_sinks(places: SinkPlace | Iterable[SinkPlace] | None) -> list[SinkLike]:
+    """One place, several, or None for nowhere, as sinks."""
+    single = callable(places) or hasattr(places, "write") or isinstance(places, (str, os.PathLike))
+    return [as_sink(place) for place in cast(Iterable[SinkPlace], [places] if single else places or ())]
 
 
 # -- what the places are given ------------------------------------------------------------------------------------------------------

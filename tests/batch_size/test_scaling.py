@@ -7,6 +7,7 @@ import types
 import warnings
 
 import pytest
+import torch
 
 import sharpkit as sk
 from sharpkit.batch_size.scaling import safe_damping
@@ -39,8 +40,10 @@ def test_beyond_the_square_root_rules_range_it_warns_and_an_average_over_less_th
     assert float(scaled) == pytest.approx(4e-3) and scaled.betas == pytest.approx((0.0, 0.984))
 
 
-def _curve(rates: dict[float, float]) -> types.SimpleNamespace:
-    return types.SimpleNamespace(max_lr=lambda b: sk.Bounded(rates[b], 0.8 * rates[b], 1.2 * rates[b]), exponent=1.0)
+def _curve(rates: dict[float, float], exponent: float = 1.0) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        max_lr=lambda b: sk.Bounded(rates[b], 0.8 * rates[b], 1.2 * rates[b]), exponent=exponent, batch_sizes=(32, 128)
+    )
 
 
 def test_a_curve_scales_by_its_own_ratio_and_says_where_the_rule_is_off() -> None:
@@ -50,6 +53,28 @@ def test_a_curve_scales_by_its_own_ratio_and_says_where_the_rule_is_off() -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sk.scale_learning_rate(0.1, 32, 128, rule=_curve({32: 0.5, 128: 2.0})) == pytest.approx(0.4)  # type: ignore[arg-type]
+
+
+def test_a_curve_keeps_the_companions_of_sgd_and_adjusts_those_of_an_adaptive_optimizer() -> None:
+    given = {"momentum": 0.9, "betas": (0.95, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    kept = sk.scale_learning_rate(0.1, 32, 128, rule=_curve({32: 0.5, 128: 2.0}), **given)  # type: ignore[arg-type]
+    assert (kept.momentum, kept.betas, kept.eps, kept.weight_decay) == (0.9, (0.95, 0.999), 1e-8, pytest.approx(0.1))
+    adaptive = sk.scale_learning_rate(0.1, 32, 128, rule=_curve({32: 0.5, 128: 1.0}, exponent=0.5), **given)  # type: ignore[arg-type]
+    assert adaptive.betas == pytest.approx((0.8, 0.996)) and adaptive.eps == pytest.approx(0.5e-8)
+
+
+def test_outside_of_the_sizes_measured_a_curve_goes_on_by_the_rule_and_says_so() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 5, dtype=torch.float64), torch.randn(200, 1, dtype=torch.float64)
+    model = torch.nn.Linear(5, 1, bias=False).double()
+    objective = sk.Objective(model, (x, y), loss=torch.nn.functional.mse_loss)
+    curve = sk.learning_rate_curve(objective, torch.optim.SGD(model.parameters(), lr=0.01), batch_sizes=[32, 64], calibrate=False)
+    with pytest.warns(sk.SharpkitWarning, match="B = 1 lies outside of the batch sizes measured, 32 to 64"):
+        low = sk.scale_learning_rate(0.01, 32, 1, rule=curve)
+    assert float(low) == pytest.approx(0.01 / 32, rel=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sk.scale_learning_rate(1e-4, 32, 64, rule=_curve({32: 0.5, 64: 1.0}))  # type: ignore[arg-type]
 
 
 def test_a_rate_that_was_too_large_before_is_named() -> None:

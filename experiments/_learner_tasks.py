@@ -228,7 +228,7 @@ def summary(learner: sk.CurvatureLearner, losses: list[float]) -> Row:
         "measurements": measured,
         "products": products,
         "cost": GRAPH * measured + PRODUCT * products,
-        "rollbacks": sum("back to" in d.reason or "no checkpoint" in d.reason for d in learner.history),
+        "rollbacks": sum("back to" in d.reason or "no point to go" in d.reason for d in learner.history),
         "not_measured": sum("not measured" in d.reason for d in learner.history),
         "highest_loss": max(losses) if all(map(math.isfinite, losses)) else math.inf,
         "first_loss": losses[0],

@@ -21,7 +21,7 @@ from sharpkit._errors import SharpkitError
 
 T = TypeVar("T")
 
-# Where a process can be; the exchange carries the index.
+# Where a process can be; the exchange carries the index, by definition its place in _PLACES.
 _BEGIN, _END, _SUM, _DECISION, _DOT, _OBJECTS = range(6)
 _PLACES = ("the start of an evaluation", "the end of an evaluation", "a sum of numbers", "a decision", "an inner product", "a new call")
 _ROOM = 7  # numbers beside the place in one exchange, by judgement: the usual sums and inner products fit

@@ -1,7 +1,7 @@
 """Ctrl-C at random instants over the five calls that touch a training run: is anything left changed?
 
-    python -m experiments.interrupts                    # results/interrupts.jsonl, 400 signals
-    python -m experiments.interrupts --signals 2000
+    python -m experiments.interrupts                    # results/interrupts.jsonl, 2000 signals in five minutes
+    python -m experiments.interrupts --signals 200
 
 Rows of kind "random": another process sends SIGINT after a delay drawn uniformly over the call's own duration. "swept": the signal is sent
 at a bytecode of the guard's own code, counted off, which no timer hits often enough. At the moment the exception arrives, parameters,
@@ -199,8 +199,8 @@ def swept_instants(training: Training, name: str, *, instants: int, most: int = 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--signals", type=int, default=400, help="in all, at random instants (default: %(default)s)")
-    parser.add_argument("--instants", type=int, default=100, help="bytecodes of each call (default: %(default)s)")
+    parser.add_argument("--signals", type=int, default=2000, help="in all, at random instants (default: %(default)s)")
+    parser.add_argument("--instants", type=int, default=80, help="bytecodes of each call (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "interrupts.jsonl")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,23 +27,21 @@ _HOW_TO_FIX = "Pass one batch, a list of batches (list(loader) fixes what was dr
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Batch, *, other: Callable[[Any], Any] = lambda leaf: leaf) -> Batch:
     """The same nesting with ``function`` applied to every tensor and ``other`` to every other leaf."""
-
-    def walk(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return function(part)
-        if isinstance(part, PackedSequence):  # a named tuple whose fields belong together
-            return other(part)
-        if isinstance(part, Mapping):
-            return _like(part, {key: walk(value) for key, value in part.items()})
-        if isinstance(part, tuple) and hasattr(part, "_fields"):
-            return type(part)(*(walk(x) for x in part))
-        if isinstance(part, (tuple, list)):  # after the named tuples, whose constructors take their fields one by one
-            return type(part)(walk(x) for x in part)
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            return dataclasses.replace(part, **{f.name: walk(getattr(part, f.name)) for f in dataclasses.fields(part) if f.init})
-        return other(part)
-
-    return walk(batch)
+    # by itself, with no function inside: one that calls itself is a cycle, which would keep what ``function`` holds until it is collected
+    inside = partial(map_tensors, function, other=other)
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, PackedSequence):  # a named tuple whose fields belong together
+        return other(batch)
+    if isinstance(batch, Mapping):
+        return _like(batch, {key: inside(value) for key, value in batch.items()})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(inside, batch))
+    if isinstance(batch, (tuple, list)):  # after the named tuples, whose constructors take their fields one by one
+        return type(batch)(map(inside, batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return dataclasses.replace(batch, **{f.name: inside(getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init})
+    return other(batch)
 
 
 def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:

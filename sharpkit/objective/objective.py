@@ -518,15 +518,12 @@ class ObjectiveMaker:
         settings: dict[str, Any],
     ) -> None:
         self.model, self._trained, self.settings = model, held, settings
-        self.params: ParamSelector = params if params is not None else self._is_held
+        self.params = params
         self._max_samples, self._probe_data = max_samples, probe
         self._held: frozenset[int] = frozenset()
         self._in_eval: frozenset[str] = frozenset()
         self._template: Objective | None = None
         self.probe: Objective | None = None
-
-    def _is_held(self, _: str, parameter: Tensor) -> bool:
-        return id(parameter) in self._held
 
     @property
     def rank(self) -> int:
@@ -549,9 +546,11 @@ class ObjectiveMaker:
         in_eval = modules_in_eval(self.model) if self.settings.get("mode") == "train" else frozenset()  # a batch norm may be frozen later
         if self._template is None or held != self._held or in_eval != self._in_eval:
             self._held, self._in_eval = held, in_eval
-            self._template = Objective(self.model, batches, params=self.params, **self.settings)
+            # made here and not kept: a method of this object on it would be a cycle, which keeps the last batch
+            params = self.params if self.params is not None else lambda _, parameter: id(parameter) in held
+            self._template = Objective(self.model, batches, params=params, **self.settings)
             if self._probe_data is not None:
-                self.probe = Objective(self.model, self._probe_data, params=self.params, **self.settings)
+                self.probe = Objective(self.model, self._probe_data, params=params, **self.settings)
         objective = self._template.with_data(self._cut(batches, part))
         objective.seed = seed
         samples = objective.ranks.sum_numbers([float(self._samples(batches))], device=objective.device)[0]

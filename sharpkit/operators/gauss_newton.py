@@ -178,9 +178,11 @@ class GaussNewtonOperator(CurvatureOperator):
         slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0], create_graph=True)
         _check_loss_curvature(self.objective, slope, leaf, jacobian.target, number=piece.key[0])
 
+        num_params = len(self.layout.params)  # not the operator itself, which keeps the product: a cycle, which would keep the data
+
         def multiply(vectors: Sequence[Tensor]) -> Pieces:
             if not slope.requires_grad:  # a loss that is linear in the output
-                return [None] * len(self.layout.params)
+                return [None] * num_params
             (curved,) = torch.autograd.grad(
                 slope, leaf, grad_outputs=jacobian.forward(vectors), retain_graph=True, allow_unused=True, materialize_grads=True
             )

@@ -448,9 +448,44 @@ def test_objectives_and_operators_are_freed_without_the_cycle_collector(given: s
         H = sk.HessianOperator(objective)
         H @ gaussian(H.size)
         pairs = sk.eigenpairs(H, k=1)
-        seen = [weakref.ref(objective), weakref.ref(H), weakref.ref(objective.gradient()[1])]
-        del objective, H
+        seen = [
+            weakref.ref(objective),
+            weakref.ref(H),
+            weakref.ref(next(iter(data.values())) if given == "own" else objective.gradient()[1]),
+        ]
+        del objective, H, data
         assert [ref() for ref in seen] == [None] * 3
         assert pairs.converged.all()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["gauss_newton", "measure", "monitor", "learner", "curve", "doctor"])
+def test_the_data_is_freed_with_what_was_made_of_it(what: str) -> None:
+    model = mlp().model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = gaussian(24, 4), labels(24)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = weakref.ref(x)
+        objective: Any = sk.Objective(model, (x, y), loss=F.cross_entropy)
+        if what == "gauss_newton":
+            sk.GaussNewtonOperator(objective) @ gaussian(objective.num_parameters)
+        elif what == "measure":
+            sk.measure(objective, num_probes=3, num_steps=4)
+        elif what == "doctor":
+            sk.examine(objective)
+        elif what == "curve":
+            sk.learning_rate_curve(objective, optimizer, batch_sizes=[4, 8], pilot=10, calibrate=False)
+        elif what == "monitor":
+            objective = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1)
+            objective.step((x, y))
+        else:
+            objective = sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=60)
+            objective.step((x, y), loss=torch.tensor(1.0))
+        del objective, x, y
+        assert seen() is None
     finally:
         gc.enable()

@@ -1,6 +1,6 @@
 """Ctrl-C at random instants over the five calls that touch a training run: is anything left changed?
 
-    python -m experiments.interrupts                    # results/interrupts.jsonl, 2000 signals in five minutes
+    python -m experiments.interrupts                    # results/interrupts.jsonl, 2000 signals in eight minutes
     python -m experiments.interrupts --signals 200
 
 Rows of kind "random": another process sends SIGINT after a delay drawn uniformly over the call's own duration. "swept": the signal is sent

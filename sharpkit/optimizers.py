@@ -119,13 +119,13 @@ class OptimizerKind:
         rule: settings of a parameter group -> its linear rule. An adaptive rule is about the gradient divided by D.
         preconditioner: (state of a parameter, settings of its group, the parameter) -> D in the parameter's shape, what the gradient is
             divided by. Not needed where the rule is not adaptive: then D = 1.
-        velocity: (state of a parameter, settings of its group) -> what the step adds to the gradient, None before the first step.
+        step: (state of a parameter, settings of its group, the parameter) -> (a, b) in the step a g + b at rate 1, b None for 0.
         geometry: the norm in which the optimizer is steepest descent.
     """
 
     rule: Callable[[Settings], UpdateRule] | None = None
     preconditioner: Callable[[State, Settings, Tensor], Tensor] | None = None
-    velocity: Callable[[State, Settings], Tensor | None] | None = None
+    step: Callable[[State, Settings, Tensor], tuple[float, Tensor | None]] | None = None
     geometry: Any = None
 
 
@@ -137,12 +137,15 @@ def _sgd_rule(settings: Settings) -> UpdateRule:
     return UpdateRule(float(settings["momentum"]), float(settings["dampening"]), bool(settings["nesterov"]), _decay(settings))
 
 
-def _sgd_velocity(state: State, settings: Settings) -> Tensor | None:
+def _sgd_step(state: State, settings: Settings, p: Tensor) -> tuple[float, Tensor | None]:
     buffer: Tensor | None = state.get("momentum_buffer")
-    if buffer is None:
-        return None
-    sign = -1.0 if settings.get("maximize") else 1.0  # torch then accumulates -g in the buffer
-    return sign * float(settings["momentum"]) * buffer
+    beta, sign = float(settings["momentum"]), -1.0 if settings.get("maximize") else 1.0  # climbing, torch accumulates -g in the buffer
+    fresh = 1.0 if buffer is None else 1.0 - float(settings["dampening"])  # the first gradient fills the buffer undampened
+    factor = (1 + beta * fresh if settings["nesterov"] else fresh) if beta else 1.0
+    push = None if buffer is None or not beta else sign * (beta**2 if settings["nesterov"] else beta) * buffer
+    if decay := _decay(settings):
+        push = sign * factor * decay * p.detach() + (0.0 if push is None else push)
+    return factor, push
 
 
 def _schedule_free_rule(settings: Settings) -> UpdateRule:
@@ -186,7 +189,7 @@ def _adagrad_preconditioner(state: State, settings: Settings, p: Tensor) -> Tens
 
 # A key is a class or, so that its package need not be imported, the name of one. The most derived entry of an optimizer counts.
 _KINDS: dict[type | str, OptimizerKind] = {
-    torch.optim.SGD: OptimizerKind(_sgd_rule, velocity=_sgd_velocity),
+    torch.optim.SGD: OptimizerKind(_sgd_rule, step=_sgd_step),
     torch.optim.Adam: OptimizerKind(_adam_rule, _adam_preconditioner),
     torch.optim.AdamW: OptimizerKind(lambda settings: _adam_rule(settings, decoupled=True), _adam_preconditioner),
     torch.optim.RMSprop: OptimizerKind(lambda s: UpdateRule(float(s["momentum"]), adaptive=True), _rmsprop_preconditioner),
@@ -235,7 +238,7 @@ def register_optimizer(
     for name, function in (("rule", rule), ("preconditioner", preconditioner)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
-    # no velocity: batch sharpness along the step stays what it is for an unknown optimizer, along the gradient
+    # no step: batch sharpness along the step stays what it is for an unknown optimizer, along the gradient
     _KINDS[cls] = OptimizerKind(rule, preconditioner, geometry=geometry)
 
 
@@ -636,7 +639,7 @@ def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], 
     known = kind is not None and kind.rule is not None and (diagonal is not None or not update_rule(optimizer).adaptive)
     if divide is None and not known:
         remedy = "Pass diagonal= with what it divides gradients by"
-        raise _unknown(optimizer, "the state", lambda k: k.preconditioner or k.velocity, remedy, "preconditioner")
+        raise _unknown(optimizer, "the state", lambda k: k.preconditioner or k.step, remedy, "preconditioner")
     groups = {id(p): (group, weight) for group, weight in zip(optimizer.param_groups, weights, strict=True) for p in group["params"]}
     if not any(id(p) in groups for p in layout.params):
         raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
@@ -669,23 +672,38 @@ def settled_preconditioner(optimizer: Optimizer, second_moment: Tensor) -> Tenso
     return second_moment.sqrt() + float(optimizer.param_groups[0].get("eps", 1e-8))
 
 
-def has_velocity(optimizer: Optimizer) -> bool:
-    """Whether the step is the gradient plus a velocity: SGD's kind, with momentum or without."""
+def has_linear_step(optimizer: Optimizer) -> bool:
+    """Whether the next step is known as a multiple of the gradient plus a push: SGD's kind, with momentum or without."""
     kind = kind_of(optimizer)
-    return kind is not None and kind.velocity is not None
+    return kind is not None and kind.step is not None
 
 
-def velocity(optimizer: Optimizer, layout: ParamLayout) -> Tensor:
-    """(n,) beta v of SGD's step g + beta v, each parameter with its own group's beta; TypeError for another kind of optimizer.
+def linear_step(optimizer: Optimizer, layout: ParamLayout) -> tuple[Tensor, Tensor]:
+    """(a, b) in SGD's step a g + b at rate 1 of the reference group, each group at its own rate, momentum and decay.
 
-    It is 0 where there is no momentum, before the first step, and for parameters that are not held.
+    Returns:
+        (n,) each in the layout's order; 0 for parameters that do not move. Of a climbing optimizer, the step downwards.
+
+    Raises:
+        TypeError: another kind of optimizer.
     """
     optimizer = unwrap_optimizer(optimizer)
     kind = kind_of(optimizer)
-    if kind is None or kind.velocity is None:
+    if kind is None or kind.step is None:
         raise TypeError(f"the step along a momentum buffer is defined for torch.optim.SGD, got {type(optimizer).__name__}")
-    settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    return layout.flatten([kind.velocity(optimizer.state.get(p, {}), settings.get(id(p), {})) for p in layout.params])
+    groups = zip(optimizer.param_groups, relative_rates(optimizer, layout), strict=True)
+    own = {id(p): (group, ratio) for group, ratio in groups for p in group["params"] if ratio}
+    factors, pushes = list[Tensor | None](), list[Tensor | None]()
+    for p in layout.params:
+        if id(p) not in own:
+            factors.append(None)
+            pushes.append(None)
+            continue
+        group, ratio = own[id(p)]
+        factor, push = kind.step(optimizer.state.get(p, {}), group, p)
+        factors.append(torch.full_like(p, ratio * factor))
+        pushes.append(None if push is None else ratio * push)
+    return layout.flatten(factors), layout.flatten(pushes)
 
 
 # -- a step elsewhere -------------------------------------------------------------------------------------------------------------
@@ -761,8 +779,8 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     present = learning_rate(optimizer, layout)
     # u is the step over the rate, so at rate 0 (the first step of a warmup) the copy steps at rate 1 instead
     step = _step_elsewhere(optimizer, layout, gradient, factor=1.0 if present else None)
-    kind = kind_of(optimizer)
-    if kind is None or kind.rule is None:  # a rate that is no factor of the step has no critical value: two rates must agree
+    # A rate that is no factor of the step has no critical value. Of the torch classes in the table it is one; else two rates must agree.
+    if kind_of(optimizer) is None or not _own_step(type(optimizer)).__module__.startswith("torch.optim."):
         twice = _step_elsewhere(optimizer, layout, gradient, factor=2.0 if present else None)
         rounding = 1e-12 * float(layout.current().double().norm())  # by judgement: steps are differences of parameters in float64
         if present and not float((twice - 2 * step).norm()) <= 1e-6 * float(twice.norm()) + rounding:

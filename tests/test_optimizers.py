@@ -330,10 +330,10 @@ def test_a_wrapper_with_a_step_of_its_own_is_not_taken_for_what_it_wraps() -> No
 
 
 # -- a step elsewhere -------------------------------------------------------------------------------------------------------------
-def stepped(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+def stepped(make: Callable[[Any], torch.optim.Optimizer], *, steps: int = 2) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
     params = [weight(1.0, 2.0), weight(3.0)]
     optimizer = make([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}])
-    for seed in range(2):
+    for seed in range(steps):
         for p in params:
             p.grad = gaussian(p.numel(), seed=seed)
         optimizer.step()
@@ -388,29 +388,41 @@ class Pair(nn.Module):
         self.first, self.second = params
 
 
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ({"momentum": 0.9}, {"momentum": 0.5, "lr": 0.1}),
+        ({"momentum": 0.9, "nesterov": True}, {"momentum": 0.0}),
+        ({"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.7}, {"weight_decay": 0.2}),
+        ({"lr": 0.0}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.4}),
+    ],
+    ids=["momenta", "Nesterov", "dampening and decay", "one at rest"],
+)
 @pytest.mark.parametrize("maximize", [False, True])
-def test_the_gradient_plus_the_velocity_is_the_next_step(maximize: bool) -> None:
-    """Each group with its own momentum; the step of a climbing optimizer is the same one upwards."""
+def test_the_linear_step_is_the_next_step(maximize: bool, settings: tuple[dict[str, Any], ...], steps: int) -> None:
+    """Each group with its own rate, momentum and decay; the step of a climbing optimizer is the same one upwards."""
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return SGD([{**groups[0], "momentum": 0.9}, {**groups[1], "lr": 0.1, "momentum": 0.5}], lr=0.1, maximize=maximize)
+        return SGD([{**group, **own} for group, own in zip(groups, settings, strict=True)], lr=0.1, maximize=maximize)
 
-    optimizer, params = stepped(make)
+    optimizer, params = stepped(make, steps=steps)
     layout = sk.Objective(Pair(params), torch.ones(1, 1), closure=lambda m, b: m.first.sum() + m.second.sum() * b.sum(), count=len).layout
     gradient = gaussian(3, seed=5)
     step = optimizers.next_update(optimizer, layout, gradient)
-    assert relative_error(gradient + optimizers.velocity(optimizer, layout), -step if maximize else step) < 1e-12
-    assert optimizers.has_velocity(optimizer)
+    factor, push = optimizers.linear_step(optimizer, layout)
+    assert relative_error(factor * gradient + push, -step if maximize else step) < 1e-12
+    assert optimizers.has_linear_step(optimizer)
 
 
 @pytest.mark.parametrize("make", [lambda g: ADAM(g), lambda g: HalfStep(g, lr=0.1)], ids=["Adam", "another step"])
-def test_other_kinds_have_no_velocity(make: Any) -> None:
+def test_other_kinds_have_no_linear_step(make: Any) -> None:
     problem = mlp()
     layout = sk.Objective(problem.model, problem.batches, loss=problem.loss).layout
     optimizer = make(problem.model.parameters())
-    assert not optimizers.has_velocity(optimizer)
+    assert not optimizers.has_linear_step(optimizer)
     with pytest.raises(TypeError, match=f"torch.optim.SGD, got {type(optimizer).__name__}"):
-        optimizers.velocity(optimizer, layout)
+        optimizers.linear_step(optimizer, layout)
 
 
 def test_without_adaptivity_only_the_groups_rates_scale() -> None:

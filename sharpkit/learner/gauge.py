@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from sharpkit._errors import ObjectiveError
 from sharpkit._results import Parts
 from sharpkit.learner.rate import COLD_MATVECS, WARM_MATVECS
 from sharpkit.linalg.results import Estimate
@@ -121,7 +123,8 @@ class Gauge:
             own = {id(p) for p in params}
             if given[index] and own & reached:
                 block: SymmetricOperator = matrix.block(among(own))  # type: ignore[attr-defined]
-                tops[index] = self._trackers[f"group{index}"].update(block).value
+                with suppress(ObjectiveError):  # a group that the loss does not reach has no curvature either
+                    tops[index] = self._trackers[f"group{index}"].update(block).value
         floor = _FLAT * max(tops.values(), default=0.0)
         # gains: by how much each group's rate would leave the given ratio
         gains = {index: 1 / (top * given[index]) for index, top in tops.items() if top > floor}

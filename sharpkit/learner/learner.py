@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 8  # steps between looks at the losses, each of which waits for the device; by judgement
 _MAX_ROLLBACKS = 8  # by judgement: a run that is lost more often has another cause than the rate
-_STATE_VERSION = 3  # of the layout, counted by convention; 3 since good points are kept by steps
+_STATE_VERSION = 3  # of the layout, counted by convention; 3 since good points are kept by steps, and given ratios with them
 _MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given; by judgement
 
 
@@ -69,7 +69,10 @@ def check_momentum(momentum: str, bulk: str | float, *, adaptive: bool) -> None:
         raise ValueError(f"bulk must be one of {', '.join(BULKS)}, or the ratio of lambda_max to it, a number above 1, got {bulk!r}")
 
 
-_SAVED = ("step=_step", "rate=_rate", "ratios=_ratios", "batch_size=_batch_size", "last_size=_last_size", "rollbacks=_rollbacks")
+_SAVED = (
+    "step=_step", "rate=_rate", "ratios=_ratios", "given_ratios=_first_ratios", "batch_size=_batch_size", "last_size=_last_size",
+    "rollbacks=_rollbacks",
+)  # fmt: skip
 _PARTS = ("recent=_recent", "losses=_losses", "multiplier=_multiplier", "gauge=_gauge", "points=_points", "blamed=_blamed", "history")
 
 
@@ -131,6 +134,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
 
     _recent: list[tuple[int, Tensor | float]]  # (step, loss) not looked at yet
     _ratios: list[float]
+    _first_ratios: list[float]
     history: LearnerHistory
 
     def __init__(

@@ -18,7 +18,7 @@ from sharpkit.linalg.results import Estimate
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.optimizers import check_trains, has_velocity, next_update, velocity
+from sharpkit.optimizers import check_trains, has_linear_step, linear_step, next_update
 
 # By judgement: a standard error from fewer than 20 batches is itself off by more than a sixth; 1000 batches reach 5 % unless the scatter
 # of one batch is more than 1.6 times the mean.
@@ -68,14 +68,14 @@ def batch_sharpness(
 ) -> Estimate:
     """E_B[g_B^T H_B g_B / ||g_B||^2] over random mini-batches: what settles at 2 / lr under SGD.
 
-    With momentum the step's direction s = g_B + beta v takes the gradient's place: E[s^T H_B s / (s^T g_B)]. A batch costs about 3 of its
-    gradients; from 20 on it stops at the asked relative standard error. Batches where the ratio has no meaning (a zero gradient, a step
-    uphill, NaN) are left out and counted in ``method``.
+    With an optimizer its step, s = g_B + beta v for momentum, takes the gradient's place: E[s^T H_B s / (s^T g_B)]. A batch costs about 3
+    of its gradients; from 20 on it stops at the asked relative standard error. Batches where the ratio has no meaning (a zero gradient, a
+    step uphill, NaN) are left out and counted in ``method``.
 
     Args:
         objective: the samples that batches are drawn from.
         batch_size: B.
-        optimizer: SGD whose momentum buffers enter; None for plain SGD.
+        optimizer: SGD, whose momentum buffers and decay enter, with the groups' rates over the first's; None for plain SGD.
         rtol: relative standard error to reach.
         max_batches: at most so many draws; if they do not reach rtol, the estimate is returned with ``converged=False``.
         seed: seeds the draws.
@@ -198,11 +198,11 @@ def _mean_over_batches(
 
 
 def momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None) -> Direction | None:
-    """g -> g + beta v, each parameter with its own group's beta."""
+    """g -> the optimizer's next step, each group with its own rate, momentum and decay; None for g itself."""
     if optimizer is None:
         return None
-    if not has_velocity(optimizer):
+    if not has_linear_step(optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"batch sharpness along the step is defined for torch.optim.SGD, got {kind}; leave optimizer out")
-    push = velocity(optimizer, objective.layout)  # read once: the optimizer does not step while batches are drawn
-    return lambda g: g + push
+    factor, push = linear_step(optimizer, objective.layout)  # read once: the optimizer does not step while batches are drawn
+    return lambda g: factor * g + push

@@ -41,7 +41,7 @@ from sharpkit.objective.params import among
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import optimizer_curvature
-from sharpkit.optimizers import UpdateRule, has_velocity, held_parameters, known_rule, learning_rate, learning_rates, update_rules
+from sharpkit.optimizers import UpdateRule, has_linear_step, held_parameters, known_rule, learning_rate, learning_rates, update_rules
 
 Values = dict[str, Measurement]
 # How many batches and products a slow quantity gets: enough for a useful error at a cost that a budget of a few per cent bears.
@@ -222,7 +222,7 @@ def _groups(s: Situation) -> Values:
 # -- along the steps ------------------------------------------------------------------------------------------------------------
 def _batch_sharpness(s: Situation) -> Values:
     """Mean over batches drawn from the probe set, or over the last training batches, each at its own step."""
-    name, stepper = "batch_sharpness", s.optimizer if has_velocity(s.optimizer) else None
+    name, stepper = "batch_sharpness", s.optimizer if has_linear_step(s.optimizer) else None
     started, size = time.perf_counter(), s.batch_size
     if s.probe is not None and size <= s.probe.num_samples:
         with _unwarned():

@@ -501,3 +501,26 @@ def test_the_pace_measures_more_in_longer_runs_and_keeps_to_its_share() -> None:
                 pace.plan(step, settled=step > 0.15 * total, growing=step < 0.1 * total)
         assert 9.3 + 7.3 * (len(counts) - 1) <= max(0.05 * total, 9.3 + 5 * 7.3)
         assert len(counts) >= 5 and counts[-1] < total
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_groups_that_the_loss_does_not_reach_keep_their_ratio_and_hold_nothing_up(make: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"unused": nn.Linear(3, 3), "first": nn.Linear(6, 4), "last": nn.Linear(4, 1)})
+    x, y = torch.randn(40, 6), torch.randn(40, 1)
+    groups = [{"params": model[name].parameters(), "lr": lr} for name, lr in (("unused", 1e-3), ("first", 1e-2), ("last", 1e-2))]
+    optimizer = make(groups, lr=1e-2)
+
+    def closure(m: Any, batch: Any) -> Tensor:
+        return F.mse_loss(m["last"](m["first"](batch[0]).tanh()), batch[1])
+
+    learner = sk.CurvatureLearner(optimizer, model=model, closure=closure, total_steps=60, per_group=True)
+    for _ in range(30):
+        optimizer.zero_grad()
+        closure(model, (x, y)).backward()
+        optimizer.step()
+        learner.step((x, y))
+    assert all(not decision.reason.startswith("not measured") for decision in learner.history)
+    unused, first, last = (group["lr"] for group in optimizer.param_groups)
+    assert unused == pytest.approx(0.1 * (first * last) ** 0.5), "at its given share of what the others have in the geometric mean"
+    assert 0.01 <= first / last <= 100

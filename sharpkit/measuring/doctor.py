@@ -368,7 +368,8 @@ def _check_weights(hessian: HessianOperator, seed: int) -> Outcome:
         return "note", f"{text}; batch statistics couple the samples of a batch"
     if not objective.may_separate:
         said = f"{text}, but is no mean or sum over samples: it cannot be cut into smaller batches"
-        return "warning", said, "use one batch, or a loss that averages over samples"
+        # one batch need not be cut, unless memory asks for it
+        return ("note" if objective.num_batches == 1 else "warning"), said, "use one batch, or a loss that averages over samples"
     return "ok", text
 
 

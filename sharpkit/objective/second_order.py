@@ -36,13 +36,15 @@ _FAULTY = {
     "HardsigmoidBackward0": "hardsigmoid",
     "CdistBackward0": "cdist",
     "PdistBackward0": "pdist",
-    "EmbeddingBackward0": "embedding",  # with sparse=True alone: sparse gradients are not differentiated
+    "EmbeddingBackward0": "embedding",
     "EmbeddingBagBackward0": "embedding_bag",
     "MultiMarginLossBackward0": "multi_margin_loss",
     "MultilabelMarginLossBackward0": "multilabel_margin_loss",
     "CtcLossBackward0": "ctc_loss",
     "CudnnCtcLossBackward0": "ctc_loss",
 }
+# Attributes of nodes that are at fault only where these are true: sparse gradients, statistics of the batch.
+_ONLY = {"EmbeddingBackward0": "_saved_sparse", "NativeBatchNormBackwardBackward0": "_saved_train"}
 
 
 class SecondOrder:
@@ -90,7 +92,7 @@ class SecondOrder:
         return bool(new)
 
     def mend_inner_gradients(self, loss: Tensor) -> None:
-        """Replace weight norm in a loss that takes a gradient inside: there PyTorch gets even the loss's first derivatives wrong."""
+        """Replace weight norm in a loss that takes a gradient inside: of one in the weights, even PyTorch's first derivative is wrong."""
         if any(node.name() == "WeightNormInterfaceBackward0" for node in graph_nodes([loss])):
             self.replaced |= {"weight_norm"}
 
@@ -99,7 +101,7 @@ def _examine(outputs: Iterable[Tensor], *, once: bool) -> tuple[set[str], set[st
     """(nodes of faulty operations, doubts about custom functions) in the graph behind tensors."""
     faulty, doubts = set(), set()
     for node in graph_nodes(outputs):
-        if (name := node.name()) in _FAULTY and (name != "EmbeddingBackward0" or node._saved_sparse):
+        if (name := node.name()) in _FAULTY and getattr(node, _ONLY.get(name, ""), True):
             faulty.add(name)
         if (function := getattr(node, "_forward_cls", None)) is None:  # of a custom autograd.Function
             continue

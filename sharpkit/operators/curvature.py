@@ -40,8 +40,8 @@ _UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first th
     "once_differentiable": ONCE,
     "_cudnn_rnn_backward": "the cuDNN RNN kernel has no second derivative: run the model's RNN under "
     "torch.backends.cudnn.flags(enabled=False)",
-    "modified by an inplace operation": "the data was changed in place between the products of one measurement: leave the batches "
-    "alone, or make a new operator",
+    "modified by an inplace operation": "a tensor that the backward pass needs was changed in place: by the model itself (training fails, "
+    "too: use operations that are not in place there), or in the batches between two products (leave them alone, or make a new operator)",
 }
 
 

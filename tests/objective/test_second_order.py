@@ -72,6 +72,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[..., Tensor]]] = {
         gaussian(6, 4),
         penalised,
     ),
+    "weight_norm and a gradient in the weights": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh()),
+        gaussian(6, 4),
+        lambda m, x: sum(g.square().sum() for g in torch.autograd.grad(mean_square(m, x), list(m.parameters()), create_graph=True)),
+    ),
+    "BatchNorm in eval mode, in a penalty": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh()),
+        gaussian(6, 4),
+        penalised,
+    ),
     "LayerNorm in a penalty": (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh()), gaussian(6, 4), penalised),
     "InstanceNorm in a penalty": (
         lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True), nn.Tanh()),
@@ -98,10 +108,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[..., Tensor]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_hessian_is_right_where_pytorch_has_none_or_a_wrong_one(name: str) -> None:
     make, x, loss = CASES[name]
-    model = built(make).train()
+    model = built(make).train("eval" not in name)
     expected = hessian_by_differences(lambda: loss(model, x), list(model.parameters()))
-    objective = sk.Objective(model, x, closure=loss, mode="train")
-    if name == "weight_norm in a penalty":  # there even torch's gradient is wrong, which the reference differentiates
+    objective = sk.Objective(model, x, closure=loss, mode="train" if model.training else "eval")
+    if name == "weight_norm and a gradient in the weights":  # there even torch's gradient is wrong, which the reference differentiates
         with Replaced(["weight_norm"]):
             expected = hessian_by_differences(lambda: loss(model, x), list(model.parameters()))
     dense = sk.HessianOperator(objective).to_dense()
@@ -110,9 +120,9 @@ def test_the_hessian_is_right_where_pytorch_has_none_or_a_wrong_one(name: str) -
     assert objective.second_order.probe_gradients == 0, "what the graph shows needs no probe"
 
 
-def test_the_gradient_of_a_penalty_through_weight_norm_is_that_of_its_value() -> None:
+def test_the_gradient_of_a_loss_that_takes_one_in_weight_normed_weights_is_that_of_its_value() -> None:
     """PyTorch's own is wrong: a loss that takes a gradient inside needs the second derivative for its first."""
-    make, x, loss = CASES["weight_norm in a penalty"]
+    make, x, loss = CASES["weight_norm and a gradient in the weights"]
     model = built(make)
     objective = sk.Objective(model, x, closure=loss)
     _, gradient = objective.gradient()

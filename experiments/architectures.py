@@ -89,12 +89,18 @@ def judged(model: nn.Module, batch: Any, loss: Loss, reference: Loss | None = No
 
 
 def diagnosed(model: nn.Module, batch: Any, loss: Loss | None) -> Row:
-    """The doctor's verdict on a sound objective."""
+    """The doctor's verdict; the objective is sound if PyTorch can train it at all."""
+    loss = loss or own_loss
     try:
-        found = sk.examine(sk.Objective(model, batch, closure=loss or own_loss, mode="train" if model.training else "eval"))
+        torch.autograd.grad(loss(model, batch), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        sound = True
+    except RuntimeError:
+        sound = False
+    try:
+        found = sk.examine(sk.Objective(model, batch, closure=loss, mode="train" if model.training else "eval"))
     except sk.SharpkitError as error:
-        return {"passed": False, "said": [f"{type(error).__name__}: {str(error)[:200]}"]}
-    return {"passed": found.passed, "said": [str(c)[:240] for c in found.checks if c.status in ("failed", "warning")]}
+        return {"sound": sound, "passed": False, "said": [f"{type(error).__name__}: {str(error)[:200]}"]}
+    return {"sound": sound, "passed": found.passed, "said": [str(c)[:240] for c in found.checks if c.status in ("failed", "warning")]}
 
 
 # -- planted faults -----------------------------------------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ def draw(rows: list[Row], figure: Any) -> None:
         ylabel="product against differences",
         title=", ".join(f"{n} {o}" for o, n in counts.items()),
     )
-    doctor, faults = [r for r in rows if r["part"] == "doctor"], [r for r in rows if r["part"] == "planted"]
+    doctor, faults = [r for r in rows if r["part"] == "doctor" and r["sound"]], [r for r in rows if r["part"] == "planted"]
     bars = {
         f"sound, passed ({len(doctor)})": sum(r["passed"] for r in doctor),
         "false alarms": sum(not r["passed"] for r in doctor),

@@ -343,7 +343,7 @@ def _equal_values(objective: Objective) -> str:
     """Names of two matrices with the same entries: a tie that was lost, for instance in a copy; empty if there are none."""
     matrices: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
     for name, p in zip(objective.layout.names, objective.layout.params, strict=True):
-        if p.ndim > 1 and float(p.detach().std()) > 0:  # not constants, which are often alike
+        if p.ndim > 1 and p.numel() > 1 and float(p.detach().std()) > 0:  # not constants, which are often alike
             for other, q in matrices.setdefault((p.shape, p.dtype, p.device), []):
                 if torch.equal(p, q):
                     return f"{other} and {name}"

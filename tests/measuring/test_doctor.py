@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -130,3 +131,40 @@ def test_each_check_is_announced_as_progress() -> None:
     seen: list[sk.Progress] = []
     diagnosis = sk.examine(sk.Objective(model, (torch.randn(8, 3), torch.randn(8, 2)), loss=F.mse_loss), callback=seen.append)
     assert [(p.text, p.done, p.expected, p.unit) for p in seen] == [(c.name, i, 12, "checks") for i, c in enumerate(diagnosis.checks)]
+
+
+class _Decoder(nn.Module):
+    """As Hugging Face decoders do: the loss is computed on logits cast to float32, whatever the model's type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 8, padding_idx=0), nn.Linear(8, 11)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.head(torch.tanh(self.embedding(input_ids))).float()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return type("Output", (), {"loss": loss})()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_in_float32_and_padding_rows_are_no_false_alarm(dtype: torch.dtype) -> None:
+    ids = torch.randint(11, (6, 12), generator=torch.Generator().manual_seed(0))
+    diagnosis = sk.examine(sk.Objective(_Decoder().to(dtype), {"input_ids": ids, "labels": ids}))
+    assert diagnosis.passed
+    assert _check(diagnosis, "finite differences").status == "ok", str(diagnosis)
+
+
+def test_a_model_that_cannot_be_copied_is_examined_itself() -> None:
+    sound, faulty = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), _Cubed(6, 3)
+    for model, passed in ((sound, True), (faulty, False)):
+        model.lock = threading.Lock()
+        diagnosis = sk.examine(sk.Objective(model, _data(), loss=F.cross_entropy, check=False))
+        assert diagnosis.passed == passed
+        assert "itself" in _check(diagnosis, "finite differences").message
+
+
+def test_parts_kept_in_eval_mode_are_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    model[1].eval()
+    check = _check(sk.examine(sk.Objective(model, _data(), loss=F.cross_entropy, mode="train")), "randomness")
+    assert "1, kept in eval mode as you put them" in check.message

@@ -28,7 +28,7 @@ _MOST_NOISE = 0.1  # differences that are less sure than this decide nothing, by
 # Steps relative to |w| / |v|, as multiples of eps^(1/3), where truncation and rounding of a central difference are alike; the smaller ones
 # cross fewer kinks. Factors by judgement: two neighbours differ by what the coarser is off.
 _STEPS, _MORE_STEPS = (1.0, 1 / 20, 1 / 400), (3.0, 1.0, 1 / 5, 1 / 20, 1 / 100, 1 / 400)
-_FINE = 1e-10  # rounding from which on the steps are small enough to pass between kinks: float64 has 2e-16, float32 1e-7
+_FINE = 1e-10  # by judgement, rounding from which on the steps are small enough to pass between kinks: float64 has 2e-16, float32 1e-7
 _KINKS = ("Relu", "LeakyRelu", "Prelu", "Rrelu", "Hard", "Threshold", "Clamp", "Abs", "Max", "Min", "Amax", "Sort", "Topk", "Sgn", "Median")
 _COPY = 6.0  # bytes that a copy, its graph and gradients take over those of its parameters, by judgement
 _MAX_BATCHES = 2  # that are copied, by judgement: a check, not a measurement

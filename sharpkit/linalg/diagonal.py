@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ProgressCallback, Result, student_factor
 from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.results import Budget, Estimate
+from sharpkit.linalg.results import Budget, Estimate, warn_unconverged
 from sharpkit.linalg.trace import DEFAULT_MATVECS, AdaptiveEstimate, Tolerance
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
@@ -55,8 +53,7 @@ def diagonal(
         operator: anything :func:`sharpkit.as_operator` takes.
         num_probes: products to spend, at least 2.
         seed: seeds the probes.
-        max_matvecs: most products.
-        max_seconds: most seconds.
+        max_matvecs, max_seconds: most products and seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Raises:
@@ -99,7 +96,7 @@ def diagonal(
         raise ValueError("the time budget ended before the first product: raise max_seconds")
     stderr = (squares / max(1, done - 1) / done).sqrt() * student_factor(done) if done > 1 else torch.full_like(mean, math.inf)
     if done < num_probes:
-        warnings.warn(f"the budget ended after {done} of {num_probes} probes: see stderr", ConvergenceWarning, stacklevel=2)
+        warn_unconverged(f"the budget ended after {done} of {num_probes} probes: see stderr")
     return DiagonalEstimate(mean, stderr, budget.num_matvecs, budget.seconds, done == num_probes)
 
 
@@ -138,8 +135,7 @@ def frobenius_norm(
         operator: anything :func:`sharpkit.as_operator` takes.
         rtol: relative standard error of the norm to reach.
         seed: seeds the probes.
-        max_matvecs: most products, by default 2000.
-        max_seconds: most seconds.
+        max_matvecs, max_seconds: most products, by default 2000, and seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Raises:
@@ -162,10 +158,8 @@ def frobenius_norm(
     norm = Estimate(value, stderr, budget.num_matvecs, budget.seconds, how).root()
     converged = norm.stderr <= rtol * norm.value
     if not converged:
-        warnings.warn(
+        warn_unconverged(
             f"||A||_F = {norm.value:.4g} has a standard error of {norm.stderr:.2g} after {budget.num_matvecs} products, "
-            f"{rtol * norm.value:.2g} was asked: raise max_matvecs or rtol.",
-            ConvergenceWarning,
-            stacklevel=2,
+            f"{rtol * norm.value:.2g} was asked: raise max_matvecs or rtol."
         )
     return replace(norm, converged=converged)

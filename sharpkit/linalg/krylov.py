@@ -1,4 +1,4 @@
-"""Orthonormal vectors in memory, the Krylov space they span, its Ritz pairs with their residuals, and the Lanczos run that grows it."""
+"""Orthonormal vectors in memory, the Krylov space they span, its Ritz pairs with their errors, and the Lanczos run that grows it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ _PASSES = 2  # "twice is enough": Giraud, Langou, Rozloznik and van den Eshof, N
 _MIXING_BLOCK = 2**22  # numbers mixed at a time when the basis is replaced, 32 MB in float64: by judgement
 _UNKNOWN_MEMORY = 4e9  # bytes taken to be free where the system does not tell: by judgement, what any machine with torch has
 _FIRST_SIZE = 16  # rows of the projected matrix before it first grows: by judgement, as for the chunks
+_USUAL = (1e-6, 1e6)  # entries of products that are left as they are, by judgement: float32 squares reach from 1e-38 to 1e38
+_DRIFT = 3.0  # times what a value moved lately is left to go: 2 by the law of 1 / m^2, more by judgement
+_LEAST_DRIFT = 3  # products that count as lately: by judgement, no fewer than the checks before a single pair is accepted
+_TRUST = 10.0  # the most by which an error may be believed to lie below its residual on such evidence alone: by judgement
 _BREAKDOWN = 20  # a remainder below so many roundings is nothing but rounding: by judgement, ten for each Gram-Schmidt pass
 
 
@@ -34,6 +38,33 @@ def affordable_rows(operator: SymmetricOperator, length: int, *, host: bool = Fa
     return int(operator.agree(0.5 * free / (length * working_dtype(operator).itemsize)))
 
 
+class Products:
+    """Products in the type that recurrences run in, in units of the matrix, so that squares neither overflow nor vanish.
+
+    Attributes:
+        unit: what a product is to be multiplied by, a power of 2; 1 for matrices of usual size.
+        underflow: how far a product may be off because its terms are as small as numbers get.
+    """
+
+    def __init__(self, operator: SymmetricOperator) -> None:
+        self.operator, self.dtype = operator, working_dtype(operator)
+        self.unit, self.underflow = 1.0, 0.0
+        self._known = False
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """A v / unit for a (n,) vector."""
+        product = self.operator.multiply(vector.to(self.operator.dtype)).to(self.dtype)
+        if not self._known:  # the one time that it costs a synchronisation
+            size = self.operator.agree(float(product.abs().max()))
+            self._known = size > 0.0  # a product of 0 tells nothing about the others
+            if self._known and math.isfinite(size) and not _USUAL[0] < size < _USUAL[1]:
+                info, given = torch.finfo(self.dtype), torch.finfo(self.operator.dtype)
+                most = int(-math.log2(info.tiny))  # 1 / unit has to be a number too
+                self.unit = 2.0 ** min(max(round(math.log2(size)), -most), most)
+                self.underflow = given.smallest_normal * given.eps * self.operator.size
+        return product if self.unit == 1.0 else product / self.unit
+
+
 class BasisRows:
     """Orthonormal vectors as the rows of contiguous chunks, on the operator's device or in host memory.
 
@@ -47,28 +78,25 @@ class BasisRows:
         self.size = 0
         self._chunks: list[Tensor] = []
 
-    def row(self, index: int) -> Tensor:
-        """Vector ``index`` on the operator's device, (n,)."""
+    def _slot(self, index: int) -> Tensor:
+        """Where vector ``index`` is stored, (n,)."""
         for chunk in self._chunks:
             if index < len(chunk):
-                return chunk[index].to(self.operator.device)
+                return chunk[index]
             index -= len(chunk)
         raise IndexError(index)
 
+    def row(self, index: int) -> Tensor:
+        """Vector ``index`` on the operator's device, (n,)."""
+        return self._slot(index).to(self.operator.device)
+
     def append(self, vector: Tensor) -> None:
         """Store one more (n,) vector."""
-        position = self.size
-        for chunk in self._chunks:
-            if position < len(chunk):
-                break
-            position -= len(chunk)
-        else:
+        if self.size == sum(map(len, self._chunks)):
             rows = max(_FIRST_CHUNK, self.size)
             # empty, not zeros: a row is written before it is read
-            chunk = torch.empty(rows, len(vector), dtype=self.dtype, device=self.storage_device)
-            self._chunks.append(chunk)
-            position = 0
-        chunk[position].copy_(vector)
+            self._chunks.append(torch.empty(rows, len(vector), dtype=self.dtype, device=self.storage_device))
+        self._slot(self.size).copy_(vector)
         self.size += 1
 
     def parts(self) -> list[Tensor]:
@@ -105,7 +133,7 @@ class BasisRows:
         total = vectors.new_zeros((self.size, *vectors.shape[1:]))
         rest = vectors
         if self.size:
-            for _ in range(_PASSES):
+            for _ in range(_PASSES):  # the second takes out what the first one's rounding has left inside
                 inside = self.coefficients(rest)
                 rest = rest - self.combine(inside)
                 total += inside
@@ -137,27 +165,63 @@ class Ritz:
         values: (m,), ascending.
         coordinates: (m, m), column j is pair j in the multiplied vectors.
         outward: (m,), how far the products lead out of the space: the residuals in exact arithmetic.
+        errors: (m,), how far an eigenvalue may lie from the value: the residual, or its square over the gap around (Kato and Temple).
         floor: what rounding and the noise of the products leave uncertain in a residual.
+        noise: what they leave uncertain in a value: the part of the floor along one vector.
+        zero: the size below which a value is 0 as far as rounding tells.
     """
 
     values: Array
     coordinates: Array
     outward: Array
+    errors: Array
     floor: float
+    noise: float
+    zero: float
 
     @property
     def residuals(self) -> Array:
         """||A v - theta v||, (m,): some eigenvalue lies within it of theta."""
-        return np.hypot(self.outward, self.floor)
+        return np.asarray(np.hypot(self.outward, self.floor))
+
+    def tolerances(self, tol: float) -> Array:
+        """What the error of each value has to fall below, (m,): ``tol`` of the value itself, or rounding where that is more."""
+        size = np.abs(self.values)
+        return np.maximum(tol * size, np.where(size <= self.zero, self.floor, self.noise))
+
+    def settled(self, tol: float) -> Array:
+        """Whether more products would not help, (m,): the value within its tolerance, the residual within that of the largest one."""
+        return (self.errors <= self.tolerances(tol)) & (self.outward <= max(tol * self.scale, self.floor))
+
+    def converged(self, tol: float) -> Array:
+        """Whether each is settled and ``tol`` is no finer than rounding, (m,); a value that is 0 to rounding has converged."""
+        size = np.abs(self.values)
+        reached = (self.noise <= tol * size) | (size <= self.zero)
+        return np.asarray(self.settled(tol) & reached & (self.floor <= tol * self.scale))
 
     @property
     def scale(self) -> float:
-        """The largest magnitude."""
-        return float(np.abs(self.values).max())
+        """The largest magnitude, 0 if there are none."""
+        return float(np.abs(self.values).max(initial=0.0))
 
     def pick(self, order: Array) -> Ritz:
         """Some of the pairs, in this order."""
-        return Ritz(self.values[order], self.coordinates[:, order], self.outward[order], self.floor)
+        arrays = self.values[order], self.coordinates[:, order], self.outward[order], self.errors[order]
+        return Ritz(*arrays, self.floor, self.noise, self.zero)
+
+
+def value_errors(values: Array, residuals: Array) -> Array:
+    """Bounds of |theta - lambda| for ascending Ritz values, (m,).
+
+    An eigenvalue lies within the residual r of theta. Where no interval theta -+ r of the others comes nearer than a gap, one lies within
+    r^2 / gap (Parlett, "The Symmetric Eigenvalue Problem", 11.7). Of values that overlap, unseen eigenvalues may lie in between.
+    """
+    upper = np.maximum.accumulate(values + residuals)
+    lower = np.minimum.accumulate((values - residuals)[::-1])[::-1]
+    between = lower[1:] - upper[:-1]
+    gaps = np.minimum(np.append(between, np.inf), np.insert(between, 0, np.inf))  # the nearer of both sides
+    apart = (gaps > residuals) & np.isfinite(gaps)  # alone, a value has nothing to be apart from
+    return np.where(apart, residuals**2 / np.where(apart, gaps, 1.0), residuals)
 
 
 class KrylovSpace:
@@ -167,23 +231,22 @@ class KrylovSpace:
     ||H[pending, E] y||, whatever mixture of starts, restarts and breakdowns made the basis.
 
     Attributes:
-        expanded: basis indices already multiplied.
-        pending: basis indices still to be multiplied.
+        expanded, pending: basis indices already multiplied, and still to be.
         scale: largest ||A q|| seen, a lower bound of ||A||.
         asymmetry: largest violation of q_i.(A q_j) = q_j.(A q_i) seen: the noise of the products.
     """
 
     def __init__(self, operator: SymmetricOperator, *, offload: bool = False) -> None:
         self.operator = operator
-        self.rows = BasisRows(operator, offload=offload)
+        self.products, self.rows = Products(operator), BasisRows(operator, offload=offload)
         self.dtype = self.rows.dtype
         self.eps = float(torch.finfo(self.dtype).eps)
         self.expanded: list[int] = []
         self.pending: list[int] = []
-        self.scale = 0.0
-        self.asymmetry = 0.0
+        self.scale = self.asymmetry = self._dropped = 0.0
+        self._course: dict[int, Array] = {}  # the Ritz values by the number of products made
+        self._made = 0
         self._forgetful = False
-        self._dropped = 0.0
         self._matrix = np.zeros((_FIRST_SIZE, _FIRST_SIZE))
 
     @property
@@ -196,7 +259,7 @@ class KrylovSpace:
         """Whether the basis spans the whole space."""
         return self.size >= self.operator.size
 
-    def add_start(self, vector: Tensor, *, min_norm: float = 0.0) -> bool:
+    def add_start(self, vector: Tensor) -> bool:
         """Orthogonalise a vector and add it as pending; False where nothing of it is left."""
         if self.is_complete:
             return False
@@ -208,7 +271,7 @@ class KrylovSpace:
             return False
         rest, _ = self.rows.orthogonalise(vector / before)
         norm = float(self.operator.dot(rest, rest)) ** 0.5
-        if norm <= max(min_norm, _BREAKDOWN * self.eps):
+        if norm <= _BREAKDOWN * self.eps:  # it lay in the span already
             return False
         rest, _ = self.rows.orthogonalise(rest / norm)  # what was left may be small, and its rounding large
         self._append_pending(rest / self.operator.dot(rest, rest).sqrt())
@@ -225,7 +288,7 @@ class KrylovSpace:
             NonFiniteError: the product is not finite.
             NotSymmetricError: the product contradicts earlier ones.
         """
-        product = self.operator.multiply(self.rows.row(index).to(self.operator.dtype)).to(self.dtype)
+        product = self.products(self.rows.row(index))
         rest, removed = self.rows.orthogonalise(product)
         squared = self.operator.dot(rest, rest)
         host = torch.cat([removed, squared.reshape(1)]).cpu().double().numpy()  # the one synchronisation
@@ -234,7 +297,8 @@ class KrylovSpace:
                 f"a product with {self.operator!r} contains NaN or infinity: the loss has no finite second derivative here, or half "
                 "precision overflowed; check the loss on this data, or use float32"
             )
-        beta, column = float(host[-1]) ** 0.5, host[:-1]
+        grown, unit = float(host[-1]) ** 0.5, self.products.unit  # the rest has this length in units of the products
+        beta, column = grown * unit, host[:-1] * unit
         self.scale = max(self.scale, float(np.hypot(np.linalg.norm(column), beta)))
         self._ensure(self.size + 1)
         if self._forgetful:  # the row is not known yet: both halves are written from this product
@@ -242,13 +306,15 @@ class KrylovSpace:
         else:
             self._check_symmetry(index, column)
         self._matrix[: self.size, index] = column
+        # what the new vector contributes to later rows is known only when it is multiplied: H is written column by column
         self.pending.remove(index)
         self.expanded.append(index)
+        self._made += 1
         if self.is_complete or beta <= _BREAKDOWN * self.eps * self.scale:
             self._dropped = max(self._dropped, beta)
             return False
         self._matrix[self.size, index] = beta
-        self._append_pending(rest / beta)
+        self._append_pending(rest / grown)
         return True
 
     def projected(self, indices: list[int] | None = None) -> Array:
@@ -262,7 +328,27 @@ class KrylovSpace:
         chosen = self.expanded if indices is None else indices
         values, coordinates = np.linalg.eigh(self.projected(chosen))
         outward = np.linalg.norm(self._matrix[np.ix_(self.pending, chosen)] @ coordinates, axis=0)  # 0 where nothing is pending
-        return Ritz(values, coordinates, outward, self.floor())
+        errors, rounding = value_errors(values, outward), self._rounding()
+        if indices is None:
+            errors = np.minimum(errors, self._drift(values, outward))
+        noise = max(rounding / max(1.0, len(self.expanded)) ** 0.5, 2 * self.operator.rounding * self.scale)
+        # 2: the products round, and so did A; and where a breakdown dropped more than rounding, nothing so small is known
+        zero = 2 * noise if self._dropped <= rounding else 0.0
+        return Ritz(values, coordinates, outward, errors, self.floor(), noise, zero)
+
+    def _drift(self, values: Array, outward: Array) -> Array:
+        """What is left to go judging by the last quarter of the products, (m,): at the edge of a bulk no gap is ever seen.
+
+        There a value is off by c / m^2 after m products, of which the last quarter made two thirds of what is left to go.
+        """
+        self._course[self._made] = values
+        before = self._course.get(self._made - max(_LEAST_DRIFT, self._made // 4))
+        moved = np.full(len(values), np.inf)
+        if before is not None and (half := min(len(values), len(before)) // 2):  # each half as seen from its own end
+            moved[:half], moved[-half:] = np.abs(values[:half] - before[:half]), np.abs(values[-half:] - before[-half:])
+        # the next product alone gains about outward^2 / width
+        gain = outward**2 / max(values.max(initial=0.0) - values.min(initial=0.0), 1e-300)
+        return np.asarray(np.maximum(_DRIFT * moved + gain, outward / _TRUST))
 
     def outward(self) -> Array:
         """H: the products of the expanded vectors in the basis, (size, len(expanded))."""
@@ -274,10 +360,13 @@ class KrylovSpace:
 
     def floor(self) -> float:
         """What rounding and the noise of the products leave uncertain in a residual."""
+        return max(self._dropped, self._rounding())
+
+    def _rounding(self) -> float:
         # Under autocast, eigenvalues were off by up to twice the rounding of its type (tests/linalg/test_tracking.py; where data is fitted
         # to large logits by more), while products with float32 vectors agree with each other far better than that.
-        own = 2 * self.eps * self.scale * max(1.0, len(self.expanded)) ** 0.5
-        return float(max(self.asymmetry, self._dropped, own, 2 * self.operator.rounding * self.scale))
+        relative = 2 * max(self.eps * max(1.0, len(self.expanded)) ** 0.5, self.operator.rounding) * self.scale
+        return float(max(self.asymmetry, relative, self.products.underflow))
 
     def vectors(self, coordinates: Array) -> Tensor:
         """Combinations of the expanded vectors, (n, k) for (len(expanded), k) coordinates, in the operator's dtype."""
@@ -305,7 +394,7 @@ class KrylovSpace:
         """
         self._forgetful = True
         while self.pending and max(self.pending) == self.size - 1:
-            self._matrix[self.size - 1, :] = 0.0
+            self._matrix[self.size - 1, :] = 0.0  # the next vector takes this index, and must not inherit the row
             self.pending.remove(self.size - 1)
             self.rows.size -= 1
 
@@ -315,7 +404,7 @@ class KrylovSpace:
         self.rows.append(vector)
 
     def _ensure(self, size: int) -> None:
-        if size > len(self._matrix):
+        if size > len(self._matrix):  # doubled, so that growing to m rows copies no more than m^2 numbers in all
             grown = np.zeros((2 * size, 2 * size))
             grown[: len(self._matrix), : len(self._matrix)] = self._matrix
             self._matrix = grown

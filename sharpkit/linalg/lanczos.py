@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
-from sharpkit.linalg.results import Array, Budget, Eigenpairs
+from sharpkit.linalg.results import Array, Budget, Eigenpairs, warn_unconverged
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 Which = Literal["largest", "smallest", "magnitude"]
@@ -21,6 +19,7 @@ Which = Literal["largest", "smallest", "magnitude"]
 _BUFFER = 2  # pairs beyond the k-th that must be out of the way, so that a Ritz value still rising is noticed: by judgement
 _PERSISTENCE = 2  # checks in a row that must pass, by judgement: one alone passes before a hidden eigenvalue enters the space
 _SWEEP_STEPS = 4  # least products of the search for missed eigenvalues: none of 10 missed in 50 starts (experiments/eigen_products.py)
+_LATE_ROUNDS = 4  # products for each vector that earlier searches left pending: by judgement, twenty copies of one value need three
 _WARM_NOISE = 0.2  # share of noise in a warm start: less leaves the start in a trap, more costs products; by judgement
 
 
@@ -40,22 +39,20 @@ def eigenpairs(
 ) -> Eigenpairs:
     """The k extreme eigenpairs of a symmetric operator, multiplicities included.
 
-    The Lanczos iteration ends when all k residuals ||A v - theta v|| are below ``tol`` times the largest eigenvalue magnitude and no
-    unconverged Ritz value can enter the wanted set, at two consecutive checks. For k >= 2 a few more products from a fresh random start,
-    orthogonal to the whole basis, then look for copies of multiple eigenvalues and members of clusters, which are merged. When the
-    memory for the basis is full, the iteration restarts from the best Ritz vectors.
-
-    The eigenvalue's own error is about residual^2 / gap, far below ``tol`` for separated eigenvalues.
+    The Lanczos iteration ends when the error of each of the k values is below ``tol`` times the value itself and no unconverged Ritz value
+    can enter the wanted set, at two consecutive checks. The error is taken as the residual r = ||A v - theta v|| or, where the value stands
+    apart, r^2 / gap; where it does not, from how far it moved lately. No residual exceeds ``tol`` times the largest magnitude. For k >= 2
+    a few more products from a fresh random start, orthogonal to the whole basis, then look for copies of multiple eigenvalues and members
+    of clusters, which are merged. When the memory for the basis is full, the iteration restarts from the best Ritz vectors.
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
         k: how many pairs, 1 <= k <= n.
         which: ``"largest"`` or ``"smallest"`` algebraic, or largest ``"magnitude"``.
-        tol: largest residual, relative to the largest eigenvalue magnitude.
+        tol: largest error of each value, relative to that value; one that is 0 to rounding has converged.
         seed: seeds the random vectors.
         initial: (n,) or (n, j) vectors near the wanted eigenvectors, for instance those of an earlier call.
-        max_matvecs: most products, by default 1000 + 50 k.
-        max_seconds: most seconds.
+        max_matvecs, max_seconds: most products, by default 1000 + 50 k, and seconds.
         basis_size: most basis vectors kept, at least k + 10 or n; by default max(2 k + 20, 80) or what half the free memory holds.
         offload: keep the basis in host memory.
         callback: called with a :class:`~sharpkit.Progress` after each product.
@@ -91,11 +88,9 @@ def eigenpairs(
     capacity = _capacity(operator, k, basis_size, offload, space.rows.row(0).shape[0])
     pairs = _Iteration(space, budget, k, which, tol, generator, capacity, warm=initial is not None).run()
     if not bool(pairs.converged.all()):
-        warnings.warn(
+        warn_unconverged(
             f"{int(pairs.converged.sum())} of {k} eigenpairs converged after {pairs.num_matvecs} products: {pairs.outcome}. The result "
-            "carries the residual of each; raise max_matvecs, max_seconds or tol for a complete answer.",
-            ConvergenceWarning,
-            stacklevel=2,
+            "carries the residual of each; raise max_matvecs, max_seconds or tol for a complete answer."
         )
     return pairs
 
@@ -110,7 +105,7 @@ def check_arguments(operator: SymmetricOperator, k: int, which: str, tol: float,
     if which not in get_args(Which):
         raise ValueError(f"which must be one of {get_args(Which)}, got {which!r}")
     if not 0 < tol < 1:
-        raise ValueError(f"tol is relative to the largest eigenvalue magnitude and must lie between 0 and 1, got {tol}")
+        raise ValueError(f"tol is relative to each eigenvalue and must lie between 0 and 1, got {tol}")
     if initial is not None and (initial.ndim not in (1, 2) or initial.numel() == 0):
         raise ValueError(f"initial must have shape (n,) or (n, j), got {tuple(initial.shape)}")
 
@@ -200,30 +195,41 @@ class _Iteration:
 
         What the basis does not span may hide in the vector that is still pending, or outside: so that one is multiplied, and then Lanczos
         runs from a fresh random start in the complement. It goes on while the complement's best Ritz value might still climb among the
-        wanted, up to half the products made.
+        wanted, up to three quarters of the products made. Vectors that earlier searches left pending come last, and what grows from them:
+        the start is orthogonal to them, and may see nothing of an eigenvector that lies half among them.
         """
         space, wanted = self.space, slice(self.k)
-        most = max(_SWEEP_STEPS + 2, min(self.budget.num_matvecs // 2, self.capacity - self.k - 5))
+        left = self.capacity - self.k - _BUFFER - len(space.pending) - 2  # rows beside what has to stay, and the two starts
+        most = max(_SWEEP_STEPS, min(max(3 * self.budget.num_matvecs // 4, _SWEEP_STEPS + 2), left))
         self._make_room(most + 2)
-        if self.capacity < space.operator.size:
-            most = max(1, min(most, self.capacity - space.size - 2))
         assert self.ritz is not None
         before, queue, strand = self._ranks(self.ritz)[wanted].copy(), space.pending[-1:], list[int]()
+        late, chain = space.pending[:-1], list[int]()
+        old = set(late)
+        first, most_late = set(queue), _LATE_ROUNDS * len(late)  # what grows from the first belongs to no strand
         if space.add_random(self.generator):
             queue.append(space.size - 1)
-        left_over = queue[0] if len(queue) == 2 else None  # pending since the iteration; its growth belongs to no strand
         intruder, size = False, space.size
 
         def enough() -> bool:
             nonlocal intruder, size
             index, grew, size = queue.pop(0), space.size > size, space.size
             ritz = self._update()
-            intruder = bool(np.any(self._ranks(ritz)[wanted] > before + self.tol * ritz.scale))
-            if index != left_over:
+            ranks = self._ranks(ritz)[: len(before)]
+            intruder = bool(np.any(ranks > before + ritz.tolerances(self.tol)[: len(before)]))
+            if index in old:
+                chain.append(index)
+                if grew:
+                    old.add(space.size - 1)
+                    late.append(space.size - 1)
+            elif index not in first:
                 strand.append(index)
                 done = len(strand) >= most or (len(strand) >= _SWEEP_STEPS and self._clear_of_wanted(strand))
                 if grew and not done:
                     queue.append(space.size - 1)
+            if not queue and (not chain or (len(chain) < most_late and not self._clear_of_wanted(strand + chain, among=None))):
+                queue.extend(late)
+                late.clear()
             return intruder or not queue
 
         def progress() -> tuple[int, str]:
@@ -233,17 +239,18 @@ class _Iteration:
             return "product or time budget used up before the search for missed eigenvalues ended"
         return "intruder" if intruder else "converged" if self._is_settled() else "unsettled"
 
-    def _clear_of_wanted(self, strand: list[int]) -> bool:
-        """Whether the complement's best eigenvalue will not reach the k-th wanted one.
+    def _clear_of_wanted(self, strand: list[int], among: int | None = 1) -> bool:
+        """Whether the complement's best eigenvalue will not reach the k-th wanted one, judging by its best Ritz value or by all of them.
 
         A random start underestimates the top of a spectrum of width w by order w (log n / steps)^2 (Kuczynski and Wozniakowski, 1992);
-        the factor 1/4 was chosen so that no eigenvalue was missed on clustered reference spectra.
+        the factor 1/3 was chosen so that no eigenvalue is missed on reference spectra (experiments/eigen_torture.py); 1/4 missed some.
         """
         assert self.ritz is not None
         outside = self.space.ritz(strand)
-        best = int(np.argmax(self._ranks(outside)))
-        unseen = float(np.ptp(outside.values)) * (np.log(self.space.operator.size) / (4 * len(strand))) ** 2
-        return bool(self._ranks(outside)[best] + outside.outward[best] + unseen < self._ranks(self.ritz)[self.k - 1])
+        ranks = self._ranks(outside)
+        reach = (ranks + outside.outward)[np.argsort(-ranks)[:among]].max()
+        unseen = float(np.ptp(outside.values)) * (np.log(self.space.operator.size) / (3 * len(strand))) ** 2
+        return bool(reach + unseen < self._ranks(self.ritz)[self.k - 1])
 
     def _ranks(self, ritz: Ritz) -> Array:
         """What pairs are compared by: value, -value or |value|."""
@@ -254,11 +261,8 @@ class _Iteration:
         self.ritz = ritz.pick(np.argsort(-self._ranks(ritz), kind="stable"))
         return self.ritz
 
-    def _threshold(self) -> float:
-        return max(self.tol * self.ritz.scale if self.ritz is not None else 0.0, self.space.floor())
-
     def _num_accepted(self) -> int:
-        return 0 if self.ritz is None else int((self.ritz.outward[: self.k] <= self._threshold()).sum())
+        return 0 if self.ritz is None else int(self.ritz.settled(self.tol)[: self.k].sum())
 
     def _is_settled(self) -> bool:
         """All wanted pairs within tolerance, and the next ones too or clear of the wanted."""
@@ -266,10 +270,9 @@ class _Iteration:
         assert ritz is not None
         if len(ritz.values) < min(k + _BUFFER, self.space.operator.size):
             return False
-        buffer, ranks = slice(k, k + _BUFFER), self._ranks(ritz)
+        buffer, ranks, settled = slice(k, k + _BUFFER), self._ranks(ritz), ritz.settled(self.tol)
         clear = ranks[buffer] + ritz.outward[buffer] < ranks[k - 1]
-        within = ritz.outward[: k + _BUFFER] <= self._threshold()
-        return bool(within[:k].all() and (within[buffer] | clear).all())
+        return bool(settled[:k].all() and (settled[buffer] | clear).all())
 
     def _most_useful(self) -> int:
         """The pending vector that carries most of the residuals of the wanted pairs."""
@@ -277,7 +280,7 @@ class _Iteration:
         if len(pending) == 1 or self.ritz is None or len(self.ritz.values) < self.k:
             return pending[0]
         shares = self.space.couplings() @ self.ritz.coordinates[:, : self.k + _BUFFER]  # (pending, pairs)
-        shares[:, self.ritz.outward[: self.k + _BUFFER] <= self._threshold()] *= 1e-3  # converged pairs decide only between equals
+        shares[:, self.ritz.settled(self.tol)[: self.k + _BUFFER]] *= 1e-3  # converged pairs decide only between equals
         return pending[int(np.argmax(np.linalg.norm(shares, axis=1)))]
 
     def _make_room(self, rows: int) -> None:
@@ -286,7 +289,7 @@ class _Iteration:
             return
         room = self.capacity - len(self.space.pending) - rows
         # A third of what is left over is kept beside the wanted, by judgement: enough to go on from, and seldom another restart.
-        keep = max(1, min(self.k + _BUFFER + (self.capacity - self.k) // 3, room))
+        keep = max(self.k + _BUFFER, min(self.k + _BUFFER + (self.capacity - self.k) // 3, room))
         self.space.compress(self.ritz.values[:keep], self.ritz.coordinates[:, :keep])
         self._update()
 
@@ -302,11 +305,11 @@ class _Iteration:
             pass
         columns += [space.rows.row(index)[:, None].to(space.operator.dtype) for index in space.pending[: k - known]]
         vectors = torch.cat(columns, dim=1)
-        accuracy = self.tol * (ritz.scale if ritz is not None else 0.0)
-        converged = (residuals <= max(accuracy, 1.5 * space.floor())) & (outcome == "converged")
-        if outcome == "converged" and accuracy < space.floor():
-            converged[:] = False
-            outcome = f"stopped at the rounding of the products: tol={self.tol:g} is out of reach"
+        converged = np.zeros(k, dtype=bool)
+        if ritz is not None and outcome == "converged":
+            converged[:known] = ritz.converged(self.tol)[:known]
+            if not converged.all():
+                outcome = f"stopped at the rounding of the products: tol={self.tol:g} is out of reach"
         if self.which == "smallest":  # the results are by descending value
             flip = np.concatenate([np.arange(known)[::-1], np.arange(known, k)])
             values, residuals, converged, vectors = values[flip], residuals[flip], converged[flip], vectors[:, flip.tolist()]

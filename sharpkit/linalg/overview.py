@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning
-from sharpkit._results import ProgressCallback, standard_error
+from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.results import Array, Budget, Eigenpairs, Estimate, SpectralDensity
+from sharpkit.linalg.results import Array, Budget, Eigenpairs, Estimate, SpectralDensity, probe_error, warn_unconverged
 from sharpkit.linalg.slq import ProbeRun, density_from, probe_run
 from sharpkit.operators.base import as_operator
 
@@ -22,6 +20,7 @@ _CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may ser
 _MAX_CONTROLS = 30  # as many vectors as fit beside a basis of the default 32 steps: by judgement
 _MOMENTS: tuple[Callable[[Array], Array], ...] = (lambda x: x, np.square, np.abs)
 _FIRST_RUN_LIMIT = 4  # times num_steps: how long the first run may go on until both ends have converged; by judgement
+_ENDS_LIMIT = 100  # products at least for both ends alone: by judgement, the edge of a bulk beside a far outlier takes 40 to 60
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def spectral_overview(
         operator: anything :func:`sharpkit.as_operator` takes.
         num_probes: Lanczos runs, at least 3, since the errors of all sums come from their spread.
         num_steps: products per run.
-        tol: residual of the extreme pairs relative to the largest magnitude.
+        tol: error of the extreme values, relative to each.
         seed: seeds the probes.
         max_matvecs, max_seconds: if one is exhausted, the partial result is returned with ``converged=False``.
         callback: called after each product.
@@ -105,11 +104,9 @@ def spectral_overview(
             moments.append(_moments(run, values, vectors))
     complete = len(rules) == num_probes
     if not complete:
-        warnings.warn(
+        warn_unconverged(
             f"the budget ended after {budget.num_matvecs} of about {expected} products, {len(rules)} of {num_probes} probes: errors are "
-            "wider, or unknown.",
-            ConvergenceWarning,
-            stacklevel=2,
+            "wider, or unknown."
         )
     density = density_from(rules, max(len(rule.nodes) for rule in rules), operator.size, budget, complete)
     trace, squared, absolute = _sums(np.array(moments).reshape(-1, len(_MOMENTS)), density, budget)
@@ -122,7 +119,7 @@ def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
-        tol: residual of both, relative to the largest magnitude.
+        tol: error of both values, relative to each.
         seed: seeds the start vector.
         num_steps: least number of products.
 
@@ -135,11 +132,13 @@ def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int
     operator = as_operator(operator)
     budget, steps, text = Budget(operator), min(num_steps, operator.size), "both ends of the spectrum"
     generator = torch.Generator().manual_seed(seed)
-    run = probe_run(operator, generator, budget, steps=steps, text=text, expected=steps, enough=_ends_converged(steps, tol))
+    run = probe_run(
+        operator, generator, budget, steps=steps, text=text, expected=steps, enough=_ends_converged(steps, tol, most=_ENDS_LIMIT)
+    )
     return _extreme(run, "largest", tol, budget), _extreme(run, "smallest", tol, budget)
 
 
-def _ends_converged(steps: int, tol: float) -> Callable[[KrylovSpace], bool]:
+def _ends_converged(steps: int, tol: float, most: int = 0) -> Callable[[KrylovSpace], bool]:
     """At least ``steps`` steps, and both extreme Ritz pairs within tolerance at two checks in a row."""
     streak = 0
 
@@ -147,10 +146,8 @@ def _ends_converged(steps: int, tol: float) -> Callable[[KrylovSpace], bool]:
         nonlocal streak
         if len(space.expanded) < steps:
             return False
-        ritz = space.ritz()
-        ends = ritz.residuals[[0, -1]] <= max(tol * ritz.scale, space.floor())
-        streak = streak + 1 if bool(ends.all()) else 0
-        return streak >= 2 or len(space.expanded) >= _FIRST_RUN_LIMIT * steps
+        streak = streak + 1 if bool(space.ritz().settled(tol)[[0, -1]].all()) else 0
+        return streak >= 2 or len(space.expanded) >= max(most, _FIRST_RUN_LIMIT * steps)
 
     return enough
 
@@ -164,8 +161,7 @@ def _controls(run: ProbeRun) -> tuple[Array, Tensor]:
 
 def _extreme(run: ProbeRun, which: str, tol: float, budget: Budget) -> Eigenpairs:
     pair = run.ritz.pick(np.array([-1 if which == "largest" else 0]))
-    # A residual holds the floor: that of a pair settled to rounding is up to sqrt(2) floors.
-    converged = pair.residuals <= max(tol * run.ritz.scale, 2 * pair.floor)
+    converged = run.ritz.converged(tol)[[-1 if which == "largest" else 0]]
     return Eigenpairs(
         torch.from_numpy(pair.values),
         run.space.vectors(pair.coordinates),
@@ -191,4 +187,4 @@ def _sums(moments: Array, density: SpectralDensity, budget: Budget) -> list[Esti
     if len(moments) < 2:  # no spread over the later probes: the plain quadrature of all of them
         return [density.total(f) for f in _MOMENTS]
     how = "Lanczos probes, outliers taken out"
-    return [Estimate(float(c.mean()), standard_error(c), budget.num_matvecs, budget.seconds, how, density.converged) for c in moments.T]
+    return [Estimate(float(c.mean()), probe_error(c), budget.num_matvecs, budget.seconds, how, density.converged) for c in moments.T]

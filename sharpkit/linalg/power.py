@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import BasisRows, working_dtype
+from sharpkit.linalg.krylov import BasisRows, Products, working_dtype
 from sharpkit.linalg.lanczos import check_arguments
-from sharpkit.linalg.results import Budget, Eigenpairs
+from sharpkit.linalg.results import Budget, Eigenpairs, warn_unconverged
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _DEFAULT_MATVECS = 1000  # for each pair, by judgement: ten times what a pair of a trained network takes to 1e-3 (50 to 100)
@@ -33,18 +33,18 @@ def power_iteration(
 ) -> Eigenpairs:
     """The k eigenvalues of largest magnitude, sign included, one after the other by power iteration.
 
-    Each is iterated orthogonal to those before, until its residual ||A v - theta v|| is below ``tol`` times the largest magnitude. The
-    iteration cannot separate +lambda from -lambda: such a tie is recognised (||A v|| settles while v.(A v) does not reach it), flagged and
-    named in ``outcome``. :func:`sharpkit.eigenpairs` needs several times fewer products and has no such gap.
+    Each is iterated orthogonal to those before, until its residual ||A v - theta v|| is below ``tol`` times the largest magnitude, and
+    what of it is orthogonal to the pairs before below ``tol`` times its own. The iteration cannot separate +lambda from -lambda: such a tie
+    is recognised (||A v|| settles while v.(A v) does not reach it), flagged and named in ``outcome``. :func:`sharpkit.eigenpairs` needs
+    several times fewer products and has no such gap.
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
         k: how many, 1 <= k <= n.
-        tol: residual relative to the largest magnitude.
+        tol: residual relative to the value; one that is 0 to rounding has converged.
         seed: seeds the random starts.
         initial: (n,) or (n, j) starts, used in order.
-        max_matvecs: most products, by default 1000 per pair.
-        max_seconds: most seconds.
+        max_matvecs, max_seconds: most products, by default 1000 per pair, and seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
@@ -62,6 +62,7 @@ def power_iteration(
     """
     operator = as_operator(operator)
     operator.check_alike("power_iteration", locals())  # before an argument is refused on one process alone
+    products = Products(operator)
     check_arguments(operator, k, "magnitude", tol, initial)
     limit = _DEFAULT_MATVECS * k if max_matvecs is None else max_matvecs
     budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
@@ -71,11 +72,33 @@ def power_iteration(
     scale = 0.0
     for number in range(k):
         vector = _start(operator, basis, initial, number, generator)
-        value, residual, outcome, vector = _iterate(basis, vector, scale, tol, budget, f"power iteration, pair {number + 1} of {k}")
+        stage = f"power iteration, pair {number + 1} of {k}"
+        value, residual, outcome, vector = _iterate(basis, products, vector, scale, tol, budget, stage)
         scale = max(scale, abs(value)) if np.isfinite(value) else scale
         basis.append(vector)
         pairs.append((value, residual, outcome))
-    return _result(operator, basis, pairs, tol, budget)
+    # by magnitude, pairs that the budget left without a value last
+    order = sorted(range(k), key=lambda j: -abs(pairs[j][0]) if np.isfinite(pairs[j][0]) else np.inf)
+    values, residuals, outcomes = zip(*(pairs[j] for j in order), strict=True)
+    converged = [outcome == "converged" for outcome in outcomes]
+    outcome = next((outcome for _, _, outcome in pairs if outcome != "converged"), "converged")
+    if not all(converged):
+        warn_unconverged(
+            f"{sum(converged)} of {k} pairs converged after {budget.num_matvecs} products of power iteration: {outcome}. "
+            "eigenpairs() needs far fewer products."
+        )
+    as_tensor = partial(torch.tensor, dtype=torch.float64)
+    return Eigenpairs(
+        as_tensor(values),
+        torch.stack([basis.row(j) for j in order], dim=1).to(operator.dtype),
+        as_tensor(residuals),
+        torch.tensor(converged),
+        budget.num_matvecs,
+        budget.seconds,
+        "magnitude",
+        tol,
+        outcome,
+    )
 
 
 def _start(operator: SymmetricOperator, basis: BasisRows, initial: Tensor | None, number: int, generator: torch.Generator) -> Tensor:
@@ -98,30 +121,38 @@ def _start(operator: SymmetricOperator, basis: BasisRows, initial: Tensor | None
             return unit
 
 
-def _iterate(basis: BasisRows, vector: Tensor, scale: float, tol: float, budget: Budget, stage: str) -> tuple[float, float, str, Tensor]:
+def _iterate(
+    basis: BasisRows, products: Products, vector: Tensor, scale: float, tol: float, budget: Budget, stage: str
+) -> tuple[float, float, str, Tensor]:
     """Value, residual, outcome and vector of the leading pair of the complement."""
     operator, value, residual = basis.operator, float("nan"), float("inf")
     eps = float(torch.finfo(basis.dtype).eps)
     history: list[tuple[float, float]] = []
     while budget.allows():
-        product = operator.multiply(vector.to(operator.dtype)).to(basis.dtype)
+        product = products(vector)
         rest, _ = basis.orthogonalise(product)
         full, inside = operator.dot(product, product), operator.dot(rest, rest)
         theta, grown, length = torch.stack([operator.dot(vector, product), inside, full]).cpu().double().numpy()
         if not np.isfinite([theta, grown, length]).all():
             raise NonFiniteError(f"a product with {operator!r} contains NaN or infinity; check the loss on this data")
-        value, norm = float(theta), float(grown) ** 0.5
-        scale = max(scale, float(length) ** 0.5)
+        unit, root = products.unit, float(grown) ** 0.5
+        value, norm, scale = unit * float(theta), unit * root, max(scale, unit * float(length) ** 0.5)
         # ||A v - theta v||^2 = ||A v||^2 - theta^2 for a unit vector, a difference that rounds to a few eps of the scale
-        residual = float(np.hypot(max(float(length) - value**2, 0.0) ** 0.5, 4 * eps * scale))
-        if residual <= max(tol, 8 * eps) * scale:
-            return value, residual, "converged", vector
+        residual, beyond = (
+            float(np.hypot(unit * max(float(square - theta**2), 0.0) ** 0.5, 4 * eps * scale + products.underflow))
+            for square in (length, grown)
+        )
+        accuracy, rounding = tol * (abs(value) if basis.size else scale), 8 * eps * scale
+        if residual <= max(tol * scale, rounding) and beyond <= max(accuracy, rounding):
+            reached = basis.size == 0 or rounding <= accuracy or abs(value) <= rounding
+            outcome = "converged" if reached else f"stopped at the rounding of {basis.dtype}: tol={tol:g} is out of reach"
+            return value, residual, outcome, vector
         history.append((norm, value))
         budget.report(budget.num_matvecs + 10, stage)
         if _is_tie(history, tol * scale):
             tie = f"eigenvalues near +{norm:.6g} and -{norm:.6g} tie in magnitude: use eigenpairs(which='magnitude')"
             return value, residual, tie, vector
-        vector = rest / norm
+        vector = rest / root
     return value, residual, "product or time budget used up", vector
 
 
@@ -133,20 +164,3 @@ def _is_tie(history: list[tuple[float, float]], accuracy: float) -> bool:
     gap = float(norms[-1] - abs(values[-1]))
     settled = max(float(np.ptp(norms)), float(np.ptp(values)))
     return settled <= 1e-3 * min(gap, accuracy * 10) and gap > accuracy
-
-
-def _result(operator: SymmetricOperator, basis: BasisRows, pairs: list[tuple[float, float, str]], tol: float, budget: Budget) -> Eigenpairs:
-    order = sorted(range(len(pairs)), key=lambda j: -abs(pairs[j][0]) if np.isfinite(pairs[j][0]) else np.inf)
-    values = torch.tensor([pairs[j][0] for j in order], dtype=torch.float64)
-    residuals = torch.tensor([pairs[j][1] for j in order], dtype=torch.float64)
-    converged = torch.tensor([pairs[j][2] == "converged" for j in order])
-    vectors = torch.stack([basis.row(j) for j in order], dim=1).to(operator.dtype)
-    outcome = next((why for _, _, why in pairs if why != "converged"), "converged")
-    if not bool(converged.all()):
-        warnings.warn(
-            f"{int(converged.sum())} of {len(pairs)} pairs converged after {budget.num_matvecs} products of power iteration: {outcome}. "
-            "eigenpairs() needs far fewer products.",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
-    return Eigenpairs(values, vectors, residuals, converged, budget.num_matvecs, budget.seconds, "magnitude", tol, outcome)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
-from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDensity
+from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDensity, warn_unconverged
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart: by judgement, a bulk shows none (tested)
@@ -46,8 +44,7 @@ def spectral_density(
         num_steps: Lanczos steps per probe: the resolution is about spectral width / num_steps.
         seed: seeds the probes.
         distribution: ``"rademacher"`` or ``"normal"`` entries of the probes.
-        max_matvecs: most products.
-        max_seconds: most seconds.
+        max_matvecs, max_seconds: most products and seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
@@ -90,11 +87,9 @@ def spectral_density(
         if not complete:
             break
     if not complete:
-        warnings.warn(
+        warn_unconverged(
             f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(rules)} of "
-            f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes.",
-            ConvergenceWarning,
-            stacklevel=2,
+            f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes."
         )
     return density_from(rules, steps, operator.size, budget, complete)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning, NonFiniteError
-from sharpkit._results import ProgressCallback, standard_error
+from sharpkit._errors import NonFiniteError
+from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, affordable_rows, lanczos_run
-from sharpkit.linalg.results import Array, Budget, Estimate
+from sharpkit.linalg.results import Array, Budget, Estimate, probe_error, warn_unconverged
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
@@ -72,8 +71,7 @@ def trace(
         method: ``"auto"``, ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
         seed: seeds the probes.
         num_matvecs: spend this many products instead of stopping at a tolerance.
-        max_matvecs: most products, by default 2000.
-        max_seconds: most seconds.
+        max_matvecs, max_seconds: most products, by default 2000, and seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
@@ -109,11 +107,9 @@ def trace(
     target = run.target(value)
     converged = stderr <= target
     if not converged and num_matvecs is None:
-        warnings.warn(
+        warn_unconverged(
             f"the trace {value:.4g} has a standard error of {stderr:.2g} after {budget.num_matvecs} products, {target:.2g} was "
-            "asked: raise max_matvecs or rtol, or set atol where positive and negative eigenvalues nearly cancel.",
-            ConvergenceWarning,
-            stacklevel=2,
+            "asked: raise max_matvecs or rtol, or set atol where positive and negative eigenvalues nearly cancel."
         )
     return Estimate(value, stderr, budget.num_matvecs, budget.seconds, how, converged)
 
@@ -310,8 +306,8 @@ class DeflatedProbes:
             inside = torch.zeros_like(coefficients)
             inside[self.space.expanded] = coefficients[self.space.expanded]
             probe = probe - self.space.rows.combine(inside)
-        product = self.operator.multiply(probe.to(self.operator.dtype)).to(self.space.dtype)
-        value = float(self.operator.dot(product if self.squared else probe, product))
+        product = self.space.products(probe)
+        value = float(self.operator.dot(product if self.squared else probe, product)) * self.space.products.unit ** (1 + self.squared)
         if not math.isfinite(value):
             raise NonFiniteError(f"a product with {self.operator!r} contains NaN or infinity; check the loss on this data")
         if not keep:
@@ -320,6 +316,7 @@ class DeflatedProbes:
         self._plain.append(value)
         self._kept.append((probe, product.clone()))
         inner = self.space.rows.coefficients(torch.stack([probe, product], dim=1)).cpu().double().numpy()
+        inner[:, 1] *= self.space.products.unit
         self._inner = np.concatenate([self._inner, inner[:, None, :]], axis=1)
 
     def deflate_one(self) -> None:
@@ -330,7 +327,7 @@ class DeflatedProbes:
     def sketch_one(self) -> bool:
         """Add the direction A s of a random s, and expand it: two products; False where the space is exhausted."""
         sketch = self.operator.random_vectors(1, generator=self.generator, distribution="normal")[:, 0]
-        image = self.operator.multiply(sketch)
+        image = self.space.products(sketch)
         known = self.space.size
         if not self.space.add_start(image):
             return False
@@ -352,6 +349,7 @@ class DeflatedProbes:
             for index in range(len(self._inner), self.space.size)
         ]
         self._inner = np.concatenate([self._inner, *new])
+        self._inner[len(self._inner) - len(new) :, :, 1] *= self.space.products.unit
 
     def samples(self) -> Array:
         """The samples of every probe, for the present basis."""
@@ -375,7 +373,7 @@ class DeflatedProbes:
 
     def estimate(self) -> tuple[float, float]:
         """The trace and its standard error, widened for few probes."""
-        return self.mean_and_spread()[0], standard_error(self.samples())
+        return self.mean_and_spread()[0], probe_error(self.samples())
 
 
 def xtrace(
@@ -399,10 +397,10 @@ def xtrace(
     value, stderr, passes = math.nan, math.inf, 0
     while budget.allows(2) and not space.is_complete:
         test = operator.random_vectors(1, generator=generator)[:, 0].to(space.dtype)
-        image = operator.multiply(test.to(operator.dtype)).to(space.dtype)
+        image = space.products(test)
         known = space.size
         grew = space.add_start(image)
-        images.append(space.rows.coefficients(image).cpu().double().numpy())
+        images.append(space.rows.coefficients(image).cpu().double().numpy() * space.products.unit)
         tests.append(test)
         if not grew:  # the range of A is exhausted: its trace is known
             return float(np.trace(space.projected())) if space.expanded else 0.0, 0.0, "XTrace, exact"
@@ -434,4 +432,4 @@ def _leave_one_out(space: KrylovSpace, tests: list[Tensor], images: list[Array])
     rest = (coordinates * triangle).sum(axis=0) - 2 * (reduced * triangle).sum(axis=0) + (reduced * (inner @ reduced)).sum(axis=0)
     scaling = (n - m + 1) / np.maximum(norms - (reduced**2).sum(axis=0), np.finfo(float).tiny)
     estimates = np.trace(inner) - (dual * (inner @ dual)).sum(axis=0) + scaling * rest
-    return float(estimates.mean()), _SHARED_BASIS * standard_error(estimates)
+    return float(estimates.mean()), _SHARED_BASIS * probe_error(estimates)

@@ -164,7 +164,7 @@ def measure(
             that it does not hold rest.
         num_probes: random probes; the error of trace and norm falls as their square root.
         num_steps: Lanczos steps per probe, which give the density its resolution.
-        tol: tolerance of the extreme eigenvalues, relative to the largest in size.
+        tol: tolerance of the extreme eigenvalues, relative to each.
         seed: seeds the random probes.
         max_matvecs, max_seconds: stop the measurement when exhausted; partial results are returned with ``converged=False``.
         callback: called with a :class:`sharpkit.Progress` after each product.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _DISTRIBUTIONS = ("normal", "rademacher")
+_REAL_FORM = "A Hermitian n x n matrix is the real 2n x 2n one [[Re, -Im], [Im, Re]]."
 
 
 class SymmetricOperator(ABC):
@@ -52,6 +53,8 @@ class SymmetricOperator(ABC):
     def __init__(self, size: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
         if size < 1:
             raise ValueError(f"an operator needs at least one row, got size={size}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"an operator multiplies real vectors, so its dtype must be a floating-point type; got {dtype}. {_REAL_FORM}")
         self.size, self.dtype, self.device = size, dtype, torch.device(device)
         self.num_matvecs = 0
         self.rounding = float(torch.finfo(dtype).eps)  # of a product, relative; larger where it is computed in a less exact type
@@ -99,6 +102,8 @@ class SymmetricOperator(ABC):
             raise ValueError(
                 f"a product must be a tensor of the vector's shape {tuple(vectors.shape)}, but that of {type(self).__name__} was {came}"
             )
+        if product.is_complex():  # the imaginary part would be dropped with no more than a warning
+            raise ValueError(f"a product must be real, but that of {type(self).__name__} was {product.dtype}. {_REAL_FORM}")
         product = product.detach()
         # A subclass may hand its argument back, or a tensor expanded from one entry (stride 0), which cannot be written to.
         shared = product.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr() or 0 in product.stride()
@@ -237,6 +242,8 @@ def check_symmetric(operator: SymmetricOperator, *, seed: int = 0, rtol: float |
     """
     probes = operator.random_vectors(2, generator=torch.Generator().manual_seed(seed))
     products = operator @ probes
+    size = float(products.abs().max()) or 1.0
+    products = products / size  # squares of products neither overflow nor vanish
     left, right = float(operator.dot(probes[:, 0], products[:, 1])), float(operator.dot(probes[:, 1], products[:, 0]))
     norms = [float(operator.dot(x, x)) ** 0.5 for x in (probes[:, 0], products[:, 0], probes[:, 1], products[:, 1])]
     scale = max(norms[0] * norms[3], norms[2] * norms[1])  # Cauchy-Schwarz bounds either side by it, so rounding is relative to it
@@ -244,8 +251,8 @@ def check_symmetric(operator: SymmetricOperator, *, seed: int = 0, rtol: float |
     tolerance = rtol if rtol is not None else (1e-8 if operator.dtype == torch.float64 else 1e-3)
     if abs(left - right) > tolerance * scale:
         raise NotSymmetricError(
-            f"u.(A v) = {left:.9g} but v.(A u) = {right:.9g}: {operator!r} is not symmetric, and every algorithm here needs a symmetric "
-            "one. If the matrix itself is meant to be symmetric, its product is wrong; otherwise pass (A + A^T) / 2 or A^T A."
+            f"u.(A v) = {left * size:.9g} but v.(A u) = {right * size:.9g}: {operator!r} is not symmetric, and every algorithm here needs "
+            "a symmetric one. If the matrix itself is meant to be symmetric, its product is wrong; otherwise pass (A + A^T) / 2 or A^T A."
         )
 
 
@@ -406,9 +413,7 @@ def _checked_matrix(matrix: Tensor, size: int | None, dtype: torch.dtype | None,
         expected = f"({size}, {size})" if size is not None else "square"
         raise ValueError(f"expected a {expected} matrix, got shape {tuple(matrix.shape)}")
     if matrix.is_complex():
-        raise ValueError(
-            "expected a real matrix, got a complex one; a Hermitian n x n matrix is the real 2n x 2n one [[Re, -Im], [Im, Re]]"
-        )
+        raise ValueError(f"expected a real matrix, got a complex one. {_REAL_FORM}")
     target = dtype or (matrix.dtype if matrix.is_floating_point() else torch.float64)
     if not target.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {target}")
@@ -420,6 +425,8 @@ def _wrap_callable(matrix: Any, size: int | None, dtype: torch.dtype, device: to
     if shape is not None and hasattr(matrix, "__matmul__"):
         if len(shape) != 2 or shape[0] != shape[1]:
             raise ValueError(f"expected a square matrix, got shape {tuple(shape)}")
+        if np.issubdtype(getattr(matrix, "dtype", None) or np.float64, np.complexfloating):
+            raise ValueError(f"expected a real operator, got one of {matrix.dtype}. {_REAL_FORM}")
 
         def through_numpy(vector: Tensor) -> Tensor:
             return torch.as_tensor(np.asarray(matrix @ vector.cpu().numpy()))

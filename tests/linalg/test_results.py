@@ -15,7 +15,7 @@ import torch
 import sharpkit as sk
 import sharpkit.linalg
 from sharpkit._results import format_with_error, standard_error, student_factor
-from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity
+from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity, probe_error
 from sharpkit.operators.base import MatrixOperator
 
 
@@ -114,8 +114,8 @@ def density(**changes: Any) -> SpectralDensity:
 
 
 def test_sums_over_the_spectrum_are_means_over_the_probes_with_their_spread() -> None:
-    """Per probe: mean of x 0.6 and 1.0, of x^2 3.4 and 7.0, of the mass below 0 0.2 and 0.4; half the spread times Student's factor."""
-    made, factor = density(), 12.7062 / 1.95996 / 2
+    """Per probe: mean of x 0.6 and 1.0, of x^2 3.4 and 7.0, of the mass below 0 0.2 and 0.4; their spread, a tenth wider."""
+    made, factor = density(), 1.1 * 12.7062 / 1.95996 / 2
     assert made.num_probes == 2 and made.converged and made.seconds == 0 and made.outliers.shape == (0,)
     for estimate, value, spread in (
         (made.expectation(lambda x: x), 0.8, 0.4),
@@ -235,3 +235,24 @@ def test_progress_tells_what_is_done_expected_and_left() -> None:
     matrix @ torch.ones(3, 4, dtype=torch.float64)
     spent.report(2, "over")
     assert (wide[0].done, wide[0].expected, wide[0].remaining) == (4, 4, 0.0)
+
+
+@pytest.mark.parametrize("count", [6, 20, 60])
+def test_two_stated_errors_of_skewed_forms_hold_the_truth_in_92_of_100_cases(count: int) -> None:
+    """The forms of a matrix of rank one are chi-square with one degree of freedom; the normal ones are what many eigenvalues give."""
+    generator = np.random.default_rng(0)
+    normal, skewed = generator.standard_normal((1000, count)), generator.standard_normal((1000, count)) ** 2 - 1
+    for samples, at_least in ((normal, 0.95), (skewed, 0.86 if count == 6 else 0.92)):
+        errors = np.array([probe_error(row) for row in samples])
+        share = np.mean(np.abs(samples.mean(axis=1)) <= 2 * errors)
+        needed = np.quantile(np.abs(samples.mean(axis=1)) / (2 * errors), 0.95)
+        assert share >= at_least and needed >= 0.5
+
+
+def test_a_probe_error_is_students_widened_by_a_tenth_and_by_skewness_at_any_scale() -> None:
+    samples = np.array([0.0, 0, 0, 4])
+    plain = samples.std(ddof=1) / 2 * student_factor(4)
+    assert probe_error(samples) == pytest.approx(plain * (1.1 + 1.2 * (24 / 4) / 3**1.5 / 2))  # deviations -1, -1, -1, 3
+    for scale in (1e-100, 1e100):
+        assert probe_error(samples * scale) == pytest.approx(probe_error(samples) * scale)
+    assert probe_error(np.ones(5)) == 0 and math.isinf(probe_error(np.ones(1))) and math.isinf(probe_error(np.ones(0)))

@@ -15,8 +15,7 @@ from problems_linalg import network_like, operator_with, rotated
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
-from sharpkit._results import student_factor
-from sharpkit.linalg.results import Budget
+from sharpkit.linalg.results import Budget, probe_error
 from sharpkit.linalg.trace import AdaptiveEstimate, DeflatedProbes, Tolerance
 from sharpkit.operators.base import CallableOperator
 
@@ -227,7 +226,7 @@ def test_probes_kept_are_samples_of_the_complement_of_whatever_basis_there_is(pr
     assert operator.num_matvecs == len(probes) + products, "a product a probe and a product a basis vector"
     value, spread = probes.mean_and_spread()
     assert value == pytest.approx(known + float(expected.mean())) and spread == pytest.approx(float(expected.std()))
-    assert probes.estimate()[1] == pytest.approx(spread / len(probes) ** 0.5 * student_factor(len(probes)))
+    assert probes.estimate()[1] == pytest.approx(probe_error(expected.numpy()))
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -282,7 +281,7 @@ def test_xtrace_is_the_mean_of_the_estimates_that_leave_one_test_vector_out(test
         estimates.append(float(torch.trace(Q.T @ A @ Q) + (n - tests + 1) / (rest @ rest) * (rest @ A @ rest)))
     made = sk.trace(operator, method="xtrace", num_matvecs=2 * tests, seed=7)
     assert made.value == pytest.approx(np.mean(estimates), rel=1e-9)
-    assert made.stderr == pytest.approx(1.25 * np.std(estimates, ddof=1) / tests**0.5 * student_factor(tests), rel=1e-6)
+    assert made.stderr == pytest.approx(1.25 * probe_error(np.array(estimates)), rel=1e-6)
     assert made.num_matvecs == operator.num_matvecs == 2 * tests and made.method == "XTrace"
 
 
@@ -315,7 +314,7 @@ def test_plain_probes_stop_at_the_tolerance_and_are_the_mean_of_their_samples() 
     drawn = (z * (operator.matrix @ z)).sum(dim=0).numpy()  # type: ignore[attr-defined]
 
     def error(count: int) -> float:
-        return float(drawn[:count].std(ddof=1) / count**0.5 * student_factor(count))
+        return probe_error(drawn[:count])
 
     assert made.value == pytest.approx(drawn.mean()) and made.stderr == pytest.approx(error(len(drawn)))
     stops = [count for count in range(6, len(drawn) + 1) if error(count) <= 0.05 * abs(drawn[:count].mean())]

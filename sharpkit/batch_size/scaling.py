@@ -161,6 +161,6 @@ def safe_damping(lr: float, batch_size: float, bulk_trace: float) -> float:
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092.
     """
-    if batch_size <= 0 or lr <= 0:
-        raise ValueError(f"lr and batch_size must be positive, got {lr} and {batch_size}")
+    if not (0 < batch_size < math.inf and 0 < lr < math.inf and math.isfinite(bulk_trace)):
+        raise ValueError(f"lr and batch_size must be positive and bulk_trace finite, got {lr}, {batch_size} and {bulk_trace}")
     return lr * bulk_trace / (2 * batch_size)

@@ -94,5 +94,11 @@ def test_bad_arguments_are_refused() -> None:
         sk.scale_learning_rate(0.1, 1, 2, rule="cubic")
 
 
+@pytest.mark.parametrize("given", [(0.5, float("nan"), 1.0), (float("inf"), 2.0, 1.0), (0.5, 2.0, float("nan"))])
+def test_the_damping_of_nonsense_is_refused(given: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="positive and bulk_trace finite"):
+        safe_damping(*given)
+
+
 def test_safe_damping_is_proportional_to_rate_over_batch() -> None:
     assert safe_damping(0.2, 64, 10.0) == pytest.approx(2 * safe_damping(0.1, 64, 10.0)) == pytest.approx(2 * safe_damping(0.2, 128, 10.0))

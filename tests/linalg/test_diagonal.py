@@ -29,12 +29,54 @@ def samples(count: int, seed: int = 0) -> Tensor:
     return torch.stack([z * (MATRIX @ z) for z in probes])
 
 
-@pytest.mark.parametrize("count", [2, 3, 7, 30])
+@pytest.mark.parametrize("count", [2, 3, 7, 15])
 def test_the_estimate_is_the_mean_of_the_samples_and_its_error_their_standard_error(count: int) -> None:
     made, drawn = sk.diagonal(MATRIX, num_probes=count, seed=5), samples(count, seed=5)
     torch.testing.assert_close(made.value, drawn.mean(dim=0))
     torch.testing.assert_close(made.stderr, drawn.std(dim=0) / count**0.5 * student_factor(count))
     assert made.converged and made.num_matvecs == count and made.seconds > 0
+
+
+def test_a_flat_spectrum_is_left_to_plain_probes() -> None:
+    matrix, count = rotated(np.linspace(-1, 1, 200)), 60
+    generator, operator = torch.Generator().manual_seed(0), sk.as_operator(matrix)
+    z = torch.cat([operator.random_vectors(1, generator=generator, distribution="rademacher") for _ in range(count)], dim=1)
+    made = sk.diagonal(matrix, num_probes=count)
+    torch.testing.assert_close(made.value, (z * (matrix @ z)).mean(dim=1))
+    assert made.num_matvecs == count
+
+
+def test_where_a_few_directions_dominate_it_is_the_mean_of_the_estimates_that_leave_one_probe_out() -> None:
+    """Epperly, Tropp and Webber, XDiag, written out: for each i a basis of the other images, and the rest left to probe i."""
+    spectrum = np.concatenate([[100.0, 60, 40, 20, 10], 0.05 * np.random.default_rng(2).random(195)])
+    matrix, m = rotated(spectrum), 10
+    generator, operator = torch.Generator().manual_seed(4), sk.as_operator(matrix)
+    z = torch.cat([operator.random_vectors(1, generator=generator, distribution="rademacher") for _ in range(m)], dim=1)
+    estimates = []
+    for i in range(m):
+        basis = torch.linalg.qr(matrix @ z[:, [j for j in range(m) if j != i]])[0]
+        rest = matrix @ z[:, i] - basis @ (basis.T @ (matrix @ z[:, i]))
+        estimates.append((basis * (matrix @ basis)).sum(dim=1) + z[:, i] * rest)
+    made = sk.diagonal(matrix, num_probes=2 * m, seed=4)
+    torch.testing.assert_close(made.value, torch.stack(estimates).mean(dim=0))
+    torch.testing.assert_close(made.stderr, 1.25 * student_factor(m) * torch.stack(estimates).std(dim=0) / m**0.5)
+    assert made.num_matvecs == 2 * m and float((made.value - matrix.diagonal()).norm() / matrix.diagonal().norm()) < 0.05
+    with pytest.warns(ConvergenceWarning, match="after 20 of 100"):
+        assert torch.equal(sk.diagonal(matrix, seed=4, max_matvecs=2 * m).value, made.value)
+
+
+def test_two_stated_errors_of_the_diagonal_hold_93_of_100_entries() -> None:
+    spectrum = np.concatenate([[50.0, 20, 10, 5, 3], 0.05 * (np.random.default_rng(3).random(195) - 0.3)])
+    matrix = rotated(spectrum)
+    made = [sk.diagonal(matrix, num_probes=60, seed=seed) for seed in range(5)]
+    assert np.mean([float(((d.value - matrix.diagonal()).abs() <= 2 * d.stderr).double().mean()) for d in made]) >= 0.93
+
+
+def test_the_diagonal_of_low_rank_is_exact() -> None:
+    matrix = rotated(np.concatenate([[5.0, -4, 3], np.zeros(97)]))
+    made = sk.diagonal(matrix, num_probes=20)
+    torch.testing.assert_close(made.value, matrix.diagonal())
+    assert float(made.stderr.max()) == 0 and made.num_matvecs <= 20
 
 
 def test_a_hundred_probes_and_seed_0_unless_asked_otherwise() -> None:
@@ -138,6 +180,23 @@ def test_the_norm_goes_by_a_hundredth_and_seed_0_unless_asked_otherwise() -> Non
     operator = operator_with(network_like(300))
     values = [sk.frobenius_norm(operator, **options).value for options in ({}, {"rtol": 0.01}, {"seed": 0}, {"seed": 1}, {"rtol": 0.05})]
     assert values[0] == values[1] == values[2] and values[0] not in values[3:]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_norm_of_low_rank_is_exact_once_the_range_is_exhausted(rank: int) -> None:
+    spectrum = np.concatenate([np.arange(1.0, rank + 1), np.zeros(200)])
+    for seed in range(4):
+        assert sk.frobenius_norm(operator_with(spectrum), seed=seed).value == pytest.approx(np.linalg.norm(spectrum), rel=1e-2)
+        root = torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert sk.frobenius_norm(torch.outer(root, root), seed=seed).value == pytest.approx(float(root @ root), rel=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norm_and_trace_are_right_at_scales_whose_squares_float32_cannot_hold(scale: float) -> None:
+    matrix = rotated(np.linspace(1, 3, 40)).mul(scale).float()
+    assert sk.frobenius_norm(matrix).value == pytest.approx(scale * np.linalg.norm(np.linspace(1, 3, 40)), rel=0.03)
+    for method in ("auto", "hutchinson", "hutch++", "xtrace"):
+        assert sk.trace(matrix, method=method).value == pytest.approx(80 * scale, rel=0.03)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rtol", [0.0, -1.0])

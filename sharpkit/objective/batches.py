@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,80 @@ def tensors_of(batch: Batch) -> list[Tensor]:
 
     map_tensors(keep, batch)
     return tensors
+
+
+def named_tensors(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor by its path, such as ``"1"`` or ``"inputs.mask"``, in the order of :func:`tensors_of`; those of graph objects, too."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(part: Any, path: str) -> None:
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(part, Tensor):
+            tensors[path] = part
+        elif isinstance(part, Mapping):
+            items = part.items()
+        elif isinstance(part, (tuple, list)) and not isinstance(part, PackedSequence):
+            items = zip(getattr(part, "_fields", range(len(part))), part, strict=True)
+        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+            items = [(f.name, getattr(part, f.name)) for f in dataclasses.fields(part) if f.init]
+        elif hasattr(part, "to") and not isinstance(part, PackedSequence):  # torch_geometric keeps its tensors in a store of their own
+            items = part.to_dict().items() if hasattr(part, "to_dict") else getattr(part, "__dict__", {}).items()
+        for key, value in items:
+            walk(value, f"{path}.{key}" if path else str(key))
+
+    walk(batch, "")
+    return tensors
+
+
+def join_batches(batches: Sequence[Batch], lengths: Sequence[int], *, ragged: str = "refuse", padding: Mapping[str, float] = {}) -> Batch:
+    """Several batches as one, or None if they cannot be joined: other nesting, other leaves, or tensors of other shapes.
+
+    Args:
+        batches: at least one.
+        lengths: samples in each.
+        ragged: trailing sizes that differ, as sequence lengths do: ``"refuse"``, or ``"crop"`` to the least or ``"pad"`` to the largest.
+        padding: value to pad with by the tensor's path, 0 elsewhere.
+    """
+    columns, rest = [tensors_of(batch) for batch in batches], [_other_leaves(batch) for batch in batches]
+    if any(len(c) != len(columns[0]) for c in columns) or any(r != rest[0] for r in rest) or not columns[0]:
+        return None
+    joined = []
+    for name, tensors in zip(named_tensors(batches[0]), zip(*columns, strict=True), strict=True):
+        if len({(t.ndim, t.dtype) for t in tensors}) > 1:
+            return None
+        if all(t.ndim > 0 and len(t) == n for t, n in zip(tensors, lengths, strict=True)):
+            sizes = list(zip(*(t.shape[1:] for t in tensors), strict=True))
+            if any(len(set(size)) > 1 for size in sizes):
+                if ragged == "refuse":
+                    return None
+                wanted = [min(size) if ragged == "crop" else max(size) for size in sizes]
+                tensors = tuple(_fitted(t, wanted, padding.get(name, 0)) for t in tensors)
+            joined.append(torch.cat(tensors))
+        elif all(t.shape == tensors[0].shape and torch.equal(t, tensors[0]) for t in tensors):  # shared by all samples
+            joined.append(tensors[0])
+        else:
+            return None
+    columns_left = iter(joined)
+    return map_tensors(lambda _: next(columns_left), batches[0])
+
+
+def _fitted(t: Tensor, sizes: Sequence[int], value: float) -> Tensor:
+    """A tensor with its trailing sizes cut or padded at the end."""
+    new = t.new_full((len(t), *sizes), value)
+    common = (slice(None), *(slice(min(a, b)) for a, b in zip(t.shape[1:], sizes, strict=True)))
+    new[common] = t[common]
+    return new
+
+
+def _other_leaves(batch: Batch) -> list[Any]:
+    leaves: list[Any] = []
+
+    def keep(leaf: Any) -> Any:
+        leaves.append(leaf if isinstance(leaf, (str, bytes, int, float)) else id(leaf))  # other objects count as equal where they are one
+        return leaf
+
+    map_tensors(lambda t: t, batch, other=keep)
+    return leaves
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -155,20 +229,18 @@ class BatchSource:
                 return
             yield batch
 
-    def check_repeatable(self, first_pass: list[str]) -> None:
-        """Compare the beginning of a second pass with the first one's fingerprints.
 
-        Raises:
-            NonDeterministicError: they differ.
-        """
-        if not self.is_loader:
-            return
-        for index, (batch, before) in enumerate(zip(self, first_pass, strict=False)):
-            if fingerprint(batch) != before:
-                raise NonDeterministicError(
-                    f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product would be "
-                    f"with a different matrix. {_HOW_TO_FIX} without random augmentation"
-                )
+def check_repeatable(batch: Batch, index: int, before: str) -> None:
+    """Compare a batch of a second pass with the first one's fingerprint.
+
+    Raises:
+        NonDeterministicError: they differ.
+    """
+    if fingerprint(batch) != before:
+        raise NonDeterministicError(
+            f"batch {index} differed between two passes over the data: the loader shuffles or augments, so every product would be with a "
+            f"different matrix. {_HOW_TO_FIX} without random augmentation"
+        )
 
 
 def _is_batch(data: Any, pair: bool) -> bool:

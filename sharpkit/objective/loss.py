@@ -26,7 +26,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.BCELoss: F.binary_cross_entropy,
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
-_FUNCTIONS = set(_MODULES.values())
+STANDARD_LOSSES = frozenset(_MODULES.values())
 _LABELLED = (F.cross_entropy, F.nll_loss)
 
 
@@ -72,7 +72,7 @@ def recognise_loss(loss: Callable[..., Tensor]) -> KnownLoss | None:
         settings = {name: getattr(loss, name) for name in ("reduction", "weight", "ignore_index", "label_smoothing") if hasattr(loss, name)}
         loss = _MODULES[type(loss)]  # type: ignore[index]
     # the legacy arguments override reduction=: such a loss is tried out like any other
-    if loss not in _FUNCTIONS or "size_average" in settings or "reduce" in settings:
+    if loss not in STANDARD_LOSSES or "size_average" in settings or "reduce" in settings:
         return None
     if settings.get("weight") is not None and loss not in _LABELLED:  # an elementwise weight does not enter the divisor
         return None

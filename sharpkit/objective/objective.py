@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -13,30 +14,20 @@ from torch import Tensor, nn
 
 from sharpkit._errors import ObjectiveError, SharpkitError
 from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
+from sharpkit.objective.counting import CountRule, LossWatch, samples_in
 from sharpkit.objective.distributed import Ranks, find_ranks
 from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
-from sharpkit.objective.loss import KnownLoss, call_model, check_loss, own_loss, recognise_loss
+from sharpkit.objective.loss import call_model, check_loss, own_loss, recognise_loss
 from sharpkit.objective.params import ParamSelector, select_params
-from sharpkit.objective.reduction import (
-    Counts,
-    Evaluator,
-    Look,
-    Piece,
-    Survey,
-    candidate_counts,
-    check_pair,
-    conclude,
-    cut_batches,
-    cut_samples,
-    look_at,
-    samples_in,
-)
+from sharpkit.objective.reduction import Look, Piece, Survey, check_pair, conclude, cut_batches, cut_samples, look_at
 from sharpkit.objective.second_order import Replaced, SecondOrder, Watch
+from sharpkit.objective.trials import Evaluator, Measured, Watched
 
 Closure = Callable[[nn.Module, Batch], Tensor]
 
 _MODES = ("eval", "train")
+_ENTRIES = 64  # of each parameter's gradient, compared between batches: by judgement
 _LEAST_SAMPLES = 32  # a training batch is not cut below: by judgement, fewer samples say little of the batch's curvature
 
 
@@ -114,7 +105,7 @@ class Objective:
         self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
         evaluator = self._evaluator(check)
         look = self.ranks.run_together(lambda: self._look(evaluator, reduction), device=self.device)
-        self._survey: Survey = conclude(look, self.ranks, evaluator=evaluator, reduction=reduction)
+        self._survey: Survey = conclude(look, self.ranks, evaluator=evaluator, reduction=reduction, device=self.device)
         self.may_split = micro_batch_size is not None and self.may_separate and not self._survey.draws
         if isinstance(micro_batch_size, int):
             if not self.may_split:
@@ -131,24 +122,30 @@ class Objective:
         self._source = BatchSource(data, pair=self.loss is not None)
 
     def _evaluator(self, check: bool) -> Evaluator:
-        def loss(batch: Batch, number: int) -> Tensor:
+        def measure(batch: Batch, number: int, with_gradient: bool) -> Measured:
             with self._guard(training=False):  # dropout would hide that the parts add up
-                return self._evaluate(to_device(batch, self._data_device), number).detach()
+                loss = self._evaluate(to_device(batch, self._data_device), number)
+                if not with_gradient:
+                    return loss.detach(), torch.empty(0)
+                flat = self.layout.flatten(torch.autograd.grad(loss, self.layout.params, allow_unused=True))
+            # some entries of each tensor's gradient, evenly spread, tell rules apart as well as all
+            entries = [s[:: max(1, len(s) // _ENTRIES)] for s in torch.split(flat, list(self.layout.sizes))]
+            return loss.detach(), torch.cat(entries).double().cpu()
 
-        def loss_in_mode(batch: Batch, number: int) -> tuple[Tensor, bool]:
+        def watch(batch: Batch, number: int) -> Watched:
             with self.undisturbed():
                 self.seed_for(number)
                 before = random_fingerprint(self._data_device)
-                value = self._watched(to_device(batch, self._data_device), number)
-                return value, before != random_fingerprint(self._data_device)
+                loss, losses = self._watched(to_device(batch, self._data_device), number)
+                draws = before != random_fingerprint(self._data_device)
+                return Watched(loss.detach(), draws, tuple(losses.seen), losses.behind(loss))
 
         several = self.ranks.size > 1
         return Evaluator(
-            count=self._candidate_counts,
-            loss=loss,
-            loss_in_mode=loss_in_mode,
-            known=self._known_loss,
-            given_count=self._count is not None,
+            measure=measure,
+            watch=watch,
+            known=recognise_loss(self.loss) if self.loss is not None else None,
+            count=None if self._count is None else CountRule("counts", _checked_count(self._count)),
             pair=self.loss is not None,
             check=check,
             draws=self.mode == "train",
@@ -159,28 +156,19 @@ class Objective:
         with self.undisturbed():
             return look_at(self._source, evaluator, reduction=reduction)
 
-    def _watched(self, batch: Batch, number: int) -> Tensor:
-        """The loss of a batch, with a look at what its evaluation does to derivatives."""
+    def _watched(self, batch: Batch, number: int) -> tuple[Tensor, LossWatch]:
+        """The loss of a batch with its graph, the standard losses that ran, and a look at what its evaluation does to derivatives."""
         known = self.second_order
         try:
-            with Watch(known):
+            with Watch(known), LossWatch() as losses:
                 loss = self._evaluate(batch, number)
         except SharpkitError:
             raise
         except Exception:  # code that cannot run under a torch function mode; if that is not it, the error comes again
-            return self._evaluate(batch, number).detach()
+            return self._evaluate(batch, number), LossWatch()
         if known.takes_gradients:
             known.mend_inner_gradients(loss)
-        return loss.detach()
-
-    def _candidate_counts(self, batch: Batch) -> Counts:
-        if self._count is not None:
-            return {"counts": float(self._count(batch))}
-        return candidate_counts(batch, self._known_loss, self.loss is not None)
-
-    @property
-    def _known_loss(self) -> KnownLoss | None:
-        return recognise_loss(self.loss) if self.loss is not None else None
+        return loss, losses
 
     def _why_whole(self) -> str:
         if self.couples_samples:
@@ -228,7 +216,7 @@ class Objective:
     @property
     def counted(self) -> str:
         """Name of the weighting rule."""
-        return self._survey.rule
+        return self._survey.rule.name
 
     @property
     def device(self) -> torch.device:
@@ -383,10 +371,14 @@ class Objective:
         return cut_samples(piece, self._survey, self.count_of, length=samples_in(piece.batch, self.loss is not None))
 
     def count_of(self, batch: Batch) -> float:
-        """What a batch counts, by the weighting rule."""
-        if self._count is not None:
-            return float(self._count(batch))
-        return self._candidate_counts(batch)[self._survey.rule]
+        """What a batch counts, by the weighting rule.
+
+        Raises:
+            ObjectiveError: it is of another kind than the objective's own batches.
+        """
+        if (count := self._survey.rule.count(batch)) is None:
+            raise ObjectiveError(f"the objective's batches are weighted by {self.counted}, which this {type(batch).__name__} does not have")
+        return count
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's output on an (input, target) batch, as the loss receives it. To be called under :meth:`undisturbed`."""
@@ -598,6 +590,21 @@ class ObjectiveMaker:
             return batches
         lengths = [self._length(b) for b in batches]
         return [slice_batch(b, 0, max(1, round(n * wanted / total)), length=n) for b, n in zip(batches, lengths, strict=True)]
+
+
+def _checked_count(count: Callable[[Batch], float]) -> Callable[[Batch], float]:
+    def checked(batch: Batch) -> float:
+        given: Any = count(batch)
+        try:
+            number = float(given)
+        except (TypeError, ValueError, RuntimeError):
+            came = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{type(given).__name__}"
+            raise TypeError(f"count(batch) must return one number, what the loss of that batch averages over, got {came}") from None
+        if not 0 <= number < math.inf:
+            raise ValueError(f"count(batch) returned {number}; it must be finite and not negative")
+        return number
+
+    return checked
 
 
 def _device_of(model: nn.Module) -> torch.device:

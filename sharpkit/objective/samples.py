@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ObjectiveError, UnsupportedError
-from sharpkit.objective.batches import Batch, map_tensors, tensors_of, to_device
+from sharpkit.objective.batches import Batch, join_batches, map_tensors, to_device
 from sharpkit.objective.distributed import Ranks
 from sharpkit.objective.objective import Objective
 
@@ -36,7 +36,8 @@ class SamplePool:
         batches = [to_device(batch, objective.device) for batch, count in zip(objective.batches(), counts, strict=True) if count]
         lengths = [length for length, count in zip(objective.batch_lengths, counts, strict=True) if count]
         # one batch where shapes allow it: then a draw is one index operation a tensor
-        self._batches, self._lengths = (_joined(batches), [sum(lengths)]) if _joinable(batches) else (batches, lengths)
+        joined = join_batches(batches, lengths) if len(batches) > 1 else None
+        self._batches, self._lengths = (batches, lengths) if joined is None else ([joined], [sum(lengths)])
 
     @property
     def batches(self) -> list[Batch]:
@@ -108,15 +109,3 @@ class SamplePool:
 
 def _take(batch: Batch, indices: Tensor, length: int) -> Batch:
     return map_tensors(lambda t: t[indices.to(t.device)] if t.ndim > 0 and t.shape[0] == length else t, batch)
-
-
-def _joinable(batches: list[Batch]) -> bool:
-    shapes = [[t.shape[1:] for t in tensors_of(batch)] for batch in batches]
-    return all(t.ndim > 0 for batch in batches for t in tensors_of(batch)) and all(s == shapes[0] for s in shapes)
-
-
-def _joined(batches: list[Batch]) -> list[Batch]:
-    if len(batches) == 1:
-        return batches
-    columns = iter([torch.cat(ts) for ts in zip(*(tensors_of(batch) for batch in batches), strict=True)])
-    return [map_tensors(lambda _: next(columns), batches[0])]

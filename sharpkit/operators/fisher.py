@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sharpkit._errors import ObjectiveError, UnsupportedError
+from sharpkit.objective.counting import samples_in
 from sharpkit.objective.loss import KnownLoss, recognise_loss
 from sharpkit.objective.objective import Objective
-from sharpkit.objective.reduction import Piece, samples_in
+from sharpkit.objective.reduction import Piece
 from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, all_equal
 from sharpkit.operators.gauss_newton import OutputJacobian, output_gradient
 from sharpkit.operators.hessian import HessianOperator

@@ -305,15 +305,13 @@ def test_a_mean_over_sequences_of_per_sequence_means_is_told_from_a_mean_over_to
     assert found.counted != "labels other than -100"
 
 
-def test_sequences_of_other_lengths_in_each_batch_may_be_weighed_in_two_ways_and_that_is_said() -> None:
+def test_sequences_of_other_lengths_in_each_batch_weigh_by_what_their_loss_is_seen_to_average_over() -> None:
     model = built(TiedLanguageModel)
     batches = [(labels(3, n, classes=7), labels(3, n, classes=7, seed=4)) for n in (3, 6)]
     loss = lambda z, t: F.cross_entropy(z.transpose(1, 2), t)  # noqa: E731
-    with pytest.warns(sk.ObjectiveWarning, match="all fit"):
-        objective = sk.Objective(model, batches, loss=loss)
-    assert objective.num_targets == 27
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert sk.Objective(model, batches, loss=loss).num_targets == 27
         assert sk.Objective(model, batches, loss=loss, count=lambda b: b[1].numel()).num_targets == 27
 
 
@@ -351,8 +349,21 @@ def test_a_loss_that_couples_samples_is_one_batch_or_needs_its_count() -> None:
 def test_batches_that_cannot_be_cut_are_not_weighed_by_guess() -> None:
     problem = tied()
     singles = [(x[i : i + 1], y[i : i + 1]) for x, y in problem.batches for i in range(len(x))]
-    with pytest.raises(sk.ObjectiveError, match="no batch could be cut in two"):
-        sk.Objective(problem.model, singles, loss=problem.loss)
+    joined = sk.Objective(problem.model, singles, loss=problem.loss)
+    assert joined.value() == pytest.approx(float(problem.value().detach()), rel=1e-12)
+
+    def one_at_a_time(z: Tensor, t: Tensor) -> Tensor:
+        (_,) = t
+        return problem.loss(z, t)
+
+    def by_hand(z: Tensor, t: Tensor) -> Tensor:
+        (only,) = t
+        kept = only != -100
+        return -z[0][kept].log_softmax(-1).gather(1, only[kept][:, None]).mean()
+
+    assert sk.Objective(problem.model, singles, loss=one_at_a_time).num_targets == problem.total
+    with pytest.raises(sk.ObjectiveError, match=r"which weigh batches differently|could not be joined"):
+        sk.Objective(problem.model, singles, loss=by_hand)
     counted = sk.Objective(problem.model, singles, loss=problem.loss, count=lambda b: (b[1] != -100).sum())
     assert counted.value() == pytest.approx(float(problem.value().detach()), rel=1e-12)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,12 +91,13 @@ def gradient_noise_scale(
         few = f"{pool.size} samples make {len(groups)} groups of {size}"
         raise ValueError(f"{few}; at least {_LEAST_GROUPS} are needed: choose a smaller group_size")
     gradients = torch.stack([_finite(group.gradient()[1]) for group in groups]).double()
-    noise, signal, scale = _noise_and_signal(gradients @ gradients.T, size)
+    counts = [group.num_targets for group in groups] if objective.reduction == "mean" else None  # of sums, each sample weighs as the next
+    noise, signal, scale = _noise_and_signal(gradients @ gradients.T, size, counts)
     curvature = None
     if with_curvature:
         # all groups' products at once, so that passes over the data are shared where memory allows
         products = HessianOperator(objective) @ gradients.T.to(objective.dtype)
-        curvature = _noise_and_signal(gradients @ products.double(), size)[2]
+        curvature = _noise_and_signal(gradients @ products.double(), size, counts)[2]
     return GradientNoise(scale, noise, signal, curvature, len(groups), size, time.perf_counter() - started)
 
 
@@ -104,17 +107,28 @@ def _finite(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _noise_and_signal(gram: Tensor, size: int) -> tuple[Estimate, Estimate, Estimate]:
-    """tr Sigma, |G|^2 and their ratio from the groups' Gram matrix g_j . g_k (or g_j . H g_k), errors by the jackknife."""
+def _noise_and_signal(gram: Tensor, size: int, counts: Sequence[float] | None = None) -> tuple[Estimate, Estimate, Estimate]:
+    """tr Sigma, |G|^2 and their ratio from the groups' Gram matrix g_j . g_k (or g_j . H g_k), errors by the jackknife.
+
+    Groups of uneven counts c_k (tokens) have G = sum c_k g_k / sum c_k, and tr Sigma is that of the ratio's linearisation, the samples'
+    c_i (g_i - G) / mean c: plain differences of group means would be larger for small groups.
+    """
     matrix = gram.cpu().numpy()
-    count, diagonal, rows = len(matrix), np.diag(matrix), matrix.sum(axis=1)
+    count, weights = len(matrix), np.ones(len(matrix)) if counts is None else np.asarray(counts, dtype=float)
+    weighted = weights[:, None] * (matrix + matrix.T) / 2 * weights  # g_j . H g_k is symmetric up to rounding
+    rows, diagonal = weighted.sum(axis=1), weighted.diagonal()
 
-    def estimate(own: float, total: float, k: int) -> tuple[float, float]:
-        signal = (total - own) / (k * (k - 1))  # distinct groups are independent: their products average to |G|^2
-        return size * (own / k - signal), signal
+    def estimate(left: np.ndarray[Any, Any], total: float, rows: np.ndarray[Any, Any]) -> tuple[float, float]:
+        """Of the groups ``left``, with the sums over them of all of c_j c_k g_j . g_k and of its rows."""
+        k, mean = int(left.sum()), weights[left].mean()
+        share = weights[left] / mean
+        residuals = diagonal[left] / mean**2 - 2 * share * rows[left] / (k * mean**2) + share**2 * total / (k * mean) ** 2
+        noise = size * float(residuals.sum()) / (k - 1)
+        return noise, total / (k * mean) ** 2 - noise / (size * k)  # |mean|^2 is too large by its variance
 
-    noise, signal = estimate(float(diagonal.sum()), float(matrix.sum()), count)
-    left_out = np.array([estimate(diagonal.sum() - diagonal[j], matrix.sum() - 2 * rows[j] + diagonal[j], count - 1) for j in range(count)])
+    noise, signal = estimate(np.ones(count, dtype=bool), float(weighted.sum()), rows)
+    everyone = ~np.eye(count, dtype=bool)
+    left_out = np.array([estimate(everyone[j], weighted.sum() - 2 * rows[j] + diagonal[j], rows - weighted[j]) for j in range(count)])
     widened = (count - 1) * student_factor(count) ** 2  # the jackknife's variance is (K - 1) times that of the leave-one-out values
     spread = np.sqrt(widened * left_out.var(axis=0))
     resolved = signal > 2 * float(spread[1])  # below, the ratio's error is not that of a linear function any more

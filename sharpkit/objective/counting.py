@@ -178,7 +178,8 @@ def rules_seen(seen: SeenLoss, batch: Batch) -> Iterator[CountRule]:
             if _same_labels(leaf, target, known.ignore_index):
                 yield CountRule(setting, known.count, path)
             if leaf.ndim > 1 and _same_labels(leaf[..., 1:], target, known.ignore_index):
-                yield CountRule(f"next {setting}", functools.partial(_shifted, known=known), path)
+                name = "next tokens" if known.weight is None and known.ignore_index == -100 else f"next {setting}"
+                yield CountRule(name, functools.partial(_shifted, known=known), path)
         elif not labels and leaf.numel() == target.numel() and torch.equal(_sorted(leaf), _sorted(target)):
             each = known.count(target) / max(1, leaf.numel())
             yield CountRule(f"entries of {path!r}", functools.partial(_scaled_entries, each=each), path)

@@ -93,6 +93,28 @@ def test_single_samples_and_groups_agree_with_the_covariance_of_the_data() -> No
     assert abs(grouped.trace.value - single.trace.value) < 4 * grouped.trace.stderr
 
 
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_the_noise_scale_of_ragged_token_means_does_not_depend_on_the_group_size(size: int) -> None:
+    """The truth is that of the ratio sum s_i / sum n_i, s_i the token-summed gradient of a sequence of n_i tokens, linearised."""
+    lengths = torch.randint(1, 17, (512,), generator=torch.Generator().manual_seed(0))
+    x, keep = gaussian(512, 16, 3, seed=1) + 0.3, (torch.arange(16) < lengths[:, None]).double()
+    y = (x.sum(-1) + 0.5 * gaussian(512, 16, seed=2)) * (1 + 0.2 * gaussian(512, 1, seed=3))
+    model = built(lambda: nn.Linear(3, 1))
+
+    def closure(m: nn.Module, b: Any) -> Tensor:
+        return ((m(b["x"])[..., 0] - b["y"]).square() * b["keep"]).sum() / b["keep"].sum()
+
+    objective = sk.Objective(model, {"x": x, "y": y, "keep": keep}, closure=closure, count=lambda b: float(b["keep"].sum()))
+    off = 2 * (model(x)[..., 0] - y) * keep  # d/d output
+    sums = torch.cat([(off[..., None] * x).sum(1), off.sum(1, keepdim=True)], 1).detach()  # (512, 4): weight and bias
+    mean = sums.sum(0) / keep.sum()
+    linear = (sums - mean * keep.sum(1, keepdim=True)) / keep.sum(1).mean()
+    truth = float(linear.square().sum() / 511)
+    noise = sk.gradient_noise_scale(objective, group_size=size, max_groups=512)
+    assert abs(noise.trace.value - truth) < (1e-9 * truth if size == 1 else 3 * noise.trace.stderr)
+    assert noise.trace.stderr < 0.35 * truth, "precise enough to notice the difference that lengths make"
+
+
 def test_two_groupings_differ_and_the_same_seed_repeats() -> None:
     objective = known(200, seed=7)
     values = [sk.gradient_noise_scale(objective, group_size=10, seed=seed).trace.value for seed in (0, 0, 1)]

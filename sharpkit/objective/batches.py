@@ -66,27 +66,23 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     return tensors
 
 
-def named_tensors(batch: Batch) -> dict[str, Tensor]:
+def named_tensors(batch: Batch, *, path: str = "") -> dict[str, Tensor]:
     """Every tensor by its path, such as ``"1"`` or ``"inputs.mask"``, in the order of :func:`tensors_of`; those of graph objects, too."""
-    tensors: dict[str, Tensor] = {}
-
-    def walk(part: Any, path: str) -> None:
-        items: Iterable[tuple[Any, Any]] = ()
-        if isinstance(part, Tensor):
-            tensors[path] = part
-        elif isinstance(part, Mapping):
-            items = part.items()
-        elif isinstance(part, (tuple, list)) and not isinstance(part, PackedSequence):
-            items = zip(getattr(part, "_fields", range(len(part))), part, strict=True)
-        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-            items = [(f.name, getattr(part, f.name)) for f in dataclasses.fields(part) if f.init]
-        elif hasattr(part, "to") and not isinstance(part, PackedSequence):  # torch_geometric keeps its tensors in a store of their own
-            items = part.to_dict().items() if hasattr(part, "to_dict") else getattr(part, "__dict__", {}).items()
-        for key, value in items:
-            walk(value, f"{path}.{key}" if path else str(key))
-
-    walk(batch, "")
-    return tensors
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(batch, Tensor):
+        return {path: batch}
+    if isinstance(batch, PackedSequence):
+        return {}
+    if isinstance(batch, Mapping):
+        items = batch.items()
+    elif isinstance(batch, (tuple, list)):
+        items = zip(getattr(batch, "_fields", range(len(batch))), batch, strict=True)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        items = [(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init]
+    elif hasattr(batch, "to"):  # torch_geometric keeps its tensors in a store of their own
+        items = batch.to_dict().items() if hasattr(batch, "to_dict") else getattr(batch, "__dict__", {}).items()
+    inside = [named_tensors(value, path=f"{path}.{key}" if path else str(key)) for key, value in items]
+    return {name: tensor for tensors in inside for name, tensor in tensors.items()}
 
 
 def join_batches(batches: Sequence[Batch], lengths: Sequence[int], *, ragged: str = "refuse", padding: Mapping[str, float] = {}) -> Batch:

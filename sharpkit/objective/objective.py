@@ -35,8 +35,9 @@ class Objective:
     """f(w) = (1/C) sum over batches of c_b L_b(w): one fixed function of the parameters, the same however the data is cut into batches.
 
     Each batch is weighted by its number of targets c_b (masked ones left out; with class weights, their sum); losses with
-    reduction="sum" are added. How the loss averages is read off a standard PyTorch loss and tried out on any other. Making an objective
-    goes through the data once to count, evaluates the first batch twice to see that the answer repeats, and a few batches in two parts.
+    reduction="sum" are added. How the loss averages is read off a standard PyTorch loss, seen inside any function or closure that calls
+    one, and tried out: batches in two parts, and parts of up to 16 batches joined, must have the loss that the rule predicts. Making an
+    objective goes through the data once to count, and evaluates the first batch twice to see that the answer repeats.
     It changes nothing in the model.
 
     Args:

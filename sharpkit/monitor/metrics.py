@@ -331,7 +331,7 @@ def _noise_scale(s: Situation) -> Values:
     how = f"{len(entries)} training batches, steps {int(entries[0][0])} to {s.step}"
     if not resolved:
         how += "; not resolved: |G|^2 is within two errors of 0"
-    return {name: Measurement(value, error, 0, time.perf_counter() - started, how, math.isfinite(value) and resolved)}
+    return {name: Measurement(value, error, 0, time.perf_counter() - started, how, bool(math.isfinite(value) and resolved))}
 
 
 def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) -> tuple[float, float]:

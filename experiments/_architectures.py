@@ -83,6 +83,13 @@ DECODERS = _families(
         "first_k_dense_replace": 1,
     },
 )
+_SPEECH = {
+    "conv_dim": [8, 8],
+    "conv_kernel": [4, 4],
+    "conv_stride": [2, 2],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
 OTHERS = [
     *_families(
         "masked",
@@ -127,24 +134,7 @@ OTHERS = [
         convnextv2={"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
         bit={"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 8},
     ),
-    *_families(
-        "ctc",
-        "wav2vec2 hubert",
-        wav2vec2={
-            "conv_dim": [8, 8],
-            "conv_kernel": [4, 4],
-            "conv_stride": [2, 2],
-            "num_conv_pos_embeddings": 4,
-            "num_conv_pos_embedding_groups": 2,
-        },
-        hubert={
-            "conv_dim": [8, 8],
-            "conv_kernel": [4, 4],
-            "conv_stride": [2, 2],
-            "num_conv_pos_embeddings": 4,
-            "num_conv_pos_embedding_groups": 2,
-        },
-    ),
+    *_families("ctc", "wav2vec2 hubert", wav2vec2=_SPEECH, hubert=_SPEECH),
 ]
 _HEADS = {
     "causal": "AutoModelForCausalLM",

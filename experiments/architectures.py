@@ -97,10 +97,14 @@ def diagnosed(model: nn.Module, batch: Any, loss: Loss | None) -> Row:
     except RuntimeError:
         sound = False
     try:
-        found = sk.examine(sk.Objective(model, batch, closure=loss, mode="train" if model.training else "eval"))
+        diagnosis = sk.examine(sk.Objective(model, batch, closure=loss, mode="train" if model.training else "eval"))
     except sk.SharpkitError as error:
         return {"sound": sound, "passed": False, "said": [f"{type(error).__name__}: {str(error)[:200]}"]}
-    return {"sound": sound, "passed": found.passed, "said": [str(c)[:240] for c in found.checks if c.status in ("failed", "warning")]}
+    return {
+        "sound": sound,
+        "passed": diagnosis.passed,
+        "said": [str(c)[:240] for c in diagnosis.checks if c.status in ("failed", "warning")],
+    }
 
 
 # -- planted faults -----------------------------------------------------------------------------------------------------------------

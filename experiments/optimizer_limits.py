@@ -145,9 +145,9 @@ def row_of(name: str, kind: str, *, width: float, steps: int) -> Row:
         return {"optimizer": name, "groups": kind, "outcome": "refused", "why": str(error)}
     stated, present = float(sharpness.stable_lr), float(sharpness.lr or math.nan)
     lower, upper = 0.5 * stated, 2.0 * stated
-    found = (breaks(name, kind, lower / present, steps=steps), breaks(name, kind, upper / present, steps=steps))
-    if found != (False, True):
-        return {"optimizer": name, "groups": kind, "outcome": "wrong", "stated": stated, "why": f"breaks at half, at twice: {found}"}
+    ends = (breaks(name, kind, lower / present, steps=steps), breaks(name, kind, upper / present, steps=steps))
+    if ends != (False, True):
+        return {"optimizer": name, "groups": kind, "outcome": "wrong", "stated": stated, "why": f"breaks at half, at twice: {ends}"}
     while upper / lower > 1 + width:
         middle = math.sqrt(lower * upper)
         lower, upper = (lower, middle) if breaks(name, kind, middle / present, steps=steps) else (middle, upper)

@@ -157,7 +157,7 @@ def _schedule_free_rule(settings: Settings) -> UpdateRule:
 def _adam_rule(settings: Settings, *, decoupled: bool | None = None) -> UpdateRule:
     beta1 = float(settings["betas"][0])
     decoupled = bool(settings.get("decoupled_weight_decay")) if decoupled is None else decoupled
-    # Coupled decay is part of the gradient and so of the preconditioned matrix, not of the rule: see gradient_decay.
+    # Coupled decay is part of the gradient and so of the preconditioned matrix, not of the rule: see gradient_decays.
     return UpdateRule(beta1, beta1, False, _decay(settings) if decoupled else 0.0, decoupled, adaptive=True)
 
 
@@ -408,6 +408,9 @@ def _holding(optimizer: Optimizer, layout: ParamLayout) -> list[bool]:
     return [any(id(p) in wanted for p in group["params"]) for group in optimizer.param_groups]
 
 
+_NONE_HELD = "the optimizer holds none of the objective's parameters: make it from the same model's parameters()"
+
+
 def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
     """Make sure that the optimizer trains this model and nothing beside it.
 
@@ -419,7 +422,7 @@ def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
     own = {id(p) for p in model.parameters()}
     moving = [p for group, ratio in zip(optimizer.param_groups, relative_rates(optimizer), strict=True) for p in group["params"] if ratio]
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
+        raise ValueError(_NONE_HELD)
     if strangers := sum(p.requires_grad and id(p) not in own for p in moving):
         raise UnsupportedError(
             f"the optimizer also trains {strangers} parameters that are no part of the {type(model).__name__}, the loss's own or another "
@@ -528,8 +531,7 @@ class _Groups:
         weights = [ratio * speed / speeds[first] for ratio, speed in zip(ratios, speeds, strict=True)]
         divided = gradient_decays(optimizer)
         coupled = [own + (0.0 if rule.decoupled else rule.weight_decay) for own, rule in zip(divided, rules, strict=True)]
-        decoupled = [rule.weight_decay if rule.decoupled else 0.0 for rule in rules]
-        shifts = [ratio * decay / (2 * speeds[first]) for ratio, decay in zip(ratios, decoupled, strict=True)]
+        shifts = [ratio * decay / (2 * speeds[first]) for ratio, decay in zip(ratios, decoupled_decays(optimizer), strict=True)]
         holding = [True] * len(rules) if layout is None else _holding(optimizer, layout)
         training = [index for index, ratio in enumerate(ratios) if ratio and holding[index]]
         moving = {id(p) for index in training for p in optimizer.param_groups[index]["params"]}
@@ -642,7 +644,7 @@ def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], 
         raise _unknown(optimizer, "the state", lambda k: k.preconditioner or k.step, remedy, "preconditioner")
     groups = {id(p): (group, weight) for group, weight in zip(optimizer.param_groups, weights, strict=True) for p in group["params"]}
     if not any(id(p) in groups for p in layout.params):
-        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
+        raise ValueError(_NONE_HELD)
     if divide is not None and not any(map(_has_stepped, optimizer.state.values())):
         raise ValueError(f"{type(optimizer).__name__} has no state yet: measure after its first step")
     pieces: list[Tensor | None] = []
@@ -775,7 +777,7 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     if _needs_closure(optimizer):
         raise UnsupportedError(f"{name} evaluates the loss several times in a step, so it has no next update to look at; use another one")
     if not any(_holding(optimizer, layout)):
-        raise ValueError("the optimizer holds none of the objective's parameters: make it from the same model's parameters()")
+        raise ValueError(_NONE_HELD)
     present = learning_rate(optimizer, layout)
     # u is the step over the rate, so at rate 0 (the first step of a warmup) the copy steps at rate 1 instead
     step = _step_elsewhere(optimizer, layout, gradient, factor=1.0 if present else None)

@@ -28,7 +28,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh
 _KINKED = (*_ACTIVATIONS, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_FEW = 10.0  # times the noise of finite differences: what is closer cannot be told from it, by judgement
+_FEW = 10.0  # times the noise of finite differences, by judgement: a smaller gap may be that noise
 _SERIOUS_ROUNDING, _HARMLESS_ROUNDING = 0.3, 1e-2  # of a product on a random vector, by judgement
 _MEASURE_PRODUCTS = 200  # that measure() makes, about, by definition of its defaults: 6 probes of 32 steps
 _BASIS_VECTORS = 40  # that a typical Lanczos basis holds, by judgement
@@ -195,7 +195,7 @@ def _check_finite_differences(hessian: HessianOperator, seed: int) -> Outcome:
         return ("note" if mended else "ok"), f"finite differences of gradients agree to {product.gap:.1g} ({where}){done}"
     said = f"finite differences of gradients differ by {product.gap:.2g}, and among themselves by {product.noise:.2g} ({where})"
     if product.gap <= _FEW * product.noise and not probe.kinked:
-        return "note", f"{said}: more cannot be told in this precision{done}"
+        return "note", f"{said}: this precision shows no more{done}"
     said += f"; kinks crossed within the step ({_names(hessian, _KINKED) or 'in the graph'}) can do that{done}"
     return ("warning", said, "replace kinked activations by smooth ones to be sure")
 

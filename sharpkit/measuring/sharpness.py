@@ -127,7 +127,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
             remedy = "more training (or another starting point) comes first"
             return f"Every direction measured curves downwards or is flat: this is no minimum, and {remedy}."
         ratio = -self.lambda_min.value / self.lambda_max.value
-        if ratio < 1e-3:  # the tolerance of the eigenvalues themselves; the next bound, a twentieth, by judgement
+        if ratio < 1e-3:  # this bound and the next, a twentieth, by judgement
             return "There is no negative curvature to speak of: the point is, to this accuracy, in a convex region."
         if ratio < 0.05:
             return f"There is slight negative curvature: the most negative eigenvalue is {ratio:.2g} of the largest in size."

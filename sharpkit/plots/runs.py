@@ -153,7 +153,7 @@ def _draw_limits(ax: Axes, limits: list[tuple[str, str, dict[int, float]]]) -> N
 
 
 def _agree(one: dict[int, float], other: dict[int, float]) -> bool:
-    # Metrics may be measured at different steps. 1e-3: closer ones cannot be told apart in the picture, by judgement.
+    # Metrics may be measured at different steps. 1e-3: closer ones lie on one another in the picture, by judgement.
     common = [step for step in one.keys() & other.keys() if math.isfinite(one[step] + other[step])]
     if not common:
         return math.isclose(float(np.nanmedian([*one.values()])), float(np.nanmedian([*other.values()])), rel_tol=1e-3)

@@ -193,7 +193,7 @@ def test_the_critical_rate_takes_the_groups_rates_in_their_ratio() -> None:
     g, H = objective.gradient()[1], sk.HessianOperator(objective).to_dense()
     u = torch.cat([g[:4], 7 * g[4:]])
     expected = float(2 * (u @ g) / (u @ H @ u))
-    critical = sk.critical_learning_rate(objective, optimizer, rtol=1e-3)
+    critical = sk.critical_learning_rate(objective, optimizer, rtol=1e-3)  # the width of its bracket
     assert critical.lower <= expected <= critical.upper
     assert sk.directional_sharpness(objective, optimizer) == pytest.approx(2 / expected, rel=1e-9)
     assert math.isfinite(critical.value)

@@ -33,7 +33,7 @@ def agrees(model: nn.Module, data: list[Any], whole: Callable[[], Tensor], **set
     loss = whole()
     expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
     assert value == pytest.approx(float(loss.detach()), rel=1e-9)
-    assert torch.allclose(gradient, expected, rtol=1e-8, atol=1e-12)
+    assert torch.allclose(gradient, expected, rtol=1e-8, atol=1e-12)  # float64, summed in another order
     return objective
 
 

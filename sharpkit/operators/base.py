@@ -172,7 +172,7 @@ class SymmetricOperator(ABC):
         if distribution == "normal":
             return torch.randn(k, self.size, generator=generator, dtype=draw_type).to(device=self.device, dtype=self.dtype).T
         # A sign is a bit. 64 of them travel as one number and are spread where the vectors live, eight by one look into a table: drawn one
-        # by one on the host, the signs of 124 M parameters took 8 times as long as a Hessian product on an H200 (results/gpu_h200.jsonl).
+        # by one on the host, the signs of 124 M parameters took 0.95 s where a Hessian product on an H200 takes 0.11 s.
         words = torch.randint(-(2**63), 2**63 - 1, (k, -(-self.size // 64)), generator=generator, dtype=torch.int64).to(self.device)
         signs = 1 - 2 * (torch.arange(256)[:, None] >> torch.arange(8) & 1)  # (256, 8): the signs of each byte
         spread = signs.to(device=self.device, dtype=self.dtype).index_select(0, words.view(torch.uint8).int().view(-1))

@@ -185,6 +185,7 @@ def swept_instants(training: Training, name: str, *, instants: int, most: int = 
                     signal.raise_signal(signal.SIGINT)
             return trace
 
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for this once, when tracing begins
         left = interrupted(training, call, lambda: sys.settrace(trace), lambda: sys.settrace(None))
         if left is None:
             late += 1

@@ -124,23 +124,23 @@ def target_path(batch: Batch, pair: bool) -> str | None:
 # -- standard losses seen at work ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SeenLoss:
-    """A call of a standard loss: its settings, target and result."""
+    """A call of a standard loss: its settings and target."""
 
     known: KnownLoss
     target: Tensor
-    result: Tensor
 
 
 class LossWatch(TorchFunctionMode):
     """While it is entered, notes every call of a standard PyTorch loss that averages or sums, wherever it is made.
 
     Attributes:
-        seen: the calls, in order; they hold the graph.
+        seen: the calls, in order.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[SeenLoss] = []
+        self._results: list[Tensor] = []  # of the calls; they hold the graph, and so go when the watch goes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -152,16 +152,17 @@ class LossWatch(TorchFunctionMode):
             if settings["reduction"] in ("mean", "sum") and settings.get("size_average") is None and settings.get("reduce") is None:
                 weight = settings.get("weight") if KnownLoss(func, "mean").labelled else None  # an elementwise one is not divided by
                 known = KnownLoss(func, settings["reduction"], weight, settings.get("ignore_index", -100))
-                self.seen.append(SeenLoss(known, settings["target"].detach(), result))
+                self.seen.append(SeenLoss(known, settings["target"].detach()))
+                self._results.append(result)
         return result
 
     def behind(self, loss: Tensor) -> SeenLoss | None:
         """The seen loss that a returned loss *is*: of the same value, with nothing but conversions of that one number after it."""
         node, value = loss.grad_fn, float(loss.detach())
         while node is not None:
-            for each in self.seen:
+            for each, result in zip(self.seen, self._results, strict=True):
                 # 1e-6: of a number that was only converted, by judgement; half precision rounds it at 4e-3, and is then tried out instead
-                if each.result.grad_fn is node and abs(float(each.result.detach()) - value) <= 1e-6 * abs(value):
+                if result.grad_fn is node and abs(float(result.detach()) - value) <= 1e-6 * abs(value):
                     return each
             parents = [parent for parent, _ in node.next_functions if parent is not None]
             node = parents[0] if len(parents) == 1 else None

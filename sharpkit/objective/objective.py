@@ -19,6 +19,7 @@ from sharpkit.objective.distributed import Ranks, find_ranks
 from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.loss import call_model, check_loss, own_loss, recognise_loss
+from sharpkit.objective.memory import is_out_of_memory
 from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.objective.reduction import Look, Piece, Survey, check_pair, conclude, cut_batches, cut_samples, look_at
 from sharpkit.objective.second_order import Replaced, SecondOrder, Watch
@@ -165,7 +166,9 @@ class Objective:
                 loss = self._evaluate(batch, number)
         except SharpkitError:
             raise
-        except Exception:  # code that cannot run under a torch function mode; if that is not it, the error comes again
+        except Exception as error:  # code that cannot run under a torch function mode; if that is not it, the error comes again
+            if is_out_of_memory(error):  # and would, with what the error's traceback holds besides
+                raise
             return self._evaluate(batch, number), LossWatch()
         if known.takes_gradients:
             known.mend_inner_gradients(loss)

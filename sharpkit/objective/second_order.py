@@ -152,6 +152,8 @@ _CUTS = {
     torch.Tensor.numpy: "numpy()",
     torch.Tensor.register_hook: "a hook on a tensor",
 }
+# What says how a tensor is made and not what is in it: rotary embeddings read a dtype and a device under no_grad.
+_PLAIN = (bool, int, str, torch.Size, torch.dtype, torch.device, torch.layout)
 
 
 class Watch(TorchFunctionMode):
@@ -170,7 +172,10 @@ class Watch(TorchFunctionMode):
         elif func is F.gumbel_softmax and (kwargs or {}).get("hard", args[2:3] == (True,)):  # what it calls is not seen
             self._known.doubts.add("gumbel_softmax(hard=True)")
         elif not torch.is_grad_enabled() and (_has_gradient(args) or _has_gradient((kwargs or {}).values())):
-            self._known.doubts.add("torch.no_grad()")
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, _PLAIN):
+                self._known.doubts.add("torch.no_grad()")
+            return result
         return func(*args, **(kwargs or {}))
 
 

@@ -56,6 +56,7 @@ def interrupted_at(bytecode: int, switches: Switches) -> bool:
         with Whole(switches.thrown()):
             assert switches.on == [True, True]
 
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for this once, when tracing begins
     sys.settrace(trace)
     try:
         use()

@@ -236,6 +236,22 @@ def physics(model: nn.Module, x: Tensor) -> Tensor:
     return ((torch.autograd.grad(u.sum(), x, create_graph=True)[0] + u) ** 2).mean()
 
 
+def test_reading_how_a_tensor_is_made_under_no_grad_is_no_doubt_but_reading_or_writing_its_numbers_is() -> None:
+    def seen(look: Callable[[Tensor], Any]) -> set[str]:
+        model = nn.Linear(2, 1).double()
+
+        def closure(m: nn.Module, batch: Tensor) -> Tensor:
+            out: Tensor = m(batch)
+            with torch.no_grad():
+                look(out)
+            return out.square().mean()
+
+        return sk.Objective(model, torch.ones(3, 2, dtype=torch.float64), closure=closure).second_order.doubts
+
+    assert seen(lambda t: (t.dtype, t.device, t.shape, t.size(0), t.is_floating_point(), torch.zeros(3).to(dtype=t.dtype))) == set()
+    assert seen(lambda t: t.exp()) == seen(lambda t: torch.zeros(3, 1).double().__setitem__(0, t[0])) == {"torch.no_grad()"}
+
+
 @pytest.mark.parametrize("check", [True, False])
 def test_a_loss_that_differentiates_inside_has_a_value_a_critical_rate_and_a_diagnosis(check: bool) -> None:
     model = built(lambda: nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -209,3 +210,28 @@ def test_a_count_that_is_no_number_is_named() -> None:
     ):
         with pytest.raises(error, match=match):
             sk.Objective(network(), IN_ORDER, loss=by_hand, count=count)
+
+
+def test_one_graph_at_a_time_is_held_while_an_objective_is_made() -> None:
+    hidden: list[weakref.ref[Tensor]] = []
+
+    def loss(m: Any, batch: Any) -> Tensor:
+        assert all(each() is None for each in hidden), "the graph of an evaluation before is still there"
+        h = m[0](batch[0]).tanh()
+        hidden.append(weakref.ref(h))
+        return F.cross_entropy(m[2](h), batch[1])
+
+    sk.Objective(network(), IN_ORDER, closure=loss)
+    assert len(hidden) > 4
+
+
+def test_what_does_not_fit_is_not_tried_again_at_once() -> None:
+    calls = []
+
+    def loss(m: Any, batch: Any) -> Tensor:
+        calls.append(batch)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sk.Objective(network(), IN_ORDER, closure=loss)
+    assert len(calls) == 1

@@ -9,7 +9,7 @@ cosmic-ray writes its mutants into the source files, and starts a process for ea
 are imported once, every mutant runs in a fork of that process, and there the mutated text takes the place of the file when the module
 is imported. That saves about five seconds a mutant, and an interrupted run leaves nothing to mend.
 
-tools/mutants.toml names the modules with their tests, the planted mutants, and the survivors that compute the same as the original.
+tools/mutants.toml names the modules with their tests, the planted mutants, and the survivors that no test should catch, with the reason.
 Exit status: 0 if every planted mutant is caught, no survivor is unexplained and the share caught reaches the target; else 1.
 """
 

@@ -162,9 +162,13 @@ def _adam_rule(settings: Settings, *, decoupled: bool | None = None) -> UpdateRu
 
 
 def _adam_preconditioner(state: State, settings: Settings, p: Tensor) -> Tensor:
-    """sqrt(v_hat) + eps, v_hat the bias-corrected second moment (Cohen et al. 2022, arXiv 2207.14484)."""
-    # Without their factor 1 - beta1^t, the bias correction of the first moment: whether training is stable is decided by the steps to come,
-    # and after t = 1 / (1 - beta1) of them it is gone. With it, the limit after Adam's first step read a tenth of what it then was.
+    """sqrt(v_hat) + eps, v_hat the bias-corrected second moment, without the factor 1 - beta1^t of Cohen et al. (2022, arXiv 2207.14484).
+
+    That factor is the bias correction of the first moment, and goes to 1 in the steps to come, which decide: with v_hat held, torch's Adam
+    breaks within .1 % of the limit without it after 1, 3, 10, 30 and 1000 steps alike; with it the limit after the first step would read a
+    fifth of that. What it does is pass by: at half the limit a mode first grows 1300-fold after 1 step, 35-fold after 3, 1.8-fold after 10,
+    and not at all after 30, before it decays (experiments/adam_first_steps.py).
+    """
     moment: Tensor = state["max_exp_avg_sq" if settings.get("amsgrad") else "exp_avg_sq"]
     corrected = moment.double() / (1 - float(settings["betas"][1]) ** float(state["step"]))
     divisor: Tensor = corrected.sqrt() + settings["eps"]

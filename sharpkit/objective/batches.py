@@ -152,6 +152,14 @@ def batch_length(batch: Batch) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
+def batch_form(batch: Batch, length: int) -> tuple[Any, ...]:
+    """What batches that may be joined have in common: nesting, types and sizes but for the number of samples, and all other leaves."""
+    tensors = tuple(
+        (name, t.dtype, t.shape[1:] if t.ndim > 0 and len(t) == length else ("shared", t.shape)) for name, t in named_tensors(batch).items()
+    )
+    return (type(batch), tensors, tuple(map(repr, _other_leaves(batch))))
+
+
 def slice_batch(batch: Batch, start: int, stop: int, *, length: int) -> Batch:
     """Samples ``start:stop`` of every tensor whose leading dimension is the batch's ``length``."""
     return map_tensors(lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == length else t, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,8 +93,20 @@ def human_bytes(number: float) -> str:
 
 
 # -- how much a graph holds ---------------------------------------------------------------------------------------------------
-def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes of the distinct tensors that the autograd graph behind ``outputs`` keeps alive.
+class GraphCost(NamedTuple):
+    """What a kept graph costs.
+
+    Attributes:
+        nbytes: of the distinct tensors that it keeps alive.
+        closed: whether a backward pass runs torch's own operations alone: no custom function, nothing recomputed or brought back by hooks.
+    """
+
+    nbytes: int
+    closed: bool
+
+
+def graph_cost(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) -> GraphCost:
+    """What the autograd graph behind ``outputs`` costs.
 
     Args:
         outputs: tensors with a ``grad_fn``.
@@ -103,15 +115,16 @@ def graph_bytes(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) ->
     # by storage: views share one, and the same tensor may be saved by many nodes
     known = {t.untyped_storage().data_ptr() for t in exclude}
     sizes: dict[int, int] = {}
+    closed = True
     with _NoRecomputation():  # type: ignore[no-untyped-call]
         for node in graph_nodes(outputs):
+            closed = closed and not hasattr(node, "_forward_cls")
             for t in _saved_tensors(node):
-                if t.layout != torch.strided:  # sparse ones have no storage of their own
-                    continue
-                storage = t.untyped_storage()
-                if storage.data_ptr() not in known:
+                if t is None:
+                    closed = False
+                elif t.layout == torch.strided and (storage := t.untyped_storage()).data_ptr() not in known:  # sparse ones have none
                     sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+    return GraphCost(sum(sizes.values()), closed)
 
 
 def graph_nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
@@ -140,7 +153,8 @@ class _NoRecomputation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         raise _Recomputed
 
 
-def _saved_tensors(node: Any) -> Iterable[Tensor]:
+def _saved_tensors(node: Any) -> Iterable[Tensor | None]:
+    """The tensors that a node has saved; None for one that is recomputed."""
     kind = type(node)
     if kind not in _saved_names:
         custom = ["saved_tensors"] if hasattr(kind, "saved_tensors") else []
@@ -148,7 +162,10 @@ def _saved_tensors(node: Any) -> Iterable[Tensor]:
     for name in _saved_names[kind]:
         try:
             saved = getattr(node, name)
-        except RuntimeError:  # freed already, or recomputed on demand
+        except _Recomputed:
+            yield None
+            continue
+        except RuntimeError:  # freed already
             continue
         for value in saved if isinstance(saved, (tuple, list)) else (saved,):
             if isinstance(value, Tensor):

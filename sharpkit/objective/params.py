@@ -52,17 +52,23 @@ class ParamLayout:
         return self.params[0].device
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """The flat vector as one tensor per parameter, in its shape, type and device (views where possible)."""
-        whole = torch.split(vector, list(self.sizes))
+        """The flat vector as one tensor per parameter, in its shape, type and device (views where possible).
+
+        Several vectors, (n, k), give tensors of shape (k, ...).
+        """
+        block = vector.shape[1:]
+        whole = torch.split(vector.T if block else vector, list(self.sizes), dim=-1)
         # complex views of a parameter (torch.view_as_complex) need pairs that begin at an even place
         pieces = [x.clone() if x.storage_offset() % 2 and x.numel() % 2 == 0 else x for x in whole]
-        return [x.view(p.shape).to(dtype=p.dtype, device=p.device) for x, p in zip(pieces, self.params, strict=True)]
+        return [x.reshape(*block, *p.shape).to(dtype=p.dtype, device=p.device) for x, p in zip(pieces, self.params, strict=True)]
 
     def add_flat_(self, total: Tensor, pieces: Sequence[Tensor | None], weight: float) -> None:
-        """``total += weight * pieces``, with None meaning zero."""
+        """``total += weight * pieces``, with None meaning zero; of several vectors, (n, k), if the pieces have shape (k, ...)."""
+        block = total.shape[1:]
         for target, piece in zip(torch.split(total, list(self.sizes)), pieces, strict=True):
             if piece is not None:
-                target.add_(_dense(piece).reshape(-1).to(device=target.device), alpha=weight)
+                rows = _dense(piece).reshape(*block, -1).to(device=target.device)
+                target.add_(rows.T if block else rows, alpha=weight)
 
     def flatten(self, pieces: Sequence[Tensor | None], weight: float = 1.0) -> Tensor:
         """``weight * pieces`` as one flat vector, one tensor (or None, meaning zero) per parameter."""

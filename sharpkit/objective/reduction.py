@@ -5,13 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from sharpkit._errors import ObjectiveError, ObjectiveWarning
-from sharpkit.objective.batches import Batch, BatchSource, check_repeatable, fingerprint, slice_batch, to_device
+from sharpkit.objective.batches import (
+    Batch,
+    BatchSource,
+    batch_form,
+    batch_length,
+    check_repeatable,
+    fingerprint,
+    join_batches,
+    slice_batch,
+    to_device,
+)
 from sharpkit.objective.counting import CountRule, one, rules_for, rules_seen, samples_in
 from sharpkit.objective.distributed import Ranks
 from sharpkit.objective.loss import KnownLoss
@@ -337,12 +348,14 @@ class Piece:
         batch: the data.
         count: what it counts (targets, or the sum of their class weights).
         weight: its share of the objective: count / total for a mean, 1 for a sum.
+        parts: batches that are joined in it, of which the first gives the key.
     """
 
     key: tuple[int, int]
     batch: Batch
     count: float
     weight: float
+    parts: int = 1
 
 
 def cut_batches(
@@ -370,6 +383,35 @@ def cut_batches(
         raise ObjectiveError(
             f"the data gave {seen} batches, {len(survey.counts)} when the objective was made: it changed, make a new Objective"
         )
+
+
+def join_pieces(pieces: Iterable[Piece], survey: Survey, count_of: Callable[[Batch], float], *, most: int) -> Iterator[Piece]:
+    """Neighbouring pieces of like form joined while they hold at most so many samples; those that cannot be joined come as they are."""
+    waiting: list[tuple[Piece, int]] = []
+    form: Any = None
+    for piece in pieces:
+        length = batch_length(piece.batch)
+        own = None if length is None else batch_form(piece.batch, length)
+        if waiting and (own != form or sum(n for _, n in waiting) + (length or 0) > most):
+            yield from _joined(waiting, survey, count_of)
+            waiting = []
+        if length is None:
+            yield piece
+        else:
+            waiting.append((piece, length))
+            form = own
+    yield from _joined(waiting, survey, count_of)
+
+
+def _joined(waiting: list[tuple[Piece, int]], survey: Survey, count_of: Callable[[Batch], float]) -> list[Piece]:
+    pieces = [piece for piece, _ in waiting]
+    whole = join_batches([piece.batch for piece in pieces], [n for _, n in waiting]) if len(pieces) > 1 else None
+    if whole is None:
+        return pieces
+    count = sum(piece.count for piece in pieces)
+    if abs(count_of(whole) - count) > _SAME * count:  # a count that is no sum over samples
+        return pieces
+    return [replace(_piece(pieces[0].key, whole, count, survey), parts=len(pieces))]
 
 
 def cut_samples(piece: Piece, survey: Survey, count_of: Callable[[Batch], float], *, length: int) -> list[Piece]:

@@ -6,12 +6,11 @@ import logging
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
 from sharpkit.objective.memory import human_bytes, is_out_of_memory
@@ -20,13 +19,14 @@ from sharpkit.objective.params import ParamSelector
 from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import ONCE, REENTRANT
 from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.blocks import Blocks, PieceProduct
 
 logger = logging.getLogger(__name__)
 
-Pieces = list[Tensor | None]  # one tensor per parameter, None meaning zero
-
 _GRAPH_SHARE = 0.5  # of the free memory may hold retained graphs; by judgement: the rest is for the product and the basis
 _PEAK = 1.5  # memory of a product over that of its graph: the second backward's own; by judgement
+_JOIN_SHARE = 0.25  # of the memory for graphs may be taken by one that joins small batches, by judgement: the next one is made beside it
+_MOST_JOINED = 4096  # samples in a joined piece, by judgement: a batch of so many keeps two cores busy, and a GPU
 _FORECAST_FROM = 64  # samples, by judgement: a slice of 1/32 of a smaller batch would be one sample, and forecast too little
 
 _COMPILED = "compiled code cannot be differentiated twice: pass the module from before torch.compile"
@@ -45,15 +45,6 @@ _UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first th
 }
 
 
-@dataclass(frozen=True)
-class PieceProduct:
-    """The product with one piece's matrix, unweighted, on tensors in the parameters' shapes; and the memory of its graph."""
-
-    multiply: Callable[[Sequence[Tensor]], Pieces]
-    weight: float
-    bytes_held: int
-
-
 class CurvatureOperator(SymmetricOperator):
     """A curvature matrix of an objective: a weighted sum over its pieces, summed over processes.
 
@@ -68,6 +59,7 @@ class CurvatureOperator(SymmetricOperator):
 
     Attributes:
         all_kept: whether the graphs of all pieces are retained, so that the next product rebuilds none.
+        blocks: how several vectors are multiplied; ``blocks.width`` products are made at once.
 
     Raises:
         OutOfMemoryError: a single sample does not fit.
@@ -85,8 +77,11 @@ class CurvatureOperator(SymmetricOperator):
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}  # by the pieces' keys
         self.all_kept = False
-        self._kept_for: tuple[int | None, list[Tensor]] = (None, [])  # micro_batch_size and values of all that is watched
-        self._kept_versions: list[int] = []
+        self._kept_for: tuple[Any, list[Tensor]] = (None, [])  # sizes of pieces, and values of all that is watched
+        self._kept_state: list[tuple[Tensor, int]] = []  # every parameter, and how often it was written to
+        self.blocks = Blocks(self.layout, self.rounding)
+
+    _joins = True  # whether small batches may be joined: what is drawn at random by the batch's number would be drawn anew
 
     @abstractmethod
     def _build(self, piece: Piece) -> PieceProduct:
@@ -97,10 +92,20 @@ class CurvatureOperator(SymmetricOperator):
 
     # -- products -----------------------------------------------------------------------------------------------------
     def matvec(self, vector: Tensor) -> Tensor:
+        return self._product(vector)
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """The products with k vectors, (n, k): several at a time where that is faster here, which the first ones show."""
+        # each vector in one piece of memory, so that it is cut into the parameters' shapes without copies
+        return self._product(vectors if vectors.mT.is_contiguous() else vectors.mT.contiguous().mT)
+
+    def _product(self, vectors: Tensor) -> Tensor:
         def local() -> Tensor:
             try:
+                if self._needs_no_guard():
+                    return self._sum_over_kept(vectors)
                 with self.objective.undisturbed():  # once a product: as much as it costs to set aside and put back a model's state
-                    product = self._local_product(vector)
+                    product = self._local_product(vectors)
                 self._look_into_doubts()
                 return product
             except RuntimeError as error:
@@ -111,51 +116,61 @@ class CurvatureOperator(SymmetricOperator):
         ranks = self.objective.ranks
         return ranks.sum_(ranks.run_together(local, device=self.device))  # each process holds its own batches' share of the sum
 
-    def _local_product(self, vector: Tensor) -> Tensor:
+    def _local_product(self, vectors: Tensor) -> Tensor:
         self._drop_if_stale()
         while True:  # after a failed allocation again, with smaller pieces
             try:
-                return self._sum_over_pieces(vector)
+                return self._sum_over_pieces(vectors)
             except Exception as exception:  # the CPU allocator raises a plain RuntimeError
                 if not is_out_of_memory(exception):
                     raise
                 self._shrink(exception)  # or raises, so that this ends
 
-    def _sum_over_pieces(self, vector: Tensor) -> Tensor:
-        parts = self.layout.split(vector)
-        if self.all_kept and len(self._kept) == 1:  # the usual case: no second vector is needed to add up in
-            (product,) = self._kept.values()
-            return self.layout.flatten(product.multiply(parts), product.weight)
-        total = torch.zeros_like(vector, requires_grad=False)
+    def _sum_over_pieces(self, vectors: Tensor) -> Tensor:
         if self.all_kept:  # the data is not gone through again: loading it may cost more than the products
-            for product in self._kept.values():
-                self.layout.add_flat_(total, product.multiply(parts), product.weight)
-            return total
+            return self._sum_over_kept(vectors)
+        total = torch.zeros_like(vectors, requires_grad=False)
         every_one_kept = True
+        self._forecast()  # before the first graph
         # Copies of the values that graphs are made for: the only way to see a change made behind autograd's back.
         values = [t.detach().clone() for t in self._watched()] if self._retain is not False and not self._kept else self._kept_for[1]
-        self._forecast()  # before the first graph
-        for piece in self.objective.pieces():
+        for piece in self.objective.pieces(join=self._joins):
             product = self._kept.get(piece.key) or self._build(piece)
-            self.layout.add_flat_(total, product.multiply(parts), product.weight)
+            self._add_product(total, product, vectors)
             every_one_kept = self._keep(piece.key, product, values) and every_one_kept
         self.all_kept = every_one_kept
         return total
+
+    def _sum_over_kept(self, vectors: Tensor) -> Tensor:
+        if len(self._kept) == 1 and vectors.ndim == 1:  # the usual case: no second vector is needed to add up in
+            (product,) = self._kept.values()
+            return self.layout.flatten(product.multiply(self.layout.split(vectors), False), product.weight)
+        total = torch.zeros_like(vectors, requires_grad=False)
+        for product in self._kept.values():
+            self._add_product(total, product, vectors)
+        return total
+
+    def _add_product(self, total: Tensor, product: PieceProduct, vectors: Tensor) -> None:
+        if vectors.ndim == 1:
+            self.layout.add_flat_(total, product.multiply(self.layout.split(vectors), False), product.weight)
+            return
+        plain = not self.objective.second_order.doubts
+        self.blocks.add_(total, product, vectors, plain=plain, free_memory=self.free_memory)
 
     # -- graphs: kept, dropped, forecast ------------------------------------------------------------------------------------
     def _keep(self, key: tuple[int, int], product: PieceProduct, values: list[Tensor]) -> bool:
         if key in self._kept:
             return True
-        if self._retain is False or (self._retain == "auto" and self.bytes_kept() + product.bytes_held > self._limit()):
+        if self._retain is False or (self._retain == "auto" and self.bytes_kept() + product.cost.nbytes > self._limit()):
             return False
-        self._kept_for = (self.objective.micro_batch_size, values)
-        self._kept_versions = self._versions()
+        self._kept_for = (self._sizes(), values)
+        self._kept_state = [(p, _version(p)) for p in state_of(self.objective.model)[0]]
         self._kept[key] = product
         return True
 
     def bytes_kept(self) -> int:
         """Memory that the retained graphs hold, as far as it is known."""
-        return sum(product.bytes_held for product in self._kept.values())
+        return sum(product.cost.nbytes for product in self._kept.values())
 
     def _limit(self) -> float:
         if self._memory_limit is None:  # once: later, what is free holds the graphs already kept
@@ -164,31 +179,55 @@ class CurvatureOperator(SymmetricOperator):
 
     def _watched(self) -> list[Tensor]:
         """All that the function depends on besides the data: every parameter, also those held fixed, and every buffer."""
-        return [*self.objective.model.parameters(), *self.objective.model.buffers()]
+        return [t for tensors in state_of(self.objective.model) for t in tensors]
 
-    def _versions(self) -> list[int]:
-        """How often each parameter was written to in place: autograd refuses a graph older than the last write, equal values or not."""
-        return [p._version for p in self.objective.model.parameters() if not p.is_inference()]
+    def _sizes(self) -> tuple[int | None, int | None]:
+        return self.objective.micro_batch_size, self.objective.joining.size
+
+    def _is_current(self) -> bool:
+        """Whether graphs are of the present values, also of values changed behind autograd's back through ``.data``, and pieces.
+
+        Autograd refuses a graph older than the last write in place, whether values are equal or not.
+        """
+        params, buffers = state_of(self.objective.model)  # buffers are copies where a measurement is going on: their values count
+        same = len(params) == len(self._kept_state) and all(
+            p is before and _version(p) == version for p, (before, version) in zip(params, self._kept_state, strict=True)
+        )
+        return same and self._kept_for[0] == self._sizes() and all_equal([*params, *buffers], self._kept_for[1])
+
+    def _needs_no_guard(self) -> bool:
+        """Whether a product runs over kept graphs alone, whose backward passes call no code but torch's own and draw nothing.
+
+        Setting aside and putting back a model's state costs as much as the product of a small model.
+        """
+        return (
+            self.all_kept
+            and all(product.cost.closed for product in self._kept.values())
+            and not self.objective.second_order.doubts
+            and all(p.requires_grad and not p._backward_hooks for p in self.layout.params)
+            and not torch.is_inference_mode_enabled()
+            and not torch.is_autocast_enabled(self.device.type)
+            and self._is_current()
+        )
 
     def _drop_if_stale(self) -> None:
-        """Forget graphs of other values, also of values changed behind autograd's back through ``.data``, and of other pieces."""
-        if not self._kept:
-            return
-        written = self._kept_versions != self._versions()
-        if written or self._kept_for[0] != self.objective.micro_batch_size or not all_equal(self._watched(), self._kept_for[1]):
+        """Forget graphs of other values or pieces."""
+        if self._kept and not self._is_current():
             self.forget_graphs()
 
     def forget_graphs(self) -> None:
         """Free all retained graphs; the next product builds them anew."""
         self.all_kept = False  # first: an interruption after the next line must not leave "all of nothing is kept", a matrix of zeros
         self._kept.clear()
-        self._kept_for = (None, [])
+        self._kept_for, self._kept_state = (None, []), []
 
     def _shrink(self, cause: BaseException) -> None:
         """After a failed allocation: first drop what is retained, then cut the pieces in halves."""
         if self._kept and self._retain == "auto":
             self.forget_graphs()
             self._retain = False  # for good: kept again, they would fill the memory again
+        elif self._joins and self.objective.joining.size is not None:
+            self.objective.joining.allowed, self.objective.joining.size = False, None
         elif not self._halve_pieces():
             samples = self._piece_length()
             raise OutOfMemoryError(
@@ -212,15 +251,21 @@ class CurvatureOperator(SymmetricOperator):
         return True
 
     def _forecast(self) -> None:
-        """Cut a batch whose graph would not fit *before* building it: an out-of-memory kill on the host cannot be caught."""
+        """Cut a batch whose graph would not fit *before* building it: an out-of-memory kill on the host cannot be caught. Or join."""
         objective = self.objective
         longest = self._piece_length()
-        if self._kept or objective.micro_batch_size is not None or not objective.may_split or longest < _FORECAST_FROM:
+        if self._kept or objective.micro_batch_size is not None or not objective.may_split:
             return
-        objective.micro_batch_size = sample = max(1, longest // 32)  # by judgement: 3 % of a product's time, once
+        may_join = self._joins and objective.joining.allowed and objective.joining.size is None and objective.num_batches > 1
+        if longest >= _FORECAST_FROM:
+            objective.micro_batch_size = sample = max(1, longest // 32)  # by judgement: 3 % of a product's time, once
+        elif may_join:
+            sample = longest
+        else:
+            return
         try:
             first = next(objective.pieces(), None)  # None: a process without data
-            held = self._build(first).bytes_held if first is not None else 0
+            held = self._build(first).cost.nbytes if first is not None else 0
         finally:
             objective.micro_batch_size = None
         peak = _PEAK * held * longest / sample
@@ -228,6 +273,8 @@ class CurvatureOperator(SymmetricOperator):
             objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (_PEAK * held)))
             needed = f"{human_bytes(peak)} of {human_bytes(free)} free"
             logger.warning("a batch of %d samples would need about %s; using pieces of %d", longest, needed, objective.micro_batch_size)
+        elif may_join and held and (fitting := int(sample * _JOIN_SHARE * self._limit() / (_PEAK * held))) > 1:
+            objective.join_up_to(min(_MOST_JOINED, fitting))
 
     # -- ranks and blocks -----------------------------------------------------------------------------------------------
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
@@ -252,16 +299,40 @@ class CurvatureOperator(SymmetricOperator):
         return f"{type(self).__name__}({self.size:,} x {self.size:,}, {self.dtype}, {self.device}, {self.objective.mode} mode)"
 
 
+def state_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """(parameters, buffers) of a model, once each, as ``parameters()`` and ``buffers()`` give them in five times as long."""
+    params, buffers = dict[int, Tensor](), dict[int, Tensor]()
+    seen, waiting = {id(model)}, [model]
+    while waiting:
+        module = waiting.pop()
+        params |= {id(p): p for p in module._parameters.values() if p is not None}
+        buffers |= {id(b): b for b in module._buffers.values() if b is not None}
+        parts = [part for part in module._modules.values() if part is not None and id(part) not in seen]
+        seen |= set(map(id, parts))
+        waiting += parts
+    return list(params.values()), list(buffers.values())
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
 def all_equal(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
     """Whether two lists of tensors hold the same values, shapes, types and devices."""
-    if len(now) != len(before) or any(
-        a.shape != b.shape or a.dtype != b.dtype or a.device != b.device for a, b in zip(now, before, strict=True)
-    ):
+    if len(now) != len(before):
         return False
-    # torch.equal stops early on the CPU, and would synchronise for every tensor on a GPU
-    on_cpu = all(torch.equal(a, b) for a, b in zip(now, before, strict=True) if a.device.type == "cpu")
-    elsewhere = [(a.detach() != b).any() for a, b in zip(now, before, strict=True) if a.device.type != "cpu"]
-    return on_cpu and not (elsewhere and bool(torch.stack([x.to(elsewhere[0].device) for x in elsewhere]).any()))  # one synchronisation
+    elsewhere: list[Tensor] = []
+    for a, b in zip(now, before, strict=True):
+        if a.dtype != b.dtype or a.device != b.device:
+            return False
+        if a.is_cpu:  # torch.equal compares shapes first and stops early, but would synchronise for every tensor on a GPU
+            if not torch.equal(a, b):
+                return False
+        elif a.shape != b.shape:
+            return False
+        else:
+            elsewhere.append((a.detach() != b).any())
+    return not (elsewhere and bool(torch.stack([x.to(elsewhere[0].device) for x in elsewhere]).any()))  # one synchronisation
 
 
 def _explained(error: Exception) -> UnsupportedError | None:

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.counting import samples_in
 from sharpkit.objective.loss import KnownLoss, recognise_loss
+from sharpkit.objective.memory import GraphCost
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.reduction import Piece
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces, all_equal
+from sharpkit.operators.blocks import PieceProduct, Pieces
+from sharpkit.operators.curvature import CurvatureOperator, all_equal
 from sharpkit.operators.gauss_newton import OutputJacobian, output_gradient
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import look_into_doubts
@@ -58,6 +60,8 @@ class FisherOperator(CurvatureOperator):
         if self.likelihood not in _LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {_LIKELIHOODS}, got {likelihood!r}")
 
+    _joins = False
+
     def _settings(self) -> dict[str, Any]:  # a block draws the same labels as the whole
         return {**super()._settings(), "num_draws": self.num_draws, "likelihood": self.likelihood, "seed": self.seed}
 
@@ -75,7 +79,7 @@ class FisherOperator(CurvatureOperator):
             except ObjectiveError as refused:
                 error = error or refused
                 continue
-            return PieceProduct(_outer_products(jacobian, draws, residuals, slopes), piece.weight, jacobian.bytes_held)
+            return PieceProduct(_outer_products(jacobian, draws, residuals, slopes), piece.weight, jacobian.cost, may_batch=False)
         raise error or ObjectiveError(
             f"outputs of shape {tuple(jacobian.output.shape)} do not fit labels of shape {tuple(getattr(jacobian.target, 'shape', ()))}: "
             "labels have the output's shape without the classes, which come second or last"
@@ -110,8 +114,10 @@ class FisherOperator(CurvatureOperator):
         return torch.stack(residuals[:-1]), torch.stack(slopes[:-1])
 
 
-def _outer_products(jacobian: OutputJacobian, draws: _Draws, residuals: Tensor, slopes: Tensor) -> Callable[[Sequence[Tensor]], Pieces]:
-    def multiply(vectors: Sequence[Tensor]) -> Pieces:
+def _outer_products(
+    jacobian: OutputJacobian, draws: _Draws, residuals: Tensor, slopes: Tensor
+) -> Callable[[Sequence[Tensor], bool], Pieces]:
+    def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
         along = draws.sum_units(residuals * jacobian.forward(vectors))
         return jacobian.transpose((slopes * along).mean(dim=0))
 
@@ -222,11 +228,12 @@ class EmpiricalFisherOperator(CurvatureOperator):
                 f"need outputs of shape ({expected}, ...)"
             )
 
-        def multiply(vectors: Sequence[Tensor]) -> Pieces:
-            along = (score * jacobian.forward(vectors)).reshape(samples, -1).sum(dim=1)  # g_i . v of every sample, from one pass
-            return jacobian.transpose(score * along.view(-1, *[1] * (score.ndim - 1)))
+        def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
+            lead = (len(vectors[0]), samples) if batched else (samples,)
+            along = (score * jacobian.forward(vectors, batched)).reshape(*lead, -1).sum(dim=-1)  # g_i . v of every sample, from one pass
+            return jacobian.transpose(score * along.view(*lead, *[1] * (score.ndim - 1)), batched)
 
-        return PieceProduct(multiply, self._sample_weight(), jacobian.bytes_held)
+        return PieceProduct(multiply, self._sample_weight(), jacobian.cost)
 
     def _build_one_by_one(self, piece: Piece) -> PieceProduct:
         samples = self.objective.samples_of(piece)
@@ -236,14 +243,19 @@ class EmpiricalFisherOperator(CurvatureOperator):
         if samples and bytes_needed < 0.25 * self.free_memory():
             matrix = torch.stack([self._sample_gradient(sample) for sample in samples])
 
-        def multiply(vectors: Sequence[Tensor]) -> Pieces:
+        def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
             flat = self.layout.flatten(vectors)
             if matrix is not None:
                 return list(self.layout.split(matrix.T @ (matrix @ flat)))
             gradients = (self._sample_gradient(sample) for sample in samples)  # one at a time
             return list(self.layout.split(sum((g * torch.dot(g, flat) for g in gradients), torch.zeros_like(flat))))
 
-        return PieceProduct(multiply, self._sample_weight(), bytes_needed if matrix is not None else 0)
+        return PieceProduct(
+            multiply,
+            self._sample_weight(),
+            GraphCost(bytes_needed if matrix is not None else 0, closed=matrix is not None),
+            may_batch=False,
+        )
 
     def _sample_gradient(self, sample: Piece) -> Tensor:
         loss = self.objective.evaluate(sample)
@@ -265,12 +277,13 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     The factor is 1/N, not 1/(N-1). For a loss with reduction="sum" it is N times that.
     """
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        second_moment = super().matvec(vector)
+    def _product(self, vectors: Tensor) -> Tensor:
+        second_moment = super()._product(vectors)
         mean = self._mean_gradient()
         # of a sum, sum_i (g_i - G/N)(g_i - G/N)^T = sum_i g_i g_i^T - G G^T / N with G the gradient of the sum
         weight = 1.0 if self.objective.reduction == "mean" else 1.0 / self.objective.num_samples
-        return second_moment - mean * (torch.dot(mean, vector) * weight)
+        along = (mean @ vectors) * weight
+        return second_moment - (mean * along if vectors.ndim == 1 else torch.outer(mean, along))
 
     def _mean_gradient(self) -> Tensor:
         """The gradient, computed again when the model has changed; all processes decide together, since it is summed over them."""

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.loss import check_loss
-from sharpkit.objective.memory import available_memory, graph_bytes, graph_nodes, human_bytes
+from sharpkit.objective.memory import GraphCost, available_memory, graph_cost, graph_nodes, human_bytes
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import custom_functions
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+from sharpkit.operators.blocks import PieceProduct, Pieces, derivative
+from sharpkit.operators.curvature import CurvatureOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import look_into_doubts
 
@@ -35,7 +36,7 @@ class OutputJacobian:
     Attributes:
         output: z, detached.
         target: the piece's target.
-        bytes_held: memory of the graph.
+        cost: of the graph.
     """
 
     def __init__(self, objective: Objective, piece: Piece, params: Sequence[Tensor]) -> None:
@@ -69,7 +70,10 @@ class OutputJacobian:
         self._rows: Tensor | None = None
         if not self._is_transposed_twice():
             self._rows, self._transposed = self._row_by_row(objective), []
-        self.bytes_held = graph_bytes([*self._transposed, output], exclude=params) if self._rows is None else self._rows.nbytes
+        if self._rows is None:
+            self.cost = graph_cost([*self._transposed, output], exclude=params)
+        else:
+            self.cost = GraphCost(self._rows.nbytes, closed=False)
 
     def _is_transposed_twice(self) -> bool:
         """Whether the double-backward trick works here: always, but for custom functions and operations without a second derivative."""
@@ -99,21 +103,20 @@ class OutputJacobian:
         units = torch.eye(rows, dtype=self.output.dtype, device=self.output.device).view(rows, *self.output.shape)
         return torch.stack([layout.flatten(self.transpose(unit)) for unit in units])
 
-    def forward(self, vectors: Sequence[Tensor]) -> Tensor:
-        """J v in the output's shape."""
+    def forward(self, vectors: Sequence[Tensor], batched: bool = False) -> Tensor:
+        """J v in the output's shape; ``batched`` for several v, (k, ...) each."""
         if self._rows is not None:
             flat = torch.cat([v.reshape(-1).to(self._rows) for v in vectors])
             return (self._rows @ flat).view(self.output.shape).to(self.output.dtype)
         if not self._transposed:
-            return torch.zeros_like(self.output)
-        along = [vectors[j] for j in self._used]
-        return torch.autograd.grad(
-            self._transposed, self._dummy, grad_outputs=along, retain_graph=True, allow_unused=True, materialize_grads=True
-        )[0]
+            return self.output.new_zeros((len(vectors[0]), *self.output.shape) if batched else self.output.shape)
+        (product,) = derivative(self._transposed, [self._dummy], [vectors[j] for j in self._used], batched=batched, zeros=True)
+        assert product is not None
+        return product
 
-    def transpose(self, cotangent: Tensor) -> Pieces:
-        """J^T u, one tensor per parameter."""
-        return list(torch.autograd.grad(self._output, self._params, grad_outputs=cotangent, retain_graph=True, allow_unused=True))
+    def transpose(self, cotangent: Tensor, batched: bool = False) -> Pieces:
+        """J^T u, one tensor per parameter; ``batched`` for several u, (k, ...)."""
+        return derivative([self._output], self._params, [cotangent], batched=batched)
 
 
 def output_gradient(objective: Objective, output: Tensor, target: Any, *, number: int, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -180,15 +183,14 @@ class GaussNewtonOperator(CurvatureOperator):
 
         num_params = len(self.layout.params)  # not the operator itself, which keeps the product: a cycle, which would keep the data
 
-        def multiply(vectors: Sequence[Tensor]) -> Pieces:
+        def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
             if not slope.requires_grad:  # a loss that is linear in the output
                 return [None] * num_params
-            (curved,) = torch.autograd.grad(
-                slope, leaf, grad_outputs=jacobian.forward(vectors), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            return jacobian.transpose(curved)
+            (curved,) = derivative([slope], [leaf], [jacobian.forward(vectors, batched)], batched=batched, zeros=True)
+            assert curved is not None
+            return jacobian.transpose(curved, batched)
 
-        return PieceProduct(multiply, piece.weight, jacobian.bytes_held)
+        return PieceProduct(multiply, piece.weight, jacobian.cost)
 
     def _look_into_doubts(self) -> None:
         look_into_doubts(self.objective, HessianOperator, first_alone=True)

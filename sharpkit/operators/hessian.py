@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sharpkit._errors import ObjectiveError
-from sharpkit.objective.memory import graph_bytes
+from sharpkit.objective.memory import graph_cost
 from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import refuse_held_vectors
-from sharpkit.operators.curvature import CurvatureOperator, PieceProduct, Pieces
+from sharpkit.operators.blocks import PieceProduct, Pieces, derivative
+from sharpkit.operators.curvature import CurvatureOperator
 from sharpkit.operators.probe import look_into_doubts
 
 
@@ -47,13 +48,12 @@ class HessianOperator(CurvatureOperator):
         curved = [j for j, g in enumerate(gradients) if g is not None and g.requires_grad]
         roots = [gradients[j] for j in curved]
 
-        def multiply(vectors: Sequence[Tensor]) -> Pieces:
+        def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
             if not roots:
                 return [None] * len(params)
-            along = [vectors[j] for j in curved]
-            return list(torch.autograd.grad(roots, params, grad_outputs=along, retain_graph=True, allow_unused=True))
+            return derivative(roots, params, [vectors[j] for j in curved], batched=batched)
 
-        return PieceProduct(multiply, piece.weight, graph_bytes([r for r in roots if r is not None], exclude=params))
+        return PieceProduct(multiply, piece.weight, graph_cost([r for r in roots if r is not None], exclude=params))
 
     def _look_into_doubts(self) -> None:
         look_into_doubts(self.objective, HessianOperator)

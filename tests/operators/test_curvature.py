@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from traces import untouched
 
 import sharpkit as sk
-from sharpkit.objective.memory import graph_bytes, human_bytes, is_out_of_memory
+from sharpkit.objective.memory import graph_cost, human_bytes, is_out_of_memory
 from sharpkit.operators.curvature import CurvatureOperator
 
 
-def hessian(problem: Any, **settings: Any) -> sk.HessianOperator:
-    return sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss), **settings)
+def hessian(problem: Any, *, join: bool = True, **settings: Any) -> sk.HessianOperator:
+    objective = sk.Objective(problem.model, problem.batches, loss=problem.loss)
+    objective.joining.allowed = join
+    return sk.HessianOperator(objective, **settings)
 
 
 def forwards(model: nn.Module) -> list[int]:
@@ -29,10 +31,141 @@ def forwards(model: nn.Module) -> list[int]:
 def test_graphs_are_built_once_and_reused() -> None:
     problem = mlp()
     calls = forwards(problem.model)
-    H = hessian(problem)
+    H = hessian(problem, join=False)
     calls.clear()
     H.to_dense()
     assert len(calls) == len(problem.batches)
+
+
+def test_small_batches_are_joined_and_give_the_same_matrix() -> None:
+    problem = mlp()
+    assert len(problem.batches) > 1
+    separate, joined = hessian(problem, join=False), hessian(problem)
+    assert relative_error(joined.to_dense(), separate.to_dense()) < 1e-12
+    assert (len(joined._kept), len(separate._kept)) == (1, len(problem.batches))
+    (loss, gradient), (value, slope) = joined.objective.gradient(), separate.objective.gradient()
+    assert relative_error(gradient, slope) < 1e-13
+    assert abs(loss - value) + abs(joined.objective.value() - value) < 1e-13
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ragged_masked_batches_are_joined_where_their_sizes_allow_it(reduction: str) -> None:
+    """Two batches of length 5 in a row, then one of 7, then two of 5 again, some targets masked."""
+    model = built(lambda: nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 11)))
+    batches = []
+    for number, length in enumerate((5, 5, 7, 5, 5)):
+        tokens = torch.randint(0, 11, (2 + number % 2, length), generator=torch.Generator().manual_seed(number))
+        batches.append((tokens, tokens.masked_fill(tokens < number, -100)))
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction=reduction)
+
+    H, whole = (sk.HessianOperator(sk.Objective(model, batches, loss=loss, micro_batch_size=size)) for size in ("auto", None))
+    assert relative_error(H.to_dense(), whole.to_dense()) < 1e-12
+    assert (len(H._kept), len(whole._kept)) == (3, 5)
+
+
+def test_batches_whose_joined_loss_is_another_are_not_joined() -> None:
+    """Two batches look like one of four where a closure tells them apart; with check=False nothing was tried before."""
+    model = built(lambda: nn.Linear(3, 2))
+    batches = [(gaussian(4, 3, seed=seed), labels(4) % 2) for seed in range(3)]
+
+    def closure(m: nn.Module, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(m(batch[0]), batch[1]) * (1.0 if len(batch[1]) == 4 else 2.0)
+
+    settings: dict[str, Any] = {"closure": closure, "count": lambda batch: len(batch[1]), "reduction": "mean", "check": False}
+    H, whole = (sk.HessianOperator(sk.Objective(model, batches, micro_batch_size=size, **settings)) for size in ("auto", None))
+    assert relative_error(H.to_dense(), whole.to_dense()) < 1e-14
+    assert len(H._kept) == 3
+
+
+def test_several_products_at_once_are_those_of_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = mlp()
+    clock = iter(range(10_000))  # each look at it is a second later: at once is k times as fast
+    monkeypatch.setattr("sharpkit.operators.blocks.time.perf_counter", lambda: float(next(clock)))
+    H, alone = hessian(problem), hessian(problem)
+    V = gaussian(H.size, 40)
+    expected = torch.stack([alone @ v.contiguous() for v in V.T], dim=1)
+    for _ in range(3):
+        assert relative_error(H @ V, expected) < 1e-13
+    assert H.blocks.width == 32
+    assert H.num_matvecs == 120
+
+
+def test_what_has_no_rule_for_several_vectors_goes_one_by_one() -> None:
+    model = built(lambda: nn.Linear(4, 3))
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+            (x,) = ctx.saved_tensors
+            return 2 * x * g
+
+    objective = sk.Objective(model, (gaussian(6, 4), labels(6)), loss=lambda z, y: F.cross_entropy(Square.apply(z), y))
+    plain = sk.Objective(model, (gaussian(6, 4), labels(6)), loss=lambda z, y: F.cross_entropy(z * z, y))
+    H = sk.HessianOperator(objective)
+    assert relative_error(H @ gaussian(15, 12), sk.HessianOperator(plain) @ gaussian(15, 12)) < 1e-12
+    assert H.blocks.width == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no batching rule")])
+def test_products_at_once_that_fail_are_made_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    problem = mlp()
+    H, widths = hessian(problem), list[int]()
+    expected = hessian(problem) @ gaussian(H.size, 40)
+    grad = torch.autograd.grad
+
+    def limited(*args: Any, **settings: Any) -> Any:
+        if settings.get("is_grads_batched"):
+            widths.append(len(settings["grad_outputs"][0]))
+            if widths[-1] > 8:
+                raise error
+        return grad(*args, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", limited)
+    assert relative_error(H @ gaussian(H.size, 40), expected) < 1e-13
+    assert widths[0] == 32
+    assert (len(widths) == 1) == (not is_out_of_memory(error))
+
+
+def test_a_rule_for_several_vectors_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = mlp()
+    H, expected = hessian(problem), hessian(problem) @ gaussian(43, 12)
+    grad = torch.autograd.grad
+
+    def wrong(*args: Any, **settings: Any) -> Any:
+        return (
+            [g if g is None else 1.01 * g for g in grad(*args, **settings)] if settings.get("is_grads_batched") else grad(*args, **settings)
+        )
+
+    monkeypatch.setattr(torch.autograd, "grad", wrong)
+    assert relative_error(H @ gaussian(H.size, 12), expected) < 1e-13
+    assert H.blocks.width == 1
+
+
+def test_a_product_over_kept_graphs_touches_no_state_of_the_model() -> None:
+    """It needs no guard, which costs as much as the product of a small model; with hooks or inside inference_mode it takes one."""
+    problem = mlp()
+    H, guarded = hessian(problem), list[int]()
+    v = gaussian(H.size)
+    expected = H @ v
+    undisturbed = H.objective.undisturbed
+    H.objective.undisturbed = lambda: (guarded.append(1), undisturbed())[1]  # type: ignore[method-assign]
+    assert torch.equal(H @ v, expected)
+    assert not guarded
+    handle = problem.params[0].register_hook(lambda g: 2 * g)
+    assert torch.equal(H @ v, expected)
+    handle.remove()
+    with torch.inference_mode():
+        assert not (H @ v).is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(H @ v, expected)
+    assert len(guarded) == 3
 
 
 def test_a_write_that_changes_no_value_rebuilds_the_graph() -> None:
@@ -49,7 +182,7 @@ def test_a_write_that_changes_no_value_rebuilds_the_graph() -> None:
 def test_a_small_memory_limit_keeps_no_graph_and_changes_no_answer() -> None:
     problem = mlp()
     calls = forwards(problem.model)
-    H, free = hessian(problem, memory_limit=0), hessian(problem)
+    H, free = hessian(problem, join=False, memory_limit=0), hessian(problem, join=False)
     v = gaussian(H.size)
     calls.clear()
     assert torch.equal(H @ v, free @ v)
@@ -60,10 +193,10 @@ def test_a_small_memory_limit_keeps_no_graph_and_changes_no_answer() -> None:
 
 def test_a_limit_for_some_graphs_keeps_those_and_rebuilds_the_rest() -> None:
     problem = mlp()
-    free = hessian(problem)
+    free = hessian(problem, join=False)
     v = gaussian(free.size)
     expected = free @ v
-    H = hessian(problem, memory_limit=max(p.bytes_held for p in free._kept.values()))
+    H = hessian(problem, join=False, memory_limit=max(p.cost.nbytes for p in free._kept.values()))
     for _ in range(3):
         assert relative_error(H @ v, expected) < 1e-13
     assert 0 < len(H._kept) < len(problem.batches)
@@ -71,10 +204,10 @@ def test_a_limit_for_some_graphs_keeps_those_and_rebuilds_the_rest() -> None:
 
 def test_graphs_kept_for_whole_batches_are_not_mixed_with_pieces_cut_later() -> None:
     problem = mlp()
-    free = hessian(problem)
+    free = hessian(problem, join=False)
     v = gaussian(free.size)
     expected = free @ v
-    H = hessian(problem, memory_limit=max(p.bytes_held for p in free._kept.values()))
+    H = hessian(problem, join=False, memory_limit=max(p.cost.nbytes for p in free._kept.values()))
     H @ v
     assert 0 < len(H._kept) < len(problem.batches)
     H.objective.micro_batch_size = 2  # as another operator of the same objective does when it runs out of memory
@@ -150,7 +283,7 @@ def test_the_bytes_of_a_graph_are_those_of_the_tensors_it_saves() -> None:
         kept = x.exp().sin().tanh().sum()
     saved.pop(x.untyped_storage().data_ptr(), None)
     plain = x.exp().sin().tanh().sum()
-    assert graph_bytes([plain], exclude=[x]) == sum(saved.values())
+    assert graph_cost([plain], exclude=[x]) == (sum(saved.values()), True)
     del kept
 
 

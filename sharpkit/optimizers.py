@@ -351,7 +351,18 @@ def is_adaptive(optimizer: Optimizer, *, unknown: bool | None = None) -> bool:
 
 def is_maximizing(optimizer: Optimizer) -> bool:
     """Whether any group climbs the objective (``maximize=True``): limits are about descent, and say nothing then."""
-    return any(group.get("maximize") for group in optimizer.param_groups)
+    return any(group.get("maximize") for group in unwrap_optimizer(optimizer).param_groups)
+
+
+def check_one_way(optimizer: Optimizer, layout: ParamLayout) -> None:
+    """Raise UnsupportedError where some groups that train the layout's parameters climb the objective while others descend it."""
+    optimizer = unwrap_optimizer(optimizer)
+    ways = {bool(g.get("maximize")) for g, r in zip(optimizer.param_groups, relative_rates(optimizer, layout), strict=True) if r}
+    if len(ways) > 1:
+        raise UnsupportedError(
+            f"some parameter groups of the {type(optimizer).__name__} have maximize=True and others minimize, so the loss along their "
+            "common step bounds neither: select the parameters of one kind with params="
+        )
 
 
 # -- its groups -------------------------------------------------------------------------------------------------------------------
@@ -377,10 +388,16 @@ def learning_rates(optimizer: Optimizer) -> list[float]:
     return [_rate(group) for group in optimizer.param_groups]
 
 
-def rates_at_hand(optimizer: Optimizer) -> tuple[float, ...] | None:
-    """The learning rate of every group; None where one is no plain number: reading a tensor would wait for the device."""
-    rates = tuple(rate for group in optimizer.param_groups if isinstance(rate := group.get("lr"), (int, float)))
-    return rates if len(rates) == len(optimizer.param_groups) else None
+def rates_at_hand(optimizer: Optimizer) -> tuple[float | Tensor, ...] | None:
+    """The learning rate of every group, without waiting for a device: a copy of a tensor that lies there; None where one has none."""
+    rates: list[float | Tensor] = []
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        try:
+            rates.append(rate.detach().clone() if isinstance(rate, Tensor) and rate.device.type != "cpu" else _rate(group))
+        except UnsupportedError:
+            return None
+    return tuple(rates)
 
 
 def relative_rates(optimizer: Optimizer, layout: ParamLayout | None = None) -> list[float]:
@@ -673,9 +690,11 @@ def _has_stepped(state: State) -> bool:
     return bool(float(state["step"])) if "step" in state else bool(state)
 
 
-def settled_preconditioner(optimizer: Optimizer, second_moment: Tensor) -> Tensor:
-    """(n,) sqrt(v) + eps: the D that an adaptive optimizer comes to where the squared gradient has the mean v; eps is 1e-8 by default."""
-    return second_moment.sqrt() + float(optimizer.param_groups[0].get("eps", 1e-8))
+def settled_preconditioner(optimizer: Optimizer, layout: ParamLayout, second_moment: Tensor) -> Tensor:
+    """(n,) sqrt(v) + eps: the D that an adaptive optimizer comes to where the squared gradient has the mean v; each group's own eps."""
+    eps = [float(group.get("eps", 1e-8)) for group in optimizer.param_groups]  # torch's default where the optimizer names none
+    own = _by_group(optimizer, layout, eps)
+    return second_moment.sqrt() + (own.to(second_moment) if isinstance(own, Tensor) else own)
 
 
 def has_linear_step(optimizer: Optimizer) -> bool:

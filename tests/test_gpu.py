@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from traces import untouched
 
 import sharpkit as sk
+from sharpkit.optimizers import rates_at_hand
 
 DEVICE = torch.device(os.environ.get("SHARPKIT_GPU_TESTS_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -344,6 +345,18 @@ def test_measure_agrees_with_the_host_and_leaves_no_trace(make: Any) -> None:
         there = sk.measure(objective, optimizer=optimizer)
     assert there.lambda_max.value == pytest.approx(here.lambda_max.value, rel=1e-4)
     assert there.trace.value == pytest.approx(here.trace.value, rel=1e-4)
+
+
+@gpu_only
+def test_rates_that_are_tensors_are_noted_without_waiting_for_the_device() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2, device=DEVICE))], lr=torch.tensor(0.25, device=DEVICE), capturable=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rates = rates_at_hand(optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    optimizer.param_groups[0]["lr"].fill_(1.0)
+    assert rates is not None and float(rates[0]) == 0.25
 
 
 @pytest.mark.parametrize(

@@ -273,10 +273,23 @@ def test_momentum_and_averaging_are_those_of_the_first_group() -> None:
     assert math.isnan(optimizers.current_momentum(ADAGRAD([weight()])))
 
 
-def test_the_settled_preconditioner_adds_the_optimizers_own_eps() -> None:
+def test_the_settled_preconditioner_adds_each_groups_own_eps() -> None:
     moment = torch.tensor([4.0, 9.0], dtype=torch.float64)
-    assert optimizers.settled_preconditioner(ADAM([weight()], eps=0.5), moment).tolist() == [2.5, 3.5]
-    assert optimizers.settled_preconditioner(SGD([weight()], lr=0.1), moment).tolist() == [2 + 1e-8, 3 + 1e-8]
+    params = [weight(), weight()]
+    layout = layout_of(*params)
+    assert optimizers.settled_preconditioner(ADAM(params, eps=0.5), layout, moment).tolist() == [2.5, 3.5]
+    apart = ADAM([{"params": params[1:], "eps": 0.25}, {"params": params[:1]}], eps=0.5)
+    assert optimizers.settled_preconditioner(apart, layout, moment).tolist() == [2.5, 3.25]
+    assert optimizers.settled_preconditioner(SGD(params, lr=0.1), layout, moment).tolist() == [2 + 1e-8, 3 + 1e-8]
+
+
+def test_a_rate_that_is_a_tensor_is_at_hand_as_a_number() -> None:
+    optimizer = SGD([{"params": [weight()], "lr": torch.tensor(0.25)}, {"params": [weight()]}], lr=0.5)
+    rates = optimizers.rates_at_hand(optimizer)
+    optimizer.param_groups[0]["lr"].fill_(1.0)
+    assert rates == (0.25, 0.5), "not the tensor itself, which the next scheduler overwrites"
+    optimizer.param_groups[1]["lr"] = None
+    assert optimizers.rates_at_hand(optimizer) is None
 
 
 # -- wrappers ---------------------------------------------------------------------------------------------------------------------

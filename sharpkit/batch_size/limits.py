@@ -12,7 +12,8 @@ from torch import Tensor
 from sharpkit.batch_size.curvature import BatchCurvature, Wrap, measure_batch_curvature, top_and_noise
 from sharpkit.batch_size.pilot import Ledger
 from sharpkit.objective.samples import SamplePool
-from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.preconditioned import layout_of, optimizer_curvature
 from sharpkit.optimizers import UpdateRule, settled_preconditioner
 
 # By judgement, within the cost that docs/batch_size.md counts (50 times below a sweep):
@@ -75,15 +76,20 @@ def gradient_moments(pool: SamplePool, *, seed: int, ledger: Ledger) -> tuple[Te
 
 def preconditioner(mean: Tensor, variance: Tensor, batch_size: int, optimizer: torch.optim.Optimizer) -> Wrap:
     """The matrix of the limit with D = sqrt(g^2 + var / B) + eps, what an adaptive optimizer's second moment tends to at a batch size."""
-    diagonal = settled_preconditioner(optimizer, mean.square() + variance / batch_size)
-    if not math.isfinite(float(diagonal.sum())):
+    moment = mean.square() + variance / batch_size
+    if not math.isfinite(float(moment.sum())):
         raise ValueError("the gradient's moments are not finite")
-    return as_seen_by(optimizer, diagonal)
+
+    def wrap(operator: SymmetricOperator) -> SymmetricOperator:
+        diagonal = settled_preconditioner(optimizer, layout_of(operator), moment)
+        return optimizer_curvature(operator, optimizer, diagonal=diagonal)[0]
+
+    return wrap
 
 
-def as_seen_by(optimizer: torch.optim.Optimizer, diagonal: Tensor | None = None) -> Wrap:
+def as_seen_by(optimizer: torch.optim.Optimizer) -> Wrap:
     """A curvature operator -> the matrix that the optimizer's limit is about, with the groups' rates, momenta and decays in it."""
-    return lambda operator: optimizer_curvature(operator, optimizer, diagonal=diagonal)[0]
+    return lambda operator: optimizer_curvature(operator, optimizer)[0]
 
 
 def short_form(lambda_max: float, noise: float, batch_size: float, *, momentum: float = 0.0) -> float:

@@ -13,7 +13,7 @@ from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import moved
-from sharpkit.optimizers import check_trains, learning_rate, next_update, unwrap_optimizer
+from sharpkit.optimizers import check_one_way, check_trains, learning_rate, next_update, unwrap_optimizer
 
 _PRECISION = 15 / 16  # lower over upper end, by judgement: three bisections from a factor sqrt(2), so six forward passes in all
 _MAX_DOUBLINGS = 60  # a factor of 1e18 either way, by judgement: further, float32 has no step or no parameters left
@@ -72,7 +72,8 @@ def critical_learning_rate(
 
     Raises:
         ValueError: a guess or rtol that is not positive, or an optimizer over other parameters.
-        UnsupportedError: an optimizer that trains more than the objective's model, or whose step is not proportional to its rate.
+        UnsupportedError: an optimizer that trains more than the objective's model, whose step is not proportional to its rate, or some
+            groups of which maximize while others minimize.
         NonFiniteError: the loss, gradient or update at the present point is not finite.
 
     Example:
@@ -87,6 +88,7 @@ def critical_learning_rate(
         arXiv 2601.16979, for the critical sharpness 2 / eta_c.
     """
     check_trains(optimizer, objective.model)
+    check_one_way(optimizer, objective.layout)
     start = learning_rate(unwrap_optimizer(optimizer), objective.layout) if guess is None else guess
     if not (math.isfinite(start) and start > 0):
         raise ValueError(f"the guess must be a positive number, got {start}: pass guess= where the optimizer's rate is 0")

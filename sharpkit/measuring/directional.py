@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._errors import ConvergenceWarning, NonFiniteError
+from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
 from sharpkit._results import standard_error
 from sharpkit.linalg.results import Estimate
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.optimizers import check_trains, has_linear_step, linear_step, next_update
+from sharpkit.optimizers import check_one_way, check_trains, has_linear_step, is_maximizing, linear_step, next_update
 
 # By judgement: a standard error from fewer than 20 batches is itself off by more than a sixth; 1000 batches reach 5 % unless the scatter
 # of one batch is more than 1.6 times the mean.
@@ -83,6 +83,7 @@ def batch_sharpness(
     Raises:
         ValueError: batch_size outside 1..N.
         TypeError: the optimizer is not torch.optim.SGD.
+        UnsupportedError: it maximizes.
         NonFiniteError: every batch gave no finite value.
 
     References:
@@ -152,6 +153,7 @@ def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer
         optimizer: a torch optimizer holding the objective's parameters.
 
     Raises:
+        UnsupportedError: some of its groups maximize and others minimize, or as in :func:`sharpkit.critical_learning_rate`.
         NonFiniteError: u^T g is 0 or not finite.
 
     Example:
@@ -162,6 +164,7 @@ def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer
         2.0
     """
     check_trains(optimizer, objective.model)
+    check_one_way(optimizer, objective.layout)
     gradient, update, product = gradient_and_product(objective, lambda g: next_update(optimizer, objective.layout, g))
     below, above = float(update @ gradient), float(update @ product)
     if not (math.isfinite(below) and math.isfinite(above)) or below == 0:
@@ -204,5 +207,7 @@ def momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None)
     if not has_linear_step(optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"batch sharpness along the step is defined for torch.optim.SGD, got {kind}; leave optimizer out")
+    if is_maximizing(optimizer):  # the curvature that bounds an ascent is that of the negative loss
+        raise UnsupportedError("batch sharpness is about descent, and this optimizer has maximize=True: minimize the negative loss instead")
     factor, push = linear_step(optimizer, objective.layout)  # read once: the optimizer does not step while batches are drawn
     return lambda g: factor * g + push

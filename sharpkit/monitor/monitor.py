@@ -93,8 +93,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         (1.0, 20.0)
     """
 
-    # (step, loss, each group's rate) since the last measurement, None where it was not given or cannot be read without waiting
-    _losses: deque[tuple[int, Tensor | float | None, tuple[float, ...] | None]]
+    # (step, loss, each group's rate) since the last measurement, None where there is none; tensors on a device are read at the next one
+    _losses: deque[tuple[int, Tensor | float | None, tuple[float | Tensor, ...] | None]]
     _rates: list[float]  # at the last measurement: the one that limits are stated for, then those of all groups
     _disabled: dict[str, str]
 
@@ -160,7 +160,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         watch = self._planner.watch
         entered = watch.enter()
         rates = rates_at_hand(self.optimizer)
-        if loss is not None or (self._losses and self._losses[-1][2] != rates):
+        on_device = rates is not None and any(isinstance(rate, Tensor) for rate in rates)  # to compare them would be to wait
+        if loss is not None or on_device or (self._losses and self._losses[-1][2] != rates):
             self._losses.append((self._step, loss.detach() if isinstance(loss, Tensor) else loss, rates))
         record = None
         if not self._planner.is_due(self._step):  # nearly all steps end here, after two clock readings and little else
@@ -245,7 +246,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
                 last, at = float(loss), step
                 self._detector.update_loss(step, last)
             # a rate that was raised in any group lowers the limit on the matrix last measured by as much
-            raised = max((now / before for now, before in zip(rates or (), self._rates[1:], strict=False) if before > 0), default=math.nan)
+            pairs = zip(map(float, rates or ()), self._rates[1:], strict=False)
+            raised = max((now / before for now, before in pairs if before > 0), default=math.nan)
             self._detector.note_rate(step, self._rates[0] * raised)
         self._losses.clear()
         self._rates = [learning_rate(self.optimizer), *learning_rates(self.optimizer)]
@@ -309,7 +311,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue the series: plain containers and tensors, safe for ``torch.save``."""
         # as numbers, since tensors would keep their device
-        self._losses = deque(((s, None if loss is None else float(loss), rates) for s, loss, rates in self._losses), _MAX_LOSSES)
+        plain = [(s, None if loss is None else float(loss), r and tuple(map(float, r))) for s, loss, r in self._losses]
+        self._losses = deque(plain, _MAX_LOSSES)
         return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -145,6 +145,18 @@ def test_the_preconditioner_divides_by_the_second_moment_and_epsilon() -> None:
     assert float(plain.to_dense()[1, 1]) == pytest.approx(6.0 / 1e-8), "torch's own epsilon where the optimizer names none"
 
 
+def test_the_preconditioner_takes_each_groups_own_epsilon_and_rate() -> None:
+    mean, variance = torch.tensor([3.0, 0.0, 2.0]).double(), torch.tensor([64.0, 4.0, 0.0]).double()
+    M = torch.tensor([[8.0, 2.0, 1.0], [2.0, 6.0, 0.5], [1.0, 0.5, 4.0]]).double()
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(size, dtype=torch.float64)) for size in (2, 1)])
+    groups = [{"params": [model[1]], "lr": 0.1, "eps": 3.0}, {"params": [model[0]], "lr": 0.2, "eps": 0.5}]
+    closure = lambda m, b: 0.5 * torch.cat(list(m)) @ M @ torch.cat(list(m)) * b.mean()  # noqa: E731
+    matrix = sk.HessianOperator(sk.Objective(model, torch.ones(1).double(), closure=closure))
+    turned = preconditioner(mean, variance, 4, torch.optim.Adam(groups))(matrix)
+    scale = torch.tensor([2 / 5.5, 2 / 1.5, 1 / 5.0]).double().sqrt()  # R over sqrt(v) + eps, R against the first group's rate
+    torch.testing.assert_close(turned.to_dense(), matrix.to_dense() * scale[:, None] * scale)
+
+
 # -- the short form -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 def test_the_short_form_in_closed_form(beta: float) -> None:

@@ -197,3 +197,22 @@ def test_the_critical_rate_takes_the_groups_rates_in_their_ratio() -> None:
     assert critical.lower <= expected <= critical.upper
     assert sk.directional_sharpness(objective, optimizer) == pytest.approx(2 / expected, rel=1e-9)
     assert math.isfinite(critical.value)
+
+
+@pytest.mark.parametrize("call", ["critical", "directional"])
+def test_groups_of_which_only_some_climb_have_no_rate_along_their_common_step(call: str) -> None:
+    problem = Regression()
+    mixed = problem.optimizer(SGD, {"lr": 1e-2}, {"lr": 1e-2, "maximize": True})
+    with pytest.raises(sk.UnsupportedError, match=r"some parameter groups .* maximize=True and others minimize.*params="):
+        CALLS[call](problem, mixed)
+    chosen = sk.Objective(problem.model, problem.batch, loss=F.mse_loss, params="0.*")
+    alone = problem.optimizer(SGD, {"lr": 1e-2}, {"lr": 0.0, "maximize": True})
+    assert sk.directional_sharpness(chosen, mixed) == pytest.approx(sk.directional_sharpness(problem.objective, alone), rel=1e-12)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_batch_sharpness_is_not_stated_for_an_optimizer_that_climbs(first: bool) -> None:
+    problem = Regression()
+    climbing = problem.optimizer(SGD, {"lr": 1e-2, "maximize": first}, {"lr": 1e-2, "maximize": True})
+    with pytest.raises(sk.UnsupportedError, match="maximize=True: minimize the negative loss"):
+        sk.batch_sharpness(problem.objective, batch_size=8, optimizer=climbing)

@@ -477,7 +477,9 @@ def test_a_monitor_stepped_by_a_hook_of_the_model_measures_nothing_and_says_why(
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------------------
-def watched(rates: Callable[[int], float], *, loss_of: Callable[[int, float], float] = lambda _, loss: loss, groups: int = 1) -> sk.Monitor:
+def watched(
+    rates: Callable[[int], float], *, loss_of: Callable[[int, float], float] = lambda _, loss: loss, groups: int = 1, tensor: bool = False
+) -> sk.Monitor:
     """Least squares by gradient descent, lambda_max 4 or so, a record every 20 steps."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False)).double() if groups > 1 else nn.Linear(4, 1).double()
     x = torch.randn(32, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -486,7 +488,7 @@ def watched(rates: Callable[[int], float], *, loss_of: Callable[[int, float], fl
     optimizer = torch.optim.SGD(sets, lr=0.05)  # type: ignore[arg-type]
     monitor = sk.Monitor(model, optimizer, loss=F.mse_loss, every=20, metrics=["preconditioned_lambda_max", "lambda_max"][groups == 1 :])
     for step in range(75):
-        optimizer.param_groups[-1]["lr"] = rates(step)
+        optimizer.param_groups[-1]["lr"] = torch.tensor(rates(step)) if tensor else rates(step)
         optimizer.zero_grad()
         loss = F.mse_loss(model(x), y)
         loss.backward()
@@ -500,9 +502,10 @@ def spikes(monitor: sk.Monitor) -> list[str]:
     return [event.text for event in monitor.history.events if event.kind == "loss_spike"]
 
 
+@pytest.mark.parametrize("tensor", [False, True], ids=["", "rates are tensors"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_spike_after_a_rate_raised_between_measurements_in_any_group_is_explained_by_it(groups: int) -> None:
-    monitor = watched(lambda step: 30.0 if 45 <= step < 48 else 0.05, groups=groups)
+def test_a_spike_after_a_rate_raised_between_measurements_in_any_group_is_explained_by_it(groups: int, tensor: bool) -> None:
+    monitor = watched(lambda step: 30.0 if 45 <= step < 48 else 0.05, groups=groups, tensor=tensor)
     (text,) = spikes(monitor)[:1]
     assert "Explained by the learning rate" in text and "look at the data" not in text
     assert watched(lambda _: 0.05, groups=groups).history.events == ()

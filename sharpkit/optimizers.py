@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,8 @@ class UpdateRule:
 
     Attributes:
         adaptive: the curvature meant is that of D^-1 H.
-        name, matrix: for messages; the matrix is H or D^-1 H where none is named.
+        name: for messages.
+        matrix: its name, where it is not H or D^-1 H: see :attr:`operator`.
 
     Example:
         >>> UpdateRule(momentum=0.9).max_learning_rate(10.0)
@@ -94,18 +96,34 @@ class UpdateRule:
         return self.weight_decay * (1 + self.momentum if self.decoupled else self.gain)
 
     @property
+    def operator(self) -> str:
+        """Name of the matrix whose largest eigenvalue the limit is about: H, D^-1 H, R H, R D^-1 (H + decay) ..."""
+        return self.matrix or ("D^-1 H" if self.adaptive else "H")
+
+    @property
     def condition(self) -> str:
         """The condition as a formula in the usual letters."""
         load, above = "lr", "2"
         if self.momentum:
             above = "2 (1 + beta)"
             load = "((1 + 2 beta) lr)" if self.nesterov else f"((1 - {self.dampening:g}) lr)" if self.dampening else "lr"
-        formula = f"lambda_max({self.matrix or ('D^-1 H' if self.adaptive else 'H')}) <= {above} / {load}"
+        formula = f"lambda_max({self.operator}) <= {above} / {load}"
         formula += f", beta = {self.momentum:g}" if self.momentum else ""
         formula += ", R the groups' rates over that of the first" if self.matrix else ""
         if self.weight_decay:
             formula += f", less {'decoupled ' if self.decoupled else ''}weight decay {self.weight_decay:g}"
         return f"{self.name}: {formula}"
+
+
+def operator_in(condition: str) -> str:
+    """The :attr:`UpdateRule.operator` that a condition names, as documents keep it; empty where it names none.
+
+    Example:
+        >>> operator_in(UpdateRule(adaptive=True, matrix="R D^-1 (H + decay)").condition), operator_in("no limit: unknown")
+        ('R D^-1 (H + decay)', '')
+    """
+    named = re.search(r"lambda_max\((.+?)\) <= ", condition)
+    return named.group(1) if named else ""
 
 
 # -- the table ------------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def _follow(arguments: argparse.Namespace, follower: RunFollower, builder: RunBu
             builder.add(document)
             if started and document["kind"] == "monitor_run":
                 _say_header(document, remark)
+                table.header = document
             elif started:
                 table.show(document)
         if documents and not started:
@@ -83,6 +84,7 @@ def _show_start(arguments: argparse.Namespace, builder: RunBuilder, remark: Call
     for note in builder.notes():
         remark(note)
     table = _Table(arguments)
+    table.header = builder.headers[-1] if builder.headers else {}
     shown = builder.records[-arguments.last :]
     earlier = builder.records[: len(builder.records) - len(shown)]
     if earlier:
@@ -103,6 +105,7 @@ class _Table:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._stream, self._silent = arguments.stdout, arguments.json  # the real stdout: while a command runs sys.stdout is stderr
         self._name, self._rows = "", 0
+        self.header: Document = {}  # of the run, which names the matrix
 
     def learn(self, record: Document) -> None:
         """See which curvature the record holds."""
@@ -115,7 +118,7 @@ class _Table:
         """One record as a row, its failures and events below."""
         self.learn(record)
         if self._rows % _HEAD_EVERY == 0:
-            self._write(_head(self._name))
+            self._write(_head(self._name, self.header))
         self._rows += 1
         self._write(row(record, self._name))
         for name, reason in record.get("failed", {}).items():
@@ -133,8 +136,8 @@ def _columns(cells: tuple[str, ...]) -> str:
     return "  ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
 
 
-def _head(metric: str) -> str:
-    name = in_words(metric) if metric else "curvature"
+def _head(metric: str, header: Document) -> str:
+    name = in_words(metric, header) if metric else "curvature"
     return _columns(("step", "loss", "lr", f"{name} +-", "limit", "share of the limit (|)", "overhead"))
 
 

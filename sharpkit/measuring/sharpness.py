@@ -18,7 +18,7 @@ from sharpkit.objective.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import optimizer_curvature
-from sharpkit.optimizers import UpdateRule, check_trains, learning_rate, unwrap_optimizer
+from sharpkit.optimizers import UpdateRule, check_trains, learning_rate, operator_in, unwrap_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,8 +80,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
 
     def __repr__(self) -> str:
         names = ("lambda_max", "preconditioned_lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank")
-        turned = "D^-1H" if "D^-1" in self.stable_lr.rule else "R H"
-        shown = ("lambda_max", f"lambda_max {turned}", "lambda_min", "trace", "Frobenius norm", "effective rank")
+        shown = ("lambda_max", f"lambda_max {operator_in(self.stable_lr.rule)}", "lambda_min", "trace", "Frobenius norm", "effective rank")
         estimates = [(label, getattr(self, name)) for label, name in zip(shown, names, strict=True) if getattr(self, name) is not None]
         rows = [(label, f"{estimate}{'' if estimate.converged else '  (not converged)'}") for label, estimate in estimates]
         rows += [("loss", f"{self.loss:.5g}"), ("gradient norm", f"{self.grad_norm:.4g}")]
@@ -89,7 +88,8 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         rows += [("present lr", f"{self.lr:.4g}")] if self.lr is not None else []
         head = f"Sharpness of {self.num_parameters:,} parameters on {self.num_samples:,} samples, {self.mode} mode"
         cost = f"  {self.num_matvecs} Hessian products, {self.seconds:.1f} s"
-        return "\n".join([head, *(f"  {label:<16} {text}" for label, text in rows), cost])
+        width = max(16, *(len(label) for label, _ in rows))
+        return "\n".join([head, *(f"  {label:<{width}} {text}" for label, text in rows), cost])
 
     def findings(self) -> list[str]:
         """What the numbers say, in sentences."""

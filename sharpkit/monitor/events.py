@@ -108,7 +108,7 @@ class ProgressiveSharpening(State):
         self.active, self.peak = True, value
         below = f", still below the limit {limit:.4g}" if math.isfinite(limit) else ""
         return (
-            f"Progressive sharpening: {in_words(name)} rose from {format_with_error(self.low, self.low_error)} (step {self.low_step}) to "
+            f"Progressive sharpening: {name} rose from {format_with_error(self.low, self.low_error)} (step {self.low_step}) to "
             f"{format_with_error(value, error)} (step {last[1].step}), a factor of {value / self.low:.2g}{below}."
         )
 
@@ -147,7 +147,7 @@ class EdgeOfStability(State):
             return None
         self.active = True
         return (
-            f"Edge of stability: over {len(last)} measurements, steps {last[0].step} to {last[-1].step}, {in_words(name)} has stayed at "
+            f"Edge of stability: over {len(last)} measurements, steps {last[0].step} to {last[-1].step}, {name} has stayed at "
             f"{mean:.2f} +- {max(error, 0.01):.1g} of the limit, now {last[-1].limit:.4g}."
         )
 
@@ -189,7 +189,7 @@ class SelfStabilisation(State):
         self.active = True
         loss = f", while the loss went from {losses[0]:.4g} to {last.loss:.4g}" if math.isfinite(losses[0] + last.loss) else ""
         return (
-            f"Self-stabilisation: {in_words(name)} crossed the limit, {last.limit:.4g}, {len(steps)} times, up and down in turn, between "
+            f"Self-stabilisation: {name} crossed the limit, {last.limit:.4g}, {len(steps)} times, up and down in turn, between "
             f"steps {steps[0]} and {steps[-1]}{loss}; it is {_shown(last)} now."
         )
 
@@ -221,7 +221,7 @@ class LimitCrossed(State):
             return None
         self.active = True
         return (
-            f"Limit crossed: {in_words(name)} has been above the limit for {self.above} measurements, {last.step - self.since} steps from "
+            f"Limit crossed: {name} has been above the limit for {self.above} measurements, {last.step - self.since} steps from "
             f"step {self.since} on; it is {_shown(last)} against {last.limit:.4g}."
         )
 
@@ -295,7 +295,7 @@ class Catapult(State):
         if last.value + 2 * last.stderr < self.flatter * (before.value - 2 * before.stderr):
             text = (
                 f"Catapult: the loss rose from {self.low:.4g} (step {self.low_step}) to {self.peak:.4g} (step {self.peak_step}) and was "
-                f"back below by step {self.fallen_step}; {in_words(name)} fell from {_shown(before)} to {_shown(last)}, a flatter place."
+                f"back below by step {self.fallen_step}; {name} fell from {_shown(before)} to {_shown(last)}, a flatter place."
             )
         self._calm()
         return text
@@ -365,7 +365,7 @@ class LossSpike(State):
         if not recent or step - recent[-1].step > 3 * spacing:
             return "No curvature with a limit was measured just before, so it stays unexplained."
         worst = max(reversed(recent), key=lambda r: r.ratio)
-        fact = f"{in_words(name)} was {_shown(worst)} at step {worst.step}"
+        fact = f"{name} was {_shown(worst)} at step {worst.step}"
         if worst.is_above():
             return f"Explained by a crossing: {fact}, above the limit {worst.limit:.4g}, so steps along the sharpest direction overshot."
         # the steps since the last reading may have been made at a higher rate, whose limit is lower than the one read then
@@ -373,7 +373,7 @@ class LossSpike(State):
         in_force = [rate for (since, rate), (until, _) in pairwise([*rates, (step, 0.0)]) if since < step and last.step < until]
         if in_force and max(in_force) > _RAISED * last.lr > 0:
             now = last._replace(limit=last.limit * last.lr / max(in_force))
-            fact = f"{in_words(name)} was {_shown(last)} at step {last.step}"
+            fact = f"{name} was {_shown(last)} at step {last.step}"
             before = (
                 f"the learning rate was raised from {last.lr:.3g} to {max(in_force):.3g} after that, where the limit is {now.limit:.4g}"
             )
@@ -417,7 +417,7 @@ class EventDetector(State, version=2, strict=True, saved=(*_SAVED, "losses=_loss
 
     An event is reported once, when it begins; it can come again after its episode is over. The curvature is the most telling one that the
     run measures: ``preconditioned_lambda_max``, else ``lambda_max``, else ``probe_lambda_max``, each held against its own limit, and no
-    change counts that lies within the errors or the scatter of the readings.
+    change counts that lies within the errors or the scatter of the readings. The run's header, if given, names its matrix.
 
     ===========================  ====================================================================================================
     ``progressive_sharpening``   rose by half or more above its lowest level, still below the limit
@@ -450,8 +450,8 @@ class EventDetector(State, version=2, strict=True, saved=(*_SAVED, "losses=_loss
     _catapult: Catapult
     _spike: LossSpike
 
-    def __init__(self) -> None:
-        self._metric, self._pending = "", []
+    def __init__(self, header: Mapping[str, Any] | None = None) -> None:
+        self._metric, self._pending, self._header = "", [], header
         self._forget()
 
     def update(self, record: Mapping[str, Any]) -> list[Event]:
@@ -487,7 +487,7 @@ class EventDetector(State, version=2, strict=True, saved=(*_SAVED, "losses=_loss
         if step <= self._last_loss_step:
             return
         self._last_loss_step = step
-        name = self._metric or "the curvature"
+        name = in_words(self._metric, self._header) or "the curvature"
         # the catapult first: a spike that turns out to be the new level empties the losses
         texts = [(d.kind, d.on_loss(step, loss, name, self._readings, self._losses, self._rates)) for d in (self._catapult, self._spike)]
         if math.isfinite(loss) and not self._spike.active:  # losses within a spike would raise the level it is compared with
@@ -506,7 +506,8 @@ class EventDetector(State, version=2, strict=True, saved=(*_SAVED, "losses=_loss
             self._metric = metric
             self._begin_course()
         self._readings.append(seen)
-        texts = [(d.kind, d.on_reading(metric, self._readings)) for d in (*self._on_curvature, self._catapult)]
+        name = in_words(metric, self._header)
+        texts = [(d.kind, d.on_reading(name, self._readings)) for d in (*self._on_curvature, self._catapult)]
         return [Event(kind, seen.step, text) for kind, text in texts if text]
 
     def _begin_course(self) -> None:

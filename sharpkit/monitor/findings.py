@@ -29,18 +29,19 @@ def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
         return ["Nothing was measured yet."]
     main = main_curvature(records)
     readings = [r for r in (reading(record, main) for record in records) if r is not None] if main else []
-    said = _course(main, readings) if readings else ["No curvature was measured, so nothing can be compared with the stability limit."]
+    name, nothing = in_words(main, header), "No curvature was measured, so nothing can be compared with the stability limit."
+    said = _course(name, readings) if readings else [nothing]
     # batch sharpness has a limit of its own, at which SGD settles while lambda_max stays below its limit
     # means that did not converge have no typical value
     along = [record for record in records if record["values"].get("batch_sharpness", {}).get("converged", True)]
-    said += _settled(main, readings)
-    said += _settled("batch_sharpness", [r for r in (reading(record, "batch_sharpness") for record in along) if r is not None])
-    return [*said, *_loss(records), *_failures(records), *_unconverged(main, records), *_cost(header, records)]
+    said += _settled(name, readings)
+    said += _settled(in_words("batch_sharpness"), [r for r in (reading(record, "batch_sharpness") for record in along) if r is not None])
+    return [*said, *_loss(records), *_failures(header, records), *_unconverged(header, main, records), *_cost(header, records)]
 
 
-def _course(main: str, readings: list[Reading]) -> list[str]:
+def _course(name: str, readings: list[Reading]) -> list[str]:
     first, last, peak = readings[0], readings[-1], max(readings, key=lambda r: r.value)
-    name, shown = in_words(main), format_with_error(last.value, last.stderr)
+    shown = format_with_error(last.value, last.stderr)
     if len(readings) == 1:
         sentence = f"{name} was {shown} at step {last.step}"
     else:
@@ -67,7 +68,7 @@ def _settled(name: str, readings: list[Reading]) -> list[str]:
         return []
     ratios = [r.ratio for r in tail]
     return [
-        f"Over the last third of the run, steps {tail[0].step} to {tail[-1].step}, {in_words(name)} lay at {decimals(fmean(ratios))} +- "
+        f"Over the last third of the run, steps {tail[0].step} to {tail[-1].step}, {name} lay at {decimals(fmean(ratios))} +- "
         f"{stdev(ratios):.2g} of its limit (mean and standard deviation)."
     ]
 
@@ -90,7 +91,7 @@ def _loss(records: Sequence[Document]) -> list[str]:
     return said
 
 
-def _failures(records: Sequence[Document]) -> list[str]:
+def _failures(header: Document, records: Sequence[Document]) -> list[str]:
     counts: dict[str, int] = {}
     last: dict[str, tuple[int, str]] = {}
     for record in records:
@@ -99,17 +100,18 @@ def _failures(records: Sequence[Document]) -> list[str]:
             last[name] = (record["step"], reason)
     times = {1: "once", 2: "twice"}
     return [
-        f"{in_words(name)} could not be measured {times.get(count, f'{count} times')}, last at step {last[name][0]}: {last[name][1]}"
+        f"{in_words(name, header)} could not be measured {times.get(count, f'{count} times')}, "
+        f"last at step {last[name][0]}: {last[name][1]}"
         for name, count in counts.items()
     ]
 
 
-def _unconverged(main: str, records: Sequence[Document]) -> list[str]:
+def _unconverged(header: Document, main: str, records: Sequence[Document]) -> list[str]:
     entries = [record["values"][main] for record in records if main in record["values"]]
     loose = sum(not entry.get("converged", True) for entry in entries)
     if not loose:
         return []
-    return [f"{loose} of {len(entries)} values of {in_words(main)} were not computed to the tolerance; their error bars are wider."]
+    return [f"{loose} of {len(entries)} values of {in_words(main, header)} were not computed to the tolerance; their error bars are wider."]
 
 
 def _cost(header: Document, records: Sequence[Document]) -> list[str]:

@@ -132,14 +132,14 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         self._maker = ObjectiveMaker(self.model, held, params=params, probe=probe, max_samples=max_samples, settings=settings)
         self._top_k = top_k
         self._sinks = as_sinks(sinks)
-        self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector()
+        self._resumed_at: int | None = None
+        self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector(self._header())
         gradients = {name: metric.gradients for name, metric in self.metrics.items()}
         self._planner = Planner(gradients, every=every, budget=budget, max_interval=max_interval, process_group=process_group)
         self._step, self._rates = 0, [learning_rate(self.optimizer), *learning_rates(self.optimizer)]
         self._losses, self._disabled = deque(maxlen=_MAX_LOSSES), {}
         self._warned: set[str] = set()
         self._opened = False  # whether the sinks have their header, which goes out with the first record
-        self._resumed_at: int | None = None
         self.history = MonitorHistory(self._header())
 
     # -- the one call in the loop ------------------------------------------------------------------------------------------

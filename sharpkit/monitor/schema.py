@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from sharpkit._results import number
+from sharpkit.optimizers import operator_in
 
 Document = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ VERSION = 1  # of the layout, counted from 1 by convention; files of a newer one
 CURVATURES = ("preconditioned_lambda_max", "lambda_max", "probe_lambda_max")
 
 WORDS = {
-    "preconditioned_lambda_max": "lambda_max of D^-1 H",
+    "preconditioned_lambda_max": "preconditioned lambda_max",
     "probe_lambda_max": "lambda_max, probe set",
     "batch_sharpness": "batch sharpness",
     "gradient_noise_interaction": "gradient-noise interaction",
@@ -31,16 +32,25 @@ WORDS = {
 }
 
 
-def in_words(metric: str) -> str:
-    """A metric's name as a reader sees it.
+def in_words(metric: str, header: Document | None = None) -> str:
+    """A metric's name as a reader sees it; with the header of its run, the curvature that the limit is about is named by its matrix.
 
     Example:
         >>> in_words("lambda_max"), in_words("lambda_max/head"), in_words("batch_sharpness")
         ('lambda_max', 'lambda_max of layer head', 'batch sharpness')
+        >>> in_words("preconditioned_lambda_max", {"condition": "SGD: lambda_max(R H) <= 2 / lr"})
+        'lambda_max of R H'
     """
     name, _, group = metric.partition("/")
+    if name == "preconditioned_lambda_max" and (matrix := limit_matrix(header)):
+        return f"lambda_max of {matrix}"
     whose = group if group.startswith("group") else f"layer {group}"
     return WORDS.get(name, name) + (f" of {whose}" if group else "")
+
+
+def limit_matrix(header: Document | None) -> str:
+    """Name of the matrix that a run's limit is about, such as D^-1 H; empty where its header does not say."""
+    return operator_in(str((header or {}).get("condition")))
 
 
 class Reading(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from sharpkit._results import number
 from sharpkit.learner.rollback import tells_of_return
-from sharpkit.monitor.schema import Reading, in_words, main_curvature, reading
+from sharpkit.monitor.schema import Reading, in_words, limit_matrix, main_curvature, reading
 from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, TEAL, _stack, finish, new_axes
 
 if TYPE_CHECKING:
@@ -48,14 +48,16 @@ def panels_of(document: Document) -> list[tuple[str, list[str]]]:
     """
     records = document["records"]
     names, main = metrics_of(records), main_curvature(records)
-    # An adaptive optimizer's limit is on D^-1 H, which has no units: what is in those of H cannot share axes with it.
+    # An adaptive optimizer's limit is on D^-1 H, which has no units, one of groups that differ on R H: neither shares axes with H.
     preconditioned = main == "preconditioned_lambda_max"
     plain = [n for n in names if n in _PLAIN or _is_ranked(n)]
     along = [n for n in names if n in _ON_STEPS]
     first = [main] if preconditioned else [*along, *plain]
     first = sorted(first, key=lambda n: n != main) if main in first else first
     layers = [n for n in names if "/" in n]
-    panels = [("curvature of D^-1 H", first)] if preconditioned else [("curvature (loss / parameter²)", first)]
+    matrix = limit_matrix(document.get("header"))
+    panels = [(f"curvature of {matrix}" if matrix else "preconditioned curvature", first)] if preconditioned else []
+    panels = panels or [("curvature (loss / parameter²)", first)]
     panels += [("along the steps", along), ("Hessian\n(loss / parameter²)", plain)] if preconditioned else []
     panels.append(("by layer\n(loss / parameter²)", layers))
     units = {"trace": "trace\n(loss / parameter²)", "noise_scale": "noise scale\n(samples)"}
@@ -99,7 +101,7 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
     # by judgement: the curvature, which is what the run is judged by, more than twice as high as what goes with it
     axes = _stack(ax, [3.0, *[1.3] * (len(panels) - 1), *[1.3] * bool(losses)] if panels else [1.0])
     for below, (label, names) in zip(axes, panels, strict=False):
-        _draw_panel(below, records, names, label)
+        _draw_panel(below, document, names, label)
     if losses:
         _draw_loss(axes[-1], losses)
     _mark_failures(ax, records)
@@ -119,21 +121,22 @@ def _is_ranked(name: str) -> bool:
     return name.startswith("lambda_") and name[7:].isdigit()
 
 
-def _draw_panel(ax: Axes, records: Sequence[Document], names: list[str], label: str) -> None:
+def _draw_panel(ax: Axes, document: Document, names: list[str], label: str) -> None:
     colours = cycle((BLUE, GREEN, PURPLE, PINK, TEAL, OCHRE))
-    limits: list[tuple[str, str, dict[int, float]]] = []  # metric, colour, limit by step
+    limits: list[tuple[str, str, dict[int, float]]] = []  # metric in words, colour, limit by step
     drawn: list[float] = []
     for name in names:
-        readings = [r for r in (reading(record, name) for record in records) if r is not None]
+        readings = [r for r in (reading(record, name) for record in document["records"]) if r is not None]
         if not readings:
             continue
+        said = in_words(name, document.get("header"))
         ranked, layer = _is_ranked(name), "/" in name  # many lines of one kind: thin, and the ranks share one colour and one label
         colour = GREY if ranked else next(colours)
-        text = in_words(name) if not ranked else ("largest eigenvalues" if name == min(filter(_is_ranked, names)) else "_")
+        text = said if not ranked else ("largest eigenvalues" if name == min(filter(_is_ranked, names)) else "_")
         drawn += _draw_series(ax, readings, colour, text, thin=ranked or layer)
         own = {r.step: r.limit for r in readings}
         if np.isfinite([*own.values()]).any() and not (ranked or layer):
-            limits.append((name, colour, own))
+            limits.append((said, colour, own))
     _draw_limits(ax, limits)
     _scale(ax, [*drawn, *(x for *_, own in limits for x in own.values() if math.isfinite(x))])
     ax.set_ylabel(label)
@@ -148,7 +151,7 @@ def _draw_limits(ax: Axes, limits: list[tuple[str, str, dict[int, float]]]) -> N
     others = [entry for entry in limits[1:] if not _agree(entry[2], limits[0][2])]  # the same line twice would only hide the first
     for i, (name, colour, own) in enumerate([*limits[:1], *others]):
         look = {"color": colour, "linewidth": 1.0} if i else {"color": ORANGE, "linewidth": 1.5}
-        text = f"limit of {in_words(name)}" if others else "stability limit"
+        text = f"limit of {name}" if others else "stability limit"
         ax.plot(*_held(np.array([*own]), np.array([*own.values()])), linestyle="--", label=text, **look)  # type: ignore[arg-type]
 
 

@@ -22,6 +22,7 @@ from sharpkit.measuring.history import CurvatureHistory
 from sharpkit.measuring.layers import LayerSharpness
 from sharpkit.monitor.findings import run_findings
 from sharpkit.monitor.schema import HISTORY, Reading, in_words, main_curvature, reading
+from sharpkit.optimizers import operator_in
 from sharpkit.transfer.coordinates import CoordinateCheck
 from sharpkit.transfer.fits import Slope
 
@@ -133,7 +134,7 @@ def _density_section(document: Document, *, lr: float | None = None, limit: floa
 _QUANTITIES = {
     "lambda_max": "lambda_max",
     "lambda_min": "lambda_min",
-    "preconditioned_lambda_max": "lambda_max of D^-1 H (preconditioned)",
+    "preconditioned_lambda_max": "preconditioned lambda_max",
     "trace": "trace",
     "frobenius_norm": "Frobenius norm",
     "effective_rank": "effective rank",
@@ -157,7 +158,8 @@ def _sharpness_section(document: Document) -> Section:
     for name, words in _QUANTITIES.items():
         if document.get(name) is not None:
             estimate = Estimate.from_dict(document[name])
-            section.rows.append([words, _flagged(estimate), estimate.method])
+            matrix = operator_in(str(stable["rule"])) if name == "preconditioned_lambda_max" else ""
+            section.rows.append([f"lambda_max of {matrix}" if matrix else words, _flagged(estimate), estimate.method])
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("mode", "mode of the model")):
         section.rows.append([words, _text(document[name]), ""])
     if document["density"] is not None:
@@ -265,14 +267,14 @@ def last_readings(records: Sequence[Document]) -> dict[str, tuple[Reading, Docum
     return last
 
 
-def tiles_of(records: Sequence[Document]) -> list[tuple[str, str, str]]:
+def tiles_of(header: Document, records: Sequence[Document]) -> list[tuple[str, str, str]]:
     """Where a run of at least one record stands: curvature, limit, their ratio, overhead; (name, value, remark) each."""
     tiles: list[tuple[str, str, str]] = []
     main, last = main_curvature(records), last_readings(records)
     if main in last:
         now, _ = last[main]
         remark = f"+- {now.stderr:.2g} at step {now.step}" if math.isfinite(now.stderr) else f"error unknown, step {now.step}"
-        tiles.append((in_words(main), f"{now.value:.4g}", remark))
+        tiles.append((in_words(main, header), f"{now.value:.4g}", remark))
         if now.limit > 0:
             lr = number(records[-1].get("lr"))
             tiles.append(("stability limit", f"{now.limit:.4g}", f"at learning rate {lr:.4g}" if math.isfinite(lr) else ""))
@@ -289,7 +291,7 @@ def _verdict(now: Reading) -> str:
     return "below it, beyond the error" if now.is_below() else "at it, within the error"
 
 
-def rows_of(records: Sequence[Document]) -> list[list[str]]:
+def rows_of(header: Document, records: Sequence[Document]) -> list[list[str]]:
     """The last value of each metric, for a table: metric, value, limit, share, step, how."""
     rows = []
     for name, (now, entry) in last_readings(records).items():
@@ -298,7 +300,7 @@ def rows_of(records: Sequence[Document]) -> list[list[str]]:
         method = str(entry.get("method", ""))
         products = entry.get("num_matvecs")
         how = f"{method}, {products} product{'s' if products > 1 else ''}" if method and products else method
-        rows.append([in_words(name), format_with_error(now.value, now.stderr) + flag, limit, share, str(now.step), how])
+        rows.append([in_words(name, header), format_with_error(now.value, now.stderr) + flag, limit, share, str(now.step), how])
     return rows
 
 
@@ -314,7 +316,7 @@ def _monitor_section(document: Document) -> Section:
         section.intro += f" Resumed at step {', '.join(map(str, resumed))}."
     if not records:
         return section
-    section.tiles = tiles_of(records)
+    section.tiles = tiles_of(header, records)
     section.draw = lambda ax: plot_monitor(document, ax=ax)
     section.figure_size = figure_size(document)
     section.figure_label = "Curvature against the stability limit, other metrics and loss over optimizer steps"
@@ -324,21 +326,21 @@ def _monitor_section(document: Document) -> Section:
         rest = len(events) - len(shown)
         shown += [f"{rest} more: see the file."] if rest else []
         section.lists.append(("Events, numbered as in the figure", shown))
-    if failures := _failures(records):
+    if failures := _failures(header, records):
         section.lists.append(("Measurements that failed", failures))
     section.columns = ["metric", "last value +- error", "limit", "share of limit", "step", "method"]
-    section.rows = rows_of(records)
+    section.rows = rows_of(header, records)
     seconds = sum(number(record.get("seconds", 0.0)) for record in records)
     section.cost = f"{len(records)} measurements, {seconds:.3g} s"
     return section
 
 
-def _failures(records: Sequence[Document]) -> list[str]:
+def _failures(header: Document, records: Sequence[Document]) -> list[str]:
     """Each kind of failure once, with the steps: one cause fails at every measurement."""
     steps: dict[str, list[int]] = {}
     for record in records:
         for name, reason in record.get("failed", {}).items():
-            steps.setdefault(f"{in_words(name)}: {reason}", []).append(record["step"])
+            steps.setdefault(f"{in_words(name, header)}: {reason}", []).append(record["step"])
     return [f"{what} ({len(at)} x, steps {at[0]} to {at[-1]})" if len(at) > 1 else f"{what} (step {at[0]})" for what, at in steps.items()]
 
 

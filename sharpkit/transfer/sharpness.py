@@ -173,8 +173,8 @@ def sharpness_transfer(
 ) -> SharpnessTransfer:
     """Follow the largest eigenvalue of the (preconditioned) Hessian on a fixed batch while networks of several widths train.
 
-    If the optimizer scales its groups' rates, the matrix is D^-1 H with the rates' ratios in D, and the limit that of the first group's
-    rate; the share of the limit is the same whichever group comes first, and is what widths are compared by.
+    Where groups have rates of their own, the matrix is R H, or R D^-1 H, R the rates over that of the first group, which the limit bounds.
+    The share of the limit is the same whichever group comes first, and is what widths are compared by.
 
     Args:
         build, widths, optimizer, data, loss, closure, dimension: as for :func:`sharpkit.transfer.learning_rate_transfer`.
@@ -245,7 +245,7 @@ def sharpness_transfer(
         steps=times,
         warmup=steps // 2 if warmup is None else warmup,
         num_seeds=len(chosen),
-        matrix="lambda_max of D^-1 H" if preconditioned else "lambda_max of H",
+        matrix=f"lambda_max of {(rule.operator if rule is not None else 'D^-1 H') if preconditioned else 'H'}",
         condition=rule.condition if rule is not None else "",
         lambda_max=series.pop("lambda_max"),
         error=series.pop("error"),
@@ -268,7 +268,7 @@ class _Follower:
     """Trains one run after another and measures the same on each."""
 
     batches: Sequence[Batch]  # measured on
-    preconditioned: bool  # D^-1 H in place of H
+    preconditioned: bool  # the matrix of the optimizer's limit in place of H
     adaptive: bool  # D is the optimizer's own and known only after a step
     top_k: int  # as for :func:`sharpness_transfer`
     with_trace: bool

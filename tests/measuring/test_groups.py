@@ -95,6 +95,7 @@ def test_every_place_states_the_limit_of_the_dense_matrix(name: str) -> None:
     s = sk.measure(problem.objective, optimizer=optimizer)
     assert (float(s.stable_lr), s.lr) == (pytest.approx(truth, rel=2e-3), lr)
     assert s.stable_lr.rule == rule.condition and "R the groups' rates" in rule.condition
+    assert f"  lambda_max {rule.operator} " in repr(s)
     monitor = sk.Monitor(problem.model, optimizer, loss=F.mse_loss, every=1, tol=1e-3, metrics=["preconditioned_lambda_max", "lambda_max"])
     monitor.step(problem.batch)
     seen = monitor.history[0]["preconditioned_lambda_max"]

@@ -202,7 +202,10 @@ def test_the_edge_is_that_of_the_optimizer_in_use() -> None:
         row["values"]["lambda_max"] = {"value": 3.0, "stderr": 0.0, "limit": None}
     (event,) = events_of(adam)
     assert event.text.startswith("Edge of stability")
-    assert "lambda_max of D^-1 H has stayed at 1.00 +- 0.01 of the limit, now 380" in event.text
+    assert "preconditioned lambda_max has stayed at 1.00 +- 0.01 of the limit, now 380" in event.text
+    for matrix in ("D^-1 H", "R H", "R D^-1 (H + decay)"):
+        (event,) = events_of(adam, EventDetector({"condition": f"A name: lambda_max({matrix}) <= 2 / lr, R the groups' rates"}))
+        assert f"lambda_max of {matrix} has stayed at 1.00 +- 0.01 of the limit, now 380" in event.text
 
 
 # -- self-stabilisation ----------------------------------------------------------------------------

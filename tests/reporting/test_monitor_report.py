@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from pathlib import Path
@@ -98,6 +99,28 @@ def test_curvature_of_another_matrix_has_its_own_axes() -> None:
     values = {name: entry(3.0, limit=5.0) for name in ("lambda_max", "preconditioned_lambda_max", "critical_sharpness")}
     panels = dict(panels_of(run(record(0, values=values))))
     assert list(panels.values()) == [["preconditioned_lambda_max"], ["critical_sharpness"], ["lambda_max"]]
+
+
+@pytest.mark.parametrize(
+    ("condition", "name", "axis"),
+    [
+        ("Adam: lambda_max(D^-1 H) <= 2 (1 + beta) / ((1 - 0.9) lr), beta = 0.9", "lambda_max of D^-1 H", "curvature of D^-1 H"),
+        ("SGD: lambda_max(R H) <= 2 / lr, R the groups' rates over that of the first", "lambda_max of R H", "curvature of R H"),
+        ("no limit: unknown", "preconditioned lambda_max", "preconditioned curvature"),
+    ],
+)
+def test_the_matrix_is_named_by_the_condition_everywhere(condition: str, name: str, axis: str, tmp_path: Path) -> None:
+    values = {"preconditioned_lambda_max": entry(3.0, limit=5.0), "lambda_max": entry(3.0, limit=None)}
+    failed = {"preconditioned_lambda_max": "NonFiniteError: nan"}
+    document = run(record(0, values=values), record(1, values=values), record(2, failed=failed), condition=condition)
+    ax = plot_monitor(document)
+    assert ax.get_ylabel() == axis and name in ax.get_legend_handles_labels()[1]
+    plt.close("all")
+    said = run_findings(document["header"], document["records"])
+    assert said[0].startswith(f"{name} went from 3") and any(s.startswith(f"{name} could not be measured once") for s in said)
+    page = html.unescape(sk.report(tmp_path / "page.html", [("Run", document)], command="x").read_text())
+    assert all(other not in page for other in {"lambda_max of D^-1 H", "lambda_max of R H", "preconditioned lambda_max"} - {name})
+    assert page.count(name) > 3
 
 
 def test_error_bars_are_the_errors() -> None:

@@ -296,10 +296,11 @@ def constant_loss(objective: Objective) -> float:
     if objective.loss is None:
         return math.nan
     pieces: list[tuple[Tensor, Any, float]] = []
-    with objective.undisturbed(), torch.no_grad():
+    with objective.undisturbed():  # gradients on: a model of forces takes one inside
         for piece in objective.pieces():
             objective.seed_for(piece.key[0])
-            pieces.append((objective.predict(piece.batch), piece.batch[1], piece.weight))
+            output = objective.predict(piece.batch)
+            pieces.append((output.detach() if isinstance(output, Tensor) else output, piece.batch[1], piece.weight))
     outputs = [output for output, _, _ in pieces]
     # one constant must fit all outputs
     if not all(isinstance(z, Tensor) and z.is_floating_point() and z.ndim and z.shape[1:] == outputs[0].shape[1:] for z in outputs):

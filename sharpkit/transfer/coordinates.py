@@ -167,8 +167,8 @@ def coordinate_check(
 
     In a parametrisation whose optimum transfers, nothing grows and nothing vanishes: RMS(x_t) and RMS(x_t - x_0) on a fixed batch have
     exponent 0. The output and attention logits alone may be smaller in wide networks as long as their updates are not. Every output is
-    recorded, once for each call, in eval mode and without gradients, and so are the logits of any attention. Random states, gradients
-    and hooks are left as they were.
+    recorded, once for each call, in eval mode, and so are the logits of any attention. Random states, gradients and hooks are left as
+    they were.
 
     Args:
         build: width -> a fresh model (depth -> model with ``dimension="depth"``).

@@ -365,9 +365,10 @@ def first_loss(run: FamilyRun) -> float:
     fresh = FamilyRun(run.family, run.model, run.optimizer, run.size, run.seed)
     run.model.train()
     buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}  # batch norm's running means move in train mode
-    with torch.no_grad(), random_states_kept():
+    # gradients on, as in a training step: the loss may take one inside (a gradient penalty, a physics-informed residual)
+    with torch.enable_grad(), random_states_kept():
         torch.manual_seed(run.seed)
-        loss = float(run.family.loss_of(run.model, fresh.next_batch()))
+        loss = float(run.family.loss_of(run.model, fresh.next_batch()).detach())
     for name, b in run.model.named_buffers():
         b.data.copy_(buffers[name])
     return loss

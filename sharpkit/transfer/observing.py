@@ -162,7 +162,7 @@ class Activation:
 
 
 def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collection[str] = ()) -> dict[str, Activation]:
-    """Every module's output in one forward pass, in eval mode and without gradients; the model is left as it was, also after an exception.
+    """Every module's output in one forward pass in eval mode; the model is left as it was, also after an exception.
 
     Containers that hand on a child's output unchanged are left out, except the model itself; so are integers and single numbers (a loss).
     """
@@ -175,8 +175,7 @@ def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collectio
 @contextmanager
 def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, training=False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(undisturbed(model, training=False))  # gradients on, since the model or its loss may take one inside
         # the fast path of nn.MultiheadAttention is one kernel, which calls no hooks and shows no logits
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -536,7 +535,7 @@ def _replaced(model: nn.Module, replaced: Mapping[str, Tensor]) -> Iterator[None
     try:
         for name, value in replaced.items():
             # a new parameter, not a copy into the old one, which tied places and the optimizer share
-            other = nn.Parameter(value, requires_grad=False)
+            other = nn.Parameter(value, requires_grad=before[name].requires_grad)
             other.__dict__.update(before[name].__dict__)  # what libraries note on a parameter (its base shape)
             place(name, other)
         yield

@@ -273,16 +273,16 @@ def searched(spectrum: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray, i
     return values, sum(p.text == "search for missed eigenvalues" for p in seen)
 
 
-def test_where_nothing_can_be_missed_the_search_makes_five_products() -> None:
-    """One for the vector left over and four from a random start: a bulk from -1 to 1 may reach 1.3 in the complement, and 2 is wanted."""
-    for spectrum, k in (
-        (np.concatenate([[3.0, 2, 2], np.linspace(-1, 1, 297)]), 3),
-        (np.concatenate([[3.0, 2.9], np.linspace(-1, 1, 298)]), 2),
+def test_where_little_can_be_missed_the_search_makes_seven_or_eight_products() -> None:
+    """One for the vector left over, one for what grew from that, and from a random start until 2.9 or 2 would hardly be passed over."""
+    for spectrum, k, searches in (
+        (np.concatenate([[3.0, 2, 2], np.linspace(-1, 1, 297)]), 3, 6),
+        (np.concatenate([[3.0, 2.9], np.linspace(-1, 1, 298)]), 2, 5),
     ):
         for seed in range(10):
             values, products = searched(spectrum, k, seed)
             np.testing.assert_allclose(values, spectrum[:k], atol=3e-3)
-            assert products == 5
+            assert products == searches + 2
     assert searched(np.concatenate([[3.0], np.linspace(-1, 1, 299)]), 1)[1] == 0, "a single pair is not searched for"
 
 
@@ -303,7 +303,7 @@ def test_where_the_complement_reaches_the_wanted_the_search_makes_six_products_f
     """Half of the products made so far would be two or three: too few to tell."""
     seen: list[sk.Progress] = []
     sk.eigenpairs(operator_with(np.linspace(0, 1, 300)), 2, tol=0.99, callback=seen.append)
-    assert sum(p.text == "search for missed eigenvalues" for p in seen) == 1 + 6
+    assert sum(p.text == "search for missed eigenvalues" for p in seen) == 1 + 6 + 1
 
 
 def test_where_it_stays_unclear_the_search_makes_three_quarters_of_the_products_so_far() -> None:
@@ -312,7 +312,7 @@ def test_where_it_stays_unclear_the_search_makes_three_quarters_of_the_products_
         sk.eigenpairs(operator_with(np.linspace(0, 1, 300)), 2, tol=tol, callback=seen.append)
         texts = [p.text == "search for missed eigenvalues" for p in seen]
         before = texts.index(True)
-        assert before > 12 and sum(texts) == 1 + 3 * before // 4
+        assert before > 12 and sum(texts) == 1 + 3 * before // 4 + 1
 
 
 def test_the_last_vector_of_a_complete_basis_is_multiplied_too() -> None:

@@ -126,12 +126,16 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         if self.lambda_max.value <= 0:
             remedy = "more training (or another starting point) comes first"
             return f"Every direction measured curves downwards or is flat: this is no minimum, and {remedy}."
-        ratio = -self.lambda_min.value / self.lambda_max.value
-        if ratio < 1e-3:  # this bound and the next, a twentieth, by judgement
-            return "There is no negative curvature to speak of: the point is, to this accuracy, in a convex region."
-        if ratio < 0.05:
-            return f"There is slight negative curvature: the most negative eigenvalue is {ratio:.2g} of the largest in size."
-        return f"The most negative eigenvalue is {ratio:.2g} of the largest in size: the point is a saddle-like region, not a minimum."
+        low = self.lambda_min
+        # judged by its own error, however large the largest is; a Ritz value lies above the smallest eigenvalue, so a negative one is proof
+        if low.value + low.stderr >= 0:
+            if low.converged:
+                return f"There is no negative curvature to speak of: lambda_min is {low}, to this accuracy in a convex region."
+            return f"Whether there is negative curvature is not known: lambda_min is {low} so far."
+        of_largest = f"lambda_min is {low}, {-low.value / self.lambda_max.value:.2g} of the largest eigenvalue in size"
+        if -low.value < 0.05 * self.lambda_max.value:  # by judgement
+            return f"There is slight negative curvature: {of_largest}."
+        return f"There is negative curvature: {of_largest}, so the point is a saddle-like region, not a minimum."
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The spectral density with the stability limit of the present rate drawn in."""

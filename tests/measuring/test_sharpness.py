@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -117,6 +118,36 @@ def test_the_findings_name_the_edge_of_stability() -> None:
     for factor, word in ((0.5, "50%"), (0.97, "edge of stability"), (1.5, "1.50 times")):
         optimizer = torch.optim.SGD(objective.model.parameters(), lr=factor * limit)
         assert any(word in sentence for sentence in sk.measure(objective, optimizer=optimizer).findings())
+
+
+class Quadratic(nn.Module):
+    """A sum of h w^2 / 2, for each sample the same: its Hessian is diag(h)."""
+
+    def __init__(self, curvatures: torch.Tensor) -> None:
+        super().__init__()
+        self.curvatures, self.weights = curvatures, nn.Parameter(torch.ones_like(curvatures))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.curvatures * self.weights**2).sum() / 2 * torch.ones_like(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [
+        (-5000.0, "There is negative curvature: lambda_min is -5000"),
+        (-8.7, "There is slight negative curvature: lambda_min is -8.7"),
+        (0.0, "There is no negative curvature to speak of"),
+        (3.0, "There is no negative curvature to speak of"),
+    ],
+)
+def test_negative_curvature_is_judged_by_its_own_error_however_large_the_largest_is(low: float, said: str, dtype: torch.dtype) -> None:
+    curvatures = torch.cat([torch.tensor([9791.0, 4000, 900]), torch.linspace(3.5, 20, 30), torch.tensor([low])]).to(dtype)
+    s = sk.measure(sk.Objective(Quadratic(curvatures), (torch.ones(2, dtype=dtype), torch.ones(2)), loss=lambda out, y: out.mean()))
+    (sentence,) = (sentence for sentence in s.findings() if "negative curvature" in sentence)
+    assert sentence.startswith(said) and ("convex" in sentence) is (low >= 0)
+    unknown = dataclasses.replace(s, lambda_min=sk.Estimate(-1.0, 1.5, converged=False, error_kind="residual bound"))
+    assert any(sentence.startswith("Whether there is negative curvature is not known") for sentence in unknown.findings())
 
 
 def test_progress_is_reported_with_an_estimate_of_the_rest() -> None:

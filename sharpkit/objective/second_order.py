@@ -128,6 +128,10 @@ def _marked_once(function: Any) -> bool:
 def refuse_held_vectors(model: nn.Module, in_eval: Container[str]) -> None:
     """Spectral norm in train mode holds the vectors of its power iteration constant: right for a first derivative, wrong for a second.
 
+    On two tanh layers of 6 and 1 units the matrix with held vectors was 16 % off the finite differences of the train-mode gradient (its top
+    6 %). Nor would another matrix be right: at one iteration a step, torch's default, those differences are unsymmetric by 1.3 %, and no
+    Hessian; only with the iteration run to its end would they be one.
+
     Raises:
         UnsupportedError: a part of the model has it, and is not among those in eval mode.
     """

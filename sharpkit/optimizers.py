@@ -18,7 +18,8 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpkit._errors import UnsupportedError
+from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.params import ParamLayout
 
 Settings = Mapping[str, Any]  # of a parameter group: lr, betas, weight_decay ...
@@ -470,7 +472,16 @@ def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def set_learning_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
-    """Give every group its learning rate; one that is a tensor is overwritten in place, as captured graphs need it."""
+    """Give every group its learning rate; one that is a tensor is overwritten in place, as captured graphs need it.
+
+    All or none: Ctrl-C waits until every group has its own.
+    """
+    with Whole(_rates_set(optimizer, list(rates))):
+        pass
+
+
+@contextmanager
+def _rates_set(optimizer: Optimizer, rates: Sequence[float]) -> Iterator[None]:
     written: dict[int, float] = {}
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         held = group["lr"]
@@ -480,6 +491,7 @@ def set_learning_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
             held.fill_(rate)
         else:  # torch gives all groups the one tensor of lr=: groups that part need tensors of their own
             group["lr"] = torch.full_like(held, rate)
+    yield
 
 
 def restore_initial_rates(optimizer: Optimizer) -> None:

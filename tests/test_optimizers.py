@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -494,6 +495,19 @@ def test_a_step_that_no_rate_scales_or_that_fails_on_a_copy_is_refused_and_the_r
     noise = optimizers.next_update(Noisy([p], lr=0.1), layout_of(p), gradient) - gradient
     assert torch.equal(state, torch.get_rng_state())
     assert relative_error(noise, torch.randn(2, dtype=torch.float64)) < 1e-12
+
+
+def test_rates_are_set_in_all_groups_or_none_whenever_the_signal_comes() -> None:
+    class Interrupted(dict[str, Any]):
+        def __setitem__(self, key: str, value: Any) -> None:
+            super().__setitem__(key, value)
+            signal.raise_signal(signal.SIGINT)
+
+    optimizer = SGD([{"params": [weight()]}, {"params": [weight()]}, {"params": [weight()]}], lr=0.1)
+    optimizer.param_groups = [Interrupted(group) for group in optimizer.param_groups]
+    with pytest.raises(KeyboardInterrupt):
+        optimizers.set_learning_rates(optimizer, [1.0, 2.0, 3.0])
+    assert optimizers.learning_rates(optimizer) == [1.0, 2.0, 3.0]
 
 
 def test_groups_that_share_one_tensor_as_their_rate_part_when_their_rates_do() -> None:

@@ -567,6 +567,7 @@ class ObjectiveMaker:
         self._held: frozenset[int] = frozenset()
         self._in_eval: frozenset[str] = frozenset()
         self._template: Objective | None = None
+        self._of_one = True  # whether the template is of a single batch, which need not tell how several weigh
         self.probe: Objective | None = None
 
     @property
@@ -588,8 +589,9 @@ class ObjectiveMaker:
         batches = self._listed(batch)
         held = frozenset(id(p) for group in self._trained() for p in group if p.requires_grad)  # layers may be unfrozen on the way
         in_eval = modules_in_eval(self.model) if self.settings.get("mode") == "train" else frozenset()  # a batch norm may be frozen later
-        if self._template is None or held != self._held or in_eval != self._in_eval:
-            self._held, self._in_eval = held, in_eval
+        first_list = self._of_one and len(batches) > 1
+        if self._template is None or held != self._held or in_eval != self._in_eval or first_list:
+            self._held, self._in_eval, self._of_one = held, in_eval, len(batches) == 1
             # made here and not kept: a method of this object on it would be a cycle, which keeps the last batch
             params = self.params if self.params is not None else lambda _, parameter: id(parameter) in held
             self._template = Objective(self.model, batches, params=params, **self.settings)

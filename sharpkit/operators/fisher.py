@@ -14,6 +14,7 @@ from sharpkit.objective.counting import samples_in
 from sharpkit.objective.loss import KnownLoss, recognise_loss
 from sharpkit.objective.memory import GraphCost
 from sharpkit.objective.objective import Objective
+from sharpkit.objective.params import ParamLayout
 from sharpkit.objective.reduction import Piece
 from sharpkit.operators.blocks import PieceProduct, Pieces
 from sharpkit.operators.curvature import CurvatureOperator, all_equal
@@ -220,7 +221,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
         except UnsupportedError:  # the pass over all samples at once differentiates twice, those over single ones once
             return self._build_one_by_one(piece)
         # rows of the loss's gradient in the output are those of each sample's own loss, since the samples do not mix
-        score = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0])[0] * self._sample_scale(piece)
+        score = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0])[0]
+        score = score * _sample_scale(self.objective, piece)
         samples, expected = jacobian.output.shape[0] if jacobian.output.ndim else 1, samples_in(piece.batch, True)
         if samples != expected:
             raise ObjectiveError(
@@ -236,19 +238,20 @@ class EmpiricalFisherOperator(CurvatureOperator):
         return PieceProduct(multiply, self._sample_weight(), jacobian.cost)
 
     def _build_one_by_one(self, piece: Piece) -> PieceProduct:
-        samples = self.objective.samples_of(piece)
+        objective, layout = self.objective, self.layout  # not the operator, which keeps the product: a cycle, which would keep the data
+        samples = objective.samples_of(piece)
         bytes_needed = len(samples) * self.size * self.dtype.itemsize
         matrix = None  # (samples, n)
         # a quarter of what is free, by judgement: torch.stack holds them twice for a moment
         if samples and bytes_needed < 0.25 * self.free_memory():
-            matrix = torch.stack([self._sample_gradient(sample) for sample in samples])
+            matrix = torch.stack([_sample_gradient(objective, layout, sample) for sample in samples])
 
         def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
-            flat = self.layout.flatten(vectors)
+            flat = layout.flatten(vectors)
             if matrix is not None:
-                return list(self.layout.split(matrix.T @ (matrix @ flat)))
-            gradients = (self._sample_gradient(sample) for sample in samples)  # one at a time
-            return list(self.layout.split(sum((g * torch.dot(g, flat) for g in gradients), torch.zeros_like(flat))))
+                return list(layout.split(matrix.T @ (matrix @ flat)))
+            gradients = (_sample_gradient(objective, layout, sample) for sample in samples)  # one at a time
+            return list(layout.split(sum((g * torch.dot(g, flat) for g in gradients), torch.zeros_like(flat))))
 
         return PieceProduct(
             multiply,
@@ -257,18 +260,19 @@ class EmpiricalFisherOperator(CurvatureOperator):
             may_batch=False,
         )
 
-    def _sample_gradient(self, sample: Piece) -> Tensor:
-        loss = self.objective.evaluate(sample)
-        return self.layout.flatten(torch.autograd.grad(loss, self.layout.params, allow_unused=True), self._sample_scale(sample))
-
-    # A sum of g_i g_i^T for reduction="sum", a mean of them with gradients scaled to a mean for "mean".
-    def _sample_scale(self, piece: Piece) -> float:
-        """From the gradient of the piece's loss to gradients whose mean (sum) over samples is the objective's."""
-        objective = self.objective
-        return piece.count * objective.num_samples / objective.num_targets if objective.reduction == "mean" else 1.0
-
     def _sample_weight(self) -> float:
         return 1.0 / self.objective.num_samples if self.objective.reduction == "mean" else 1.0
+
+
+def _sample_gradient(objective: Objective, layout: ParamLayout, sample: Piece) -> Tensor:
+    loss = objective.evaluate(sample)
+    return layout.flatten(torch.autograd.grad(loss, layout.params, allow_unused=True), _sample_scale(objective, sample))
+
+
+# A sum of g_i g_i^T for reduction="sum", a mean of them with gradients scaled to a mean for "mean".
+def _sample_scale(objective: Objective, piece: Piece) -> float:
+    """From the gradient of the piece's loss to gradients whose mean (sum) over samples is the objective's."""
+    return piece.count * objective.num_samples / objective.num_targets if objective.reduction == "mean" else 1.0
 
 
 class GradientCovarianceOperator(EmpiricalFisherOperator):

@@ -188,6 +188,28 @@ def test_micro_batches_of_one_step_are_one_batch() -> None:
     assert measured([(X[:7], Y[:7]), (X[7:], Y[7:])]) == pytest.approx(measured((X, Y)), rel=1e-5)
 
 
+def test_micro_batches_that_come_after_a_single_batch_weigh_what_their_losses_average_over() -> None:
+    """A single batch need not say how several weigh: that is learned from the first list."""
+
+    def masked(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        x, y, mask = batch
+        return ((model(x) - y) ** 2 * mask).sum() / mask.sum()
+
+    def drawn(seed: int, kept: int) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(seed)
+        x, y = (torch.randn(12, size, generator=g, dtype=torch.float64) for size in (4, 1))
+        return x, y, (torch.arange(12) < kept).double()[:, None]
+
+    model = nn.Linear(4, 1).double()
+    monitor = sk.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), closure=masked, every=1, metrics=["lambda_max"], tol=1e-6)
+    monitor.step(drawn(0, 12))
+    record = monitor.step([drawn(1, 3), drawn(2, 11)])
+    x, _, mask = (torch.cat(parts) for parts in zip(drawn(1, 3), drawn(2, 11), strict=True))
+    rows = torch.cat([x, torch.ones(24, 1, dtype=torch.float64)], dim=1)
+    assert record is not None
+    assert record["lambda_max"].value == pytest.approx(float(torch.linalg.eigvalsh(2 * rows.T @ (mask * rows) / 14)[-1]), rel=1e-5)
+
+
 def test_own_functions_are_metrics() -> None:
     def gradient_norm(objective: sk.Objective, optimizer: torch.optim.Optimizer) -> float:
         return float(objective.gradient()[1].norm())

@@ -460,6 +460,28 @@ def test_objectives_and_operators_are_freed_without_the_cycle_collector(given: s
         gc.enable()
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["gradients kept", "gradients anew"])
+@pytest.mark.parametrize("operator", [sk.EmpiricalFisherOperator, sk.GradientCovarianceOperator, sk.FisherOperator, sk.GaussNewtonOperator])
+@pytest.mark.parametrize("given", ["loss", "closure"])
+def test_operators_of_first_derivatives_are_freed_without_it_too(given: str, operator: Any, kept: bool, monkeypatch: Any) -> None:
+    if given == "closure" and operator in (sk.FisherOperator, sk.GaussNewtonOperator):
+        pytest.skip("they need the model's output")
+    (x, y), model = DATA[0], built(lambda: nn.Linear(4, 3))
+    if not kept:
+        monkeypatch.setattr(operator, "free_memory", lambda self: 0)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = weakref.ref(x := x.clone())
+        how = {"loss": F.cross_entropy} if given == "loss" else {"closure": lambda m, b: F.cross_entropy(m(b[0]), b[1])}
+        A = operator(sk.Objective(model, (x, y), **how))
+        A @ gaussian(A.size)
+        del A, x
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", ["gauss_newton", "measure", "monitor", "learner", "curve", "doctor"])
 def test_the_data_is_freed_with_what_was_made_of_it(what: str) -> None:

@@ -196,7 +196,7 @@ def absent() -> dict[str, Callable[[int], Any]]:
     problem = mlp()
 
     def part(rank: int) -> Any:
-        distributed._PATIENCE = timedelta(seconds=3)
+        os.environ["SHARPKIT_RANK_TIMEOUT"] = "3"
         objective = sk.Objective(problem.model, shards(problem.batches, rank, "uneven"), loss=problem.loss)
         began = time.monotonic()
         said = "no error"
@@ -208,6 +208,21 @@ def absent() -> dict[str, Callable[[int], Any]]:
         os._exit(0)
 
     return {"absent": part}
+
+
+def late() -> dict[str, Callable[[int], Any]]:
+    """Saving a checkpoint takes one process longer than the others would wait by default."""
+    problem = mlp()
+
+    def part(rank: int, patience: str) -> Any:
+        os.environ["SHARPKIT_RANK_TIMEOUT"] = patience
+        distributed._PATIENCE = timedelta(seconds=1)
+        objective = sk.Objective(problem.model, shards(problem.batches, rank, "uneven"), loss=problem.loss)
+        if rank == 1:
+            time.sleep(3)
+        return objective.value()
+
+    return {"late": lambda rank: part(rank, "20"), "nonsense": lambda rank: part(rank, "soon")}
 
 
 # -- wrappers and sharded models ----------------------------------------------------------------------------------------------
@@ -327,6 +342,7 @@ TASKS = {
     "disagreements": disagreements,
     "lost": lost,
     "absent": absent,
+    "late": late,
     "same_numbers": same_numbers,
     "refusals": refusals,
     "wrappers": wrappers,
@@ -410,12 +426,27 @@ def _without_a_result(folder: Path, task: str) -> None:
 
 
 def test_a_process_that_does_not_come_is_an_error_on_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert timedelta(seconds=30) >= distributed._PATIENCE
+    assert timedelta(seconds=30) >= distributed._PATIENCE, "by default"
     monkeypatch.setenv("SHARPKIT_TEST_FOLDER", str(tmp_path))
     _without_a_result(tmp_path, "absent")
     said, seconds = torch.load(tmp_path / "said0.pt", weights_only=False)
-    assert said.startswith("SharpkitError: a process did not come to a new call: it raised an error, ended, or makes other calls")
+    assert said.startswith("SharpkitError: a process did not come to a new call within 3 s: it raised an error, ended, makes other calls,")
+    assert "torch.distributed.barrier()" in said and "SHARPKIT_RANK_TIMEOUT to more seconds" in said
     assert 3 <= seconds < 6
+
+
+def test_a_process_that_comes_late_is_waited_for_as_long_as_the_environment_says(tmp_path: Path) -> None:
+    problem = mlp()
+    truth = sk.Objective(problem.model, problem.batches, loss=problem.loss).value()
+    for found in on_two_ranks(tmp_path, "late"):
+        assert found["late"] == pytest.approx(truth, rel=1e-12)
+        assert "SHARPKIT_RANK_TIMEOUT must be a positive number of seconds, got 'soon'" in found["nonsense"][0]
+
+
+def test_processes_joined_by_nccl_need_the_model_on_a_gpu() -> None:
+    ranks = distributed.Ranks(size=2, rank=1, needs_cuda=True)
+    with pytest.raises(sk.SharpkitError, match=r"joined by NCCL, which sends from GPUs alone, but the model is on the cpu.* rank 1 of 2"):
+        ranks.sum_numbers([1.0], device=torch.device("cpu"))
 
 
 def test_a_process_that_is_killed_is_an_error_on_the_other_within_half_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

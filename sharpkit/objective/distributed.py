@@ -7,6 +7,8 @@ numbers that do not belong together.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +28,10 @@ _BEGIN, _END, _SUM, _DECISION, _DOT, _OBJECTS = range(6)
 _PLACES = ("the start of an evaluation", "the end of an evaluation", "a sum of numbers", "a decision", "an inner product", "a new call")
 _ROOM = 7  # numbers beside the place in one exchange, by judgement: the usual sums and inner products fit
 # How long the first waits for the last where all should come at once, by judgement: a process that saves a checkpoint before it measures
-# comes in time, one that ended or went elsewhere is noticed before the group's own limit of half an hour.
+# comes in time, one that ended or went elsewhere is noticed before the group's own limit of half an hour. A large checkpoint takes longer:
+# the environment variable replaces it.
 _PATIENCE = timedelta(seconds=25)
+_PATIENCE_VARIABLE = "SHARPKIT_RANK_TIMEOUT"
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class Ranks:
         size: number of processes; 1 makes every method a no-op.
         rank: this process, from 0.
         needs_cuda: the group takes no tensors on the CPU (NCCL); then nobody waits with a limit but the group's own.
+        patience: how long this process waits for the others where all should come at once.
     """
 
     group: Any = None
     size: int = 1
     rank: int = 0
     needs_cuda: bool = False
+    patience: timedelta = _PATIENCE
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the processes, in place; to follow :meth:`run_together`, which has made sure that all are here."""
@@ -141,6 +147,11 @@ class Ranks:
         Raises:
             SharpkitError: the processes are at different places, or one of them did not come.
         """
+        if self.needs_cuda and device.type != "cuda":
+            way = "move it there, or pass a gloo group as process_group="
+            raise self._error(
+                f"the processes are joined by NCCL, which sends from GPUs alone, but the model is on the {device.type}: {way}"
+            )
         row = torch.zeros(1 + max(_ROOM, len(numbers)), dtype=torch.float64, device=device if self.needs_cuda else "cpu")
         row[: len(numbers) + 1] = torch.tensor([place, *numbers], dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self.size)]
@@ -148,7 +159,7 @@ class Ranks:
             waiting = dist.all_gather(rows, row, group=self.group, async_op=True)
             # at the end of a share the slowest may take as long as it takes
             limited = not self.needs_cuda and place != _END
-            waiting.wait(_PATIENCE) if limited else waiting.wait()
+            waiting.wait(self.patience) if limited else waiting.wait()
         table: list[list[float]] = torch.stack(rows).tolist()
         places = [int(each[0]) for each in table]
         if len(set(places)) > 1:
@@ -163,7 +174,12 @@ class Ranks:
             yield
         except RuntimeError as error:
             if "timed out" in str(error).lower():
-                what = f"a process did not come to {_PLACES[place]}: it raised an error, ended, or makes other calls"
+                seconds = f"{self.patience.total_seconds():g} s"
+                what = (
+                    f"a process did not come to {_PLACES[place]} within {seconds}: it raised an error, ended, makes other calls, or was busy "
+                    "for longer. Let all wait for one that saves a checkpoint by torch.distributed.barrier() before they measure, or set the "
+                    f"environment variable {_PATIENCE_VARIABLE} to more seconds"
+                )
             else:
                 what = f"the connection to another process was lost, as when it is killed ({str(error).splitlines()[0][:200]})"
             raise self._error(what) from error
@@ -181,6 +197,9 @@ def find_ranks(process_group: Any = None) -> Ranks:
 
     Args:
         process_group: None takes the default group where torch.distributed is initialised; False measures on this process alone.
+
+    Raises:
+        ValueError: this process is no member of the group, or SHARPKIT_RANK_TIMEOUT is no positive number of seconds.
     """
     # is_available first: a build without distributed has no is_initialized
     if process_group is False or not (dist.is_available() and dist.is_initialized()):
@@ -189,4 +208,17 @@ def find_ranks(process_group: Any = None) -> Ranks:
     if size < 1:  # torch says -1 to a process outside the group
         raise ValueError("this process is not a member of process_group; measure on its members only, or pass process_group=False")
     backend = str(dist.get_backend(process_group))
-    return Ranks(process_group, size, dist.get_rank(process_group), backend == "nccl") if size > 1 else Ranks()
+    return Ranks(process_group, size, dist.get_rank(process_group), backend == "nccl", _patience()) if size > 1 else Ranks()
+
+
+def _patience() -> timedelta:
+    given = os.environ.get(_PATIENCE_VARIABLE)
+    if given is None:
+        return _PATIENCE
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e6:  # by judgement, eleven days: far beyond that timedelta overflows
+        raise ValueError(f"the environment variable {_PATIENCE_VARIABLE} must be a positive number of seconds, got {given!r}")
+    return timedelta(seconds=seconds)

@@ -176,9 +176,9 @@ class Ranks:
             if "timed out" in str(error).lower():
                 seconds = f"{self.patience.total_seconds():g} s"
                 what = (
-                    f"a process did not come to {_PLACES[place]} within {seconds}: it raised an error, ended, makes other calls, or was busy "
-                    "for longer. Let all wait for one that saves a checkpoint by torch.distributed.barrier() before they measure, or set the "
-                    f"environment variable {_PATIENCE_VARIABLE} to more seconds"
+                    f"a process did not come to {_PLACES[place]} within {seconds}: it raised an error, ended, makes other calls, or was "
+                    "busy for longer. Let all wait for one that saves a checkpoint by torch.distributed.barrier() before they measure, or "
+                    f"set the environment variable {_PATIENCE_VARIABLE} to more seconds"
                 )
             else:
                 what = f"the connection to another process was lost, as when it is killed ({str(error).splitlines()[0][:200]})"

@@ -92,12 +92,12 @@ def gradient_noise_scale(
         raise ValueError(f"{few}; at least {_LEAST_GROUPS} are needed: choose a smaller group_size")
     gradients = torch.stack([_finite(group.gradient()[1]) for group in groups]).double()
     counts = [group.num_targets for group in groups] if objective.reduction == "mean" else None  # of sums, each sample weighs as the next
-    noise, signal, scale = _noise_and_signal(gradients @ gradients.T, size, counts)
+    noise, signal, scale = (e.rounded(objective.rounding) for e in _noise_and_signal(gradients @ gradients.T, size, counts))
     curvature = None
     if with_curvature:
         # all groups' products at once, so that passes over the data are shared where memory allows
         products = HessianOperator(objective) @ gradients.T.to(objective.dtype)
-        curvature = _noise_and_signal(gradients @ products.double(), size, counts)[2]
+        curvature = _noise_and_signal(gradients @ products.double(), size, counts)[2].rounded(objective.rounding)
     return GradientNoise(scale, noise, signal, curvature, len(groups), size, time.perf_counter() - started)
 
 

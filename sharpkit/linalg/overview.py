@@ -110,7 +110,8 @@ def spectral_overview(
             f"the budget ended after {budget.num_matvecs} of about {expected} products, {len(rules)} of {num_probes} probes: errors are "
             "wider, or unknown."
         )
-    density = density_from(rules, max(len(rule.nodes) for rule in rules), operator.size, budget, complete)
+    steps = max(len(rule.nodes) for rule in rules)
+    density = density_from(rules, steps, operator.size, budget, complete, rounding=operator.rounding)
     trace, squared, absolute = _sums(np.array(moments).reshape(-1, len(_MOMENTS)), density, budget)
     largest, smallest = (_extreme(first, which, tol, budget) for which in ("largest", "smallest"))
     return SpectralOverview(largest, smallest, density, trace, squared.root(), absolute, budget.num_matvecs, budget.seconds)

@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 # Residual, relative to the width of the spectrum, up to which a Ritz value at an end counts as converged, so that it may be an outlier.
 # By judgement: ten times finer than anything a density plot shows, and reached within the default 80 steps by every isolated eigenvalue.
 OUTLIER_RESIDUAL = 1e-2
-_HALF = 5e-4  # by the formats' definition: float16 rounds to 1e-3, bfloat16 to 8e-3, float32 to 1e-7
+HALF = 5e-4  # by the formats' definition: float16 rounds to 1e-3, bfloat16 to 8e-3, float32 to 1e-7
 
 # Chosen on simulated quadratic forms (normal, chi-square, heavy-tailed) stopped at 6 to 150 probes, and by judgement: an estimate that
 # stops on its own spread stops early on lucky draws.
@@ -139,8 +139,9 @@ class Estimate(Result, kind="estimate"):
         return (self.value - 2 * self.stderr, self.value + 2 * self.stderr)
 
     def rounded(self, rounding: float) -> Self:
-        """The same with twice the rounding of a half-precision type in its error, as in a Krylov space: repeated samples do not show it."""
-        return self if rounding < _HALF else replace(self, stderr=math.hypot(self.stderr, 2 * rounding * abs(self.value)))
+        """The same with an error of twice the rounding of a half-precision type at least, as in a Krylov space: samples do not show it."""
+        # not added to the error: of exact traces and norms of small networks a sixth of this was used (tests/linalg/test_rounding.py)
+        return self if rounding < HALF else replace(self, stderr=max(self.stderr, 2 * rounding * abs(self.value)))
 
     def root(self) -> Self:
         """The square root, its error by the delta method: d sqrt(x) = dx / (2 sqrt(x))."""
@@ -191,7 +192,10 @@ class Eigenpairs(
 class SpectralDensity(
     Result,
     kind="spectral_density",
-    saved=("size", "nodes", "weights", "outliers", "trace", "frobenius_norm", "negative_mass", "num_matvecs", "seconds", "converged"),
+    saved=(
+        *("size", "nodes", "weights", "outliers", "trace", "frobenius_norm", "negative_mass", "num_matvecs", "seconds", "converged"),
+        "rounding",
+    ),
 ):
     """The spectrum as a weighted set of nodes (stochastic Lanczos quadrature), per random probe.
 
@@ -205,6 +209,7 @@ class SpectralDensity(
         seconds: wall time spent.
         outliers: converged extreme eigenvalues seen by every probe, (m,) float64, descending; they stand apart from the bulk.
         converged: False where a budget was exhausted before all probes were done.
+        rounding: of a product, relative; where it is that of a half-precision type, every error allows for it.
     """
 
     nodes: Tensor
@@ -214,6 +219,7 @@ class SpectralDensity(
     seconds: float = 0.0
     outliers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     converged: bool = True
+    rounding: float = 0.0
 
     @property
     def num_probes(self) -> int:
@@ -232,7 +238,7 @@ class SpectralDensity(
             values = np.asarray(function(self.nodes), dtype=np.float64)  # type: ignore[arg-type]
         per_probe = (values * self.weights.numpy()).sum(axis=1) * self.num_probes  # each row's weights sum to 1 / num_probes
         how, error = "stochastic Lanczos quadrature", probe_error(per_probe)
-        return Estimate(float(per_probe.mean()), error, self.num_matvecs, self.seconds, how, self.converged)
+        return Estimate(float(per_probe.mean()), error, self.num_matvecs, self.seconds, how, self.converged).rounded(self.rounding)
 
     def total(self, function: Callable[[Array], Array]) -> Estimate:
         """tr f(A): n times the mean of ``function`` over the spectrum."""
@@ -251,8 +257,11 @@ class SpectralDensity(
 
     @property
     def negative_mass(self) -> Estimate:
-        """Share of the spectrum clearly below zero, by more than 0.1 % of the largest magnitude: flat directions do not count."""
-        floor = -1e-3 * float(self.nodes.abs().max())
+        """Share of the spectrum clearly below zero, by more than 0.1 % of the largest magnitude: flat directions do not count.
+
+        In half precision, by more than twice its rounding.
+        """
+        floor = -max(1e-3, 2 * self.rounding if self.rounding >= HALF else 0.0) * float(self.nodes.abs().max())
         return self.expectation(lambda x: (x < floor).astype(np.float64))
 
     # -- the picture ----------------------------------------------------------------------------------------------------

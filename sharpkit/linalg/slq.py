@@ -91,7 +91,7 @@ def spectral_density(
             f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(rules)} of "
             f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes."
         )
-    return density_from(rules, steps, operator.size, budget, complete)
+    return density_from(rules, steps, operator.size, budget, complete, rounding=operator.rounding)
 
 
 class Quadrature(NamedTuple):
@@ -160,11 +160,13 @@ def probe_run(
     return ProbeRun(probe, space, lanczos_run(space, budget, done, lambda: (expected, text), least=1))
 
 
-def density_from(rules: list[Quadrature], steps: int, size: int, budget: Budget, complete: bool) -> SpectralDensity:
+def density_from(
+    rules: list[Quadrature], steps: int, size: int, budget: Budget, complete: bool, *, rounding: float = 0.0
+) -> SpectralDensity:
     """The density as the mean of the probes' rules, padded with weight 0 to ``steps`` nodes."""
     nodes, weights = (torch.from_numpy(array) for array in _padded(rules, steps))
     outliers = torch.from_numpy(_outliers(rules))
-    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete)
+    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete, rounding)
 
 
 def _padded(rules: list[Quadrature], steps: int) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -105,13 +105,15 @@ def trace(
     run.may_give_up = num_matvecs is None and max_matvecs is None  # a budget that was asked for is spent
     value, stderr, how = run.estimate(method)
     target = run.target(value)
-    converged = stderr <= target
+    estimate = Estimate(value, stderr, budget.num_matvecs, budget.seconds, how).rounded(operator.rounding)
+    stderr, converged = estimate.stderr, estimate.stderr <= target
     if not converged and num_matvecs is None:
         warn_unconverged(
             f"the trace {value:.4g} has a standard error of {stderr:.2g} after {budget.num_matvecs} products, {target:.2g} was "
-            "asked: raise max_matvecs or rtol, or set atol where positive and negative eigenvalues nearly cancel."
+            "asked: raise max_matvecs or rtol, or set atol where positive and negative eigenvalues nearly cancel; in half precision no "
+            "more than twice its rounding is to be had."
         )
-    return Estimate(value, stderr, budget.num_matvecs, budget.seconds, how, converged)
+    return replace(estimate, converged=converged)
 
 
 @dataclass(frozen=True)

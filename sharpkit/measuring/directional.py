@@ -193,7 +193,7 @@ def _mean_over_batches(
     how = f"{len(values)} batches of {batch_size}" + (f", {drawn - len(values)} left out" if drawn > len(values) else "")
     crosses = signed and drawn > len(values)  # a ratio whose denominator crosses 0 has tails so heavy that no mean exists
     mean = float(np.mean(values))
-    estimate = Estimate(mean, stderr, drawn, time.perf_counter() - started, how, converged and not crosses)
+    estimate = Estimate(mean, stderr, drawn, time.perf_counter() - started, how, converged and not crosses).rounded(objective.rounding)
     if not estimate.converged:
         remedy = "the others step uphill, so the ratio has no mean; leave optimizer out" if crosses else "raise max_batches"
         warnings.warn(f"{name} {estimate} after {how}: not within {rtol:g}; {remedy}", ConvergenceWarning, stacklevel=3)

@@ -206,7 +206,7 @@ def measure(
         lambda_min=end_of(overview.smallest),
         trace=overview.trace.rounded(objective.rounding),
         frobenius_norm=overview.frobenius_norm.rounded(objective.rounding),
-        effective_rank=_effective_rank(overview),
+        effective_rank=_effective_rank(overview).rounded(objective.rounding),
         negative_mass=overview.density.negative_mass,
         loss=loss,
         grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,

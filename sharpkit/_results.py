@@ -311,6 +311,10 @@ class Result(_Saved):
                 arguments[argument] = _read_field(hint, document[key], key, name)
             elif not optional:
                 raise DocumentError(f"field {key!r} of {name} is missing from the document, which has {_named(document)}")
+        if layout.kind and not arguments and "kind" not in document:
+            raise DocumentError(
+                f"{name} is read from a document with field 'kind', which is {layout.kind!r}; this one has {_named(document)}"
+            )
         try:
             return cls(**arguments)
         except (TypeError, ValueError, IndexError) as error:  # fields that are each of their type, and do not go together

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sharpkit._arguments import as_text, flag, real
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.params import ParamLayout
@@ -65,12 +66,17 @@ class UpdateRule:
     matrix: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if not 0 <= self.dampening < 1:
-            raise ValueError(f"dampening must be in [0, 1), got {self.dampening}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        limits: dict[str, Any] = {
+            "momentum": {"least": 0.0, "below": 1.0},
+            "dampening": {"least": 0.0, "below": 1.0},
+            "weight_decay": {"least": 0.0},
+        }
+        for name, bounds in limits.items():
+            object.__setattr__(self, name, real(name, getattr(self, name), **bounds))
+        for name in ("nesterov", "decoupled", "adaptive"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
+        for name in ("name", "matrix"):
+            as_text(name, getattr(self, name))
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
 
@@ -395,11 +401,14 @@ def held_parameters(optimizer: Optimizer) -> list[list[nn.Parameter]]:
 
 def _rate(settings: Settings) -> float:
     try:
-        return float(settings["lr"])
+        if (rate := float(settings["lr"])) >= 0 and not isinstance(settings["lr"], str):
+            return rate
+        raise ValueError
     except (KeyError, TypeError, ValueError, RuntimeError):  # absent, None, a text, a tensor of several rates
         raise UnsupportedError(
-            f"a parameter group has lr={settings.get('lr')!r}, so nothing says how far the optimizer steps: limits and learned rates are "
-            "for optimizers whose groups keep a number as lr; give one (in transformers' Adafactor with relative_step=False)"
+            f"a parameter group has lr={settings.get('lr')!r}, not a number of at least 0, so nothing says how far the optimizer "
+            "steps: limits and learned rates are for optimizers whose groups keep a number as lr; give one (in transformers' Adafactor "
+            "with relative_step=False)"
         ) from None
 
 
@@ -460,6 +469,8 @@ def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
         UnsupportedError: it also trains parameters that are not the model's, such as the loss's own.
     """
     optimizer = unwrap_optimizer(optimizer)
+    if any(math.isinf(rate) for rate in learning_rates(optimizer)):
+        raise ValueError("the optimizer has an infinite learning rate, which no step can be made with: give its groups finite ones")
     own = {id(p) for p in model.parameters()}
     moving = [p for group, ratio in zip(optimizer.param_groups, relative_rates(optimizer), strict=True) for p in group["params"] if ratio]
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):

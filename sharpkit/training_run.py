@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,12 +12,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sharpkit._arguments import as_seed, called, check_callable, whole, wholes
 from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit._results import State
 from sharpkit.objective.batches import Batch, BatchSource, to_device
+from sharpkit.objective.counting import LossWatch
 from sharpkit.objective.guard import grad_mode_kept, random_states_kept
-from sharpkit.objective.loss import call_model, own_loss
+from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, check_loss_form, own_loss, recognise_loss
+from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
 from sharpkit.objective.objective import Closure, Objective
+from sharpkit.objective.params import select_params
+from sharpkit.objective.reduction import check_batch
 from sharpkit.optimizers import learning_rates, set_learning_rates
 
 Loss = Callable[[Any, Any], Tensor]
@@ -39,14 +43,15 @@ def as_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
         >>> as_seeds(3), as_seeds([7, 11])
         ((0, 1, 2), (7, 11))
     """
-    # text is a sequence too, of what are no numbers; True is an int, and nobody means one run by it
-    chosen: list[Any] = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, (str, bytes)) else [seeds]
-    if not all(hasattr(seed, "__index__") and not isinstance(seed, bool) for seed in chosen):
-        raise TypeError(f"seeds must be a whole number of runs or a sequence of whole numbers, got {seeds!r}")
-    numbers = tuple(map(operator.index, chosen)) if isinstance(seeds, Iterable) else tuple(range(operator.index(seeds)))
+    several = isinstance(seeds, Iterable) and not (isinstance(seeds, (str, bytes)) or getattr(seeds, "ndim", 1) == 0)
+    numbers = (
+        tuple(wholes("seeds", seeds, least=None))
+        if several
+        else tuple(range(whole("seeds", seeds, least=None, other="a sequence of seeds")))
+    )
     if not numbers or min(numbers) < 0:
         raise ValueError(f"seeds must be at least one: a positive number of runs or a sequence of numbers from 0 on, got {seeds!r}")
-    return numbers
+    return tuple(as_seed(number, name="each of seeds") for number in numbers)
 
 
 # -- data and loss ---------------------------------------------------------------------------------------------------------------
@@ -57,19 +62,29 @@ def training_batches(data: Any, *, loss: Loss | None, closure: Closure | None) -
         ValueError: both loss and closure.
         ObjectiveError: no batch, or data that can be gone through only once.
     """
-    if loss is not None and closure is not None:
-        raise ValueError("pass loss= for (input, target) batches or closure= for everything else, not both")
+    check_functions(loss, closure)
     batches = list(BatchSource(data, pair=loss is not None))
     if not batches:
         raise ObjectiveError("data gave no batch: pass a batch, a list of batches or a re-iterable loader")
+    for index, batch in enumerate(batches):
+        check_batch(batch, index, pair=loss is not None)
     return batches
 
 
 def training_loss(model: nn.Module, batch: Batch, *, loss: Loss | None, closure: Closure | None) -> Tensor:
     """The scalar loss of a batch, with its graph: ``closure(model, batch)``, ``loss(output, target)``, or else ``model(**batch).loss``."""
     if closure is not None:
-        return closure(model, batch)
-    return own_loss(model, batch) if loss is None else loss(call_model(model, batch[0]), batch[1])
+        with telling("closure(model, batch)", model, model, batch):
+            return check_loss_form(closure(model, batch))
+    if loss is None:
+        with telling("model(**batch)", model, batch):
+            return check_loss_form(own_loss(model, batch))
+    with telling("model(input)", model, batch[0]):
+        output = call_model(model, batch[0])
+    with telling("loss(output, target)", model, output, batch[1]):
+        if (known := recognise_loss(loss)) is not None:
+            check_axes(known.function, output, batch[1])
+        return check_loss_form(loss(output, batch[1]))
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], *, loss: Loss | None, closure: Closure | None) -> float:
@@ -109,7 +124,13 @@ class ShuffledBatches:
         self._model.train()
         with random_states_kept():
             torch.manual_seed(self._seed + _MASK_STRIDE * number)  # dropout masks
-            loss = self._loss_of(self._model, batch)
+            with LossWatch(batch) if number == 0 else contextlib.nullcontext():
+                loss = self._loss_of(self._model, batch)
+            params = [p for p in self._model.parameters() if p.requires_grad]
+            refuse_own_backward(loss, params)
+            if number == 0:
+                refuse_unrelated(loss, params)
+                check_loss(loss, number)
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -246,9 +267,10 @@ class RaceProblem:
     batches: list[Batch] = field(init=False, default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        for name, kind in (("model", "seed"), ("optimizer", "params, lr")):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be a function of ({kind}), got {type(getattr(self, name)).__name__}")
+        if isinstance(self.model, nn.Module):
+            raise TypeError("model must be a function of (seed) that makes a new model for each run, got a module")
+        for name, form in (("model", "model(seed)"), ("optimizer", "optimizer(params, lr)")):
+            check_callable(name, getattr(self, name), form)
         self.batches.extend(training_batches(self.data, loss=self.loss, closure=self.closure))
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -257,14 +279,15 @@ class RaceProblem:
 
     def make_model(self, seed: int) -> nn.Module:
         """A new model, drawn from the present global random state; TypeError if it is none."""
-        made = self.model(seed)
+        made = called("model", self.model, seed)
         if not isinstance(made, nn.Module):
             raise TypeError(f"model({seed}) must return a torch module, got {type(made).__name__}")
         return made
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A new optimizer for all parameters of a model; TypeError if it is none."""
-        made = self.optimizer(model.parameters(), lr)
+        select_params(model)  # refuses a model without parameters to train
+        made = called("optimizer", self.optimizer, model.parameters(), lr)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(f"optimizer(params, lr) must return a torch optimizer, got {type(made).__name__}")
         return made

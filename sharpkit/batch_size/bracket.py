@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, check_callback, real, whole
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import Progress, ProgressCallback, Result, student_factor
 from sharpkit.linalg.lanczos import eigenpairs
@@ -103,8 +104,9 @@ def sharpness_bracket(
         2 to 2 from 64 of 400 samples
     """
     least = _QUARTERS * _GROUPS
-    if start < least or k < 1 or not rtol > 0 or (max_samples is not None and max_samples < start):
-        raise ValueError(f"expected start >= {least}, max_samples >= start, k >= 1 and rtol > 0, got {start}, {max_samples}, {k}, {rtol}")
+    start, k, rtol, seed = whole("start", start, least=least), whole("k", k), real("rtol", rtol, above=0), as_seed(seed)
+    max_samples = None if max_samples is None else whole("max_samples", max_samples, least=start, hint="it may not be below start")
+    check_callback(callback)
     began, pool = time.perf_counter(), SamplePool(objective)
     order = torch.randperm(pool.size, generator=torch.Generator().manual_seed(seed))
     most, size = min(max_samples or pool.size, pool.size), start

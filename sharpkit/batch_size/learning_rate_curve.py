@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sharpkit._arguments import as_seed, check_callback, whole, wholes
 from sharpkit._results import Bounded, Progress, ProgressCallback, Result
 from sharpkit.batch_size.curvature import BatchCurvature
 from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Trainer
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.optimizers import UpdateRule, check_trains, learning_rate, limit_rule, unwrap_optimizer
 
@@ -290,13 +291,14 @@ def learning_rate_curve(
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092; the mean-square condition: docs/mathematics.md.
     """
     started = time.perf_counter()
+    check_objective(objective, "learning_rate_curve")
     optimizer = unwrap_optimizer(optimizer)
     check_trains(optimizer, objective.model)
+    pilot, max_samples, seed = whole("pilot", pilot, least=_LEAST_PILOT), whole("max_samples", max_samples, least=2), as_seed(seed)
+    check_callback(callback)
     rule = limit_rule(optimizer, objective.layout)
     pool = SamplePool(objective).limited(max_samples, seed=seed)
     sizes = _checked_sizes(batch_sizes, pool.size)
-    if pilot < _LEAST_PILOT:
-        raise ValueError(f"pilot must be at least {_LEAST_PILOT} steps, got {pilot}")
     at = _anchor_sizes(calibrate, sizes, pool.size)
     plans = [_Plan.at(size, pilot, last=size == at[-1]) for size in at]
     trainer = Trainer(pool, optimizer, seed)
@@ -336,8 +338,8 @@ def learning_rate_curve(
 def _checked_sizes(batch_sizes: Sequence[int] | None, available: int) -> tuple[int, ...]:
     if batch_sizes is None:
         return (*(2**j for j in range(2, 31) if 2**j < available), available)
-    sizes = tuple(sorted({int(b) for b in batch_sizes}))
-    if len(sizes) < 2 or sizes[0] < 1:
+    sizes = tuple(sorted({*wholes("batch_sizes", batch_sizes)}))
+    if len(sizes) < 2:
         raise ValueError(f"batch_sizes needs at least two different sizes of 1 or more, got {list(batch_sizes)}")
     if sizes[-1] > available:
         too_large = f"batch size {sizes[-1]} is larger than the objective's {available} samples"

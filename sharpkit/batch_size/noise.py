@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, flag, real, whole
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result, format_with_error, student_factor
 from sharpkit.linalg.results import Estimate
@@ -85,8 +86,9 @@ def gradient_noise_scale(
         64
     """
     started, pool = time.perf_counter(), SamplePool(objective)
-    size = group_size or max(1, pool.size // max_groups)
-    groups = pool.groups(size, generator=torch.Generator().manual_seed(seed), max_groups=max_groups)
+    with_curvature, max_groups = flag("with_curvature", with_curvature), whole("max_groups", max_groups, least=_LEAST_GROUPS)
+    size = max(1, pool.size // max_groups) if group_size is None else whole("group_size", group_size)
+    groups = pool.groups(size, generator=torch.Generator().manual_seed(as_seed(seed)), max_groups=max_groups)
     if len(groups) < _LEAST_GROUPS:
         few = f"{pool.size} samples make {len(groups)} groups of {size}"
         raise ValueError(f"{few}; at least {_LEAST_GROUPS} are needed: choose a smaller group_size")
@@ -203,13 +205,13 @@ def batch_size_tests(
         >>> print(sk.batch_size_tests(objective)[0])  # gradients 2 and 0: mean 1, variance 2
         norm test: 2 is too small, 8 would do (1 against 0.25)
     """
-    if not min(norm, inner_product, orthogonality) > 0:
-        raise ValueError(f"thresholds must be positive, got norm={norm}, inner_product={inner_product}, orthogonality={orthogonality}")
+    norm, inner_product = real("norm", norm, above=0), real("inner_product", inner_product, above=0)
+    orthogonality = real("orthogonality", orthogonality, above=0)
     pool = SamplePool(objective)
-    size = pool.size if batch_size is None else batch_size
+    size = pool.size if batch_size is None else whole("batch_size", batch_size, least=None)
     if not 2 <= size <= pool.size:
         raise ValueError(f"the tests need 2 to {pool.size} samples, the objective's, got batch_size={size}")
-    chosen = torch.randperm(pool.size, generator=torch.Generator().manual_seed(seed))[:size]
+    chosen = torch.randperm(pool.size, generator=torch.Generator().manual_seed(as_seed(seed)))[:size]
     variance, along, across, squared = _variances(pool.objective(chosen))
     return [
         _verdict("norm", variance, norm**2 * squared, size),

@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from sharpkit._arguments import real, reals, shown
 from sharpkit._errors import SharpkitWarning
 
 if TYPE_CHECKING:
@@ -83,11 +84,18 @@ def scale_learning_rate(
         Goyal et al. (2017), arXiv 1706.02677, for the linear rule; Malladi et al. (2022), arXiv 2205.10287, for the square root and
         companions.
     """
-    for name, value in (("lr", lr), ("batch_size", batch_size), ("new_batch_size", new_batch_size)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a positive number, got {value}")
+    lr, batch_size = real("lr", lr, above=0), real("batch_size", batch_size, above=0)
+    new_batch_size = real("new_batch_size", new_batch_size, above=0)
+    momentum = None if momentum is None else real("momentum", momentum, least=0, below=1)
+    if betas is not None:
+        first, second = reals("betas", betas, length=2, least=0, below=1)
+        betas = (first, second)
+    eps = None if eps is None else real("eps", eps, least=0)
+    weight_decay = None if weight_decay is None else real("weight_decay", weight_decay, least=0)
     k = new_batch_size / batch_size
     if not isinstance(rule, str):
+        if not hasattr(rule, "max_lr"):  # told by its method: this module may not import the curve
+            raise ValueError(f"rule must be 'linear', 'sqrt' or a LearningRateCurve, got {shown(rule)}")
         scaled, decay, said = _by_curve(lr, batch_size, new_batch_size, rule, weight_decay)
         if rule.exponent == _RULES["sqrt"]:  # an adaptive optimizer's averages reach back over samples, whatever the rate
             betas, eps = _adaptive_companions(betas, eps, k)
@@ -161,6 +169,5 @@ def safe_damping(lr: float, batch_size: float, bulk_trace: float) -> float:
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092.
     """
-    if not (0 < batch_size < math.inf and 0 < lr < math.inf and math.isfinite(bulk_trace)):
-        raise ValueError(f"lr and batch_size must be positive and bulk_trace finite, got {lr}, {batch_size} and {bulk_trace}")
-    return lr * bulk_trace / (2 * batch_size)
+    lr, batch_size = real("lr", lr, above=0), real("batch_size", batch_size, above=0)
+    return lr * real("bulk_trace", bulk_trace) / (2 * batch_size)

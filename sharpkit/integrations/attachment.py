@@ -12,17 +12,19 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from sharpkit._arguments import flag, real
 from sharpkit._errors import SharpkitWarning
 from sharpkit.learner.history import Decision, LearnerHistory
 from sharpkit.learner.learner import CurvatureLearner, check_learner_settings, check_momentum
 from sharpkit.learner.schedules import Schedule
-from sharpkit.monitor.metrics import MetricLike, check_settings
+from sharpkit.monitor.metrics import MetricLike, check_monitor_settings
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory, Record
 from sharpkit.monitor.schema import RUN
 from sharpkit.monitor.sinks import SinkPlace, as_sinks, scalars_of
 from sharpkit.objective.batches import Batch
-from sharpkit.objective.objective import Closure
+from sharpkit.objective.distributed import find_ranks
+from sharpkit.objective.objective import Closure, check_settings
 from sharpkit.objective.params import ParamSelector
 from sharpkit.optimizers import restore_initial_rates
 
@@ -92,8 +94,8 @@ class Gathering:
     """
 
     def __init__(self, settings: dict[str, Any], *, callback: str) -> None:
-        if settings["loss"] is not None and settings["closure"] is not None:
-            raise ValueError("pass loss= or closure=, not both")
+        check_settings(**{name: settings[name] for name in ("loss", "closure", "count", "mode", "autocast", "seed")})
+        find_ranks(settings["process_group"])
         self.settings, self.callback = settings, callback
         self.made: Monitor | CurvatureLearner | None = None
         self.batches: list[Any] = []  # since the last optimizer step
@@ -160,7 +162,7 @@ class Attachment(Gathering):
 
     def __init__(self, given: MonitorSettings) -> None:
         settings = complete(given, Monitor, callback="SharpnessCallback")
-        check_settings(*(settings[name] for name in ("every", "budget", "tol", "max_samples", "max_interval")))
+        check_monitor_settings(*(settings[name] for name in ("every", "budget", "tol", "max_samples", "max_interval", "top_k")))
         super().__init__(settings, callback="SharpnessCallback")
 
     @property
@@ -275,6 +277,8 @@ class LearnerRun(Gathering):
         checked = {name: settings[name] for name in ("interval", "budget", "safety", "warmup", "decay")}
         check_learner_settings(_LEAST_STEPS if total_steps is None else total_steps, **checked)
         check_momentum(settings["momentum"], settings["bulk"], adaptive=False)
+        real("max_lr", settings["max_lr"], above=0, infinite=True)
+        flag("per_group", settings["per_group"])
         super().__init__(settings, callback="LearnerCallback")
         self._log: Log | None = None
         self._warned = False

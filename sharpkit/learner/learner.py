@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkit._arguments import choice, flag, real, whole
 from sharpkit._errors import SharpkitWarning
 from sharpkit._results import State
 from sharpkit.learner.gauge import BULKS, Gauge
@@ -21,9 +22,11 @@ from sharpkit.learner.rollback import GoodPoints, LossWatch
 from sharpkit.learner.schedules import DECAYS, Multiplier, Schedule
 from sharpkit.linalg.results import Estimate
 from sharpkit.objective.batches import Batch
+from sharpkit.objective.distributed import find_ranks
 from sharpkit.objective.guard import unwrap
-from sharpkit.objective.objective import Closure, ObjectiveMaker
-from sharpkit.objective.params import ParamSelector
+from sharpkit.objective.loss import checked_reading
+from sharpkit.objective.objective import Closure, ObjectiveMaker, check_model, check_settings
+from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.optimizers import (
     check_trains,
@@ -48,25 +51,24 @@ _MOST_FAILURES = 3  # first measurements that may fail before training goes on w
 # Also used by the trainers' callbacks, whose learner is made later than they are, when the number of steps is known.
 def check_learner_settings(total_steps: int, interval: int | str, budget: float, safety: float, warmup: float, decay: Any) -> None:
     """Raise ValueError if a setting of the learner makes no sense."""
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 20:
-        raise ValueError(f"total_steps must be the number of optimizer steps of the whole run, at least 20, got {total_steps!r}")
-    if interval != "auto" and (isinstance(interval, (str, bool)) or interval < 1):
-        raise ValueError(f"interval must be a number of steps from 1 on, or 'auto', got {interval!r}")
+    whole("total_steps", total_steps, least=20, hint="it counts the optimizer steps of the whole run")
+    if not isinstance(interval, str) or interval != "auto":
+        whole("interval", interval, other="'auto'")
     for name, value in (("budget", budget), ("safety", safety), ("warmup", warmup)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-    if not callable(decay) and decay not in DECAYS:
-        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or a function of the share of steps done, got {decay!r}")
+        real(name, value, above=0, below=1)
+    if not callable(decay):
+        choice("decay", decay, DECAYS, other="a function of the share of steps done")
 
 
 def check_momentum(momentum: str, bulk: str | float, *, adaptive: bool) -> None:
     """Raise ValueError if a learner's choice of momentum makes no sense."""
-    if momentum not in ("keep", "polyak"):
-        raise ValueError(f"momentum must be 'keep' or 'polyak', got {momentum!r}")
+    choice("momentum", momentum, ("keep", "polyak"))
     if momentum == "polyak" and adaptive:
         raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")
-    if bulk not in BULKS if isinstance(bulk, str) else not bulk > 1:
-        raise ValueError(f"bulk must be one of {', '.join(BULKS)}, or the ratio of lambda_max to it, a number above 1, got {bulk!r}")
+    if isinstance(bulk, str):
+        choice("bulk", bulk, BULKS, other="a number")
+    else:
+        real("bulk", bulk, above=1, other="a text", hint="it is the ratio of lambda_max to the bulk")
 
 
 _SAVED = (
@@ -162,11 +164,17 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
+        check_model(model)
+        check_settings(loss=loss, closure=closure, count=count, mode=mode, autocast=autocast, seed=seed)
+        max_lr, per_group = real("max_lr", max_lr, above=0, infinite=True), flag("per_group", per_group)
+        find_ranks(process_group)
         self.optimizer, self.model, self._multiplier = unwrap_optimizer(optimizer), unwrap(model), Multiplier(schedule)
+        select_params(self.model, params)
         check_trains(self.optimizer, self.model)
         adaptive = limit_rule(self.optimizer).adaptive
         check_learner_settings(total_steps, interval, budget, safety, warmup, decay)
         check_momentum(momentum, bulk, adaptive=adaptive)
+        total_steps, budget, safety, warmup = int(total_steps), float(budget), float(safety), float(warmup)  # of NumPy or a tensor, perhaps
         self._multiplier.rehearse(total_steps)
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
         self._decay: Schedule = DECAYS[decay] if isinstance(decay, str) else decay
@@ -199,10 +207,11 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         Returns:
             the decision if one was made.
         """
+        loss = checked_reading(loss)
         self._step += 1
         self._multiplier.advance()  # after optimizer.step(), as torch asks of a scheduler
         if loss is not None:
-            self._recent.append((self._step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
+            self._recent.append((self._step, loss))
         decision, looks, heard = None, self._step % _CHECK_EVERY == 0, bool(self._recent)
         if looks and self._is_lost():
             decision = self._go_back()

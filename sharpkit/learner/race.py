@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, ClassVar
 
+from sharpkit._arguments import check_callback, reals, shown, whole
 from sharpkit._results import Progress, ProgressCallback, Result, format_with_error
 from sharpkit.learner.baselines import LEARNER, Entrant, entrants, has_adaptive_optimizer
 from sharpkit.training_run import RaceProblem, RaceRun, as_seeds
@@ -167,11 +168,13 @@ def race(
         >>> result["learner"].train_loss < result["constant, lr 0.01"].train_loss
         True
     """
-    if isinstance(max_gradients, bool) or not isinstance(max_gradients, int) or max_gradients < _LEAST_GRADIENTS:
-        raise ValueError(f"max_gradients must be a whole number from {_LEAST_GRADIENTS} on, got {max_gradients!r}: fewer say nothing")
+    if not isinstance(problem, RaceProblem):
+        raise TypeError(f"race takes a RaceProblem(model, optimizer, data, loss), got {shown(problem)}")
+    max_gradients = whole("max_gradients", max_gradients, least=_LEAST_GRADIENTS)
+    check_callback(callback)
     chosen_seeds = as_seeds(seeds)
-    grid = sorted({float(r) for r in (default_rates(problem) if rates is None else rates)})
-    if len(grid) < 2 or not grid[0] > 0 or not math.isfinite(grid[-1]):
+    grid = sorted({*reals("rates", default_rates(problem) if rates is None else rates, above=0)})
+    if len(grid) < 2:
         raise ValueError(f"rates must be at least two different positive numbers, got {rates!r}")
     began = time.perf_counter()
     started, skipped = entrants(problem, grid)

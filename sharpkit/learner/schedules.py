@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sharpkit._arguments import reals, whole
 from sharpkit.optimizers import gradient_descent, learning_rate, set_learning_rates
 
 Schedule = Callable[[float], float]  # share of the run that is done, 0 to 1 -> factor of the peak rate
@@ -140,13 +141,10 @@ def refined_schedule(norms: Sequence[float], *, power: int = 2) -> Callable[[flo
     References:
         Defazio, Cutkosky, Mehta and Mishchenko (2023), arXiv 2310.07831.
     """
-    values = np.asarray(norms, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 3:
-        raise ValueError(f"norms must hold the gradient norm of every step of a run, at least 3, got shape {values.shape}")
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        raise ValueError("every gradient norm must be positive and finite: leave out the steps that were skipped")
-    if power not in (1, 2):
-        raise ValueError(f"power must be 2 (SGD, l2 norms) or 1 (Adam, l1 norms), got {power}")
+    values = np.array(reals("norms", norms, above=0, hint="leave out the steps that were skipped"))
+    if len(values) < 3:
+        raise ValueError(f"norms must hold the gradient norm of every step of a run, at least 3, got {len(values)}")
+    power = whole("power", power, most=2, hint="2 is for SGD and l2 norms, 1 for Adam and l1 norms")
     from scipy.ndimage import median_filter
 
     # divided by the least norm first: a high power of small norms would overflow

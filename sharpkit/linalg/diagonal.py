@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, real, whole
 from sharpkit._results import ProgressCallback, Result, student_factor
 from sharpkit.linalg.krylov import BasisRows, KrylovSpace, affordable_rows
 from sharpkit.linalg.results import HALF, Budget, Estimate, warn_unconverged
@@ -85,10 +86,10 @@ def diagonal(
     """
     operator = as_operator(operator)
     operator.check_alike("diagonal", locals())  # before an argument is refused on one process alone
-    if num_probes < 2:
-        raise ValueError(f"num_probes must be at least 2, so that the spread gives an error; got {num_probes}")
+    num_probes = whole("num_probes", num_probes, least=2, hint="their spread gives the error")
+    max_matvecs = None if max_matvecs is None else whole("max_matvecs", max_matvecs)
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_seed(seed))
     # n products over a basis are exact, and no dearer than as many probes
     if num_probes >= operator.size and budget.allows(operator.size):
         exact = _exact_diagonal(operator, generator, budget)
@@ -223,9 +224,8 @@ def frobenius_norm(
     """
     operator = as_operator(operator)
     operator.check_alike("frobenius_norm", locals())  # before an argument is refused on one process alone
-    if not rtol > 0:
-        raise ValueError(f"rtol must be positive, got {rtol}")
-    limit = max_matvecs or DEFAULT_MATVECS
+    rtol, seed = real("rtol", rtol, above=0), as_seed(seed)
+    limit = DEFAULT_MATVECS if max_matvecs is None else whole("max_matvecs", max_matvecs)
     budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
     # the relative error of a root is half that of the square
     value, stderr, how = AdaptiveEstimate(operator, Tolerance(2 * rtol), budget, seed=seed, limit=limit, squared=True).estimate("auto")

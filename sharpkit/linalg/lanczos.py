@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, choice, flag, real, shown, whole
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
 from sharpkit.linalg.results import Array, Budget, Eigenpairs, warn_unconverged
@@ -87,10 +88,10 @@ def eigenpairs(
     """
     operator = as_operator(operator)
     operator.check_alike("eigenpairs", locals())  # before an argument is refused on one process alone
-    check_arguments(operator, k, which, tol, initial)
+    k, tol = check_arguments(operator, k, which, tol, initial)
     budget = Budget(operator, max_matvecs=1000 + 50 * k if max_matvecs is None else max_matvecs, max_seconds=max_seconds, callback=callback)
-    generator = torch.Generator().manual_seed(seed)
-    space = KrylovSpace(operator, offload=offload)
+    generator = torch.Generator().manual_seed(as_seed(seed))
+    space = KrylovSpace(operator, offload=flag("offload", offload))
     _add_start(space, initial, generator)
     capacity = _capacity(operator, k, basis_size, offload, space.rows.row(0).shape[0])
     pairs = _Iteration(space, budget, k, which, tol, generator, capacity, warm=initial is not None).run()
@@ -102,19 +103,22 @@ def eigenpairs(
     return pairs
 
 
-def check_arguments(operator: SymmetricOperator, k: int, which: str, tol: float, initial: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the arguments of an eigensolver make sense."""
-    n = operator.size
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}")
+def check_arguments(operator: SymmetricOperator, k: int, which: str, tol: float, initial: Tensor | None) -> tuple[int, float]:
+    """k and tol as plain numbers; TypeError or ValueError unless the arguments of an eigensolver make sense."""
+    n, k = operator.size, whole("k", k, least=None)
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and n = {n}, the number of eigenvalues there are; got k={k}")
-    if which not in get_args(Which):
-        raise ValueError(f"which must be one of {get_args(Which)}, got {which!r}")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol is relative to each eigenvalue and must lie between 0 and 1, got {tol}")
-    if initial is not None and (initial.ndim not in (1, 2) or initial.numel() == 0):
+    choice("which", which, get_args(Which))
+    tol = real("tol", tol, above=0, below=1, hint="it is relative to each eigenvalue")
+    if initial is None:
+        return k, tol
+    if not isinstance(initial, Tensor) or initial.is_complex() or initial.is_meta:
+        raise TypeError(f"initial must be a tensor of real numbers of shape (n,) or (n, j), got {shown(initial)}")
+    if initial.ndim not in (1, 2) or initial.numel() == 0:
         raise ValueError(f"initial must have shape (n,) or (n, j), got {tuple(initial.shape)}")
+    if not bool(torch.isfinite(initial).all()):
+        raise ValueError("initial must be finite, but holds NaN or infinity")
+    return k, tol
 
 
 def _capacity(operator: SymmetricOperator, k: int, basis_size: int | None, offload: bool, length: int) -> int:
@@ -123,6 +127,7 @@ def _capacity(operator: SymmetricOperator, k: int, basis_size: int | None, offlo
         affordable = affordable_rows(operator, length, host=offload)
         # By judgement: 80 rows hold a usual run of ten pairs whole (28 to 52 products, experiments/eigen_products.py).
         return max(least, min(operator.size, affordable, max(2 * k + 20, 80)))
+    basis_size = whole("basis_size", basis_size)
     if basis_size < least:
         raise ValueError(f"basis_size must be at least {least} for k={k} (k + 10, or n where that is less), got {basis_size}")
     return min(operator.size, basis_size)

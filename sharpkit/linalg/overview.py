@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, real, whole
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace
 from sharpkit.linalg.results import Array, Budget, Eigenpairs, Estimate, SpectralDensity, probe_error, warn_unconverged
@@ -88,10 +89,10 @@ def spectral_overview(
     """
     operator = as_operator(operator)
     operator.check_alike("spectral_overview", locals())  # before an argument is refused on one process alone
-    if num_probes < 3 or num_steps < 2:
-        raise ValueError(f"an overview needs num_probes >= 3 and num_steps >= 2, got {num_probes} and {num_steps}")
+    num_probes, num_steps = whole("num_probes", num_probes, least=3), whole("num_steps", num_steps, least=2)
+    tol = real("tol", tol, above=0, below=1)
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_seed(seed))
     steps, expected = min(num_steps, operator.size), num_probes * min(num_steps, operator.size)
     settings: dict[str, Any] = {"steps": steps, "expected": expected}
     first = probe_run(operator, generator, budget, text="both ends of the spectrum", enough=_ends_converged(steps, tol), **settings)

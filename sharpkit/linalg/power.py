@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import BasisRows, Products, working_dtype
@@ -63,10 +64,10 @@ def power_iteration(
     operator = as_operator(operator)
     operator.check_alike("power_iteration", locals())  # before an argument is refused on one process alone
     products = Products(operator)
-    check_arguments(operator, k, "magnitude", tol, initial)
+    k, tol = check_arguments(operator, k, "magnitude", tol, initial)
     limit = _DEFAULT_MATVECS * k if max_matvecs is None else max_matvecs
     budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_seed(seed))
     basis = BasisRows(operator)
     pairs: list[tuple[float, float, str]] = []
     scale = 0.0

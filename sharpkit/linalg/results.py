@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import called, check_callable, check_callback, real, reals, shown, whole
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ErrorKind, Progress, ProgressCallback, Result, format_with_error, standard_error
 from sharpkit.operators.base import SymmetricOperator
@@ -63,12 +64,10 @@ class Budget:
         max_seconds: float | None = None,
         callback: ProgressCallback | None = None,
     ) -> None:
-        if max_matvecs is not None and max_matvecs < 1:
-            raise ValueError(f"max_matvecs must be at least 1, got {max_matvecs}")
-        if max_seconds is not None and max_seconds <= 0:
-            raise ValueError(f"max_seconds must be positive, got {max_seconds}")
+        check_callback(callback)
         self._operator, self._callback = operator, callback
-        self._max_matvecs, self._max_seconds = max_matvecs, max_seconds
+        self._max_matvecs = None if max_matvecs is None else whole("max_matvecs", max_matvecs)
+        self._max_seconds = None if max_seconds is None else real("max_seconds", max_seconds, above=0, infinite=True)
         self._first_matvec = operator.num_matvecs
         self._start = time.perf_counter()
 
@@ -232,10 +231,16 @@ class SpectralDensity(
         Args:
             function: vectorised on float64 NumPy arrays; one on tensors (``torch.exp``) is taken as well.
         """
+        check_callable("function", function, "function(array)")
         try:
-            values = np.asarray(function(self.nodes.numpy()), dtype=np.float64)
+            values = called("function", function, self.nodes.numpy())
         except TypeError:
-            values = np.asarray(function(self.nodes), dtype=np.float64)  # type: ignore[arg-type]
+            values = called("function", function, self.nodes)
+        values = np.asarray(values)
+        if values.dtype.kind not in "fiub" or values.shape not in ((), self.nodes.shape):
+            raise ValueError(
+                f"function must return one real number for each entry of its array, of shape {tuple(self.nodes.shape)}; got {shown(values)}"
+            )
         per_probe = (values * self.weights.numpy()).sum(axis=1) * self.num_probes  # each row's weights sum to 1 / num_probes
         how, error = "stochastic Lanczos quadrature", probe_error(per_probe)
         return Estimate(float(per_probe.mean()), error, self.num_matvecs, self.seconds, how, self.converged).rounded(self.rounding)
@@ -295,10 +300,8 @@ class SpectralDensity(
             >>> round(float(density.density(np.linspace(-1, 2, 301)).sum() * 0.01), 3)
             1.0
         """
-        nodes, weights, points = self.nodes.numpy().ravel(), self.weights.numpy().ravel(), np.asarray(grid, dtype=np.float64)
-        width = self.bandwidth if bandwidth is None else bandwidth
-        if not width > 0:
-            raise ValueError(f"bandwidth must be positive, got {width}")
+        nodes, weights, points = self.nodes.numpy().ravel(), self.weights.numpy().ravel(), np.array(reals("grid", grid, infinite=True))
+        width = self.bandwidth if bandwidth is None else real("bandwidth", bandwidth, above=0)
         total = np.zeros(len(points))
         for first in range(0, len(nodes), 256):  # blocks keep the (grid x nodes) table small
             distance = (points[:, None] - nodes[None, first : first + 256]) / width

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, whole
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
 from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDensity, warn_unconverged
@@ -67,11 +68,9 @@ def spectral_density(
     """
     operator = as_operator(operator)
     operator.check_alike("spectral_density", locals())  # before an argument is refused on one process alone
-    for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    num_probes, num_steps = whole("num_probes", num_probes), whole("num_steps", num_steps)
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_seed(seed))
     steps = min(num_steps, operator.size)
     rules: list[Quadrature] = []
     complete = True

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, choice, real, whole
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, affordable_rows, lanczos_run
@@ -93,15 +94,14 @@ def trace(
     """
     operator = as_operator(operator)
     operator.check_alike("trace", locals())  # before an argument is refused on one process alone
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
-    if rtol < 0 or atol < 0 or not rtol + atol > 0:
+    choice("method", method, get_args(Method))
+    rtol, atol = real("rtol", rtol, least=0), real("atol", atol, least=0)
+    if not rtol + atol > 0:
         raise ValueError(f"rtol and atol must not be negative and not both 0, got rtol={rtol}, atol={atol}")
-    if num_matvecs is not None and num_matvecs < 2:
-        raise ValueError(f"num_matvecs must be at least 2, got {num_matvecs}")
-    limit = num_matvecs or max_matvecs or DEFAULT_MATVECS
+    num_matvecs = None if num_matvecs is None else whole("num_matvecs", num_matvecs, least=2)
+    limit = num_matvecs or (DEFAULT_MATVECS if max_matvecs is None else whole("max_matvecs", max_matvecs))
     budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
-    run = AdaptiveEstimate(operator, Tolerance(rtol, atol), budget, seed=seed, limit=limit, fixed=num_matvecs is not None)
+    run = AdaptiveEstimate(operator, Tolerance(rtol, atol), budget, seed=as_seed(seed), limit=limit, fixed=num_matvecs is not None)
     run.may_give_up = num_matvecs is None and max_matvecs is None  # a budget that was asked for is spent
     value, stderr, how = run.estimate(method)
     target = run.target(value)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import real
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.params import moved
 from sharpkit.optimizers import check_one_way, check_trains, learning_rate, next_update, unwrap_optimizer
 
@@ -87,15 +88,16 @@ def critical_learning_rate(
     References:
         arXiv 2601.16979, for the critical sharpness 2 / eta_c.
     """
+    check_objective(objective, "critical_learning_rate")
     check_trains(optimizer, objective.model)
     check_one_way(optimizer, objective.layout)
-    start = learning_rate(unwrap_optimizer(optimizer), objective.layout) if guess is None else guess
+    rtol = real("rtol", rtol, above=0, below=1)
+    start = learning_rate(unwrap_optimizer(optimizer), objective.layout) if guess is None else real("guess", guess, above=0)
     if not (math.isfinite(start) and start > 0):
-        raise ValueError(f"the guess must be a positive number, got {start}: pass guess= where the optimizer's rate is 0")
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
+        raise ValueError(f"the search begins at the optimizer's rate, which is {start}: pass guess=, a positive rate, to begin there")
     if gradient is None:
         _, gradient = objective.gradient()
+    gradient = objective.layout.checked(gradient, "gradient")
     update = next_update(optimizer, objective.layout, gradient)
     slope = float(update @ gradient)
     if not math.isfinite(slope):

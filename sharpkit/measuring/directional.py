@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import as_seed, real, whole
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
 from sharpkit._results import standard_error
 from sharpkit.linalg.results import Estimate
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.optimizers import check_one_way, check_trains, has_linear_step, is_maximizing, linear_step, next_update
@@ -96,6 +97,7 @@ def batch_sharpness(
         >>> round(sk.batch_sharpness(objective, batch_size=2).value, 4)
         2.0
     """
+    check_objective(objective, "batch_sharpness")
     direction = momentum_step(objective, optimizer)
 
     def ratio(batch: Objective) -> float:
@@ -128,7 +130,9 @@ def gradient_noise_interaction(
         >>> round(sk.gradient_noise_interaction(objective, batch_size=2).value, 4)
         2.0
     """
-    full, hessian = objective.gradient()[1], HessianOperator(objective)  # one graph for all products
+    hessian = HessianOperator(objective)
+    batch_size, rtol, max_batches, seed = _checked(objective, batch_size, rtol, max_batches, seed)
+    full = objective.gradient()[1]  # one graph for all products
     below = float(full @ full)
     if not 0 < below < math.inf:  # NaN fails both comparisons
         raise NonFiniteError(f"the gradient of all the data has squared norm {below}: its ratio to the noise has no meaning here")
@@ -163,6 +167,7 @@ def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer
         >>> round(sk.directional_sharpness(objective, torch.optim.SGD(model.parameters(), lr=0.1)), 4)
         2.0
     """
+    check_objective(objective, "directional_sharpness")
     check_trains(optimizer, objective.model)
     check_one_way(optimizer, objective.layout)
     gradient, update, product = gradient_and_product(objective, lambda g: next_update(optimizer, objective.layout, g))
@@ -176,9 +181,10 @@ def _mean_over_batches(
     objective: Objective, measure: Measure, name: str, *, batch_size: int, rtol: float, max_batches: int, seed: int, signed: bool = False
 ) -> Estimate:
     """The mean of a measure over random batches, until its relative standard error is reached; exact where the batch is everything."""
+    batch_size, rtol, max_batches, seed = _checked(objective, batch_size, rtol, max_batches, seed)
     started, pool = time.perf_counter(), SamplePool(objective)
-    whole, values, drawn = batch_size == pool.size, [], 0  # the batch of all samples has nothing to be averaged over
-    converged = whole
+    everything, values, drawn = batch_size == pool.size, [], 0  # the batch of all samples has nothing to be averaged over
+    converged = everything
     for batch in pool.draws(batch_size, generator=torch.Generator().manual_seed(seed)):
         drawn += 1
         if math.isfinite(value := measure(batch)):
@@ -189,7 +195,7 @@ def _mean_over_batches(
             break
     if not values:
         raise NonFiniteError(f"no mini-batch gave a finite {name}: gradients are zero or not finite")
-    stderr = 0.0 if whole else standard_error(np.array(values))
+    stderr = 0.0 if everything else standard_error(np.array(values))
     how = f"{len(values)} batches of {batch_size}" + (f", {drawn - len(values)} left out" if drawn > len(values) else "")
     crosses = signed and drawn > len(values)  # a ratio whose denominator crosses 0 has tails so heavy that no mean exists
     mean = float(np.mean(values))
@@ -198,6 +204,10 @@ def _mean_over_batches(
         remedy = "the others step uphill, so the ratio has no mean; leave optimizer out" if crosses else "raise max_batches"
         warnings.warn(f"{name} {estimate} after {how}: not within {rtol:g}; {remedy}", ConvergenceWarning, stacklevel=3)
     return estimate
+
+
+def _checked(objective: Objective, batch_size: int, rtol: float, max_batches: int, seed: int) -> tuple[int, float, int, int]:
+    return whole("batch_size", batch_size, least=None), real("rtol", rtol, above=0), whole("max_batches", max_batches), as_seed(seed)
 
 
 def momentum_step(objective: Objective, optimizer: torch.optim.Optimizer | None) -> Direction | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sharpkit._arguments import as_seed, check_callback
 from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.objective.distributed import Ranks
 from sharpkit.objective.guard import random_fingerprint
@@ -112,7 +113,8 @@ def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback |
         >>> sk.examine(sk.Objective(model, data, loss=torch.nn.functional.cross_entropy)).passed
         True
     """
-    started, hessian, checks = time.perf_counter(), HessianOperator(objective), []
+    check_callback(callback)
+    started, hessian, checks, seed = time.perf_counter(), HessianOperator(objective), [], as_seed(seed)
     for done, (name, function) in enumerate(CHECKS.items()):
         if callback is not None:  # what remains is not told: the checks differ in cost by orders of magnitude
             callback(Progress(done, len(CHECKS), time.perf_counter() - started, math.nan, name, unit="checks"))

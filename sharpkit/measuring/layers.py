@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from sharpkit._arguments import as_text, check_callback
 from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.trace import trace
 from sharpkit.measuring.sharpness import end_of
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.operators.hessian import HessianOperator
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ def per_layer(
         (('weight', 'bias'), [0.6667, 2.0])
     """
     started = time.perf_counter()
+    check_objective(objective, "per_layer")
+    check_callback(callback)
+    as_text("name", name)
     # a dictionary without values: each layer once, in the model's order
     layers, sizes = tuple(dict.fromkeys(layer_of(p) for p in objective.layout.names)), list[int]()
     tops, traces, matvecs = [], [], 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sharpkit._arguments import as_seed
 from sharpkit._results import ProgressCallback, Result, percent
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import SpectralOverview, spectral_overview
@@ -187,7 +188,7 @@ def measure(
         (1.0, 2.0)
     """
     start = time.perf_counter()
-    hessian, rule = HessianOperator(objective), UpdateRule()
+    hessian, rule, seed = HessianOperator(objective), UpdateRule(), as_seed(seed)
     matrix: SymmetricOperator = hessian
     if optimizer is not None:
         check_trains(optimizer, objective.model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sharpkit._arguments import real
 from sharpkit._errors import UnsupportedError
 from sharpkit._results import Bounded
 from sharpkit.optimizers import UpdateRule, decoupled_decays, limit_rule, unwrap_optimizer
@@ -90,6 +91,7 @@ def stable_learning_rate(
             )
     else:
         # the name stands in the rule that people read
+        momentum, weight_decay = real("momentum", momentum), real("weight_decay", weight_decay)
         name = "SGD" if momentum or weight_decay else "gradient descent"
         rule = UpdateRule(momentum, dampening, nesterov, weight_decay, decoupled, name=name)
     return rate_under(rule, lambda_max, error=error)
@@ -98,7 +100,7 @@ def stable_learning_rate(
 def rate_under(rule: UpdateRule, lambda_max: Any, *, error: float | None = None) -> StableLearningRate:
     """The largest stable learning rate by a rule, for a top eigenvalue as :func:`stable_learning_rate` takes it."""
     value, own_error = _curvature_of(lambda_max)
-    width = own_error if error is None else error
+    width = own_error if error is None else real("error", error, least=0)
     # the rate falls with the curvature, so the ends change places
     ends = {"lower": rule.max_learning_rate(value + width), "upper": rule.max_learning_rate(value - width)}
     return StableLearningRate(rule.max_learning_rate(value), **ends, rule=rule.condition, lambda_max=value)
@@ -110,8 +112,10 @@ def _curvature_of(lambda_max: Any) -> tuple[float, float]:
     if isinstance(values, torch.Tensor) and isinstance(residuals, torch.Tensor):
         top = int(values.argmax())  # pairs may be asked for at the other end of the spectrum, or in order of size
         value, error = float(values[top]), float(residuals[top])
+    elif hasattr(lambda_max, "stderr"):
+        value, error = float(lambda_max), float(lambda_max.stderr)
     else:
-        value, error = float(lambda_max), float(getattr(lambda_max, "stderr", 0.0))
+        value, error = real("lambda_max", lambda_max, other="an Estimate, Eigenpairs"), 0.0
     if not math.isfinite(value) or math.isnan(error):
         raise ValueError(f"lambda_max must be a finite number, got {value} with error {error}")
     return value, error

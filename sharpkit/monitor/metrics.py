@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from sharpkit._arguments import real, whole
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
 from sharpkit._results import Parts, State, standard_error
 from sharpkit.batch_size.noise import gradient_noise_scale
@@ -441,8 +442,7 @@ def register_metric(
         raise TypeError(f"function must be a function of (objective, optimizer), got {type(function).__name__}")
     if limit is not None and not callable(limit):
         raise TypeError(f"limit must be a function of the optimizer, got {type(limit).__name__}")
-    if not gradients > 0:
-        raise ValueError(f"gradients must be positive, got {gradients}")
+    gradients = real("gradients", gradients, above=0)
     METRICS[name] = custom(function, name=name, gradients=gradients, limit=limit)
 
 
@@ -453,11 +453,11 @@ def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.
         rule = known_rule(optimizer)
         main = ["preconditioned_lambda_max", "lambda_max"] if rule is not None and (rule.matrix or rule.adaptive) else ["lambda_max"]
         metrics = [*main, "batch_sharpness", "critical_sharpness"]
-    if isinstance(metrics, str) or not metrics:
+    if isinstance(metrics, str) or not isinstance(metrics, Iterable) or not (metrics := list(metrics)):
         raise ValueError(f"metrics must be a list of at least one of {', '.join(METRICS)}, or functions; got {metrics!r}")
     chosen: dict[str, Metric] = {}
     for metric in metrics:
-        if not callable(metric) and metric not in METRICS:
+        if isinstance(metric, (type, torch.nn.Module)) or not (callable(metric) or (isinstance(metric, str) and metric in METRICS)):
             raise ValueError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}, or pass a function (objective, optimizer)")
         name, entry = (name_of(metric), custom(metric)) if callable(metric) else (metric, METRICS[metric])
         if entry.needs_probe and probe is None:
@@ -466,15 +466,13 @@ def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.
     return chosen
 
 
-def check_settings(every: int | str, budget: float, tol: float, max_samples: int | None, max_interval: int) -> None:
-    """Raise ValueError where a setting makes no sense."""
-    if every != "auto" and (isinstance(every, (str, bool)) or every < 1):
-        raise ValueError(f"every must be a number of steps from 1 on, or 'auto', got {every!r}")
-    if not 0 < budget < 1:
-        raise ValueError(f"budget is a share of training time between 0 and 1, got {budget}")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol is a relative error between 0 and 1, got {tol}")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
-    if max_interval < 1:
-        raise ValueError(f"max_interval must be at least 1, got {max_interval}")
+def check_monitor_settings(every: Any, budget: Any, tol: Any, max_samples: Any, max_interval: Any, top_k: Any) -> None:
+    """Raise TypeError or ValueError where a setting makes no sense."""
+    if not isinstance(every, str) or every != "auto":
+        whole("every", every, other="'auto'")
+    real("budget", budget, above=0, below=1, hint="it is a share of training time")
+    real("tol", tol, above=0, below=1, hint="it is a relative error")
+    if max_samples is not None:
+        whole("max_samples", max_samples)
+    whole("max_interval", max_interval)
+    whole("top_k", top_k)

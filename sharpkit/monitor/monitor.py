@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from sharpkit._errors import NonFiniteError, SharpkitWarning, UnsupportedError
 from sharpkit._results import State, percent
 from sharpkit.monitor.events import EventDetector
-from sharpkit.monitor.metrics import Memory, MetricLike, Situation, check_settings, chosen_metrics
+from sharpkit.monitor.metrics import Memory, MetricLike, Situation, check_monitor_settings, chosen_metrics
 from sharpkit.monitor.planner import Planner
 from sharpkit.monitor.records import Measurement, MonitorHistory, Record
 from sharpkit.monitor.schema import RUN, VERSION
 from sharpkit.monitor.sinks import SinkPlace, as_sinks
 from sharpkit.objective.batches import Batch
+from sharpkit.objective.distributed import find_ranks
 from sharpkit.objective.guard import refuse_reentry, unwrap
-from sharpkit.objective.objective import Closure, ObjectiveMaker
-from sharpkit.objective.params import ParamSelector
+from sharpkit.objective.loss import checked_reading
+from sharpkit.objective.objective import Closure, ObjectiveMaker, check_model, check_settings
+from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.optimizers import check_trains, held_parameters, learning_rate, learning_rates, limit_rule, rates_at_hand, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
@@ -121,8 +123,12 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
+        check_model(model)
+        check_settings(loss=loss, closure=closure, count=count, mode=mode, autocast=autocast, seed=seed)
         self.model, self.optimizer = unwrap(model), unwrap_optimizer(optimizer)
-        check_settings(every, budget, tol, max_samples, max_interval)
+        check_monitor_settings(every, budget, tol, max_samples, max_interval, top_k)
+        find_ranks(process_group)
+        select_params(self.model, params)
         check_trains(self.optimizer, self.model)
         self.metrics = chosen_metrics(metrics, self.optimizer, probe)
         self.every, self.budget, self.seed, self.mode = every, budget, seed, mode
@@ -157,12 +163,13 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             ObjectiveError: called by the model itself, as from a forward hook, while it is measured.
         """
         refuse_reentry(self.model)
+        loss = checked_reading(loss)
         watch = self._planner.watch
         entered = watch.enter()
         rates = rates_at_hand(self.optimizer)
         on_device = rates is not None and any(isinstance(rate, Tensor) for rate in rates)  # to compare them would be to wait
         if loss is not None or on_device or (self._losses and self._losses[-1][2] != rates):
-            self._losses.append((self._step, loss.detach() if isinstance(loss, Tensor) else loss, rates))
+            self._losses.append((self._step, loss, rates))
         record = None
         if not self._planner.is_due(self._step):  # nearly all steps end here, after two clock readings and little else
             watch.leave()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sharpkit._arguments import as_path
 from sharpkit._errors import DocumentError
 from sharpkit._results import MAX_JSON, Result, parse_json
 from sharpkit.monitor.findings import run_findings
@@ -125,7 +126,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFile:
         ...     read_run(path).notes
         ('The last line of run.jsonl is incomplete and was left out: the run was killed, or is writing it.',)
     """
-    path, builder, notes, line = Path(path), RunBuilder(), [], b""
+    path, builder, notes, line = Path(as_path("path", path)), RunBuilder(), [], b""
     with open(path, "rb") as stream:
         for index, line in enumerate(iter(lambda: stream.readline(MAX_JSON + 1), b""), start=1):
             try:
@@ -229,7 +230,7 @@ class RunFollower:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(as_path("path", path))
         self.was_replaced = False
         # A file may be replaced by another of the same name. Device and inode tell, unless the inode was given out again: then the new one
         # is shorter, or begins with other bytes.

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from sharpkit._results import number
-from sharpkit.optimizers import operator_in
 
 Document = Mapping[str, Any]
 
@@ -50,6 +49,8 @@ def in_words(metric: str, header: Document | None = None) -> str:
 
 def limit_matrix(header: Document | None) -> str:
     """Name of the matrix that a run's limit is about, such as D^-1 H; empty where its header does not say."""
+    from sharpkit.optimizers import operator_in  # here, since the sinks load without torch
+
     return operator_in(str((header or {}).get("condition")))
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
 
+from sharpkit._arguments import as_path, real, shown, whole
 from sharpkit._errors import SharpkitWarning
 from sharpkit._results import json_ready, number, to_json
 from sharpkit.monitor.runs import RunFile as RunFile
@@ -129,6 +130,7 @@ class FileSink(Sink):
         max_waiting: int,
     ) -> None:
         self.path, self.num_dropped = Path(path), 0
+        sync_seconds, max_waiting = real("sync_seconds", sync_seconds, least=0, infinite=True), whole("max_waiting", max_waiting)
         super().__init__(f"{name}({str(path)!r})", lambda document: self.append(to_text(document)), self._finish)
         folder = self.path.absolute().parent
         if not folder.is_dir():
@@ -268,7 +270,7 @@ def jsonl(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waitin
         ...     len(read_run(sink.path).records)
         1
     """
-    _refuse_foreign(Path(path), lambda line: "kind" in json.loads(line), '{"kind": ', "JSON lines of sharpkit")
+    _refuse_foreign(Path(as_path("path", path)), lambda line: "kind" in json.loads(line), '{"kind": ', "JSON lines of sharpkit")
     return FileSink(
         "jsonl", path, lambda record: to_json(record) + "\n", is_whole=_is_json, sync_seconds=sync_seconds, max_waiting=max_waiting
     )
@@ -292,7 +294,7 @@ def csv(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting:
         3,trace,7.5,,,,,,,,,
     """
     head = ",".join(_COLUMNS)
-    _refuse_foreign(Path(path), lambda line: line.strip() == head, head, f"the columns {head}")
+    _refuse_foreign(Path(as_path("path", path)), lambda line: line.strip() == head, head, f"the columns {head}")
     return FileSink(
         "csv",
         path,
@@ -417,6 +419,8 @@ def as_sink(place: SinkPlace) -> SinkLike:
 def as_sinks(places: SinkPlace | Iterable[SinkPlace] | None) -> list[SinkLike]:
     """One place, several, or None for nowhere, as sinks."""
     single = callable(places) or hasattr(places, "write") or isinstance(places, (str, os.PathLike))
+    if places is not None and not single and (isinstance(places, Mapping) or not isinstance(places, Iterable)):
+        raise TypeError(f"sinks must be a sink of sk.sinks, a path, a function of one record, or a list of these, got {shown(places)}")
     return [as_sink(place) for place in cast(Iterable[SinkPlace], [places] if single else places or ())]
 
 

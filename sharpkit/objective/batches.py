@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from sharpkit.objective.guard import RandomStates, loader_generators, random_sta
 Batch = Any
 
 _END = object()
+_MOST_BATCHES = 20_000  # of a loader without a length, by judgement: each product goes through all of them
 _HOW_TO_FIX = "Pass one batch, a list of batches (list(loader) fixes what was drawn), or a DataLoader(shuffle=False)"
 
 
@@ -99,7 +101,7 @@ def join_batches(batches: Sequence[Batch], lengths: Sequence[int], *, ragged: st
         return None
     joined = []
     for name, tensors in zip(named_tensors(batches[0]), zip(*columns, strict=True), strict=True):
-        if len({(t.ndim, t.dtype) for t in tensors}) > 1:
+        if len({(t.ndim, t.dtype) for t in tensors}) > 1 or any(t.layout is not torch.strided for t in tensors):
             return None
         if all(t.ndim > 0 and len(t) == n for t, n in zip(tensors, lengths, strict=True)):
             sizes = list(zip(*(t.shape[1:] for t in tensors), strict=True))
@@ -162,7 +164,8 @@ def batch_form(batch: Batch, length: int) -> tuple[Any, ...]:
 
 def slice_batch(batch: Batch, start: int, stop: int, *, length: int) -> Batch:
     """Samples ``start:stop`` of every tensor whose leading dimension is the batch's ``length``."""
-    return map_tensors(lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == length else t, batch)
+    # a sparse tensor cannot be sliced by rows; it is an adjacency matrix, as a rule, and belongs to the whole
+    return map_tensors(lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == length and t.layout is torch.strided else t, batch)
 
 
 def fingerprint(batch: Batch) -> str:
@@ -170,7 +173,9 @@ def fingerprint(batch: Batch) -> str:
     digest = hashlib.blake2b(digest_size=16)  # 16 bytes, by judgement: against accidents, not against attacks
 
     def add_tensor(t: Tensor) -> Tensor:
-        plain = t.detach().cpu().contiguous()  # bytes, since NumPy knows no bfloat16
+        plain = (
+            (t.detach() if t.layout is torch.strided else t.detach().to_dense()).cpu().contiguous()
+        )  # bytes, since NumPy knows no bfloat16
         digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
         return t
@@ -222,6 +227,7 @@ class BatchSource:
         What the loader draws goes on from pass to pass, as it would in training; so augmentation makes two passes differ, and is noticed.
         """
         batches: Iterator[Batch] | None = None
+        counted, most = 0, math.inf if hasattr(self.data, "__len__") else _MOST_BATCHES
         while True:
             with random_states_kept(self._generators):
                 if self._stream is not None:
@@ -231,6 +237,11 @@ class BatchSource:
                 self._stream = RandomStates(self._generators)
             if batch is _END:
                 return
+            if (counted := counted + 1) > most:
+                raise ObjectiveError(
+                    f"a {type(self.data).__name__} without a length gave {most:,} batches and did not end: pass a list of as many as are "
+                    "meant, as by list(itertools.islice(loader, 100)), or give it a __len__"
+                )
             yield batch
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sharpkit.objective.batches import Batch, batch_length, named_tensors
-from sharpkit.objective.loss import STANDARD_LOSSES, KnownLoss
+from sharpkit.objective.batches import Batch, batch_length, named_tensors, tensors_of
+from sharpkit.objective.loss import STANDARD_LOSSES, KnownLoss, check_axes
 
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 _UNMASKED = KnownLoss(F.cross_entropy, "mean")  # counts the labels other than PyTorch's default ignore_index
@@ -86,7 +86,7 @@ def one(_: Batch) -> float:
 
 
 def _mask_total(t: Tensor) -> float | None:
-    return float(t.sum()) if not t.is_complex() and bool(((t == 0) | (t == 1)).all()) else None
+    return float(t.sum()) if t.layout is torch.strided and not t.is_complex() and bool(((t == 0) | (t == 1)).all()) else None
 
 
 def _shifted(t: Tensor, known: KnownLoss) -> float:
@@ -122,6 +122,9 @@ def target_path(batch: Batch, pair: bool) -> str | None:
 
 
 # -- standard losses seen at work ---------------------------------------------------------------------------------------------
+_DIFFERENCES = {torch.sub, torch.subtract, torch.rsub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, Tensor.subtract}
+
+
 @dataclass(frozen=True)
 class SeenLoss:
     """A call of a standard loss: its settings and target."""
@@ -133,16 +136,27 @@ class SeenLoss:
 class LossWatch(TorchFunctionMode):
     """While it is entered, notes every call of a standard PyTorch loss that averages or sums, wherever it is made.
 
+    What is no loss over the samples is refused on the way: a difference of an (N, 1) output and an (N,) target, which has all N x N pairs.
+
+    Args:
+        batch: whose tensors are data.
+
     Attributes:
         seen: the calls, in order.
+
+    Raises:
+        ObjectiveError: a target is subtracted, or compared by an elementwise loss, as N x N pairs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: Batch = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._data = {id(t) for t in tensors_of(batch)}
         self.seen: list[SeenLoss] = []
         self._results: list[Tensor] = []  # of the calls; they hold the graph, and so go when the watch goes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(args) > 1 and (func in STANDARD_LOSSES or (func in _DIFFERENCES and self._is_residual(*args[:2]))):
+            check_axes(func, args[0], args[1])
         result = func(*args, **(kwargs or {}))
         if func in STANDARD_LOSSES:
             given = inspect.signature(func).bind(*args, **(kwargs or {}))
@@ -155,6 +169,11 @@ class LossWatch(TorchFunctionMode):
                 self.seen.append(SeenLoss(known, settings["target"].detach()))
                 self._results.append(result)
         return result
+
+    def _is_residual(self, first: Any, second: Any) -> bool:
+        """Whether one is a tensor of the batch and the other was computed from parameters."""
+        given = [t for t in (first, second) if isinstance(t, Tensor)]
+        return len(given) == 2 and any(id(t) in self._data for t in given) and any(t.requires_grad for t in given)
 
     def behind(self, loss: Tensor) -> SeenLoss | None:
         """The seen loss that a returned loss *is*: of the same value, with nothing but conversions of that one number after it."""

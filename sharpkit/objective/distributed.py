@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharpkit._arguments import shown
 from sharpkit._errors import SharpkitError
 
 T = TypeVar("T")
@@ -202,7 +203,13 @@ def find_ranks(process_group: Any = None) -> Ranks:
         ValueError: this process is no member of the group, or SHARPKIT_RANK_TIMEOUT is no positive number of seconds.
     """
     # is_available first: a build without distributed has no is_initialized
-    if process_group is False or not (dist.is_available() and dist.is_initialized()):
+    if process_group is False:
+        return Ranks()
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError(
+                f"process_group was given, {shown(process_group)}, but torch.distributed is not initialised: pass None or False"
+            )
         return Ranks()
     size = dist.get_world_size(process_group)
     if size < 1:  # torch says -1 to a process outside the group

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from sharpkit._errors import NonFiniteError, ObjectiveError
+from sharpkit._arguments import check_callable, shown
+from sharpkit._errors import NonFiniteError, ObjectiveError, ObjectiveWarning
 from sharpkit.objective.batches import Batch
 
 _MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -132,16 +136,81 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def check_loss(loss: Any, batch_number: int) -> Tensor:
+def check_functions(loss: Any, closure: Any, count: Any = None) -> None:
+    """TypeError or ValueError unless these can be called as a loss, a closure and a count."""
+    if loss is not None and closure is not None:
+        raise ValueError("pass loss= for (input, target) batches or closure= for everything else, not both")
+    forms = {"loss": (loss, "loss(output, target)"), "closure": (closure, "closure(model, batch)"), "count": (count, "count(batch)")}
+    for name, (given, form) in forms.items():
+        if isinstance(given, type):
+            raise TypeError(f"{name} is the class {given.__name__}, not a function: make one, {name}={given.__name__}()")
+        if given is not None:
+            check_callable(name, given, form)
+
+
+def checked_reading(loss: Any) -> Tensor | float | None:
+    """A loss of a training step as it is reported: a number or a tensor of one, which is detached and not read; NaN is a value.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex() and not loss.is_meta:
+        return loss.detach()
+    if isinstance(loss, (bool, Tensor)) or not isinstance(loss, numbers.Real):
+        raise TypeError(f"loss= of a step must be a number or a tensor of one, got {shown(loss)}")
+    return float(loss)
+
+
+def check_axes(function: Any, output: Any, target: Any) -> None:
+    """Refuse an elementwise loss, or a difference, of shapes (N, 1) and (N,); comment on class labels whose axis may be the wrong one.
+
+    Raises:
+        ObjectiveError: the shapes broadcast to all N x N pairs.
+    """
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+        return
+    if function in _LABELLED:
+        if output.ndim == 3 and output.shape[1] == output.shape[2] and target.shape == output.shape[:2]:
+            warnings.warn(
+                f"the output has shape {tuple(output.shape)} and the labels {tuple(target.shape)}: {function.__name__} takes axis 1 for "
+                "the classes. If they are on the last axis, pass output.flatten(0, 1) and labels.flatten(), which leaves no doubt",
+                ObjectiveWarning,
+                stacklevel=3,
+            )
+    elif pairs_all(output, target):
+        raise ObjectiveError(
+            f"tensors of shapes {tuple(output.shape)} and {tuple(target.shape)} are compared, every output with every target: give "
+            "output and target one shape, as by model(x).squeeze(-1) or y.unsqueeze(-1)"
+        )
+
+
+def pairs_all(first: Tensor, second: Tensor) -> bool:
+    """Whether an elementwise operation would combine every row of one with every row of the other: shapes (N, 1) and (N,)."""
+    longer, shorter = (first, second) if first.ndim > second.ndim else (second, first)
+    return longer.shape == (*shorter.shape, 1) and shorter.ndim > 0 and shorter.shape[-1] > 1
+
+
+def check_loss_form(loss: Any) -> Tensor:
     """The loss itself, if one can differentiate it.
 
     Raises:
         ObjectiveError: not one real number as a tensor, or cut off from the parameters.
-        NonFiniteError: NaN or infinite.
     """
     if not isinstance(loss, Tensor):
-        hint = ": return the loss itself, not loss.item()" if isinstance(loss, (int, float)) else ""
+        hint = ""
+        if loss is None:
+            hint = ": the function returned nothing; end it with return loss, and leave backward() to sharpkit"
+        elif isinstance(loss, (int, float, np.number)):
+            hint = ": return the loss itself, not loss.item()"
+        elif isinstance(loss, (tuple, list, Mapping)) or hasattr(loss, "loss"):
+            hint = ": return the loss alone, as by closure=lambda model, batch: f(model, batch)[0] of a tuple, or ['loss'] of a dict"
         raise ObjectiveError(f"the loss must be a tensor holding one real number, got {type(loss).__name__}{hint}")
+    if loss.is_meta:
+        raise ObjectiveError(
+            "the loss is on the meta device, which holds no numbers: make the model and its data on 'cpu' or another device"
+        )
     if loss.numel() != 1 or not loss.is_floating_point():
         raise ObjectiveError(
             f"the loss must be a tensor holding one real number, got {loss.dtype} of shape {tuple(loss.shape)}: use reduction='mean', or "
@@ -152,9 +221,20 @@ def check_loss(loss: Any, batch_number: int) -> Tensor:
             "the loss does not depend on any trainable parameter: it was detached, or computed under torch.no_grad(), or from frozen "
             "parameters alone"
         )
-    if not bool(torch.isfinite(loss)):
+    return loss
+
+
+def check_loss(loss: Any, batch_number: int) -> Tensor:
+    """The loss itself, if one can differentiate it.
+
+    Raises:
+        ObjectiveError: not one real number as a tensor, or cut off from the parameters.
+        NonFiniteError: NaN or infinite.
+    """
+    value = check_loss_form(loss)
+    if not bool(torch.isfinite(value)):
         raise NonFiniteError(
-            f"the loss of batch {batch_number} is {float(loss.detach())}, where curvature is undefined: look at that batch for NaN and at "
+            f"the loss of batch {batch_number} is {float(value.detach())}, where curvature is undefined: look at that batch for NaN and at "
             "the parameters for overflow"
         )
-    return loss
+    return value

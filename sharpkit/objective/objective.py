@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkit._arguments import as_seed, choice, flag, real, shown, whole
 from sharpkit._errors import ObjectiveError, SharpkitError
 from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
 from sharpkit.objective.counting import CountRule, LossWatch, samples_in
 from sharpkit.objective.distributed import Ranks, find_ranks
 from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
-from sharpkit.objective.loss import call_model, check_loss, own_loss, recognise_loss
+from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, own_loss, recognise_loss
 from sharpkit.objective.memory import is_out_of_memory
+from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
 from sharpkit.objective.params import ParamSelector, select_params
-from sharpkit.objective.reduction import Look, Piece, Survey, check_pair, conclude, cut_batches, cut_samples, join_pieces, look_at
+from sharpkit.objective.reduction import Look, Piece, Survey, check_batch, conclude, cut_batches, cut_samples, join_pieces, look_at
 from sharpkit.objective.second_order import Replaced, SecondOrder, Watch
 from sharpkit.objective.trials import Evaluator, Measured, Watched, atol, rtol
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 Closure = Callable[[nn.Module, Batch], Tensor]
 
 _MODES = ("eval", "train")
+_HALVES = (torch.bfloat16, torch.float16)
 _ENTRIES = 64  # of each parameter's gradient, compared between batches: by judgement
 _LEAST_SAMPLES = 32  # a training batch is not cut below: by judgement, fewer samples say little of the batch's curvature
 
@@ -120,22 +122,24 @@ class Objective:
         self.joining = Joining()
         self.ranks = find_ranks(process_group)
         # What may fail on one process alone runs together, so that the others do not wait for it in the next collective.
-        given = (model, loss, closure, count, reduction, mode, micro_batch_size)
-        self.ranks.run_together(lambda: _check_arguments(*given), device=_device_of(model))
+        own = {"reduction": reduction, "micro_batch_size": micro_batch_size, "check": check}
+        settings = {"closure": closure, "count": count, "mode": mode, "autocast": autocast, "seed": seed}
+        self.ranks.run_together(lambda: check_settings(loss=loss, **settings, **own), device=_device_of(model))
         self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
         evaluator = self._evaluator(check)
         look = self.ranks.run_together(lambda: self._look(evaluator, reduction), device=self.device)
         self._survey: Survey = conclude(look, self.ranks, evaluator=evaluator, reduction=reduction, device=self.device)
         self.may_split = micro_batch_size is not None and self.may_separate and not self._survey.draws
-        if isinstance(micro_batch_size, int):
+        if micro_batch_size is not None and not isinstance(micro_batch_size, str):
             if not self.may_split:
                 raise ValueError(
                     f"micro_batch_size={micro_batch_size} would change the function: {self._why_whole()}. Pass None, or mode='eval'"
                 )
-            self.micro_batch_size = micro_batch_size
+            self.micro_batch_size = int(micro_batch_size)
         self.joining.allowed = micro_batch_size == "auto" and self.may_split
 
     def _prepare(self, model: nn.Module, data: Any, params: ParamSelector) -> None:
+        check_model(model)
         self.model = unwrap(model)
         self.in_eval = modules_in_eval(self.model) if self.mode == "train" else frozenset()  # captured now: the function must stay the same
         self.layout = select_params(self.model, params)
@@ -181,14 +185,17 @@ class Objective:
         """The loss of a batch with its graph, the standard losses that ran, and a look at what its evaluation does to derivatives."""
         known = self.second_order
         try:
-            with Watch(known), LossWatch() as losses:
+            with Watch(known), LossWatch(batch) as losses:
                 loss = self._evaluate(batch, number)
-        except SharpkitError:
-            raise
+        except SharpkitError as error:
+            if error.__cause__ is None:
+                raise
+            return self._evaluate(batch, number), LossWatch()
         except Exception as error:  # code that cannot run under a torch function mode; if that is not it, the error comes again
             if is_out_of_memory(error):  # and would, with what the error's traceback holds besides
                 raise
             return self._evaluate(batch, number), LossWatch()
+        refuse_unrelated(loss, self.layout.params)
         if known.takes_gradients:
             known.mend_inner_gradients(loss)
         return loss, losses
@@ -434,7 +441,7 @@ class Objective:
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's output on an (input, target) batch, as the loss receives it. To be called under :meth:`undisturbed`."""
-        with calling(self.model), self._precision():
+        with telling("model(input)", self.model, batch[0]), calling(self.model), self._precision():
             output: Tensor = call_model(self.model, batch[0])
         return output
 
@@ -444,7 +451,9 @@ class Objective:
             raise ObjectiveError(
                 "this needs the loss as a function of the model's output: make the Objective with loss= and (input, target) batches"
             )
-        with self._precision():
+        with telling("loss(output, target)", self.model, output, target), self._precision():
+            if (known := recognise_loss(self.loss)) is not None:
+                check_axes(known.function, output, target)
             return self.loss(output, target)
 
     def evaluate(self, piece: Piece) -> Tensor:
@@ -478,8 +487,11 @@ class Objective:
         self.seed_for(number)
         if self._closure is None:
             return check_loss(self.output_loss(self.predict(batch), batch[1]), number)
-        with calling(self.model), self._precision():
+        what = "model(**batch)" if self._closure is own_loss else "closure(model, batch)"
+        with telling(what, self.model, *([] if self._closure is own_loss else [self.model]), batch), calling(self.model), self._precision():
             loss = self._closure(self.model, batch)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            refuse_own_backward(loss, self.layout.params)
         return check_loss(loss, number)
 
     def seed_for(self, number: int) -> None:
@@ -625,8 +637,8 @@ class ObjectiveMaker:
             batch = [batch]
         elif pairs and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch):  # as a DataLoader collates (input, target)
             batch = [tuple(batch)]
-        for index, each in enumerate(batch if pairs else ()):
-            check_pair(each, index)
+        for index, each in enumerate(batch):
+            check_batch(each, index, pair=pairs)
         return batch  # type: ignore[no-any-return]
 
     def _length(self, batch: Batch) -> int:
@@ -648,15 +660,9 @@ class ObjectiveMaker:
 
 def _checked_count(count: Callable[[Batch], float]) -> Callable[[Batch], float]:
     def checked(batch: Batch) -> float:
-        given: Any = count(batch)
-        try:
-            number = float(given)
-        except (TypeError, ValueError, RuntimeError):
-            came = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{type(given).__name__}"
-            raise TypeError(f"count(batch) must return one number, what the loss of that batch averages over, got {came}") from None
-        if not 0 <= number < math.inf:
-            raise ValueError(f"count(batch) returned {number}; it must be finite and not negative")
-        return number
+        with telling("count(batch)", None, batch):
+            given: Any = count(batch)
+        return real("what count(batch) returns", given, least=0, hint="it is what the loss of that batch averages over")
 
     return checked
 
@@ -666,25 +672,37 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in parameters), torch.device("cpu"))
 
 
-def _check_arguments(model: Any, loss: Any, closure: Any, count: Any, reduction: Any, mode: Any, micro_batch_size: Any) -> None:
-    """TypeError or ValueError unless an objective's arguments make sense, apart from the data."""
+def check_model(model: Any) -> None:
+    """TypeError unless it is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if loss is not None and closure is not None:
-        raise ValueError("pass loss= or closure=, not both")
-    for name, function, form in (
-        ("loss", loss, "loss(output, target)"),
-        ("closure", closure, "closure(model, batch)"),
-        ("count", count, "count(batch)"),
-    ):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function called as {form}, got {type(function).__name__}")
-    if isinstance(loss, type):
-        raise TypeError(f"loss is the class {loss.__name__}, not a loss: make one, loss={loss.__name__}()")
-    if reduction not in ("auto", "mean", "sum"):
-        raise ValueError(f"reduction must be 'auto', 'mean' or 'sum', got {reduction!r}")
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
-    whole = isinstance(micro_batch_size, int) and not isinstance(micro_batch_size, bool) and micro_batch_size > 0
-    if not (micro_batch_size is None or micro_batch_size == "auto" or whole):
-        raise ValueError(f"micro_batch_size must be a positive integer, 'auto' or None, got {micro_batch_size!r}")
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
+
+
+def check_settings(
+    *,
+    loss: Any = None,
+    closure: Any = None,
+    count: Any = None,
+    mode: Any = "eval",
+    autocast: Any = None,
+    seed: Any = 0,
+    reduction: Any = "auto",
+    micro_batch_size: Any = "auto",
+    check: Any = True,
+) -> None:
+    """TypeError or ValueError unless an objective's arguments make sense, apart from model and data."""
+    check_functions(loss, closure, count)
+    choice("reduction", reduction, ("auto", "mean", "sum"))
+    choice("mode", mode, _MODES)
+    if autocast is not None and autocast not in _HALVES:
+        raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {shown(autocast)}")
+    as_seed(seed)
+    flag("check", check)
+    if micro_batch_size is not None and not (isinstance(micro_batch_size, str) and micro_batch_size == "auto"):
+        whole("micro_batch_size", micro_batch_size, other="'auto', None")
+
+
+def check_objective(value: Any, taker: str) -> None:
+    """TypeError unless a function that takes an objective was given one."""
+    if not isinstance(value, Objective):
+        raise TypeError(f"{taker} takes an Objective(model, data, loss=...), got {shown(value)}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sharpkit._arguments import shown
 from sharpkit._errors import ObjectiveError, UnsupportedError
 
 ParamSelector = str | Iterable[str] | Callable[[str, Tensor], bool] | None
@@ -80,6 +82,19 @@ class ParamLayout:
     def current(self) -> Tensor:
         """The parameters' present values as a new flat vector."""
         return self.flatten([p.detach() for p in self.params])
+
+    def checked(self, vector: Any, name: str) -> Tensor:
+        """A given vector in parameter space, in the layout's type and on its device.
+
+        Raises:
+            TypeError: it is no tensor of real numbers.
+            ValueError: it has another shape, or is not finite.
+        """
+        if not isinstance(vector, Tensor) or vector.is_complex() or vector.is_meta:
+            raise TypeError(f"{name} must be a tensor of {self.size} real numbers, got {shown(vector)}")
+        if vector.shape != (self.size,):
+            raise ValueError(f"{name} must have the shape ({self.size},) of the flat parameter vector, got {tuple(vector.shape)}")
+        return vector.to(dtype=self.dtype, device=self.device)
 
     def indices(self, names: Iterable[str]) -> Tensor:
         """Positions of the named parameters in the flat vector, (m,) int64."""
@@ -157,9 +172,10 @@ def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayo
 def _checked_selector(selector: ParamSelector) -> tuple[str, ...] | Callable[[str, Tensor], bool] | None:
     if selector is None or callable(selector):
         return selector
-    patterns = (selector,) if isinstance(selector, str) else tuple(selector) if isinstance(selector, Iterable) else None
+    listed = isinstance(selector, Iterable) and not isinstance(selector, (bytes, Mapping))
+    patterns = (selector,) if isinstance(selector, str) else tuple(selector) if listed else None
     if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
-        came = type(selector).__name__ if patterns is None else f"a {type(selector).__name__} of {type(patterns[0]).__name__}"
+        came = shown(selector) if patterns is None else f"a {type(selector).__name__} of {type(patterns[0]).__name__}"
         raise TypeError(
             "params must be a name pattern such as 'blocks.*.attn.*', several of them, or a predicate (name, parameter) -> bool, got "
             f"{came}. For given tensors: params=lambda name, p: any(p is q for q in wanted)"
@@ -172,7 +188,14 @@ def _matches(selector: tuple[str, ...] | Callable[[str, Tensor], bool] | None, n
         return True
     if isinstance(selector, tuple):
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in selector)
-    return bool(selector(name, param))
+    try:
+        return bool(selector(name, param))
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(
+            f"params, as a function, is called as params(name, parameter) and must return a bool; it raised: {error}"
+        ) from error
 
 
 def _check_not_sharded(name: str, param: Tensor) -> None:
@@ -186,6 +209,10 @@ def _check_not_sharded(name: str, param: Tensor) -> None:
 def _check_param(name: str, param: nn.Parameter) -> None:
     if isinstance(param, nn.parameter.UninitializedParameter):
         raise ValueError(f"parameter {name!r} of a lazy module has no shape yet: run one forward pass first")
+    if param.is_meta:
+        raise ValueError(
+            f"parameter {name!r} is on the meta device, which holds no numbers: call model.to_empty(device='cpu') and load its weights"
+        )
     if param.is_complex():
         raise ValueError(
             f"parameter {name!r} is complex, and curvature here is of real parameters: store its real and imaginary parts as two "

@@ -21,6 +21,7 @@ from sharpkit.objective.batches import (
     fingerprint,
     join_batches,
     slice_batch,
+    tensors_of,
     to_device,
 )
 from sharpkit.objective.counting import CountRule, one, rules_for, rules_seen, samples_in
@@ -100,8 +101,7 @@ def look_at(source: BatchSource, evaluator: Evaluator, *, reduction: str) -> Loo
     for index, batch in enumerate(source):
         if index < len(first.marks):
             check_repeatable(batch, index, first.marks[index])
-        if evaluator.pair:
-            check_pair(batch, index)
+        check_batch(batch, index, pair=evaluator.pair)
         rows.append({rule.name: n for rule in rules if (n := rule.count(batch)) is not None})
         lengths.append(samples_in(batch, evaluator.pair))
         if evaluator.check and _tells(rows[-1], rules):
@@ -130,8 +130,7 @@ def look_at(source: BatchSource, evaluator: Evaluator, *, reduction: str) -> Loo
 def _first_look(source: BatchSource, evaluator: Evaluator) -> _FirstLook:
     first, evaluated = _FirstLook(draws=evaluator.draws), not evaluator.check
     for index, batch in enumerate(source):
-        if evaluator.pair:
-            check_pair(batch, index)
+        check_batch(batch, index, pair=evaluator.pair)
         if source.is_loader and index < 2:
             first.marks.append(fingerprint(batch))
         if not evaluated or not first.rules:
@@ -164,9 +163,13 @@ def _tells(row: Counts, rules: Sequence[CountRule]) -> bool:
     return any(row.values()) and all(row.get(name, 1.0) > 0 for name in needed)
 
 
-def check_pair(batch: Batch, index: int) -> None:
-    """Refuse a batch that is not (input, target)."""
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+def check_batch(batch: Batch, index: int, *, pair: bool) -> None:
+    """Refuse a batch that is not (input, target) where it must be, and one whose tensors hold no numbers."""
+    if any(t.is_meta for t in tensors_of(batch)):
+        raise ObjectiveError(
+            f"batch {index} has tensors on the meta device, which hold no numbers: make the data on 'cpu' or another device"
+        )
+    if pair and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         came = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise TypeError(
             f"with loss=, batches are (input, target), but batch {index} is a {came}: pass closure=lambda model, batch: ... instead, or a "

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import whole
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.batches import Batch, join_batches, map_tensors, to_device
 from sharpkit.objective.distributed import Ranks
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, check_objective
 
 
 class SamplePool:
@@ -25,6 +26,7 @@ class SamplePool:
     """
 
     def __init__(self, objective: Objective) -> None:
+        check_objective(objective, "this measurement")
         if not objective.may_separate:
             raise ObjectiveError(
                 "mini-batches can only be drawn where the loss is a mean or sum over samples; use mode='eval', or another loss"
@@ -103,7 +105,7 @@ class SamplePool:
         return [self.objective(order[i * batch_size : (i + 1) * batch_size]) for i in range(count)]
 
     def _check_size(self, batch_size: int) -> None:
-        if not 1 <= batch_size <= self.size:
+        if not 1 <= whole("batch_size", batch_size, least=None) <= self.size:
             raise ValueError(f"batch_size must lie between 1 and the {self.size} samples of the objective, got {batch_size}")
 
 

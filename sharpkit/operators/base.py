@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit._arguments import choice, flag, real, shown, whole
 from sharpkit._errors import NonFiniteError, NotSymmetricError
 from sharpkit.objective.memory import available_memory
 
@@ -51,11 +52,11 @@ class SymmetricOperator(ABC):
     """
 
     def __init__(self, size: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
-        if size < 1:
-            raise ValueError(f"an operator needs at least one row, got size={size}")
-        if not dtype.is_floating_point:
-            raise ValueError(f"an operator multiplies real vectors, so its dtype must be a floating-point type; got {dtype}. {_REAL_FORM}")
-        self.size, self.dtype, self.device = size, dtype, torch.device(device)
+        self.size = whole("size", size, hint="it is the number of rows")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            came = dtype if isinstance(dtype, torch.dtype) else shown(dtype)
+            raise ValueError(f"an operator multiplies real vectors, so its dtype must be a floating-point type; got {came}. {_REAL_FORM}")
+        self.dtype, self.device = dtype, _device(device)
         self.num_matvecs = 0
         self.rounding = float(torch.finfo(dtype).eps)  # of a product, relative; larger where it is computed in a less exact type
 
@@ -127,7 +128,7 @@ class SymmetricOperator(ABC):
 
     def _check_vectors(self, vectors: Tensor) -> None:
         if not isinstance(vectors, Tensor):
-            raise TypeError(f"expected a torch.Tensor of shape ({self.size},) or ({self.size}, k), got {type(vectors).__name__}")
+            raise TypeError(f"expected a torch.Tensor of shape ({self.size},) or ({self.size}, k), got {shown(vectors)}")
         if vectors.ndim not in (1, 2) or vectors.shape[0] != self.size:
             raise ValueError(f"expected shape ({self.size},) or ({self.size}, k), got {tuple(vectors.shape)}")
         # No silent conversion: rounding float64 vectors to float32 would cost a Krylov method its orthogonality unnoticed.
@@ -166,8 +167,7 @@ class SymmetricOperator(ABC):
             generator: a CPU generator; it advances.
             distribution: ``"normal"`` (standard Gaussian) or ``"rademacher"`` (+-1).
         """
-        if distribution not in _DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {_DISTRIBUTIONS}, got {distribution!r}")
+        choice("distribution", distribution, _DISTRIBUTIONS)
         draw_type = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32  # half precision: drawn, then rounded
         if distribution == "normal":
             return torch.randn(k, self.size, generator=generator, dtype=draw_type).to(device=self.device, dtype=self.dtype).T
@@ -359,13 +359,18 @@ def scale_rows(diagonal: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _number(value: Any) -> float:
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
-        raise TypeError(f"expected a real number or another operator, got {type(value).__name__}")
-    number = float(value)
-    if not np.isfinite(number):
-        raise ValueError(f"expected a finite number, got {number}")
-    return number
+    return real("the other operand of an operator", value, other="an operator")
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+        return found
+    except (TypeError, RuntimeError, AssertionError) as error:  # the last where torch was built without it
+        raise ValueError(
+            f"device must be a device of this machine, such as 'cpu' or 'cuda', got {shown(device)} ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def as_operator(
@@ -394,7 +399,13 @@ def as_operator(
     """
     if isinstance(matrix, SymmetricOperator):
         return matrix
+    size, check = None if size is None else whole("size", size), flag("check", check)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a real floating-point type such as torch.float64, got {shown(dtype)}")
+    device = None if device is None else _device(device)
     if isinstance(matrix, np.ndarray):
+        if matrix.dtype.kind not in "fciub":
+            raise TypeError(f"expected a matrix of real numbers, got {shown(matrix)}")
         # contiguous, since from_numpy refuses negative strides
         matrix = torch.from_numpy(np.ascontiguousarray(matrix, dtype=None if matrix.dtype.kind in "fc" else np.float64))
         dtype = dtype or torch.float64
@@ -414,13 +425,16 @@ def _checked_matrix(matrix: Tensor, size: int | None, dtype: torch.dtype | None,
         raise ValueError(f"expected a {expected} matrix, got shape {tuple(matrix.shape)}")
     if matrix.is_complex():
         raise ValueError(f"expected a real matrix, got a complex one. {_REAL_FORM}")
+    if matrix.is_meta or not matrix.numel():
+        came = "one on the meta device, which holds no numbers" if matrix.is_meta else "one of shape (0, 0)"
+        raise ValueError(f"expected a matrix with entries, got {came}")
     target = dtype or (matrix.dtype if matrix.is_floating_point() else torch.float64)
-    if not target.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {target}")
     return matrix.detach().to(dtype=target, device=device if device is not None else matrix.device)
 
 
 def _wrap_callable(matrix: Any, size: int | None, dtype: torch.dtype, device: torch.device) -> SymmetricOperator:
+    if isinstance(matrix, type):
+        raise TypeError(f"expected a matrix, a SciPy operator or a function of a vector, got {shown(matrix)}")
     shape = getattr(matrix, "shape", None)
     if shape is not None and hasattr(matrix, "__matmul__"):
         if len(shape) != 2 or shape[0] != shape[1]:
@@ -433,7 +447,10 @@ def _wrap_callable(matrix: Any, size: int | None, dtype: torch.dtype, device: to
 
         return CallableOperator(through_numpy, shape[0], dtype=dtype, device=device)
     if not callable(matrix):
-        raise TypeError(f"expected a matrix, a SciPy operator or a function of a vector, got {type(matrix).__name__}")
+        raise TypeError(
+            f"expected a matrix, a SciPy operator or a function of a vector, got {shown(matrix)}; of an Objective, pass "
+            "HessianOperator(objective) or another of its matrices"
+        )
     if size is None:
         raise ValueError("a function does not say how long its vectors are: pass size=n")
     return CallableOperator(matrix, size, dtype=dtype, device=device)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import sharpkit
+from sharpkit._arguments import as_path, as_seed, as_text, shown, texts
 from sharpkit.reporting.sections import Document, section_for
 
 # Stands for the page's text colour, which matplotlib cannot name: a colour that no picture uses, replaced by currentColor afterwards.
@@ -135,7 +136,14 @@ def report(
         ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
         True
     """
-    target = page_place(path)  # before the figures are drawn
+    target = page_place(as_path("path", path))  # before the figures are drawn
+    as_text("title", title)
+    if command is not None:
+        as_text("command", command)
+    seed = None if seed is None else as_seed(seed)
+    notes, shown_machine = texts("notes", notes), environment() if machine is None else _checked_machine(machine)
+    if isinstance(results, (str, bytes)) or not isinstance(results, Iterable):
+        raise TypeError(f"results must be a list of results or of (heading, result) pairs, got {shown(results)}")
     sections = []
     for i, item in enumerate(results):
         heading, result = item if isinstance(item, (tuple, list)) and len(item) == 2 else ("", item)
@@ -148,14 +156,20 @@ def report(
     page = _render(
         title=title,
         sections=sections,
-        notes=list(notes),
+        notes=notes,
         command=command or shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),  # python's own options are in orig_argv alone
         seed=seed,
-        environment=dict(machine or environment()),
+        environment=shown_machine,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     write_atomically(target, page)
     return target
+
+
+def _checked_machine(machine: Any) -> dict[str, str]:
+    if not isinstance(machine, Mapping) or not all(isinstance(part, str) for item in machine.items() for part in item):
+        raise TypeError(f"machine must be a dict of texts, such as {{'torch': '2.13'}}, got {shown(machine)}")
+    return dict(machine)
 
 
 def _render(**context: Any) -> str:

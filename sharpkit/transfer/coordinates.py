@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sharpkit._arguments import real
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.objective.objective import Closure
 from sharpkit.transfer.fits import Slope, log_slope
@@ -202,8 +203,7 @@ def coordinate_check(
     """
     family = Family(build, optimizer, data, loss=loss, closure=closure, dimension=dimension)
     sizes = check_sizes(widths, dimension=dimension)
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}: it is the exponent that still counts as no change")
+    tolerance = real("tolerance", tolerance, above=0, hint="it is the exponent that still counts as no change")
     return check_of(observe(family, sizes, steps=steps, seeds=seeds, effects=False, callback=callback), tolerance=tolerance)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from sharpkit._arguments import real, shown
 from sharpkit._results import Result
 from sharpkit.training_run import as_seeds
 
@@ -63,6 +64,14 @@ class Slope(Result):
         return f"{self.value:+.{places}f} +- {error}" if math.isfinite(self.value) else "unknown"
 
 
+def _values(values: Any) -> list[float]:
+    return (
+        [v if isinstance(v, float) else real("each value", v) for v in values]
+        if isinstance(values, Iterable)
+        else [real("a value", values)]
+    )
+
+
 def log_slope(sizes: Mapping[int, Sequence[float]]) -> Slope:
     """Fit log size = c + a log width by least squares, over one value per seed of each width; zeros, NaN and infinities are left out.
 
@@ -76,7 +85,10 @@ def log_slope(sizes: Mapping[int, Sequence[float]]) -> Slope:
         >>> str(log_slope({64: [1.0, 1.0], 128: [2.0, 2.0], 256: [4.0, 4.0]}))
         '+1.00 +- 0'
     """
-    points = [(math.log(w), math.log(v)) for w, values in sizes.items() for v in values if math.isfinite(v) and v > 0]
+    if not isinstance(sizes, Mapping):
+        raise TypeError(f"sizes must be a dict from each width to one value for each seed, got {shown(sizes)}")
+    rows = {real("each width", w, above=0): [float(v) for v in _values(values)] for w, values in sizes.items()}
+    points = [(math.log(w), math.log(v)) for w, values in rows.items() for v in values if math.isfinite(v) and v > 0]
     x, y = np.array([p[0] for p in points]), np.array([p[1] for p in points])
     widths = np.unique(x)
     if len(widths) < 2:

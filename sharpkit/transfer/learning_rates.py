@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from sharpkit._errors import SharpkitError
+from sharpkit._arguments import as_path, flag, reals, whole
+from sharpkit._errors import NonFiniteError, SharpkitError
 from sharpkit._results import ProgressCallback, Result, percent, to_json
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.batches import fingerprint as batch_fingerprint
@@ -186,10 +187,11 @@ def learning_rate_transfer(
         Wortsman et al. (2023), arXiv 2309.14322, for the sensitivity.
     """
     sizes, chosen = check_sizes(widths, dimension=dimension), as_seeds(seeds)
-    if steps < 4:
-        raise ValueError(f"steps must be at least 4, since a run is judged by its last quarter, got {steps}")
-    if factors is not None and (len(set(factors)) < 3 or min(factors) <= 0):
+    steps = whole("steps", steps, least=4, hint="a run is judged by its last quarter")
+    factors = None if factors is None else reals("factors", factors, above=0)
+    if factors is not None and len(set(factors)) < 3:
         raise ValueError(f"factors must be at least three different positive numbers, got {list(factors)}")
+    until_certain, max_runs = flag("until_certain", until_certain), None if max_runs is None else whole("max_runs", max_runs)
     family = Family(build, optimizer, data, loss, closure, dimension)
     # the forecast comes before any run, so that a sweep that takes too long can be stopped at once
     runs = expected_runs(len(sizes), len(chosen), points=len(factors) if factors is not None else None)
@@ -267,6 +269,10 @@ class _Sweep:
         self._rates[curve.size] = learning_rate(run.optimizer) / 2.0**x
         # the store is asked with the model at hand: a changed model or loss shows in its first loss, not in any name
         initial = first_loss(run)
+        if not math.isfinite(initial):
+            raise NonFiniteError(
+                f"the loss before the first step is {initial} at {self.family.dimension} {curve.size}: look at the data and at build"
+            )
         key = fingerprint(run, data=self._data, first_loss=initial, steps=self.steps, log2_factor=x, criterion=_CRITERION)
         known = self.store.get(key)
         if known is None:
@@ -389,7 +395,7 @@ class RunStore:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = Path(path) if path is not None else None
+        self.path = Path(as_path("store", path)) if path is not None else None
         self._documents: dict[str, Document] = {}
         if self.path is not None and self.path.exists():
             self._read(self.path)

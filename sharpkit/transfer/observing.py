@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpkit._arguments import whole
 from sharpkit._results import ProgressCallback
 from sharpkit.objective.batches import Batch, batch_length, slice_batch, to_device
 from sharpkit.objective.guard import undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.loss import call_model
+from sharpkit.objective.mistakes import telling
 from sharpkit.optimizers import decoupled_decays, held_parameters, is_adaptive, learning_rates
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.setup import Family, FamilyRun, RunProgress
@@ -361,8 +363,7 @@ def observe(
     Raises:
         ValueError, TypeError: steps or seeds that are no positive whole numbers.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive whole number, got {steps!r}")
+    steps = whole("steps", steps)
     chosen = as_seeds(seeds)
     seen = Observations(tuple(sizes), len(chosen), steps, family.dimension)
     progress = RunProgress(callback, len(sizes) * len(chosen))
@@ -518,9 +519,11 @@ def probe_batch(family: Family) -> Batch:
 def forward(family: Family, model: nn.Module, batch: Batch) -> None:
     """One call of the model on a batch, whatever its form."""
     if family.loss is not None:
-        call_model(model, batch[0])  # the loss is not needed; in the other two forms it is the loss that calls the model
+        with telling("model(input)", model, batch[0]):
+            call_model(model, batch[0])  # the loss is not needed; in the other two forms it is the loss that calls the model
     else:
-        family.loss_of(model, batch)
+        with torch.enable_grad():  # a closure may take a gradient inside
+            family.loss_of(model, batch)
 
 
 @contextmanager

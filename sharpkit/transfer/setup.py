@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkit._arguments import called, check_callback, choice, shown, wholes
 from sharpkit._results import Progress, ProgressCallback
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import random_states_kept
 from sharpkit.objective.objective import Closure, Objective
-from sharpkit.optimizers import learning_rates, set_learning_rates
+from sharpkit.objective.params import select_params
+from sharpkit.optimizers import check_trains, learning_rates, set_learning_rates
 from sharpkit.training_run import ShuffledBatches, TrainingRun, mean_loss, training_batches, training_loss
 
 Build = Callable[[int], nn.Module]
@@ -44,8 +46,11 @@ class Family:
     batches: list[Batch] = field(init=False, default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        choice("dimension", self.dimension, ("width", "depth"))
+        if isinstance(self.build, nn.Module):
+            raise TypeError(f"build must be a function that makes a new model for each {self.dimension}, got a module")
         if not callable(self.build):
-            raise TypeError(f"build must be a function from {self.dimension} to a model, got {type(self.build).__name__}")
+            raise TypeError(f"build must be a function from {self.dimension} to a model, got {shown(self.build)}")
         if not callable(self.optimizer):
             # one object would hold the parameters of one model, and parametrisations differ in the rates that they give each size
             raise TypeError(
@@ -68,12 +73,14 @@ class Family:
         # the optimizer inside too: some draw random numbers when they are made
         with random_states_kept():
             torch.manual_seed(seed)
-            model = self.build(size)
+            model = called("build", self.build, size)
             if not isinstance(model, nn.Module):
                 raise TypeError(f"build({size}) must return a torch module, got {type(model).__name__}")
-            optimizer = self.optimizer(model, size)
+            select_params(model)  # refuses a model without parameters to train
+            optimizer = called("optimizer", self.optimizer, model, size)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer(model, {size}) must return a torch optimizer, got {type(optimizer).__name__}")
+        check_trains(optimizer, model)
         # every group by the same factor: their ratios are the parametrisation
         set_learning_rates(optimizer, [rate * lr_factor for rate in learning_rates(optimizer)])
         return FamilyRun(self, model, optimizer, size, seed)
@@ -121,6 +128,7 @@ class RunProgress:
     """Counts the training runs of one call, ``expected`` as far as known, and tells its callback, if any, where the call stands."""
 
     def __init__(self, callback: ProgressCallback | None, expected: int) -> None:
+        check_callback(callback)
         self._callback, self.expected, self.done, self._started = callback, expected, 0, time.perf_counter()
 
     def tell(self, text: str, *, runs: int = 0) -> None:
@@ -155,8 +163,8 @@ def check_sizes(sizes: Sequence[int], *, dimension: str = "width", least: int = 
         ValueError: too few, or not positive.
     """
     # a size given twice would enter the fits twice, with the very same runs
-    different = tuple(sorted({int(s) for s in sizes}))
-    if len(different) < least or different[0] < 1:
+    different = tuple(sorted({*wholes(f"the {dimension}s", sizes)}))
+    if len(different) < least:
         raise ValueError(f"{dimension}s must be at least {least} different positive numbers, got {list(sizes)}")
     return different
 

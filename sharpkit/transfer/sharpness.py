@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from sharpkit._arguments import flag, real, whole
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback, Result, percent
 from sharpkit.linalg.lanczos import eigenpairs
@@ -208,8 +209,12 @@ def sharpness_transfer(
         Noci et al., "Super consistency of neural network landscapes and learning rate transfer" (2024), arXiv 2402.17457.
     """
     sizes, chosen = check_sizes(widths, dimension=dimension), as_seeds(seeds)
-    if steps < 1 or every < 1 or top_k < 1:
-        raise ValueError(f"steps, every and top_k must be positive, got {steps}, {every}, {top_k}")
+    steps, every, top_k = whole("steps", steps), whole("every", every), whole("top_k", top_k)
+    warmup = None if warmup is None else whole("warmup", warmup, least=0)
+    lr_factor, tol = real("lr_factor", lr_factor, above=0), real("tol", tol, above=0, below=1)
+    with_trace, with_ntk = flag("with_trace", with_trace), flag("with_ntk", with_ntk)
+    if not isinstance(preconditioned, str) or preconditioned != "auto":
+        preconditioned = flag("preconditioned", preconditioned, other="'auto'")
     if with_ntk and loss is None:
         raise ValueError("the NTK needs the model's output: pass (input, target) batches and loss=, not closure=")
     progress = RunProgress(callback, len(sizes) * len(chosen))

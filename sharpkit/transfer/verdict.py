@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
+from sharpkit._arguments import choice
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.coordinates import CoordinateCheck, check_of
@@ -241,8 +242,7 @@ def diagnose(
         >>> verdict.passed
         False
     """
-    if mode not in _AMOUNTS:
-        raise ValueError(f"mode must be 'quick' or 'full', got {mode!r}")
+    choice("mode", mode, _AMOUNTS)
     amounts, chosen = _AMOUNTS[mode], as_seeds(seeds)
     across = check_sizes(widths, least=3)
     deep = check_sizes(depths, dimension="depth", least=3) if depths is not None else ()

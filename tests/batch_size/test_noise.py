@@ -196,7 +196,7 @@ def test_a_batch_drawn_smaller_is_tested_as_such() -> None:
     for wrong in (1, 61, 0):
         with pytest.raises(ValueError, match="2 to 60 samples"):
             sk.batch_size_tests(objective, batch_size=wrong)
-    with pytest.raises(ValueError, match="thresholds must be positive"):
+    with pytest.raises(ValueError, match="norm must be a positive number"):
         sk.batch_size_tests(objective, norm=0)
 
 

@@ -130,7 +130,7 @@ def test_lightning_says_what_cannot_be(tmp_path: Path) -> None:
         fitted(LightningLearner(), module=Module(scheduler=True))
     with pytest.raises(ValueError, match=r"LearnerCallback\(total_steps"):
         fitted(LightningLearner(), max_epochs=-1)
-    with pytest.raises(ValueError, match="safety must lie"):
+    with pytest.raises(ValueError, match="safety must be a number between"):
         LightningLearner(safety=2.0)
     with pytest.raises(ValueError, match="not both"):
         LightningLearner(loss=F.cross_entropy, closure=lambda model, batch: X)

@@ -268,7 +268,7 @@ def test_manual_optimization_and_several_optimizers_are_refused_with_the_remedy_
 
 
 def test_settings_that_make_no_sense_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="budget is a share"):
+    with pytest.raises(ValueError, match="it is a share"):
         SharpnessCallback(budget=5)
     with pytest.raises(ValueError, match="not both"):
         SharpnessCallback(loss=F.cross_entropy, closure=lambda model, batch: model(batch))

@@ -464,11 +464,11 @@ def test_a_resumed_run_is_identical_to_an_uninterrupted_one(make: Any, tmp_path:
     ("settings", "message"),
     [
         ({"total_steps": 3}, "total_steps must be"),
-        ({"safety": 1.5}, "safety must lie between"),
+        ({"safety": 1.5}, "safety must be a number between"),
         ({"interval": "often"}, "interval must be"),
-        ({"decay": "exponential"}, "decay must be one of linear, cosine, constant"),
+        ({"decay": "exponential"}, "or one of 'linear', 'cosine', 'constant'"),
         ({"momentum": "auto"}, "momentum must be"),
-        ({"bulk": "mode"}, "bulk must be one of median, weighted median, mean"),
+        ({"bulk": "mode"}, "or one of 'median', 'weighted median', 'mean'"),
         ({"bulk": 0.5}, "a number above 1"),
     ],
 )

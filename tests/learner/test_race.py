@@ -201,13 +201,13 @@ def test_what_another_package_raises_does_not_end_the_race(monkeypatch: pytest.M
 
 def test_arguments_that_make_no_sense_are_named() -> None:
     for wrong, said in (
-        ({"max_gradients": 50}, "from 100 on"),
+        ({"max_gradients": 50}, "of at least 100"),
         ({"seeds": []}, "at least one"),
         ({"rates": [0.1]}, "two different positive"),
     ):
         with pytest.raises(ValueError, match=said):
             race(quadratic(), **wrong)
-    with pytest.raises(TypeError, match=r"model must be a function of \(seed\)"):
+    with pytest.raises(TypeError, match=r"model must be a function called as model\(seed\)"):
         RaceProblem(nn.Linear(1, 1).weight, sgd, [X])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must return a torch optimizer"):
         race(RaceProblem(quadratic_model, lambda p, lr: None, [X], closure=quadratic_loss), rates=[0.1, 1.0])  # type: ignore[arg-type, return-value]

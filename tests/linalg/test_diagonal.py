@@ -201,7 +201,7 @@ def test_norm_and_trace_are_right_at_scales_whose_squares_float32_cannot_hold(sc
 
 @pytest.mark.parametrize("rtol", [0.0, -1.0])
 def test_a_tolerance_that_is_not_positive_is_refused(rtol: Any) -> None:
-    with pytest.raises(ValueError, match="rtol must be positive"):
+    with pytest.raises(ValueError, match="rtol must be a positive number"):
         sk.frobenius_norm(MATRIX, rtol=rtol)
 
 

@@ -179,7 +179,7 @@ def test_the_smoothed_density_is_a_gaussian_on_every_node() -> None:
     fine = np.linspace(-1, 2, 301)
     assert many.density(fine, 0.1).sum() * 0.01 == pytest.approx(1, rel=1e-6), "every block of nodes counts"
     for width in (0.0, -1.0):
-        with pytest.raises(ValueError, match="bandwidth must be positive"):
+        with pytest.raises(ValueError, match="bandwidth must be a positive number"):
             made.density(grid, width)
 
 

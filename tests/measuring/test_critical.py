@@ -261,7 +261,7 @@ def test_arguments_are_checked() -> None:
     assert sk.critical_learning_rate(objective, optimizer, guess=0.1).outcome == "found"
     with pytest.raises(ValueError, match="guess must be a positive number"):
         sk.critical_learning_rate(objective, optimizer, guess=math.nan)
-    with pytest.raises(ValueError, match="rtol must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="rtol must be a number between 0 and 1"):
         sk.critical_learning_rate(objective, optimizer, guess=0.1, rtol=0)
     with pytest.raises(sk.NonFiniteError, match="no step to measure"):
         sk.critical_learning_rate(objective, optimizer, guess=0.1, gradient=torch.full((6,), math.nan, dtype=torch.float64))

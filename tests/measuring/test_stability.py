@@ -278,11 +278,11 @@ def test_the_condition_is_told_as_a_formula(rule: UpdateRule, words: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"momentum": -0.1}, "momentum must be in"),
-        ({"momentum": 1.0}, "momentum must be in"),
-        ({"dampening": -0.1}, "dampening must be in"),
-        ({"dampening": 1.0}, "dampening must be in"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"momentum": -0.1}, r"momentum must be a number in \[0, 1\)"),
+        ({"momentum": 1.0}, r"momentum must be a number in \[0, 1\)"),
+        ({"dampening": -0.1}, r"dampening must be a number in \[0, 1\)"),
+        ({"dampening": 1.0}, r"dampening must be a number in \[0, 1\)"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
         ({"nesterov": True}, "Nesterov momentum needs"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov momentum needs"),
     ],

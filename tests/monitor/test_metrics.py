@@ -61,7 +61,7 @@ def test_an_estimate_keeps_its_error_and_cost() -> None:
         ("", gradient_norm, {}, ValueError, "name must be a text"),
         ("slope", "gradient_norm", {}, TypeError, "function must be a function .* got str"),
         ("slope", gradient_norm, {"limit": 20.0}, TypeError, "limit must be a function .* got float"),
-        ("slope", gradient_norm, {"gradients": 0}, ValueError, "gradients must be positive, got 0"),
+        ("slope", gradient_norm, {"gradients": 0}, ValueError, "gradients must be a positive number, got 0"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(

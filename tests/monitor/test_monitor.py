@@ -422,7 +422,7 @@ def test_parameters_unfrozen_in_mid_run_are_taken_in() -> None:
         ({"metrics": ["sharpness"]}, "there is no metric 'sharpness'; there are lambda_max"),
         ({"metrics": []}, "at least one"),
         ({"metrics": ["probe_lambda_max"]}, "pass probe="),
-        ({"tol": 2.0}, "tol is a relative error"),
+        ({"tol": 2.0}, "it is a relative error"),
         ({"max_samples": 0}, "max_samples"),
     ],
 )

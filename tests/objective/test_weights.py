@@ -203,7 +203,7 @@ def test_one_sample_batches_are_separable_and_weigh_right(count: int) -> None:
 
 def test_a_count_that_is_no_number_is_named() -> None:
     for count, error, match in (
-        (lambda b: None, TypeError, "one number.*got NoneType"),
+        (lambda b: None, TypeError, "must be a number.*got None"),
         (lambda b: b[1], TypeError, r"got a tensor of shape \(10,\)"),
         (lambda b: float("nan"), ValueError, "nan"),
         (lambda b: -1, ValueError, "-1"),

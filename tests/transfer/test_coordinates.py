@@ -335,10 +335,10 @@ def test_the_picture_shows_each_judged_coordinate_at_every_width() -> None:
     ("changes", "error", "message"),
     [
         ({"widths": [8]}, ValueError, "at least 2 different positive numbers"),
-        ({"steps": 0}, ValueError, "steps must be a positive whole number, got 0"),
-        ({"seeds": True}, TypeError, "seeds must be a whole number of runs or a sequence"),
+        ({"steps": 0}, ValueError, "steps must be a whole number of at least 1, got 0"),
+        ({"seeds": True}, TypeError, "seeds must be a sequence of seeds or a whole number"),
         ({"seeds": 0}, ValueError, "seeds must be at least one"),
-        ({"tolerance": 0.0}, ValueError, "tolerance must be positive"),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be a positive number"),
         ({"optimizer": "adam"}, TypeError, "optimizer must be a function"),
         ({"data": iter([(X, Y)])}, ObjectiveError, "only once"),
     ],

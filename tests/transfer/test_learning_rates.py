@@ -343,7 +343,7 @@ def test_any_seeds_may_be_given_and_the_first_one_searches() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="at least 2 different"):
         measure(lambda width: 1.0, [64])
-    with pytest.raises(ValueError, match="steps must be at least 4"):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 4"):
         measure(lambda width: 1.0, [64, 128], steps=2)
     with pytest.raises(ValueError, match="three different positive"):
         measure(lambda width: 1.0, [64, 128], factors=[1.0])

@@ -182,7 +182,7 @@ def test_measuring_leaves_training_as_it_is() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="every must be a whole number of at least 1"):
         follow(linear(0.0), [8, 16], every=0)
     with pytest.raises(ValueError, match="NTK needs the model's output"):
         sharpness_transfer(

@@ -146,7 +146,7 @@ def test_arguments_are_checked() -> None:
     options["loss"] = nn.functional.cross_entropy
     with pytest.raises(ValueError, match="at least 3 different"):
         diagnose(lambda w: MLP(w, rules), widths=[8, 16], **options)
-    with pytest.raises(ValueError, match="'quick' or 'full'"):
+    with pytest.raises(ValueError, match="'quick', 'full'"):
         diagnose(lambda w: MLP(w, rules), widths=[8, 16, 32], mode="slow", **options)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"build\(width, depth=...\)"):
         diagnose(lambda w: MLP(w, rules), widths=[8, 16, 32], depths=[1, 2, 3], **options)

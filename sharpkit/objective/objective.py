@@ -24,7 +24,7 @@ from sharpkit.objective.memory import is_out_of_memory
 from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
 from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.objective.reduction import Look, Piece, Survey, check_batch, conclude, cut_batches, cut_samples, join_pieces, look_at
-from sharpkit.objective.second_order import Replaced, SecondOrder, Watch
+from sharpkit.objective.second_order import Replaced, SecondOrder, Watch, coarsest_rounding
 from sharpkit.objective.trials import Evaluator, Measured, Watched, atol, rtol
 
 logger = logging.getLogger(__name__)
@@ -198,6 +198,7 @@ class Objective:
         refuse_unrelated(loss, self.layout.params)
         if known.takes_gradients:
             known.mend_inner_gradients(loss)
+        known.rounding = known.rounding or coarsest_rounding(loss)  # of the first batch: the others are computed alike
         return loss, losses
 
     def _why_whole(self) -> str:
@@ -259,9 +260,9 @@ class Objective:
 
     @property
     def rounding(self) -> float:
-        """Relative rounding of the least exact type that the loss is computed in: that of autocast, or of some parameter."""
+        """Relative rounding of the least exact type that the loss is computed in: of autocast, some parameter, or a cast inside."""
         types = {self.dtype, *(p.dtype for p in self.layout.params), *([self.autocast] if self.autocast is not None else [])}
-        return max(float(torch.finfo(kind).eps) for kind in types)
+        return max(self.second_order.rounding, *(float(torch.finfo(kind).eps) for kind in types))
 
     @property
     def couples_samples(self) -> bool:

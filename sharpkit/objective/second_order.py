@@ -54,6 +54,7 @@ class SecondOrder:
         replaced: operations computed another way.
         doubts: what was seen that may make gradients or products wrong without a trace in the graph.
         takes_gradients: whether the loss differentiates inside, so that it needs a graph even for its value.
+        rounding: of the coarsest type seen in the graph, relative: a model may turn on autocast, or cast, by itself.
         refusal: why products are refused, once a probe has shown it.
         probed: whether the doubts were looked into; True from the start where nothing is to be checked.
         probe_gradients: gradients that the probe took, counted here and nowhere else.
@@ -63,6 +64,7 @@ class SecondOrder:
         self.replaced: frozenset[str] = frozenset()
         self.doubts: set[str] = set()
         self.takes_gradients = False
+        self.rounding = 0.0
         self.refusal: Exception | None = None
         self.probed = not check
         self.probe_gradients = 0
@@ -112,6 +114,12 @@ def _examine(outputs: Iterable[Tensor], *, once: bool) -> tuple[set[str], set[st
         if not function.__module__.startswith("torch."):
             doubts.add(f"the custom function {function.__name__}")
     return faulty, doubts
+
+
+def coarsest_rounding(loss: Tensor) -> float:
+    """Relative rounding of the coarsest type in the graph of a loss, which may be cast to float32 inside a float64 model."""
+    made = (m.dtype for node in graph_nodes([loss]) for m in getattr(node, "_input_metadata", ()))  # of the tensors that a node made
+    return max(float(torch.finfo(dtype).eps) for dtype in (loss.dtype, *made) if dtype.is_floating_point)
 
 
 def custom_functions(outputs: Iterable[Tensor]) -> set[str]:

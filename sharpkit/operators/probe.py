@@ -18,6 +18,7 @@ from sharpkit.objective.distributed import Ranks
 from sharpkit.objective.memory import available_memory, graph_nodes
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import moved
+from sharpkit.objective.second_order import coarsest_rounding
 from sharpkit.operators.base import SymmetricOperator
 
 logger = logging.getLogger(__name__)
@@ -232,11 +233,8 @@ def precision_of(objective: Objective) -> tuple[float, bool]:
     with objective.undisturbed():
         for piece in objective.pieces():
             loss = objective.evaluate(piece)
-            eps = max(eps, torch.finfo(loss.dtype).eps)
-            for node in graph_nodes([loss]):
-                kinked = kinked or node.name().startswith(_KINKS)
-                for made in getattr(node, "_input_metadata", ()):  # of the tensors that the node made
-                    eps = max(eps, torch.finfo(made.dtype).eps) if made.dtype.is_floating_point else eps
+            eps = max(eps, coarsest_rounding(loss))
+            kinked = any(node.name().startswith(_KINKS) for node in graph_nodes([loss]))
             break
     return eps, kinked
 

@@ -64,6 +64,29 @@ def test_entries_of_an_exact_diagonal_are_off_by_no_more_than_they_say(kind: str
     assert float((torch.cat(ratios) <= 2).double().mean()) >= 0.95
 
 
+@pytest.mark.filterwarnings("ignore::sharpkit.ConvergenceWarning")
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_half_precision_that_a_model_turns_on_by_itself_is_known(how: str) -> None:
+    class Own(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                return super().forward(x)  # type: ignore[no-any-return]
+            if how == "cast":
+                return super().forward(x).bfloat16().float()  # type: ignore[no-any-return]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float()  # type: ignore[no-any-return]
+
+    g = torch.Generator().manual_seed(0)
+    model = Own(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(40, 4, generator=g), torch.randint(3, (40,), generator=g)
+    objective = sk.Objective(model, (x, y), loss=F.cross_entropy)
+    exact = sk.Objective(copy.deepcopy(model).double(), (x.double(), y), loss=F.cross_entropy)
+    assert (objective.rounding, exact.rounding) == (2**-7, 2**-52)
+    n = objective.num_parameters
+    truth = sk.trace(sk.HessianOperator(exact), num_matvecs=n).value
+    assert within(sk.trace(sk.HessianOperator(objective), num_matvecs=n), truth)
+
+
 @pytest.mark.parametrize("seed", [0, 2, 6, 7])
 def test_rounding_is_no_negative_curvature(seed: int) -> None:
     """A softmax regression is convex; in bfloat16 up to 1.3 % of its spectrum lay up to .0039 of the top below 0."""

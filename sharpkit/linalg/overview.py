@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sharpkit._arguments import as_seed, real, whole
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace
-from sharpkit.linalg.results import Array, Budget, Eigenpairs, Estimate, SpectralDensity, probe_error, warn_unconverged
-from sharpkit.linalg.slq import ProbeRun, density_from, probe_run
+from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity, warn_unconverged
+from sharpkit.linalg.slq import ControlVectors, ProbeRun, density_from, probe_run
 from sharpkit.operators.base import as_operator
 
-_CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control variate; by judgement
-_MAX_CONTROLS = 30  # as many vectors as fit beside a basis of the default 32 steps: by judgement
-_MOMENTS: tuple[Callable[[Array], Array], ...] = (lambda x: x, np.square, np.abs)
 # Times num_steps: how long the first run may go on until both ends have converged, each to its own size. The demo's digits, with
 # -0.024 beside 20, take 133 products for 32 steps; 6 by judgement.
 _FIRST_RUN_LIMIT = 6
@@ -64,9 +60,8 @@ def spectral_overview(
 ) -> SpectralOverview:
     """Both extreme eigenpairs, spectral density, trace and Frobenius norm from one set of Lanczos runs.
 
-    The first run goes on until the extreme Ritz pairs have converged. Its converged Ritz pairs (theta_i, v_i) then reduce the variance of
-    the other probes' moments: z^T A z - sum_i theta_i ((v_i . z)^2 - 1) has the same mean, tr A, without the noise of the outliers, and
-    likewise for A^2. Costs about num_probes x num_steps products.
+    The first run goes on until the extreme Ritz pairs have converged. The eigenvalues known from one run are free of the other probes'
+    noise, as in :func:`sharpkit.spectral_density`. Costs about num_probes x num_steps products.
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
@@ -96,15 +91,15 @@ def spectral_overview(
     steps, expected = min(num_steps, operator.size), num_probes * min(num_steps, operator.size)
     settings: dict[str, Any] = {"steps": steps, "expected": expected}
     first = probe_run(operator, generator, budget, text="both ends of the spectrum", enough=_ends_converged(steps, tol), **settings)
-    values, vectors = _controls(first)
-    rules, moments = [first.quadrature], []
+    rules, controls = [first.quadrature], ControlVectors()
+    controls.add(first)
     for probe in range(1, num_probes):
         if not budget.allows():
             break
         run = probe_run(operator, generator, budget, text=f"probe {probe + 1} of {num_probes}", **settings)
         if run.complete:
             rules.append(run.quadrature)
-            moments.append(_moments(run, values, vectors))
+            controls.add(run)
     complete = len(rules) == num_probes
     if not complete:
         warn_unconverged(
@@ -112,10 +107,10 @@ def spectral_overview(
             "wider, or unknown."
         )
     steps = max(len(rule.nodes) for rule in rules)
-    density = density_from(rules, steps, operator.size, budget, complete, rounding=operator.rounding)
-    trace, squared, absolute = _sums(np.array(moments).reshape(-1, len(_MOMENTS)), density, budget)
+    density = density_from(rules, steps, operator.size, budget, complete, controls, rounding=operator.rounding)
     largest, smallest = (_extreme(first, which, tol, budget) for which in ("largest", "smallest"))
-    return SpectralOverview(largest, smallest, density, trace, squared.root(), absolute, budget.num_matvecs, budget.seconds)
+    sums = density.trace, density.frobenius_norm, density.total(np.abs)
+    return SpectralOverview(largest, smallest, density, *sums, budget.num_matvecs, budget.seconds)
 
 
 def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int = 12) -> tuple[Eigenpairs, Eigenpairs]:
@@ -156,13 +151,6 @@ def _ends_converged(steps: int, tol: float, most: int = 0) -> Callable[[KrylovSp
     return enough
 
 
-def _controls(run: ProbeRun) -> tuple[Array, Tensor]:
-    """Values and vectors of the run's good pairs, largest magnitude first, (m,) and (n, m)."""
-    good = np.flatnonzero(run.ritz.residuals <= _CONTROL_RESIDUAL * run.ritz.scale)
-    good = good[np.argsort(-np.abs(run.ritz.values[good]))][:_MAX_CONTROLS]
-    return run.ritz.values[good], run.space.vectors(run.ritz.coordinates[:, good])
-
-
 def _extreme(run: ProbeRun, which: str, tol: float, budget: Budget) -> Eigenpairs:
     pair = run.ritz.pick(np.array([-1 if which == "largest" else 0]))
     converged = run.ritz.converged(tol)[[-1 if which == "largest" else 0]]
@@ -177,18 +165,3 @@ def _extreme(run: ProbeRun, which: str, tol: float, budget: Budget) -> Eigenpair
         tol,
         "converged" if bool(converged) else "ended before convergence",
     )
-
-
-def _moments(run: ProbeRun, values: Array, vectors: Tensor) -> list[float]:
-    """z^T f(A) z for each f of _MOMENTS, with the controls' noise taken out."""
-    nodes, weights, _ = run.quadrature
-    along = run.space.operator.dot(vectors, run.probe).double().cpu().numpy() ** 2 - 1 if len(values) else np.zeros(0)
-    return [run.space.operator.size * float(weights @ f(nodes)) - float(f(values) @ along) for f in _MOMENTS]
-
-
-def _sums(moments: Array, density: SpectralDensity, budget: Budget) -> list[Estimate]:
-    """n times the mean of each f of _MOMENTS over the spectrum."""
-    if len(moments) < 2:  # no spread over the later probes: the plain quadrature of all of them
-        return [density.total(f) for f in _MOMENTS]
-    how = "Lanczos probes, outliers taken out"
-    return [Estimate(float(c.mean()), probe_error(c), budget.num_matvecs, budget.seconds, how, density.converged) for c in moments.T]

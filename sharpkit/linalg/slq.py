@@ -18,6 +18,9 @@ from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDen
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart: by judgement, a bulk shows none (tested)
+_CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control; by judgement
+_MAX_CONTROLS = 30  # as many vectors as fit beside a basis of 32 steps: by judgement
+_MOST_CONTROLLED = 4  # one control for so many dimensions at most, by judgement: the probes have to tell the rest
 _AGREEMENT = 0.9  # share of the probes that must see an outlier: by judgement, one probe in ten may miss it
 
 
@@ -48,6 +51,8 @@ def spectral_density(
         max_matvecs, max_seconds: most products and seconds.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
+    Ritz vectors found by one probe tell how much of them is in the others by chance: a dominating eigenvalue adds no noise to the sums.
+
     Returns:
         nodes, weights and outliers; if a budget is exhausted, those of the probes so far, with ``converged=False``.
 
@@ -73,7 +78,7 @@ def spectral_density(
     generator = torch.Generator().manual_seed(as_seed(seed))
     steps = min(num_steps, operator.size)
     rules: list[Quadrature] = []
-    complete = True
+    controls, complete = ControlVectors(), True
     for probe in range(num_probes):
         if rules and not budget.allows():
             complete = False
@@ -85,12 +90,13 @@ def spectral_density(
             rules.append(run.quadrature)
         if not complete:
             break
+        controls.add(run)
     if not complete:
         warn_unconverged(
             f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(rules)} of "
             f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes."
         )
-    return density_from(rules, steps, operator.size, budget, complete, rounding=operator.rounding)
+    return density_from(rules, steps, operator.size, budget, complete, controls, rounding=operator.rounding)
 
 
 class Quadrature(NamedTuple):
@@ -159,13 +165,68 @@ def probe_run(
     return ProbeRun(probe, space, lanczos_run(space, budget, done, lambda: (expected, text), least=1))
 
 
+class ControlVectors:
+    """The shares of good Ritz vectors in the probes: those of the first run in all other probes, those of the second in the first.
+
+    A share of a unit vector v in a random probe z, (v.z)^2 / ||z||^2, has the mean 1 / n if v does not depend on z.
+    """
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None  # the first probe
+        self._values, self._vectors = np.zeros(0), torch.zeros(0, 0)
+        self._rows: list[tuple[Array, Array]] = []
+
+    def add(self, run: ProbeRun) -> None:
+        """One more probe, after its run."""
+        if self._first is None:
+            self._first = run.probe
+            self._values, self._vectors = _good_pairs(run)
+            return
+        if not self._rows:
+            values, vectors = _good_pairs(run)
+            self._rows.append((values, _shares(run.space.operator, vectors, self._first)))
+        self._rows.append((self._values, _shares(run.space.operator, self._vectors, run.probe)))
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Values and shares, (probes, c) each; (0, 0) of a single probe."""
+        if not self._rows:
+            return torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
+        count = min(len(values) for values, _ in self._rows)
+        values, shares = (np.stack([row[:count] for row in column]) for column in zip(*self._rows, strict=True))
+        return torch.from_numpy(values), torch.from_numpy(shares)
+
+
+def _good_pairs(run: ProbeRun) -> tuple[Array, Tensor]:
+    """Values and vectors of the run's good Ritz pairs, largest magnitude first, (c,) and (n, c)."""
+    operator, ritz = run.space.operator, run.ritz
+    share = 1 if run.space.is_complete else _MOST_CONTROLLED  # over a complete basis all vectors are exact
+    most = min(_MAX_CONTROLS, operator.size // share, affordable_rows(operator, len(run.probe)) // 2)
+    good = np.flatnonzero(ritz.residuals <= _CONTROL_RESIDUAL * ritz.scale)
+    good = good[np.argsort(-np.abs(ritz.values[good]))][:most]
+    return ritz.values[good], run.space.vectors(ritz.coordinates[:, good])
+
+
+def _shares(operator: SymmetricOperator, vectors: Tensor, probe: Tensor) -> Array:
+    if not vectors.shape[1]:
+        return np.zeros(0)
+    inside, square = operator.dot(vectors, probe.to(vectors.dtype)), operator.dot(probe, probe)
+    return np.asarray(inside.double().cpu().numpy() ** 2 / float(square))
+
+
 def density_from(
-    rules: list[Quadrature], steps: int, size: int, budget: Budget, complete: bool, *, rounding: float = 0.0
+    rules: list[Quadrature],
+    steps: int,
+    size: int,
+    budget: Budget,
+    complete: bool,
+    controls: ControlVectors | None = None,
+    *,
+    rounding: float = 0.0,
 ) -> SpectralDensity:
     """The density as the mean of the probes' rules, padded with weight 0 to ``steps`` nodes."""
     nodes, weights = (torch.from_numpy(array) for array in _padded(rules, steps))
-    outliers = torch.from_numpy(_outliers(rules))
-    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete, rounding)
+    outliers, tables = torch.from_numpy(_outliers(rules)), controls.tables() if controls is not None else ()
+    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete, rounding, *tables)
 
 
 def _padded(rules: list[Quadrature], steps: int) -> tuple[Array, Array]:

@@ -131,7 +131,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         # judged by its own error, however large the largest is; a Ritz value lies above the smallest eigenvalue, so a negative one is proof
         if low.value + low.stderr >= 0:
             if low.converged:
-                return f"There is no negative curvature to speak of: lambda_min is {low}, to this accuracy in a convex region."
+                return f"There is no negative curvature to speak of (lambda_min is {low}): to this accuracy, the region is convex."
             return f"Whether there is negative curvature is not known: lambda_min is {low} so far."
         of_largest = f"lambda_min is {low}, {-low.value / self.lambda_max.value:.2g} of the largest eigenvalue in size"
         if -low.value < 0.05 * self.lambda_max.value:  # by judgement

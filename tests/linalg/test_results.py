@@ -249,10 +249,10 @@ def test_two_stated_errors_of_skewed_forms_hold_the_truth_in_92_of_100_cases(cou
         assert share >= at_least and needed >= 0.5
 
 
-def test_a_probe_error_is_students_widened_by_a_tenth_and_by_skewness_at_any_scale() -> None:
+def test_a_probe_error_is_students_widened_by_a_tenth_and_by_skewness_and_its_square_at_any_scale() -> None:
     samples = np.array([0.0, 0, 0, 4])
-    plain = samples.std(ddof=1) / 2 * student_factor(4)
-    assert probe_error(samples) == pytest.approx(plain * (1.1 + 1.2 * (24 / 4) / 3**1.5 / 2))  # deviations -1, -1, -1, 3
+    plain, shift = samples.std(ddof=1) / 2 * student_factor(4), (24 / 4) / 3**1.5 / 2  # deviations -1, -1, -1, 3
+    assert probe_error(samples) == pytest.approx(plain * (1.1 + 0.6 * shift + 3.5 * shift**2))
     for scale in (1e-100, 1e100):
         assert probe_error(samples * scale) == pytest.approx(probe_error(samples) * scale)
     assert probe_error(np.ones(5)) == 0 and math.isinf(probe_error(np.ones(1))) and math.isinf(probe_error(np.ones(0)))

@@ -83,6 +83,8 @@ def is_refusal(error: Exception) -> bool:
         return len(str(error)) >= _SHORTEST
     if isinstance(error, OSError):
         return error.filename is not None or _PACKAGE in where.parents
+    if isinstance(error, KeyError):  # as mappings raise it
+        return _PACKAGE in where.parents and len(str(error)) >= _SHORTEST and _raised(error)
     if isinstance(error, ImportError):
         return "pip install" in str(error)
     # a wrong number of arguments, said by Python of the public function that the experiment calls

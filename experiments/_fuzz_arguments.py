@@ -129,7 +129,7 @@ def operators() -> Kind:
     ]
     alike: Values = [
         a.clone(), a.numpy(), sk.as_operator(a), sparse.csr_array(a.numpy()), aslinearoperator(a.numpy()), nn.Parameter(a),
-        np.asfortranarray(a.numpy()), a.T, np.matrix(a.numpy()),
+        np.asfortranarray(a.numpy()), a.T,
     ]
     open_: Values = [
         a.half(), a.to(torch.bfloat16), a > 0.0, (a > 10).int(), a.to_sparse(), objective(), a.numpy().tolist(), torch.eye(1), a.float(),
@@ -424,9 +424,87 @@ def subjects() -> list[Subject]:
             "register_section", on(sk.register_section, ("kind", "fuzzed"), ("make", lambda d: sk.Section("x"))),
             {"kind": Kind([3, None, "", [], object()]), "make": Kind([*FUNCTION.wrong[:5], None])},
         ),
-        *_documents(o), *_training(), *_transfer(),
+        *_operators(o, on), *_documents(o), *_training(), *_transfer(),
     ]
     return found
+
+
+def _operators(o: sk.Objective, on: Callable[..., Any]) -> Iterable[Subject]:
+    a, ones, model = matrix(), torch.ones(26, dtype=torch.float64), o.model
+    kept = {
+        "objective": OBJECTIVES, "retain": Kind(["yes", "Auto", None, 2, [], 0.5, object()], [], [True, False, "auto"]),
+        "memory_limit": real(1e9, none=True, edge=[-1.0]),
+    }
+
+    def times(cls: Any) -> Callable[..., Any]:
+        return on(lambda objective, **kw: cls(objective, **kw) @ ones, ("objective", o))
+
+    for name in ("HessianOperator", "GaussNewtonOperator", "EmpiricalFisherOperator", "GradientCovarianceOperator"):
+        yield Subject(name, times(getattr(sk, name)), kept)
+    likelihood = Kind([3, "normal", "", [], True, object(), b"x"], [], [None, "categorical", "gaussian"])
+    yield Subject("FisherOperator", times(sk.FisherOperator), {**kept, "num_draws": whole(1), "likelihood": likelihood, "seed": seed()})
+    adam = torch.optim.Adam(model.parameters())
+    F.cross_entropy(model(data()[0]), data()[1]).backward()  # type: ignore[no-untyped-call]
+    adam.step()
+    model.zero_grad()
+    vector = Kind(
+        [
+            3, "d", [1.0], torch.ones(5), torch.ones(26, 1), -ones, ones * math.nan, torch.ones(26, dtype=torch.complex64), np.ones(26),
+            0 * ones, torch.ones(26, device="meta"), True,
+        ],
+        [ones], [ones.float(), None],
+    )
+    base = Kind([None, 3, "H", model, o, object(), torch.eye(3), []])
+
+    def preconditioned(base: Any, **kw: Any) -> Any:
+        return sk.PreconditionedOperator(base, **(kw or {"optimizer": adam})) @ ones
+
+    yield Subject(
+        "PreconditionedOperator", on(preconditioned, ("base", sk.HessianOperator(o))),
+        {
+            "base": base, "diagonal": vector,
+            "optimizer": Kind(
+                [3, "adam", torch.optim.Adam, [], object(), lambda p: adam, torch.optim.Adam(network(4).parameters())], [adam],
+                [None, sgd(model)],
+            ),
+        },
+    )
+    yield Subject(
+        "AdaptiveOperator",
+        on(lambda base, **kw: sk.AdaptiveOperator(base, **kw) @ torch.ones(12, dtype=torch.float64), ("base", sk.as_operator(a))),
+        {
+            "base": Kind([None, 3, "H", model, o, object(), []]),
+            "weights": Kind(
+                [
+                    3, "w", [1.0], torch.ones(5), torch.ones(12, 1), np.ones(12), True, torch.full((12,), math.nan),
+                    torch.ones(12, device="meta"), torch.ones(12, dtype=torch.complex64),
+                ],
+                [], [None, torch.ones(12, dtype=torch.float64)],
+            ),
+        },
+    )
+    op = sk.as_operator(a)
+    yield Subject(
+        "SymmetricOperator.deflate", on(op.deflate, ("vectors", torch.ones(12, 1, dtype=torch.float64)), ("values", torch.ones(1))),
+        {
+            "vectors": Kind(
+                [3, None, "v", [1.0], torch.ones(5, 1), torch.ones(12), np.ones((12, 1)), torch.ones(12, 1, dtype=torch.complex64)]
+            ),
+            "values": Kind([3, None, "v", [1.0], torch.ones(2), torch.tensor(1.0), np.ones(1), torch.ones(1, dtype=torch.complex64)]),
+        },
+    )
+    yield Subject(
+        "UpdateRule.max_learning_rate", sk.UpdateRule().max_learning_rate,
+        {"curvature": Kind(["4", None, [4.0], 4j, object(), True, torch.ones(2)], [4, np.float32(4)], [0.0, -1.0, math.inf, math.nan])},
+    )
+    yield Subject(
+        "UpdateRule.max_curvature", sk.UpdateRule().max_curvature,
+        {"lr": Kind(["4", None, [4.0], 4j, object(), True, torch.ones(2), 0.0, -1.0], [4, np.float32(4)], [math.inf, math.nan])},
+    )
+    density = sk.spectral_density(a, num_probes=2, num_steps=5)
+    yield Subject("SpectralDensity.plot", density.plot, {"ax": Kind([3, "ax", [], object(), True, {}])})
+    record = sk.Record(0, {})
+    yield Subject("Record[]", lambda name: record[name], {"name": Kind(["zzz", 3, None, object()])})
 
 
 def _top(o: sk.Objective) -> float:

@@ -82,11 +82,14 @@ class UpdateRule:
 
     def max_learning_rate(self, curvature: float) -> float:
         """The rate at which the mode with this curvature starts to flip sign with growing size; inf where there is none."""
+        if math.isnan(curvature if type(curvature) is float else (curvature := real("curvature", curvature, infinite=True))):
+            return math.nan
         load = self.gain * curvature + self.drag
         return 2 * (1 + self.momentum) / load if load > 0 else math.inf
 
     def max_curvature(self, lr: float) -> float:
         """The largest curvature that is stable at a learning rate, a positive one: what lambda_max is to be compared with."""
+        lr = lr if type(lr) is float else real("lr", lr, infinite=True)
         if lr <= 0:
             raise ValueError(f"the learning rate must be positive, got {lr}")
         return (2 * (1 + self.momentum) / lr - self.drag) / self.gain

@@ -281,10 +281,29 @@ class CallableOperator(SymmetricOperator):
         return self.function(vector)
 
 
+def check_operator(value: Any) -> None:
+    """TypeError unless it is an operator."""
+    if not isinstance(value, SymmetricOperator):
+        raise TypeError(f"the base must be an operator, such as HessianOperator(objective) or as_operator(matrix), got {shown(value)}")
+
+
+def real_tensor(name: str, value: Any) -> Tensor:
+    """A tensor of real numbers.
+
+    Raises:
+        TypeError: it is none, is complex, or is on the meta device, which holds no numbers.
+    """
+    if not isinstance(value, Tensor) or value.is_complex() or value.is_meta:
+        where = " on the meta device" if isinstance(value, Tensor) and value.is_meta else ""
+        raise TypeError(f"{name} must be a tensor of real numbers, got {shown(value)}{where}")
+    return value
+
+
 class _DerivedOperator(SymmetricOperator):
     """An operator computed from another one, sharing its inner products, agreement and random vectors."""
 
     def __init__(self, base: SymmetricOperator) -> None:
+        check_operator(base)
         super().__init__(base.size, dtype=base.dtype, device=base.device)
         self.base, self.rounding = base, base.rounding
 
@@ -342,6 +361,7 @@ class DeflatedOperator(_DerivedOperator):
 
     def __init__(self, base: SymmetricOperator, vectors: Tensor, values: Tensor) -> None:
         super().__init__(base)
+        vectors, values = real_tensor("vectors", vectors), real_tensor("values", values)
         if vectors.ndim != 2 or vectors.shape[0] != base.size or values.shape != vectors.shape[1:]:
             raise ValueError(
                 f"deflation needs vectors ({base.size}, k) and values (k,), got {tuple(vectors.shape)} and {tuple(values.shape)}"

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sharpkit._arguments import real
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
 from sharpkit.objective.memory import human_bytes, is_out_of_memory
 from sharpkit.objective.objective import Objective
@@ -71,6 +72,7 @@ class CurvatureOperator(SymmetricOperator):
             raise TypeError(f"{type(self).__name__} takes an Objective(model, data, loss=...), got {type(objective).__name__}")
         if retain not in (True, False, "auto"):
             raise ValueError(f"retain must be True, False or 'auto', got {retain!r}")
+        memory_limit = None if memory_limit is None else real("memory_limit", memory_limit, least=0, infinite=True, hint="it is in bytes")
         super().__init__(objective.num_parameters, dtype=objective.dtype, device=objective.device)
         self.objective, self.rounding = objective, objective.rounding
         self.layout = objective.layout

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sharpkit._arguments import as_seed, choice, whole
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.counting import samples_in
 from sharpkit.objective.loss import KnownLoss, recognise_loss
@@ -53,13 +54,11 @@ class FisherOperator(CurvatureOperator):
         memory_limit: float | None = None,
     ) -> None:
         super().__init__(objective, retain=retain, memory_limit=memory_limit)
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-        self.num_draws, self.seed = num_draws, seed
+        if likelihood is not None:
+            choice("likelihood", likelihood, _LIKELIHOODS)
+        self.num_draws, self.seed = whole("num_draws", num_draws), as_seed(seed)
         self._known = recognise_loss(objective.loss) if objective.loss is not None else None
         self.likelihood = likelihood or _likelihood_of(objective, self._known)
-        if self.likelihood not in _LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {_LIKELIHOODS}, got {likelihood!r}")
 
     _joins = False
 

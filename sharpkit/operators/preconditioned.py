@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.objective.params import ParamLayout
-from sharpkit.operators.base import SymmetricOperator, _DerivedOperator, scale_rows
+from sharpkit.operators.base import SymmetricOperator, _DerivedOperator, check_operator, real_tensor, scale_rows
 from sharpkit.optimizers import UpdateRule, preconditioner_scale, step_matrix
 
 
@@ -65,16 +65,18 @@ class PreconditionedOperator(_DiagonalScaling):
     """
 
     def __init__(self, base: SymmetricOperator, optimizer: torch.optim.Optimizer | None = None, *, diagonal: Tensor | None = None) -> None:
+        check_operator(base)
         if (optimizer is None) == (diagonal is None):
             raise ValueError("pass either an optimizer or diagonal=")
         if optimizer is not None:
             scale = preconditioner_scale(optimizer, layout_of(base))
         else:
-            if not isinstance(diagonal, Tensor):
-                raise TypeError(f"diagonal must be a tensor of shape ({base.size},), got {type(diagonal).__name__}")
-            if not bool((diagonal > 0).all()):
+            divisor = real_tensor("diagonal", diagonal)
+            if divisor.shape != (base.size,):
+                raise ValueError(f"diagonal must have shape ({base.size},), got {tuple(divisor.shape)}")
+            if not bool((divisor > 0).all()):
                 raise ValueError("the diagonal must be positive everywhere")
-            scale = diagonal.double().rsqrt()  # in float64: small second moments lose digits in float32
+            scale = divisor.double().rsqrt()  # in float64: small second moments lose digits in float32
         super().__init__(base, scale)
 
 
@@ -130,7 +132,8 @@ class AdaptiveOperator(_DiagonalScaling):
     """
 
     def __init__(self, base: SymmetricOperator, *, weights: Tensor | None = None) -> None:
-        super().__init__(base, (layout_of(base).current() if weights is None else weights).abs())
+        check_operator(base)
+        super().__init__(base, (layout_of(base).current() if weights is None else real_tensor("weights", weights)).abs())
 
 
 def layout_of(operator: SymmetricOperator) -> ParamLayout:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from sharpkit._arguments import shown
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -14,8 +16,16 @@ BLUE, ORANGE, GREEN, GREY = "#3f88c5", "#e4713a", "#3f9c6b", "#8b919b"
 PURPLE, PINK, TEAL, OCHRE = "#8f6fc4", "#c2548d", "#3a9fa3", "#b08a2e"
 
 
-def new_axes(size: tuple[float, float] | None = None) -> Axes:
-    """Axes of a new figure, of a width and a height in inches."""
+def axes_for(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
+    """The given axes, or those of a new figure, of a width and a height in inches.
+
+    Raises:
+        TypeError: something else was given.
+    """
+    if ax is not None:
+        if not hasattr(ax, "get_subplotspec"):
+            raise TypeError(f"ax must be matplotlib Axes, as plt.subplots() makes them, got {shown(ax)}")
+        return ax
     import matplotlib.pyplot as plt  # not at the top: import sharpkit stays free of matplotlib, and its backend is the user's choice
 
     return plt.subplots(layout="constrained", figsize=size)[1]

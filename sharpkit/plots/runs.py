@@ -12,7 +12,7 @@ import numpy as np
 from sharpkit._results import number
 from sharpkit.learner.rollback import tells_of_return
 from sharpkit.monitor.schema import Reading, in_words, limit_matrix, main_curvature, reading
-from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, TEAL, _stack, finish, new_axes
+from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, TEAL, _stack, axes_for, finish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,7 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
     if not records:
         raise ValueError("the run has no records yet: nothing to draw")
     panels = panels_of(document)
-    ax = ax if ax is not None else new_axes(figure_size(document))
+    ax = axes_for(ax, figure_size(document))
     losses = [(int(r["step"]), number(r.get("loss"))) for r in records]
     losses = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     # by judgement: the curvature, which is what the run is judged by, more than twice as high as what goes with it
@@ -255,7 +255,7 @@ def plot_learner(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes
         >>> plot_learner({"decisions": [decision]}).get_xlabel()
         'optimizer step'
     """
-    ax = new_axes((6.4, 3.8)) if ax is None else ax
+    ax = axes_for(ax, (6.4, 3.8))
     rows = document["decisions"]
     steps = [int(row["step"]) for row in rows]
     limits = [(s, number(row["max_lr"])) for s, row in zip(steps, rows, strict=True) if math.isfinite(number(row["max_lr"]))]
@@ -281,7 +281,7 @@ def plot_race(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         >>> plot_race({"finishes": [finish]}).get_xlabel()
         'gradients spent, with those on finding the rate'
     """
-    ax = new_axes((7.2, 4.4)) if ax is None else ax
+    ax = axes_for(ax, (7.2, 4.4))
     finishes = document["finishes"]
     others = [f for f in finishes if not f["given"] and f["name"] != "learner"]
     given = [f for f in finishes if f["given"] and all(math.isfinite(number(v)) for v in f["train_losses"])]

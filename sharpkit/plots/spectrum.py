@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.plots import BLUE, GREEN, GREY, ORANGE, finish, new_axes
+from sharpkit.plots import BLUE, GREEN, GREY, ORANGE, axes_for, finish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def plot_density(
     for name, value in (("lr", lr), ("limit", limit)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    ax = ax if ax is not None else new_axes()
+    ax = axes_for(ax)
     grid, heights, bandwidth = _bulk(density)
     floor = 0.1 / (density.size * bandwidth * math.sqrt(2 * math.pi))  # a tenth of one single eigenvalue's peak
     shown = np.maximum(heights, floor)
@@ -109,7 +109,7 @@ def plot_curvature(history: CurvatureHistory, *, ax: Axes | None = None, title: 
         >>> plot_curvature(run).get_xlabel()
         'optimizer steps'
     """
-    ax = ax if ax is not None else new_axes()
+    ax = axes_for(ax)
     look: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 3.5, "linewidth": 1.5, "capsize": 2}
     ax.errorbar(history.steps, history.lambda_max, yerr=history.residual, label=f"lambda_max, {history.name}", **look)
     ax.plot(history.steps, history.limit, color=ORANGE, linestyle="--", linewidth=1.4, label=f"stability limit {history.limit_rule}")
@@ -137,7 +137,7 @@ def plot_layers(layers: LayerSharpness, *, ax: Axes | None = None, title: str | 
         >>> [label.get_text() for label in plot_layers(layers).get_yticklabels()]
         ['conv', 'head']
     """
-    ax = ax if ax is not None else new_axes()
+    ax = axes_for(ax)
     rows = np.arange(len(layers.names))
     for offset, estimates, color, label in ((-0.2, layers.lambda_max, BLUE, "lambda_max"), (0.2, layers.trace, GREEN, "trace")):
         errors = [e.stderr if math.isfinite(e.stderr) else 0.0 for e in estimates]  # an unknown error gets no whisker
@@ -170,7 +170,7 @@ def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = N
         >>> plot_learning_rate_curve(document).get_xscale()
         'log'
     """
-    ax = ax if ax is not None else new_axes()
+    ax = axes_for(ax)
     rows = document["rows"]
     sizes = np.array([row["batch_size"] for row in rows], dtype=float)
     names = ("max_lr", "max_lr_lower", "max_lr_upper", "by_curvature")

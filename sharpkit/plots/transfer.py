@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sharpkit._results import number
-from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, _stack, finish, new_axes
+from sharpkit.plots import BLUE, GREEN, GREY, OCHRE, ORANGE, PINK, PURPLE, _stack, axes_for, finish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def plot_coordinates(
     lines = [(c, points) for c, points in lines if len(points) > 1]
     if not lines:
         raise ValueError("no coordinate was judged, or none changed: nothing to draw")
-    ax = ax if ax is not None else new_axes((6.4, 4.2))
+    ax = axes_for(ax, (6.4, 4.2))
     slopes = {id(c): (c.update_at(step) if what == "update" else c.initial) for c, _ in lines}
     bad = sorted((c for c, _ in lines if c.verdict in ("grows", "vanishes")), key=lambda c: -abs(slopes[id(c)].value))
     named = {c.name: colour for c, colour in zip(bad, _NAMED, strict=False)}
@@ -114,7 +114,7 @@ def plot_learning_rate_transfer(document: Document, *, ax: Axes | None = None, t
         >>> plot_learning_rate_transfer(document).get_xlabel()
         'factor on all learning rates'
     """
-    ax = ax if ax is not None else new_axes((6.0, 4.2))
+    ax = axes_for(ax, (6.0, 4.2))
     curves, optima = document["curves"], document["optima"]
     colours = size_colours(len(curves))
     for curve, colour in zip(curves, colours, strict=True):
@@ -188,7 +188,7 @@ def plot_sharpness_transfer(document: Document, *, ax: Axes | None = None, title
         >>> plot_sharpness_transfer(document).get_ylabel()
         'lambda_max of H / stability limit'
     """
-    ax = ax if ax is not None else new_axes((6.0, 5.0))
+    ax = axes_for(ax, (6.0, 5.0))
     upper, lower = _stack(ax, [3.0, 1.3])
     steps, sizes = np.array(document["steps"]), [str(s) for s in document["sizes"]]
     known = bool(document["condition"])
@@ -248,7 +248,7 @@ def plot_transfer_verdict(document: Document, *, ax: Axes | None = None, title: 
     parts = [part for part in document["parts"] if part["kind"] in _DRAW]
     if not parts:
         raise ValueError("the verdict holds no measurements: nothing to draw")
-    ax = ax if ax is not None else new_axes(verdict_size(document))
+    ax = axes_for(ax, verdict_size(document))
     for place, part in zip(_row(ax, len(parts)), parts, strict=True):
         _DRAW[part["kind"]](part, place)
     ax.set_title(title or {True: "transfers", False: "does not transfer", None: "undecided"}[document["passed"]], pad=18)

@@ -7,7 +7,7 @@ from experiments.fuzz_inputs import FAULTS, sample
 
 
 def test_inputs_are_right_or_refused() -> None:
-    judged = [judge(given) for given in sample(80, seed=1)]
+    judged = [judge(given) for given in sample(80, seed=1, without=("lightning", "transformers"))]  # importing them takes seconds
     assert [j for j in judged if j.outcome in FAULTS] == []
     found = counts(judged)
     assert found["right"] > 15, "most of what means something must be taken"

@@ -99,4 +99,4 @@ def test_what_is_no_target_is_named(name: str, code: int, said: str, target: str
 
 def test_too_short_a_race_is_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["race", f"{target}:setup", "--steps", "10"]) == 1
-    assert "from 100 on" in capsys.readouterr().err
+    assert "of at least 100" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from sharpkit._arguments import as_seed, real, whole
 from sharpkit._results import ProgressCallback, Result, student_factor
 from sharpkit.linalg.krylov import BasisRows, KrylovSpace, affordable_rows
 from sharpkit.linalg.results import HALF, Budget, Estimate, warn_unconverged
-from sharpkit.linalg.trace import DEFAULT_MATVECS, SHARED_BASIS, AdaptiveEstimate, Tolerance
+from sharpkit.linalg.trace import DEFAULT_MATVECS, SHARED_BASIS, AdaptiveEstimate, Tolerance, block_size, rademacher
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _LEAST_HALF = 8  # probes that tell whether a subspace pays: by judgement, as for the spread of a pilot
@@ -70,7 +70,7 @@ def diagonal(
         num_probes: products to spend, at least 2.
         seed: seeds the probes.
         max_matvecs, max_seconds: most products and seconds.
-        callback: called with a :class:`~sharpkit.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Raises:
         ValueError: fewer than two probes.
@@ -96,11 +96,16 @@ def diagonal(
         if exact is not None:  # None if the time was up
             return exact
     mean = squares = None
+    waiting: list[tuple[Tensor, Tensor]] = []  # probes and their products
     done, half = 0, min(num_probes, max_matvecs or num_probes) // 2
     pairs: list[tuple[Tensor, Tensor]] | None = [] if half >= _LEAST_HALF and num_probes < operator.size else None
-    while done < num_probes and budget.allows():
-        probe = operator.random_vectors(1, generator=generator, distribution="rademacher")[:, 0]  # +-1: A_ii itself adds no variance
-        sample = operator @ probe * probe
+    while done < num_probes and (waiting or budget.allows()):
+        if not waiting:  # +-1: A_ii itself adds no variance
+            count = block_size(operator, budget, (half if done < half else num_probes) - done)
+            probes = rademacher(operator, generator, count)
+            waiting = list(zip(probes.T, (operator @ probes).T, strict=True))
+        probe, product = waiting.pop(0)
+        sample = product * probe
         done += 1
         if mean is None or squares is None:
             mean, squares = sample.clone(), torch.zeros_like(sample)
@@ -161,9 +166,11 @@ def _leave_one_out(
         if not float((left**2).mean()) < _WORTH * noise:
             return None
     basis = torch.stack([rows.row(j) for j in range(rows.size)], dim=1)  # (n, m)
-    images = torch.zeros_like(basis)
-    for j in range(rows.size):
-        images[:, j] = operator @ basis[:, j].to(operator.dtype)
+    images, done = torch.zeros_like(basis), 0
+    while done < rows.size:
+        block = slice(done, done + block_size(operator, budget, rows.size - done))
+        images[:, block] = (operator @ basis[:, block].to(operator.dtype)).to(basis.dtype)
+        done = block.stop
         budget.report(2 * m, "diagonal, leading subspace")
     known = (basis * images).sum(dim=1)
     if exact:
@@ -211,7 +218,7 @@ def frobenius_norm(
         rtol: relative standard error of the norm to reach.
         seed: seeds the probes.
         max_matvecs, max_seconds: most products, by default 2000, and seconds.
-        callback: called with a :class:`~sharpkit.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Raises:
         ValueError: rtol not positive.

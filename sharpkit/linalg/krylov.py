@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from sharpkit.operators.base import SymmetricOperator
 
 _FIRST_CHUNK = 16  # rows of the first chunk, by judgement: most iterations end within one or two chunks
 _PASSES = 2  # "twice is enough": Giraud, Langou, Rozloznik and van den Eshof, Numerische Mathematik 101 (2005)
+# A second pass is due where the first has left less than half of a squared length: Daniel, Gragg, Kaufman and Stewart (1976). What Lanczos
+# is known to take off is taken off before: coefficients above the rounding of float32 and up to two of them, by judgement.
+_KEPT_SHARE, _NEAR, _MOST_NEAR = 0.5, 1e-6, 2
 _MIXING_BLOCK = 2**22  # numbers mixed at a time when the basis is replaced, 32 MB in float64: by judgement
 _UNKNOWN_MEMORY = 4e9  # bytes taken to be free where the system does not tell: by judgement, what any machine with torch has
 _FIRST_SIZE = 16  # rows of the projected matrix before it first grows: by judgement, as for the chunks
@@ -51,9 +54,9 @@ class Products:
         self.unit, self.underflow = 1.0, 0.0
         self._known = False
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """A v / unit for a (n,) vector."""
-        product = self.operator.multiply(vector.to(self.operator.dtype)).to(self.dtype)
+    def __call__(self, vector: Tensor, product: Tensor | None = None) -> Tensor:
+        """A v / unit for a (n,) vector, of which the product A v may be given."""
+        product = (self.operator.multiply(vector.to(self.operator.dtype)) if product is None else product).to(self.dtype)
         if not self._known:  # the one time that it costs a synchronisation
             size = self.operator.agree(float(product.abs().max()))
             self._known = size > 0.0  # a product of 0 tells nothing about the others
@@ -281,17 +284,27 @@ class KrylovSpace:
         """Add a random direction orthogonal to the basis; False where the basis is complete."""
         return self.add_start(self.operator.random_vectors(1, generator=generator, distribution=distribution)[:, 0])
 
-    def expand(self, index: int) -> bool:
+    def expand(self, index: int, product: Tensor | None = None) -> bool:
         """Multiply a pending vector, with one device synchronisation; False on breakdown (nothing new came out).
+
+        Args:
+            index: of the vector.
+            product: with it, where it has been made together with others.
 
         Raises:
             NonFiniteError: the product is not finite.
             NotSymmetricError: the product contradicts earlier ones.
         """
-        product = self.products(self.rows.row(index))
-        rest, removed = self.rows.orthogonalise(product)
-        squared = self.operator.dot(rest, rest)
-        host = torch.cat([removed, squared.reshape(1)]).cpu().double().numpy()  # the one synchronisation
+        rest = self.products(self.rows.row(index), product)
+        before, removed = self._take_off_near(index, rest)
+        inside = self.rows.coefficients(rest)
+        rest = rest - self.rows.combine(inside)
+        host = self._on_host(removed + inside, self.operator.dot(rest, rest), before)  # the one synchronisation
+        if not host[-2] > _KEPT_SHARE * host[-1]:  # much was taken off, and its rounding is left inside
+            again = self.rows.coefficients(rest)
+            rest = rest - self.rows.combine(again)
+            host = self._on_host(removed + inside + again, self.operator.dot(rest, rest), before)
+        host = host[:-1]
         if not np.isfinite(host).all():
             raise NonFiniteError(
                 f"a product with {self.operator!r} contains NaN or infinity: the loss has no finite second derivative here, or half "
@@ -316,6 +329,29 @@ class KrylovSpace:
         self._matrix[self.size, index] = beta
         self._append_pending(rest / grown)
         return True
+
+    def _take_off_near(self, index: int, product: Tensor) -> tuple[Tensor, Tensor]:
+        """What a product has along its own vector and those that it is known to lead back to, in place.
+
+        Returns:
+            what was left then, squared, and the coefficients taken off, (size,).
+        """
+        taken = product.new_zeros(self.size)
+        known = self._matrix[index, self.expanded] / self.products.unit
+        near = np.flatnonzero(np.abs(known) > _NEAR * self.scale / self.products.unit)
+        if len(near) > _MOST_NEAR or self._forgetful:
+            return self.operator.dot(product, product), taken
+        for j in near:
+            product.sub_(self.rows.row(self.expanded[j]), alpha=float(known[j]))
+            taken[self.expanded[j]] = float(known[j])
+        own = self.rows.row(index)
+        taken[index] = self.operator.dot(own, product)
+        product.sub_(own * taken[index])
+        return self.operator.dot(product, product), taken
+
+    @staticmethod
+    def _on_host(coefficients: Tensor, *squares: Tensor) -> Array:
+        return torch.cat([coefficients, *(s.reshape(1) for s in squares)]).cpu().double().numpy()
 
     def projected(self, indices: list[int] | None = None) -> Array:
         """The projected matrix over some expanded vectors (default all), symmetrised."""
@@ -458,3 +494,16 @@ def lanczos_run(
         if done:
             break
     return True
+
+
+def lanczos_abreast(spaces: Sequence[KrylovSpace], budget: Budget, steps: int, progress: tuple[int, str]) -> None:
+    """So many steps in every space, each with its start pending, one step of all at a time: several products at once are often cheaper."""
+    operator = spaces[0].operator
+    for _ in range(steps):
+        growing = [space for space in spaces if space.pending]
+        if not growing:
+            return
+        vectors = torch.stack([space.rows.row(space.pending[0]) for space in growing]).T.to(operator.dtype)
+        for space, product in zip(growing, operator.multiply(vectors).T, strict=True):
+            space.expand(space.pending[0], product)
+        budget.report(*progress)

@@ -13,7 +13,7 @@ from sharpkit._arguments import as_seed, real, whole
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace
 from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity, warn_unconverged
-from sharpkit.linalg.slq import ControlVectors, ProbeRun, density_from, probe_run
+from sharpkit.linalg.slq import ControlVectors, ProbeRun, density_from, probe_run, probe_runs
 from sharpkit.operators.base import as_operator
 
 # Times num_steps: how long the first run may go on until both ends have converged, each to its own size. The demo's digits, with
@@ -70,7 +70,7 @@ def spectral_overview(
         tol: error of the extreme values, relative to each.
         seed: seeds the probes.
         max_matvecs, max_seconds: if one is exhausted, the partial result is returned with ``converged=False``.
-        callback: called after each product.
+        callback: called after each product, or several made at once.
 
     Raises:
         ValueError: num_probes below 3 or num_steps below 2.
@@ -89,14 +89,11 @@ def spectral_overview(
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(as_seed(seed))
     steps, expected = min(num_steps, operator.size), num_probes * min(num_steps, operator.size)
-    settings: dict[str, Any] = {"steps": steps, "expected": expected}
-    first = probe_run(operator, generator, budget, text="both ends of the spectrum", enough=_ends_converged(steps, tol), **settings)
+    text, enough = "both ends of the spectrum", _ends_converged(steps, tol)
+    first = probe_run(operator, generator, budget, steps=steps, text=text, expected=expected, enough=enough)
     rules, controls = [first.quadrature], ControlVectors()
     controls.add(first)
-    for probe in range(1, num_probes):
-        if not budget.allows():
-            break
-        run = probe_run(operator, generator, budget, text=f"probe {probe + 1} of {num_probes}", **settings)
+    for run in probe_runs(operator, generator, budget, num_probes, steps=steps, done=1):
         if run.complete:
             rules.append(run.quadrature)
             controls.add(run)

@@ -75,6 +75,11 @@ class Budget:
         self._start = time.perf_counter()
 
     @property
+    def is_timed(self) -> bool:
+        """Whether seconds are limited."""
+        return self._max_seconds is not None
+
+    @property
     def num_matvecs(self) -> int:
         """Products made since this budget was opened."""
         return self._operator.num_matvecs - self._first_matvec

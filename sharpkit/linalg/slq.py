@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharpkit._arguments import as_seed, whole
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
+from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_abreast, lanczos_run
 from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDensity, warn_unconverged
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
@@ -49,7 +49,7 @@ def spectral_density(
         seed: seeds the probes.
         distribution: ``"rademacher"`` or ``"normal"`` entries of the probes.
         max_matvecs, max_seconds: most products and seconds.
-        callback: called with a :class:`~sharpkit.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Ritz vectors found by one probe tell how much of them is in the others by chance: a dominating eigenvalue adds no noise to the sums.
 
@@ -79,18 +79,13 @@ def spectral_density(
     steps = min(num_steps, operator.size)
     rules: list[Quadrature] = []
     controls, complete = ControlVectors(), True
-    for probe in range(num_probes):
-        if rules and not budget.allows():
-            complete = False
-            break
-        text = f"probe {probe + 1} of {num_probes}"
-        run = probe_run(operator, generator, budget, steps=steps, text=text, expected=num_probes * steps, distribution=distribution)
+    for run in probe_runs(operator, generator, budget, num_probes, steps=steps, distribution=distribution):
         complete = run.complete
+        if complete:
+            controls.add(run)
         if complete or not rules:  # part of a run is better than nothing
             rules.append(run.quadrature)
-        if not complete:
-            break
-        controls.add(run)
+    complete = complete and len(rules) == num_probes
     if not complete:
         warn_unconverged(
             f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(rules)} of "
@@ -155,7 +150,7 @@ def probe_run(
         distribution: entries of the probe.
         enough: asked after each product, whether to stop.
     """
-    probe = operator.random_vectors(1, generator=generator, distribution=distribution)[:, 0]
+    probe = _probe(operator, generator, distribution)
     space = KrylovSpace(operator, offload=steps > affordable_rows(operator, len(probe)))
     space.add_start(probe)
 
@@ -163,6 +158,54 @@ def probe_run(
         return enough(space) if enough is not None else len(space.expanded) >= steps
 
     return ProbeRun(probe, space, lanczos_run(space, budget, done, lambda: (expected, text), least=1))
+
+
+def probe_runs(
+    operator: SymmetricOperator,
+    generator: torch.Generator,
+    budget: Budget,
+    num_probes: int,
+    *,
+    steps: int,
+    done: int = 0,
+    distribution: str = "rademacher",
+) -> Iterator[ProbeRun]:
+    """Lanczos runs from new probes, as many abreast as memory and budget allow; the last may be incomplete if the budget ends it.
+
+    Args:
+        operator: A.
+        generator: draws the probes, one after another.
+        budget: ends the runs when exhausted.
+        num_probes: all runs, with those made before.
+        steps: products of a run.
+        done: runs made before; without any, the first one makes a product at least.
+        distribution: entries of the probes.
+    """
+    settings: dict[str, Any] = {"steps": steps, "expected": num_probes * steps, "distribution": distribution}
+    while done < num_probes and (done == 0 or budget.allows()):
+        width = 1
+        if not budget.is_timed and budget.allows(2 * steps):  # runs abreast all end late: when time is short, one after another
+            width = max(1, min(num_probes - done, affordable_rows(operator, operator.size) // steps))
+            while not budget.allows(width * steps):
+                width -= 1
+        text = f"probe {done + 1} of {num_probes}" if width == 1 else f"probes {done + 1} to {done + width} of {num_probes}"
+        if width == 1:
+            run = probe_run(operator, generator, budget, text=text, **settings)
+            yield run
+            if not run.complete:
+                return
+        else:
+            probes = [_probe(operator, generator, distribution) for _ in range(width)]
+            spaces = [KrylovSpace(operator) for _ in probes]
+            for space, probe in zip(spaces, probes, strict=True):
+                space.add_start(probe)
+            lanczos_abreast(spaces, budget, steps, (num_probes * steps, text))
+            yield from (ProbeRun(probe, space, True) for probe, space in zip(probes, spaces, strict=True))
+        done += width
+
+
+def _probe(operator: SymmetricOperator, generator: torch.Generator, distribution: str) -> Tensor:
+    return operator.random_vectors(1, generator=generator, distribution=distribution)[:, 0]
 
 
 class ControlVectors:

@@ -29,6 +29,7 @@ _LEAST_TESTS = 5  # by judgement: leave-one-out estimates below which their spre
 
 # With these the stated error is right in 94 or 95 of 100 cases, and the mean cost at most 1.1 times that of the cheaper of plain and
 # deflated probes on five matrices of networks out of six (experiments/trace_calibration.py); each by itself is by judgement.
+_BLOCK = 32  # vectors multiplied at once at most: curvature operators gain little beyond (experiments/speed_products.py)
 _PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares: by judgement
 _FRESH = 9  # probes at least after a sketch that may have left one large eigenvalue outside: by judgement, six hold in 90 of 100 cases
 _KEPT = 16  # probes that are kept for a larger basis: by judgement, two vectors of memory each
@@ -74,7 +75,7 @@ def trace(
         seed: seeds the probes.
         num_matvecs: spend this many products instead of stopping at a tolerance.
         max_matvecs, max_seconds: most products, by default 2000, and seconds.
-        callback: called with a :class:`~sharpkit.Progress` after each product.
+        callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Returns:
         the estimate; its ``stderr`` is 0 where it is exact to rounding.
@@ -174,10 +175,10 @@ class AdaptiveEstimate:
                 self.probes.forget()
                 self.pilot = max(self.pilot, _FRESH)
             return self._probe("Hutch++", adapt=False)
-        for _ in range(self.pilot):
-            if self.budget.allows():
-                self.probes.draw(keep=method == "auto")
-                self.budget.report(self.pilot, "pilot probes")
+        while len(self.probes) < self.pilot and self.budget.allows():
+            count = block_size(self.operator, self.budget, self.pilot - len(self.probes))
+            self.probes.draw(count, keep=method == "auto")
+            self.budget.report(self.pilot, "pilot probes")
         return self._probe("Hutchinson", adapt=method == "auto")
 
     def _exact(self) -> tuple[float, float, str]:
@@ -253,9 +254,27 @@ class AdaptiveEstimate:
             hopeless = self.may_give_up and len(probes) >= _HOPELESS_AFTER and self._forecast() > _HOPELESS * self.limit
             if settled or hopeless or not self.budget.allows():
                 return value, stderr, f"{how}, deflated" if space.expanded and how == "Hutchinson" else how
-            probes.draw(keep=adapt and probes.num_kept < _KEPT)
+            keep = adapt and probes.num_kept < _KEPT
+            # half of what is forecast at once: the spread that forecasts it is uncertain itself
+            ahead = self.limit if self.fixed else min(self._forecast(), self.limit) - len(probes)
+            most = min(int(ahead if self.fixed else ahead / 2), _KEPT - probes.num_kept if keep else self.limit)
+            probes.draw(block_size(self.operator, self.budget, most), keep=keep)
             done = self.budget.num_matvecs
             self.budget.report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")
+
+
+def block_size(operator: SymmetricOperator, budget: Budget, most: int) -> int:
+    """How many vectors to multiply at once: as many as memory and the products left allow; one if time is short, since all end together."""
+    count = 1 if budget.is_timed else max(1, min(most, _BLOCK, affordable_rows(operator, operator.size) // 4))
+    while count > 1 and not budget.allows(count):
+        count -= 1
+    return count
+
+
+def rademacher(operator: SymmetricOperator, generator: torch.Generator, count: int) -> Tensor:
+    """Probes of +-1, (n, count), each in one piece of memory: the same as drawn one by one."""
+    probes = [operator.random_vectors(1, generator=generator, distribution="rademacher")[:, 0] for _ in range(count)]
+    return torch.stack(probes).T if count > 1 else probes[0][:, None]
 
 
 class DeflatedProbes:
@@ -300,19 +319,24 @@ class DeflatedProbes:
             return 0.0
         return float((self.space.outward() ** 2).sum()) if self.squared else float(np.trace(self.space.projected()))
 
-    def draw(self, *, keep: bool) -> None:
-        """One more probe, one product.
+    def draw(self, count: int = 1, *, keep: bool) -> None:
+        """More probes, a product each.
 
         Args:
-            keep: hold on to the probe, because the basis may still grow.
+            count: how many, multiplied at once.
+            keep: hold on to the probes, because the basis may still grow.
         """
-        probe = self.operator.random_vectors(1, generator=self.generator, distribution="rademacher")[:, 0].to(self.space.dtype)
+        probes = rademacher(self.operator, self.generator, count).to(self.space.dtype)
         if self.space.expanded and not keep:
-            coefficients = self.space.rows.coefficients(probe)
+            coefficients = self.space.rows.coefficients(probes)
             inside = torch.zeros_like(coefficients)
             inside[self.space.expanded] = coefficients[self.space.expanded]
-            probe = probe - self.space.rows.combine(inside)
-        product = self.space.products(probe)
+            probes = probes - self.space.rows.combine(inside)
+        products = self.operator.multiply(probes.to(self.operator.dtype))
+        for probe, product in zip(probes.T, products.T, strict=True):
+            self._add(probe, self.space.products(probe, product), keep=keep)
+
+    def _add(self, probe: Tensor, product: Tensor, *, keep: bool) -> None:
         value = float(self.operator.dot(product if self.squared else probe, product)) * self.space.products.unit ** (1 + self.squared)
         if not math.isfinite(value):
             raise NonFiniteError(f"a product with {self.operator!r} contains NaN or infinity; check the loss on this data")

@@ -401,3 +401,33 @@ def test_the_random_start_follows_the_distribution() -> None:
 
 def test_dense_reference_is_the_matrix_meant() -> None:
     np.testing.assert_allclose(np.linalg.eigvalsh(rotated(SPECTRUM).numpy()), np.sort(SPECTRUM), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "spectrum",
+    {
+        "flat": torch.linspace(0, 1, 900, dtype=torch.float64),
+        "outliers": torch.cat([torch.logspace(1, 4, 20, dtype=torch.float64), torch.linspace(-0.1, 0.1, 880, dtype=torch.float64)]),
+        "power law": torch.arange(1, 901, dtype=torch.float64) ** -2.0,
+        "cluster": torch.cat([torch.full((10,), 100.0, dtype=torch.float64), torch.linspace(0.99, 1.01, 890, dtype=torch.float64)]),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_one_pass_of_gram_schmidt_keeps_a_long_basis_orthonormal(
+    spectrum: tuple[str, torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a product is known to lead back to is taken off first; a second pass comes only where the first took off much."""
+    passes: list[int] = []
+    coefficients = BasisRows.coefficients
+    monkeypatch.setattr(BasisRows, "coefficients", lambda self, vectors: (passes.append(1), coefficients(self, vectors))[1])
+    diagonal = spectrum[1].to(dtype)
+    space = KrylovSpace(sk.as_operator(lambda v: diagonal * v, size=900, dtype=dtype, check=False))
+    space.add_random(torch.Generator().manual_seed(1))
+    passes.clear()
+    while space.pending and len(space.expanded) < 500:
+        space.expand(space.pending[0])
+    basis = torch.cat(space.rows.parts()).double()
+    assert float((basis @ basis.T - torch.eye(len(basis))).abs().max()) < (2e-6 if dtype == torch.float32 else 2e-14)
+    assert len(passes) <= 1.1 * len(space.expanded)
+    assert float(space.ritz().values[-1]) == pytest.approx(float(diagonal.max()), rel=1e-5 if dtype == torch.float32 else 1e-12)

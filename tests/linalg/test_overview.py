@@ -128,9 +128,9 @@ def test_no_warning_where_all_probes_were_made() -> None:
 def test_progress_tells_which_part_runs() -> None:
     seen: list[sk.Progress] = []
     made = overview(num_probes=3, num_steps=20, callback=seen.append)
-    assert [p.done for p in seen] == list(range(1, made.num_matvecs + 1))
+    assert [p.done for p in seen] == sorted(p.done for p in seen) and seen[-1].done == made.num_matvecs
     texts = list(dict.fromkeys(p.text for p in seen))
-    assert texts == ["both ends of the spectrum", "probe 2 of 3", "probe 3 of 3"] and seen[0].expected == 60
+    assert texts == ["both ends of the spectrum", "probes 2 to 3 of 3"] and seen[0].expected == 60
 
 
 def test_seeds_are_all_the_randomness() -> None:

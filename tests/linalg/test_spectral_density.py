@@ -134,7 +134,20 @@ def test_a_budget_below_one_probe_still_gives_a_density() -> None:
 def test_progress_is_reported_for_every_product() -> None:
     seen: list[sk.Progress] = []
     sk.spectral_density(operator_with(NETWORK), num_probes=2, num_steps=5, callback=seen.append)
-    assert [p.num_matvecs for p in seen] == list(range(1, 11)) and seen[-1].remaining == 0
+    assert [p.num_matvecs for p in seen] == list(range(2, 11, 2)) and seen[-1].remaining == 0, "both probes a step at once"
+    seen.clear()
+    sk.spectral_density(operator_with(NETWORK), num_probes=2, num_steps=5, max_seconds=60, callback=seen.append)
+    assert [p.num_matvecs for p in seen] == list(range(1, 11)), "one after another where time is short"
+
+
+def test_probes_a_step_at_once_give_what_they_give_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = sk.spectral_density(operator_with(NETWORK), num_probes=4, num_steps=20)
+    monkeypatch.setattr("sharpkit.linalg.slq.affordable_rows", lambda *_: 40)  # memory for two runs
+    half = sk.spectral_density(operator_with(NETWORK), num_probes=4, num_steps=20)
+    alone = sk.spectral_density(operator_with(NETWORK), num_probes=4, num_steps=20, max_seconds=60)
+    for other in (half, alone):
+        assert torch.allclose(together.nodes, other.nodes, rtol=0, atol=1e-8)
+        assert other.num_matvecs == together.num_matvecs == 80
 
 
 @pytest.mark.parametrize("name", ["num_probes", "num_steps"])
@@ -276,7 +289,11 @@ def test_a_basis_that_half_the_free_memory_does_not_hold_is_offloaded(steps: int
 def test_progress_names_the_probe() -> None:
     seen: list[sk.Progress] = []
     sk.spectral_density(operator_with(NETWORK), num_probes=2, num_steps=3, callback=seen.append)
-    assert [p.text for p in seen] == ["probe 1 of 2"] * 3 + ["probe 2 of 2"] * 3 and {p.expected for p in seen} == {6}
+    assert [p.text for p in seen] == ["probes 1 to 2 of 2"] * 3 and {p.expected for p in seen} == {6}
+    seen.clear()
+    with pytest.warns(ConvergenceWarning):
+        sk.spectral_density(operator_with(NETWORK), num_probes=2, num_steps=3, max_matvecs=5, callback=seen.append)
+    assert [p.text for p in seen] == ["probe 1 of 2"] * 3 + ["probe 2 of 2"] * 2
 
 
 def test_warnings_point_at_the_call() -> None:

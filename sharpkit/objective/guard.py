@@ -118,7 +118,7 @@ def undisturbed(model: nn.Module, *, training: bool, in_eval: Container[str] = (
 @contextmanager
 def _undisturbed(model: nn.Module, training: bool, in_eval: Container[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(_turn())
+        stack.enter_context(turn())
         stack.enter_context(_under(model))
         stack.enter_context(_random_states_kept())  # early in, late out: restoring the rest may draw, too
         stack.enter_context(_module_state_kept(model, training, in_eval))
@@ -167,7 +167,8 @@ def _modes_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _turn() -> Iterator[None]:
+def turn() -> Iterator[None]:
+    """Other threads wait until it is left: around what reads a model as a whole or moves its parameters, outside a guard."""
     while not _TURN.acquire(timeout=0.1):  # in pieces, by judgement: Ctrl-C must work while another thread measures
         check_pending()
     try:
@@ -238,7 +239,7 @@ def random_states_kept(generators: Iterable[torch.Generator] = ()) -> AbstractCo
 
 @contextmanager
 def _random_states_kept(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    with _turn():
+    with turn():
         states = RandomStates(generators)
         try:
             yield
@@ -253,7 +254,7 @@ def silenced(category: type[Warning]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _silenced(category: type[Warning]) -> Iterator[None]:
-    with _turn(), warnings.catch_warnings():
+    with turn(), warnings.catch_warnings():
         warnings.simplefilter("ignore", category)
         yield
 
@@ -305,7 +306,7 @@ def modules_in_eval(model: nn.Module) -> frozenset[str]:
 
 @contextmanager
 def _flags_kept(model: nn.Module) -> Iterator[None]:
-    with _turn():
+    with turn():
         flags = [(m, m.training) for m in model.modules()]
         try:
             yield

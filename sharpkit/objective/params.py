@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from sharpkit._arguments import shown
 from sharpkit._errors import ObjectiveError, UnsupportedError
+from sharpkit.objective.guard import turn
+from sharpkit.objective.interrupts import Whole
 
 ParamSelector = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 
@@ -227,14 +229,19 @@ def among(own: set[int]) -> Callable[[str, Tensor], bool]:
     return lambda _, parameter: id(parameter) in own
 
 
+def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> AbstractContextManager[None]:
+    """Parameters at w + step * direction inside; the original storages, never written to, are put back after. Other threads wait."""
+    return Whole(_moved(layout, direction, step))
+
+
 @contextmanager
-def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Parameters at w + step * direction inside; the original storages, never written to, are put back after."""
-    originals = [p.data for p in layout.params]  # exchanged whole: adding the step and taking it off again would leave rounding behind
-    try:
-        for p, here, d in zip(layout.params, originals, direction, strict=True):
-            p.data = here + step * d
-        yield
-    finally:
-        for p, here in zip(layout.params, originals, strict=True):
-            p.data = here
+def _moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> Iterator[None]:
+    with turn():
+        originals = [p.data for p in layout.params]  # exchanged whole: adding the step and taking it off again would leave rounding behind
+        try:
+            for p, here, d in zip(layout.params, originals, direction, strict=True):
+                p.data = here + step * d
+            yield
+        finally:
+            for p, here in zip(layout.params, originals, strict=True):
+                p.data = here

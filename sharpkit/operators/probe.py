@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sharpkit._errors import NonFiniteError, ObjectiveError, UnsupportedError
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.distributed import Ranks
+from sharpkit.objective.guard import turn
 from sharpkit.objective.memory import available_memory, graph_nodes
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import moved
@@ -147,8 +148,10 @@ def probe_derivatives(
     Raises:
         Exception: whatever the model raises where it cannot be evaluated.
     """
-    batches = first_batches(objective, max_batches)
-    if (twin := float64_copy(objective, batches)) is not None:
+    with turn():  # a copy is of the model as it is, not as another thread's measurement has it for a moment
+        batches = first_batches(objective, max_batches)
+        twin = float64_copy(objective, batches)
+    if twin is not None:
         with contextlib.suppress(Exception):  # a model that cannot run in float64, or a closure that calls the original
             return _probe(twin, operator, seed=seed, patient=patient, copied=True)
     return _probe(objective.with_data(batches, ranks=Ranks()), operator, seed=seed, patient=patient, copied=False)

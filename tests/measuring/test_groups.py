@@ -51,7 +51,7 @@ class Regression:
         speed, scale, coupled, shift = [], [], [], []
         for group in optimizer.param_groups:
             for p in group["params"]:
-                adam = isinstance(optimizer, ADAM)
+                adam = isinstance(optimizer, (ADAM, ADAMW))  # a kind of Adam from torch 2.7 on
                 beta = group["betas"][0] if adam else group["momentum"]
                 gain = 1 - beta if adam else 1 + 2 * beta if group.get("nesterov") else 1 - group.get("dampening", 0.0)
                 state = optimizer.state.get(p, {})

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDatas
 from traces import untouched
 
 import sharpkit as sk
+from sharpkit.objective.params import moved
 
 
 class Bad(torch.autograd.Function):
@@ -397,6 +398,21 @@ def test_modes_that_an_interruption_left_pushed_are_popped() -> None:
         for mode in (Functions(), Dispatches(), Functions()):
             mode.__enter__()
     assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_thread_that_moves_the_parameters_keeps_others_waiting() -> None:
+    """As the finite-difference probe does where a model cannot be copied: it moves the live ones."""
+    problem = mlp()
+    H = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss), retain=False)
+    v, results = gaussian(H.size), []
+    expected = H @ v
+    thread = threading.Thread(target=lambda: results.append(H @ v))
+    with moved(H.layout, H.layout.split(torch.ones_like(v)), 0.1):
+        thread.start()
+        thread.join(timeout=0.5)
+        assert thread.is_alive() and not results
+    thread.join()
+    assert torch.equal(results[0], expected)
 
 
 def test_a_loss_may_measure_another_model() -> None:

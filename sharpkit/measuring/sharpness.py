@@ -172,7 +172,7 @@ def measure(
         tol: tolerance of the extreme eigenvalues, relative to each.
         seed: seeds the random probes.
         max_matvecs, max_seconds: stop the measurement when exhausted; partial results are returned with ``converged=False``.
-        callback: called with a :class:`sharpkit.Progress` after each product.
+        callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
 
     Raises:
         NonFiniteError, UnsupportedError, OutOfMemoryError: from the products.

@@ -6,7 +6,8 @@ import logging
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -105,7 +106,8 @@ class CurvatureOperator(SymmetricOperator):
         def local() -> Tensor:
             try:
                 if self._needs_no_guard():
-                    return self._sum_over_kept(vectors)
+                    with out_of_memory_passed():  # tried again below, with smaller pieces
+                        return self._sum_over_kept(vectors)
                 with self.objective.undisturbed():  # once a product: as much as it costs to set aside and put back a model's state
                     product = self._local_product(vectors)
                 self._look_into_doubts()
@@ -299,6 +301,16 @@ class CurvatureOperator(SymmetricOperator):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.size:,} x {self.size:,}, {self.dtype}, {self.device}, {self.objective.mode} mode)"
+
+
+@contextmanager
+def out_of_memory_passed() -> Iterator[None]:
+    """A failed allocation inside ends the block, and no more."""
+    try:
+        yield
+    except Exception as error:  # the CPU allocator raises a plain RuntimeError
+        if not is_out_of_memory(error):
+            raise
 
 
 def state_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

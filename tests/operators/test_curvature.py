@@ -234,6 +234,26 @@ def test_out_of_memory_halves_the_pieces_and_answers_the_same(monkeypatch: pytes
     assert H.objective.micro_batch_size == 1
 
 
+@pytest.mark.parametrize("columns", [(), (5,)], ids=["one vector", "several"])
+def test_a_product_over_kept_graphs_that_does_not_fit_is_made_without_them(
+    monkeypatch: pytest.MonkeyPatch, columns: tuple[int, ...]
+) -> None:
+    problem = mlp()
+    H = hessian(problem)
+    v = gaussian(H.size, *columns)
+    expected, grad, failed = H @ v, torch.autograd.grad, list[int]()
+
+    def full(*args: Any, **settings: Any) -> Any:
+        if not settings.get("create_graph") and H._kept:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return grad(*args, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    assert relative_error(H @ v, expected) < 1e-12
+    assert failed and not H._kept and H._retain is False
+
+
 def test_a_single_sample_that_does_not_fit_is_reported_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = mlp()
     H = hessian(problem)

@@ -25,7 +25,7 @@ _SWEEP_STEPS = 4  # least products of the search for missed eigenvalues: none of
 # 10 or 20 pairs, most deep in a bulk (experiments/eigen_torture.py); .12 missed one.
 _MISSED = 0.06
 # The same where searches have found something: of a copy that is still missing they are the only witnesses, and .06 missed the last of
-# twenty.
+# twenty (experiments/eigen_torture.py).
 _MISSED_COPY = 0.005
 _LATE_ROUNDS = 4  # products for each vector that earlier searches left pending: by judgement, twenty copies of one value need three
 _WARM_NOISE = 0.2  # share of noise in a warm start: less leaves the start in a trap, more costs products; by judgement

@@ -12,7 +12,7 @@ from sharpkit.monitor.events import NOT_FINITE, spread_of_differences
 from sharpkit.monitor.schema import Reading, in_words, main_curvature, reading
 
 Document = Mapping[str, Any]
-_GIVEN_BACK = 0.5  # of the improvement, and of the level: a run that ends so far above its lowest loss was lost; as for the learner
+_GIVEN_BACK = 0.5  # of the improvement, and of the level: a run that ends so far above its lowest loss was lost; by judgement
 _NUM_SPREADS = 8.0  # of the losses' scatter, by judgement, as for a spike
 
 

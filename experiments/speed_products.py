@@ -151,7 +151,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     left.minorticks_off()
     left.legend()
     own = [row for row in rows if row["kind"] == "algorithm"]
-    names = list(dict.fromkeys(f"{row['call']}\n{row['case'].split(',')[0]}" for row in own))
+    names = list(dict.fromkeys(f"{row['call'].replace('_', chr(10))}\n{row['case'].split(',')[0]}" for row in own))
     for shift, road in ((-0.2, "one by one"), (0.2, "at once")):
         heights = [row["in_gradients"] for row in own if row["road"] == road]
         right.bar(np.arange(len(names)) + shift, heights, 0.4, label=road)

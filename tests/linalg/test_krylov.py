@@ -431,3 +431,21 @@ def test_one_pass_of_gram_schmidt_keeps_a_long_basis_orthonormal(
     assert float((basis @ basis.T - torch.eye(len(basis))).abs().max()) < (2e-6 if dtype == torch.float32 else 2e-14)
     assert len(passes) <= 1.1 * len(space.expanded)
     assert float(space.ritz().values[-1]) == pytest.approx(float(diagonal.max()), rel=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize(("steps", "noise"), [(1, 0.5), (4, 0.25)])
+def test_a_value_is_uncertain_by_the_part_of_the_noise_along_one_vector(steps: int, noise: float) -> None:
+    space = KrylovSpace(operator_with(SPECTRUM))
+    space.add_random(generator())
+    for _ in range(steps):
+        space.expand(space.pending[0])
+    space.asymmetry = 0.5
+    assert space.ritz().noise == pytest.approx(noise)
+
+
+def test_what_is_left_to_go_is_at_least_what_the_next_product_gains() -> None:
+    space = KrylovSpace(operator_with(SPECTRUM))
+    values = np.array([-2.0, 0.0, 2.0])
+    space._made, space._course[5] = 8, values  # none has moved in the last three products
+    errors = space._drift(values, np.full(3, 2.0))
+    assert errors[[0, 2]] == pytest.approx(2.0**2 / 4.0) and np.isinf(errors[1])

@@ -300,3 +300,8 @@ def test_warnings_point_at_the_call() -> None:
     with pytest.warns(ConvergenceWarning) as caught:
         sk.spectral_density(operator_with(NETWORK), max_matvecs=2)
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_a_single_probe_has_no_control_vectors() -> None:
+    values, shares = slq.ControlVectors().tables()
+    assert values.shape == shares.shape == (0, 0)

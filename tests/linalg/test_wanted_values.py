@@ -213,3 +213,8 @@ def test_complex_operators_are_refused() -> None:
     for matrix, options in given:
         with pytest.raises(ValueError, match=r"real"):
             sk.eigenpairs(sk.as_operator(matrix, **options))
+
+
+@pytest.mark.parametrize("matrix", [np.diag([1.0, 2.0, 3.0]), np.diag([1.0, 2.0, 3.0]) + 1e-20 * (np.eye(3, k=1) + np.eye(3, k=-1))])
+def test_an_exhausted_space_has_passed_over_nothing(matrix: np.ndarray) -> None:
+    assert chance_missed(matrix, 4.0, 200) == 0.0

@@ -620,13 +620,17 @@ def _documents(o: sk.Objective) -> Iterable[Subject]:
 def _training() -> Iterable[Subject]:
     x, y = data(16)
 
-    def monitored(**changed: Any) -> Any:
+    def parts(changed: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+        """Model, optimizer, batch and loss of a step, taken out of what is changed or as usual."""
         model = changed.pop("model") if "model" in changed else network()
         given = "optimizer" in changed
         optimizer = changed.pop("optimizer") if given else sgd(model if isinstance(model, nn.Module) else network())
         if callable(optimizer) and not isinstance(optimizer, type):
             optimizer = optimizer(model)
-        batch, loss = changed.pop("batch", (x, y)), changed.pop("step_loss", None)
+        return model, optimizer, changed.pop("batch", (x, y)), changed.pop("step_loss", None)
+
+    def monitored(**changed: Any) -> Any:
+        model, optimizer, batch, loss = parts(changed)
         settings = {"loss": F.cross_entropy, "every": 1, "metrics": ["lambda_max"], **changed}
         with sk.Monitor(model, optimizer, **settings) as monitor:
             return monitor.step(batch, loss=loss)
@@ -669,12 +673,7 @@ def _training() -> Iterable[Subject]:
     )
 
     def learned(**changed: Any) -> Any:
-        model = changed.pop("model") if "model" in changed else network()
-        given = "optimizer" in changed
-        optimizer = changed.pop("optimizer") if given else sgd(model if isinstance(model, nn.Module) else network())
-        if callable(optimizer) and not isinstance(optimizer, type):
-            optimizer = optimizer(model)
-        batch, loss = changed.pop("batch", (x, y)), changed.pop("step_loss", None)
+        model, optimizer, batch, loss = parts(changed)
         learner = sk.CurvatureLearner(optimizer, model=model, **{"loss": F.cross_entropy, "total_steps": 40, **changed})
         for _ in range(4):
             learner.step(batch, loss=loss)

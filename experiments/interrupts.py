@@ -3,10 +3,11 @@
     python -m experiments.interrupts                    # results/interrupts.jsonl, 2000 signals in eight minutes
     python -m experiments.interrupts --signals 200
 
-Rows of kind "random": another process sends SIGINT after a delay drawn uniformly over the call's own duration. "swept": the signal is sent
-at a bytecode of the guard's own code, counted off, which no timer hits often enough. At the moment the exception arrives, parameters,
-gradients, buffers, flags, hooks, optimizer, random states, kernel switches, warning filters and the signal's handler are compared with
-what they were, bit for bit and object by object; then the same call must give the same answer as before. "late" signals came too late.
+Rows of kind "random": another process sends SIGINT after a delay drawn uniformly over the call's own duration. "swept": the signal is
+sent at a bytecode of the guard's own code, counted off, which no timer hits often enough. At the moment the exception arrives,
+parameters, gradients, buffers, flags, hooks, optimizer, random states, kernel switches, warning filters, the lock that other threads wait
+for and the signal's handler are compared with what they were, bit for bit and object by object; then the same call must give the same
+answer as before. "late" signals came too late.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 
 import sharpkit as sk
 from experiments._common import HERE, Row, circumstances, rounded
+from sharpkit.objective.guard import TURN
 
 _SENDER = """
 import os, signal, sys, time
@@ -74,7 +76,8 @@ class Training:
         return {
             "measure": lambda: float(sk.measure(self.objective, optimizer=self.optimizer, num_probes=3, num_steps=6).trace),
             "eigenpairs": lambda: sk.eigenpairs(sk.HessianOperator(self.objective), k=2, seed=1).values.tolist(),
-            "trace": lambda: float(sk.trace(sk.HessianOperator(self.objective), max_matvecs=24)),
+            # of a layer without hooks on its parameters: products over kept graphs, which take no guard
+            "trace": lambda: float(sk.trace(sk.HessianOperator(self.objective.with_params("4.*")), max_matvecs=24)),
             "learning_rate_curve": curve,
             "monitor.step": monitored,
         }
@@ -105,6 +108,7 @@ class Training:
                 torch._C._len_torch_dispatch_stack(),
             ),
             "warning filters": (id(warnings.filters), len(warnings.filters), warnings.showwarning is _SHOW),
+            "turn": TURN._is_owned(),  # type: ignore[attr-defined]
             "handler": signal.getsignal(signal.SIGINT),
         }
 

@@ -45,7 +45,7 @@ def whole(name: str, value: Any, *, least: int | None = 1, most: int | None = No
         ValueError: it is out of range.
     """
     expected, hint = f"{name} must be {_or(other)}a whole number{_range(least, most)}", hint and f": {hint}"
-    several = _is_array(value) and (value.ndim > 0 or _is_empty(value))
+    several = _is_array(value) and (value.ndim > 0 or _is_meta(value))
     if _is_flag(value) or several or not hasattr(value, "__index__"):
         raise _error(value, other)(f"{expected}, got {shown(value)}{hint}")
     try:
@@ -84,7 +84,7 @@ def real(
         ValueError: it is out of range, NaN, or infinite where that means nothing.
     """
     expected, hint = f"{name} must be {_or(other)}{_interval(above, below, least, most)}", hint and f": {hint}"
-    one = _is_array(value) and math.prod(value.shape) == 1 and not _is_empty(value) and any(k in str(value.dtype) for k in ("float", "int"))
+    one = _is_array(value) and math.prod(value.shape) == 1 and not _is_meta(value) and any(k in str(value.dtype) for k in ("float", "int"))
     if _is_flag(value) or not (one or isinstance(value, numbers.Real)):
         raise _error(value, other)(f"{expected}, got {shown(value)}{hint}")
     number = float(value)
@@ -191,7 +191,7 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool) or (_is_array(value) and str(value.dtype) in ("bool", "torch.bool"))
 
 
-def _is_empty(value: Any) -> bool:
+def _is_meta(value: Any) -> bool:
     return str(getattr(value, "device", "cpu")) == "meta"
 
 

@@ -16,8 +16,8 @@ from sharpkit.operators.base import SymmetricOperator
 
 _FIRST_CHUNK = 16  # rows of the first chunk, by judgement: most iterations end within one or two chunks
 _PASSES = 2  # "twice is enough": Giraud, Langou, Rozloznik and van den Eshof, Numerische Mathematik 101 (2005)
-# A second pass is due where the first has left less than half of a squared length: Daniel, Gragg, Kaufman and Stewart (1976). What Lanczos
-# is known to take off is taken off before: coefficients above the rounding of float32 and up to two of them, by judgement.
+# A second pass is needed where the first leaves less than half of a squared norm: Daniel, Gragg, Kaufman and Stewart (1976). Coefficients
+# known from earlier products are subtracted before, if at most two lie above the rounding of float32 (as in Lanczos): by judgement.
 _KEPT_SHARE, _NEAR, _MOST_NEAR = 0.5, 1e-6, 2
 _MIXING_BLOCK = 2**22  # numbers mixed at a time when the basis is replaced, 32 MB in float64: by judgement
 _UNKNOWN_MEMORY = 4e9  # bytes taken to be free where the system does not tell: by judgement, what any machine with torch has
@@ -54,9 +54,13 @@ class Products:
         self.unit, self.underflow = 1.0, 0.0
         self._known = False
 
-    def __call__(self, vector: Tensor, product: Tensor | None = None) -> Tensor:
-        """A v / unit for a (n,) vector, of which the product A v may be given."""
-        product = (self.operator.multiply(vector.to(self.operator.dtype)) if product is None else product).to(self.dtype)
+    def __call__(self, vector: Tensor) -> Tensor:
+        """A v / unit for a (n,) vector."""
+        return self.in_units(self.operator.multiply(vector.to(self.operator.dtype)))
+
+    def in_units(self, product: Tensor) -> Tensor:
+        """A v / unit of a product A v, (n,)."""
+        product = product.to(self.dtype)
         if not self._known:  # the one time that it costs a synchronisation
             size = self.operator.agree(float(product.abs().max()))
             self._known = size > 0.0  # a product of 0 tells nothing about the others
@@ -295,23 +299,22 @@ class KrylovSpace:
             NonFiniteError: the product is not finite.
             NotSymmetricError: the product contradicts earlier ones.
         """
-        rest = self.products(self.rows.row(index), product)
-        before, removed = self._take_off_near(index, rest)
-        inside = self.rows.coefficients(rest)
-        rest = rest - self.rows.combine(inside)
-        host = self._on_host(removed + inside, self.operator.dot(rest, rest), before)  # the one synchronisation
-        if not host[-2] > _KEPT_SHARE * host[-1]:  # much was taken off, and its rounding is left inside
-            again = self.rows.coefficients(rest)
-            rest = rest - self.rows.combine(again)
-            host = self._on_host(removed + inside + again, self.operator.dot(rest, rest), before)
-        host = host[:-1]
+        rest = self.products(self.rows.row(index)) if product is None else self.products.in_units(product)
+        before, removed = self._subtract_known(index, rest)
+        for _ in range(_PASSES):
+            inside = self.rows.coefficients(rest)
+            rest, removed = rest - self.rows.combine(inside), removed + inside
+            squares = torch.stack([self.operator.dot(rest, rest), before])
+            host = torch.cat([removed, squares]).cpu().double().numpy()  # the one synchronisation, as a rule
+            if host[-2] > _KEPT_SHARE * host[-1]:  # else the rounding of what was subtracted is left inside
+                break
         if not np.isfinite(host).all():
             raise NonFiniteError(
                 f"a product with {self.operator!r} contains NaN or infinity: the loss has no finite second derivative here, or half "
                 "precision overflowed; check the loss on this data, or use float32"
             )
-        grown, unit = float(host[-1]) ** 0.5, self.products.unit  # the rest has this length in units of the products
-        beta, column = grown * unit, host[:-1] * unit
+        grown, unit = float(host[-2]) ** 0.5, self.products.unit  # the rest has this length in units of the products
+        beta, column = grown * unit, host[:-2] * unit
         self.scale = max(self.scale, float(np.hypot(np.linalg.norm(column), beta)))
         self._ensure(self.size + 1)
         if self._forgetful:  # the row is not known yet: both halves are written from this product
@@ -330,28 +333,24 @@ class KrylovSpace:
         self._append_pending(rest / grown)
         return True
 
-    def _take_off_near(self, index: int, product: Tensor) -> tuple[Tensor, Tensor]:
-        """What a product has along its own vector and those that it is known to lead back to, in place.
+    def _subtract_known(self, index: int, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Subtract from a product, in place, its part along its own vector and along those whose coefficients are known by symmetry.
 
         Returns:
-            what was left then, squared, and the coefficients taken off, (size,).
+            the squared norm of what remains, and the coefficients subtracted, (size,).
         """
-        taken = product.new_zeros(self.size)
+        subtracted = product.new_zeros(self.size)
         known = self._matrix[index, self.expanded] / self.products.unit
         near = np.flatnonzero(np.abs(known) > _NEAR * self.scale / self.products.unit)
         if len(near) > _MOST_NEAR or self._forgetful:
-            return self.operator.dot(product, product), taken
+            return self.operator.dot(product, product), subtracted
         for j in near:
             product.sub_(self.rows.row(self.expanded[j]), alpha=float(known[j]))
-            taken[self.expanded[j]] = float(known[j])
+            subtracted[self.expanded[j]] = float(known[j])
         own = self.rows.row(index)
-        taken[index] = self.operator.dot(own, product)
-        product.sub_(own * taken[index])
-        return self.operator.dot(product, product), taken
-
-    @staticmethod
-    def _on_host(coefficients: Tensor, *squares: Tensor) -> Array:
-        return torch.cat([coefficients, *(s.reshape(1) for s in squares)]).cpu().double().numpy()
+        subtracted[index] = self.operator.dot(own, product)
+        product.sub_(own * subtracted[index])
+        return self.operator.dot(product, product), subtracted
 
     def projected(self, indices: list[int] | None = None) -> Array:
         """The projected matrix over some expanded vectors (default all), symmetrised."""
@@ -497,7 +496,7 @@ def lanczos_run(
 
 
 def lanczos_abreast(spaces: Sequence[KrylovSpace], budget: Budget, steps: int, progress: tuple[int, str]) -> None:
-    """So many steps in every space, each with its start pending, one step of all at a time: several products at once are often cheaper."""
+    """Lanczos in several spaces at once, each with its start pending: a step in every space, then the next, its products made together."""
     operator = spaces[0].operator
     for _ in range(steps):
         growing = [space for space in spaces if space.pending]

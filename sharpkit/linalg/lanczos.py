@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._arguments import as_seed, choice, flag, real, shown, whole
+from sharpkit._arguments import as_seed, choice, flag, real, whole
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
 from sharpkit.linalg.results import Array, Budget, Eigenpairs, warn_unconverged
-from sharpkit.operators.base import SymmetricOperator, as_operator
+from sharpkit.operators.base import SymmetricOperator, as_operator, real_tensor
 
 Which = Literal["largest", "smallest", "magnitude"]
 
@@ -112,8 +112,7 @@ def check_arguments(operator: SymmetricOperator, k: int, which: str, tol: float,
     tol = real("tol", tol, above=0, below=1, hint="it is relative to each eigenvalue")
     if initial is None:
         return k, tol
-    if not isinstance(initial, Tensor) or initial.is_complex() or initial.is_meta:
-        raise TypeError(f"initial must be a tensor of real numbers of shape (n,) or (n, j), got {shown(initial)}")
+    initial = real_tensor("initial", initial)
     if initial.ndim not in (1, 2) or initial.numel() == 0:
         raise ValueError(f"initial must have shape (n,) or (n, j), got {tuple(initial.shape)}")
     if not bool(torch.isfinite(initial).all()):
@@ -241,9 +240,8 @@ class _Iteration:
         24 to 78 % of their length squared there.
         """
         space, wanted = self.space, slice(self.k)
-        left = (
-            self.capacity - self.k - _BUFFER - len(space.pending) - 3
-        )  # rows beside what has to stay, the two starts and the first's heir
+        # rows beside what has to stay, the two starts, and what grows from the first
+        left = self.capacity - self.k - _BUFFER - len(space.pending) - 3
         most = max(_SWEEP_STEPS, min(max(3 * self.budget.num_matvecs // 4, _SWEEP_STEPS + 2), left))
         self._make_room(most + 3)
         assert self.ritz is not None
@@ -261,7 +259,8 @@ class _Iteration:
             ranks = self._ranks(ritz)[: len(before)]
             intruder = bool(np.any(ranks > before + ritz.tolerances(self.tol)[: len(before)]))
             if index in old or index in first:
-                chain.extend(old & {index})
+                if index in old:
+                    chain.append(index)
                 if grew:
                     old.add(space.size - 1)
                     late.append(space.size - 1)

@@ -85,13 +85,18 @@ class Budget:
         return self._operator.num_matvecs - self._first_matvec
 
     @property
+    def matvecs_left(self) -> float:
+        """Products that are left; inf where they are not limited."""
+        return math.inf if self._max_matvecs is None else self._max_matvecs - self.num_matvecs
+
+    @property
     def seconds(self) -> float:
         """Seconds since this budget was opened."""
         return time.perf_counter() - self._start
 
     def allows(self, matvecs: int = 1) -> bool:
         """Whether so many more products fit into the product budget and the time is not up."""
-        if self._max_matvecs is not None and self.num_matvecs + matvecs > self._max_matvecs:
+        if matvecs > self.matvecs_left:
             return False
         # the first process's clock decides, so that all processes of a distributed run stop at the same product
         return self._max_seconds is None or self._operator.agree(self.seconds) < self._max_seconds

@@ -183,24 +183,23 @@ def probe_runs(
     """
     settings: dict[str, Any] = {"steps": steps, "expected": num_probes * steps, "distribution": distribution}
     while done < num_probes and (done == 0 or budget.allows()):
-        width = 1
-        if not budget.is_timed and budget.allows(2 * steps):  # runs abreast all end late: when time is short, one after another
-            width = max(1, min(num_probes - done, affordable_rows(operator, operator.size) // steps))
-            while not budget.allows(width * steps):
-                width -= 1
-        text = f"probe {done + 1} of {num_probes}" if width == 1 else f"probes {done + 1} to {done + width} of {num_probes}"
-        if width == 1:
-            run = probe_run(operator, generator, budget, text=text, **settings)
+        # runs abreast all end late: if time is limited, they go one after another
+        width = 1 if budget.is_timed else int(min(num_probes - done, budget.matvecs_left / steps))
+        if width > 1:
+            width = min(width, affordable_rows(operator, operator.size) // steps)
+        if width <= 1:
+            run = probe_run(operator, generator, budget, text=f"probe {done + 1} of {num_probes}", **settings)
             yield run
             if not run.complete:
                 return
-        else:
-            probes = [_probe(operator, generator, distribution) for _ in range(width)]
-            spaces = [KrylovSpace(operator) for _ in probes]
-            for space, probe in zip(spaces, probes, strict=True):
-                space.add_start(probe)
-            lanczos_abreast(spaces, budget, steps, (num_probes * steps, text))
-            yield from (ProbeRun(probe, space, True) for probe, space in zip(probes, spaces, strict=True))
+            done += 1
+            continue
+        runs = [ProbeRun(_probe(operator, generator, distribution), KrylovSpace(operator), True) for _ in range(width)]
+        for run in runs:
+            run.space.add_start(run.probe)
+        text = f"probes {done + 1} to {done + width} of {num_probes}"
+        lanczos_abreast([run.space for run in runs], budget, steps, (num_probes * steps, text))
+        yield from runs
         done += width
 
 

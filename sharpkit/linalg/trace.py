@@ -256,19 +256,17 @@ class AdaptiveEstimate:
                 return value, stderr, f"{how}, deflated" if space.expanded and how == "Hutchinson" else how
             keep = adapt and probes.num_kept < _KEPT
             # half of what is forecast at once: the spread that forecasts it is uncertain itself
-            ahead = self.limit if self.fixed else min(self._forecast(), self.limit) - len(probes)
-            most = min(int(ahead if self.fixed else ahead / 2), _KEPT - probes.num_kept if keep else self.limit)
-            probes.draw(block_size(self.operator, self.budget, most), keep=keep)
+            ahead = self.limit if self.fixed else (min(self._forecast(), self.limit) - len(probes)) / 2
+            most = min(ahead, _KEPT - probes.num_kept) if keep else ahead
+            probes.draw(block_size(self.operator, self.budget, int(most)), keep=keep)
             done = self.budget.num_matvecs
             self.budget.report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")
 
 
 def block_size(operator: SymmetricOperator, budget: Budget, most: int) -> int:
-    """How many vectors to multiply at once: as many as memory and the products left allow; one if time is short, since all end together."""
-    count = 1 if budget.is_timed else max(1, min(most, _BLOCK, affordable_rows(operator, operator.size) // 4))
-    while count > 1 and not budget.allows(count):
-        count -= 1
-    return count
+    """How many vectors to multiply at once: as many as memory and the products left allow; one if time is limited: all end together."""
+    most = 1 if budget.is_timed else int(min(most, _BLOCK, budget.matvecs_left))
+    return max(1, min(most, affordable_rows(operator, operator.size) // 4)) if most > 1 else 1  # the system is slow to tell
 
 
 def rademacher(operator: SymmetricOperator, generator: torch.Generator, count: int) -> Tensor:
@@ -334,7 +332,7 @@ class DeflatedProbes:
             probes = probes - self.space.rows.combine(inside)
         products = self.operator.multiply(probes.to(self.operator.dtype))
         for probe, product in zip(probes.T, products.T, strict=True):
-            self._add(probe, self.space.products(probe, product), keep=keep)
+            self._add(probe, self.space.products.in_units(product), keep=keep)
 
     def _add(self, probe: Tensor, product: Tensor, *, keep: bool) -> None:
         value = float(self.operator.dot(product if self.squared else probe, product)) * self.space.products.unit ** (1 + self.squared)

@@ -130,9 +130,9 @@ def gradient_noise_interaction(
         >>> round(sk.gradient_noise_interaction(objective, batch_size=2).value, 4)
         2.0
     """
-    hessian = HessianOperator(objective)
+    hessian = HessianOperator(objective)  # one graph for all products
     batch_size, rtol, max_batches, seed = _checked(objective, batch_size, rtol, max_batches, seed)
-    full = objective.gradient()[1]  # one graph for all products
+    full = objective.gradient()[1]
     below = float(full @ full)
     if not 0 < below < math.inf:  # NaN fails both comparisons
         raise NonFiniteError(f"the gradient of all the data has squared norm {below}: its ratio to the noise has no meaning here")

@@ -173,9 +173,8 @@ def fingerprint(batch: Batch) -> str:
     digest = hashlib.blake2b(digest_size=16)  # 16 bytes, by judgement: against accidents, not against attacks
 
     def add_tensor(t: Tensor) -> Tensor:
-        plain = (
-            (t.detach() if t.layout is torch.strided else t.detach().to_dense()).cpu().contiguous()
-        )  # bytes, since NumPy knows no bfloat16
+        dense = t.detach() if t.layout is torch.strided else t.detach().to_dense()
+        plain = dense.cpu().contiguous()  # bytes, since NumPy knows no bfloat16
         digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
         return t

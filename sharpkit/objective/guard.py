@@ -75,7 +75,8 @@ def random_fingerprint(device: torch.device) -> tuple[object, ...]:
 
 # Measurements of one process take turns, guard by guard: random states, kernel switches and a model's flags are the process's or the
 # model's, and a thread that came in between would save what another has changed, or draw the dropout masks that another has seeded.
-_TURN = threading.RLock()
+# A bare ``with TURN`` is for work too short for a guard: CPython runs no signal handler between taking a lock so and entering the block.
+TURN = threading.RLock()
 
 
 class _Under:
@@ -169,12 +170,12 @@ def _modes_kept() -> Iterator[None]:
 @contextmanager
 def turn() -> Iterator[None]:
     """Other threads wait until it is left: around what reads a model as a whole or moves its parameters, outside a guard."""
-    while not _TURN.acquire(timeout=0.1):  # in pieces, by judgement: Ctrl-C must work while another thread measures
+    while not TURN.acquire(timeout=0.1):  # in pieces, by judgement: Ctrl-C must work while another thread measures
         check_pending()
     try:
         yield
     finally:
-        _TURN.release()
+        TURN.release()
 
 
 @contextmanager

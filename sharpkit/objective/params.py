@@ -90,7 +90,7 @@ class ParamLayout:
 
         Raises:
             TypeError: it is no tensor of real numbers.
-            ValueError: it has another shape, or is not finite.
+            ValueError: it has another shape.
         """
         if not isinstance(vector, Tensor) or vector.is_complex() or vector.is_meta:
             raise TypeError(f"{name} must be a tensor of {self.size} real numbers, got {shown(vector)}")

@@ -384,9 +384,9 @@ def _number(value: Any) -> float:
 
 def _device(device: Any) -> torch.device:
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-        return found
+        place = torch.device(device)
+        torch.empty(0, device=place)
+        return place
     except (TypeError, RuntimeError, AssertionError) as error:  # the last where torch was built without it
         raise ValueError(
             f"device must be a device of this machine, such as 'cpu' or 'cuda', got {shown(device)} ({str(error).splitlines()[0]})"

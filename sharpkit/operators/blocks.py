@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 Pieces = list[Tensor | None]  # one tensor per parameter, None meaning zero
 
-_WIDEST = 32  # products at once: by measurement, twice as many gain less than a tenth (experiments/speed_products.py)
+_WIDEST = 32  # products at once: twice as many cost more again (experiments/speed_products.py)
 _FROM = 4  # vectors from which on it is worth finding out, by judgement
+_TRIES = 2  # times that several at once are timed if they are slower at first, by judgement: the first time loads what they need
 _MEMORY_SHARE = 0.25  # of what is free may be taken by the products at once, by judgement
 
 
@@ -62,16 +63,18 @@ class Blocks:
         layout: the parameters.
         rounding: of a product, relative.
 
-    Attributes:
-        width: products made at once; 1 until it is known to be worth it.
     """
 
     def __init__(self, layout: ParamLayout, rounding: float) -> None:
         self._layout, self._rounding = layout, rounding
-        self.width = 1
         self._widest: int | None = None  # None until memory was asked, 1 where one by one is all that works
-        self._tries = 0  # at once
+        self._tries = 0  # at once; _TRIES once it is settled
         self._seconds = {False: math.inf, True: math.inf}  # the best of a column, one by one and at once
+
+    @property
+    def width(self) -> int:
+        """Products made at once; 1 until it is known to be worth it."""
+        return self._widest or 1 if self._tries >= _TRIES else 1
 
     def add_(self, total: Tensor, product: PieceProduct, vectors: Tensor, *, plain: bool, free_memory: Callable[[], float]) -> None:
         """``total += weight * products``, (n, k) each.
@@ -98,24 +101,24 @@ class Blocks:
             start += width
 
     def _now(self) -> float:
-        if self._tries < 2 and self._layout.device.type == "cuda":  # while it is being found out
+        if self._tries < _TRIES and self._layout.device.type == "cuda":  # while it is being found out
             torch.cuda.synchronize(self._layout.device)
         return time.perf_counter()
 
     def _learn(self, seconds: float, *, at_once: bool) -> None:
-        if self._tries >= 2:
+        if self._tries >= _TRIES:
             return
         self._seconds[at_once] = min(self._seconds[at_once], seconds)
         self._tries += at_once
-        if self._seconds[True] < self._seconds[False] and self._widest:
-            self.width, self._tries = self._widest, 2
-        elif self._tries >= 2:
+        if self._seconds[True] < self._seconds[False]:
+            self._tries = _TRIES
+        elif self._tries >= _TRIES:
             self._widest = 1
-        if self._tries >= 2:
+        if self._tries >= _TRIES:
             logger.info("products at once take %.3g of the time of one by one", self._seconds[True] / self._seconds[False])
 
     def _next_width(self, product: PieceProduct, left: int, free_memory: Callable[[], float]) -> int:
-        if self._tries < 2 and left < _FROM:
+        if self._tries < _TRIES and left < _FROM:
             return 1
         if self._widest is None:
             if self._seconds[False] == math.inf:  # one by one first
@@ -133,7 +136,6 @@ class Blocks:
         except RuntimeError as error:
             self._widest = columns.shape[1] // 2 if is_out_of_memory(error) else 1
             logger.info("%d products at once failed, going on with %d: %s", columns.shape[1], self._widest, error)
-            self.width = min(self.width, self._widest)
             return None
         if self._tries == 0 and not self._agree(pieces, product.multiply(self._layout.split(columns[:, 0]), False)):
             self._widest = 1

@@ -6,8 +6,8 @@ import logging
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharpkit._arguments import real
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
+from sharpkit.objective.guard import TURN
 from sharpkit.objective.memory import human_bytes, is_out_of_memory
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamSelector
@@ -45,6 +46,19 @@ _UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first th
     "modified by an inplace operation": "a tensor that the backward pass needs was changed in place: by the model itself (training fails, "
     "too: use operations that are not in place there), or in the batches between two products (leave them alone, or make a new operator)",
 }
+
+
+@dataclass(frozen=True)
+class _Situation:
+    """What graphs are made for: sizes of pieces, every parameter and how often it was written to, values of all that is watched.
+
+    Autograd refuses a graph older than the last write in place, whether values are equal or not; copies of the values are the only way to
+    see a change made behind its back, through ``.data``.
+    """
+
+    sizes: tuple[int | None, int | None]
+    versions: list[tuple[Tensor, int]]
+    values: list[Tensor]
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -80,8 +94,7 @@ class CurvatureOperator(SymmetricOperator):
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}  # by the pieces' keys
         self.all_kept = False
-        self._kept_for: tuple[Any, list[Tensor]] = (None, [])  # sizes of pieces, and values of all that is watched
-        self._kept_state: list[tuple[Tensor, int]] = []  # every parameter, and how often it was written to
+        self._kept_for: _Situation | None = None
         self.blocks = Blocks(self.layout, self.rounding)
 
     _joins = True  # whether small batches may be joined: what is drawn at random by the batch's number would be drawn anew
@@ -105,9 +118,8 @@ class CurvatureOperator(SymmetricOperator):
     def _product(self, vectors: Tensor) -> Tensor:
         def local() -> Tensor:
             try:
-                if self._needs_no_guard():
-                    with out_of_memory_passed():  # tried again below, with smaller pieces
-                        return self._sum_over_kept(vectors)
+                if (product := self._without_guard(vectors)) is not None:
+                    return product
                 with self.objective.undisturbed():  # once a product: as much as it costs to set aside and put back a model's state
                     product = self._local_product(vectors)
                 self._look_into_doubts()
@@ -120,12 +132,24 @@ class CurvatureOperator(SymmetricOperator):
         ranks = self.objective.ranks
         return ranks.sum_(ranks.run_together(local, device=self.device))  # each process holds its own batches' share of the sum
 
+    def _without_guard(self, vectors: Tensor) -> Tensor | None:
+        """The product over kept graphs alone; None where it needs a guard, or does not fit and is to be tried again with less memory."""
+        with TURN:  # a thread that moves the parameters meanwhile would move those that graphs refer to
+            if not self._needs_no_guard():
+                return None
+            try:
+                return self._sum_over_kept(vectors)
+            except Exception as exception:  # the CPU allocator raises a plain RuntimeError
+                if is_out_of_memory(exception):
+                    return None
+                raise
+
     def _local_product(self, vectors: Tensor) -> Tensor:
         self._drop_if_stale()
         while True:  # after a failed allocation again, with smaller pieces
             try:
                 return self._sum_over_pieces(vectors)
-            except Exception as exception:  # the CPU allocator raises a plain RuntimeError
+            except Exception as exception:
                 if not is_out_of_memory(exception):
                     raise
                 self._shrink(exception)  # or raises, so that this ends
@@ -136,13 +160,17 @@ class CurvatureOperator(SymmetricOperator):
         total = torch.zeros_like(vectors, requires_grad=False)
         every_one_kept = True
         self._forecast()  # before the first graph
-        # Copies of the values that graphs are made for: the only way to see a change made behind autograd's back.
-        values = [t.detach().clone() for t in self._watched()] if self._retain is not False and not self._kept else self._kept_for[1]
+        if self._retain is not False and not self._kept:
+            params, buffers = state_of(self.objective.model)
+            values = [t.detach().clone() for t in (*params, *buffers)]
+            self._kept_for = _Situation(self._sizes(), [(p, _version(p)) for p in params], values)
         for piece in self.objective.pieces(join=self._joins):
             product = self._kept.get(piece.key) or self._build(piece)
             self._add_product(total, product, vectors)
-            every_one_kept = self._keep(piece.key, product, values) and every_one_kept
+            every_one_kept = self._keep(piece.key, product) and every_one_kept
         self.all_kept = every_one_kept
+        if not self._kept:
+            self._kept_for = None  # copies of values that nothing is compared with
         return total
 
     def _sum_over_kept(self, vectors: Tensor) -> Tensor:
@@ -162,13 +190,11 @@ class CurvatureOperator(SymmetricOperator):
         self.blocks.add_(total, product, vectors, plain=plain, free_memory=self.free_memory)
 
     # -- graphs: kept, dropped, forecast ------------------------------------------------------------------------------------
-    def _keep(self, key: tuple[int, int], product: PieceProduct, values: list[Tensor]) -> bool:
+    def _keep(self, key: tuple[int, int], product: PieceProduct) -> bool:
         if key in self._kept:
             return True
         if self._retain is False or (self._retain == "auto" and self.bytes_kept() + product.cost.nbytes > self._limit()):
             return False
-        self._kept_for = (self._sizes(), values)
-        self._kept_state = [(p, _version(p)) for p in state_of(self.objective.model)[0]]
         self._kept[key] = product
         return True
 
@@ -189,15 +215,14 @@ class CurvatureOperator(SymmetricOperator):
         return self.objective.micro_batch_size, self.objective.joining.size
 
     def _is_current(self) -> bool:
-        """Whether graphs are of the present values, also of values changed behind autograd's back through ``.data``, and pieces.
-
-        Autograd refuses a graph older than the last write in place, whether values are equal or not.
-        """
+        """Whether the graphs are of the present pieces and values."""
+        if (made := self._kept_for) is None:
+            return False
         params, buffers = state_of(self.objective.model)  # buffers are copies where a measurement is going on: their values count
-        same = len(params) == len(self._kept_state) and all(
-            p is before and _version(p) == version for p, (before, version) in zip(params, self._kept_state, strict=True)
+        same = len(params) == len(made.versions) and all(
+            p is before and _version(p) == version for p, (before, version) in zip(params, made.versions, strict=True)
         )
-        return same and self._kept_for[0] == self._sizes() and all_equal([*params, *buffers], self._kept_for[1])
+        return same and made.sizes == self._sizes() and all_equal([*params, *buffers], made.values)
 
     def _needs_no_guard(self) -> bool:
         """Whether a product runs over kept graphs alone, whose backward passes call no code but torch's own and draw nothing.
@@ -223,7 +248,7 @@ class CurvatureOperator(SymmetricOperator):
         """Free all retained graphs; the next product builds them anew."""
         self.all_kept = False  # first: an interruption after the next line must not leave "all of nothing is kept", a matrix of zeros
         self._kept.clear()
-        self._kept_for, self._kept_state = (None, []), []
+        self._kept_for = None
 
     def _shrink(self, cause: BaseException) -> None:
         """After a failed allocation: first drop what is retained, then cut the pieces in halves."""
@@ -301,16 +326,6 @@ class CurvatureOperator(SymmetricOperator):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.size:,} x {self.size:,}, {self.dtype}, {self.device}, {self.objective.mode} mode)"
-
-
-@contextmanager
-def out_of_memory_passed() -> Iterator[None]:
-    """A failed allocation inside ends the block, and no more."""
-    try:
-        yield
-    except Exception as error:  # the CPU allocator raises a plain RuntimeError
-        if not is_out_of_memory(error):
-            raise
 
 
 def state_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

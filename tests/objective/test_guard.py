@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDatas
 from traces import untouched
 
 import sharpkit as sk
+from sharpkit.objective.guard import turn
 from sharpkit.objective.params import moved
 
 
@@ -400,19 +401,21 @@ def test_modes_that_an_interruption_left_pushed_are_popped() -> None:
     assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
 
 
-def test_a_thread_that_moves_the_parameters_keeps_others_waiting() -> None:
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_thread_that_moves_the_parameters_keeps_others_waiting(retain: bool) -> None:
     """As the finite-difference probe does where a model cannot be copied: it moves the live ones."""
     problem = mlp()
-    H = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss), retain=False)
+    H = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss), retain=retain)
     v, results = gaussian(H.size), []
     expected = H @ v
-    thread = threading.Thread(target=lambda: results.append(H @ v))
-    with moved(H.layout, H.layout.split(torch.ones_like(v)), 0.1):
-        thread.start()
-        thread.join(timeout=0.5)
-        assert thread.is_alive() and not results
-    thread.join()
-    assert torch.equal(results[0], expected)
+    for context in (moved(H.layout, H.layout.split(torch.ones_like(v)), 0.1), turn()):  # also if it has not moved them yet
+        thread = threading.Thread(target=lambda: results.append(H @ v))
+        with context:
+            thread.start()
+            thread.join(timeout=0.5)
+            assert thread.is_alive() and not results
+        thread.join()
+        assert torch.equal(results.pop(), expected)
 
 
 def test_a_loss_may_measure_another_model() -> None:
@@ -481,7 +484,7 @@ def test_objectives_and_operators_are_freed_without_the_cycle_collector(given: s
 @pytest.mark.parametrize("given", ["loss", "closure"])
 def test_operators_of_first_derivatives_are_freed_without_it_too(given: str, operator: Any, kept: bool, monkeypatch: Any) -> None:
     if given == "closure" and operator in (sk.FisherOperator, sk.GaussNewtonOperator):
-        pytest.skip("they need the model's output")
+        pytest.skip("Fisher and Gauss-Newton matrices are made of the model's output, which a closure does not show: they refuse it")
     (x, y), model = DATA[0], built(lambda: nn.Linear(4, 3))
     if not kept:
         monkeypatch.setattr(operator, "free_memory", lambda self: 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharpkit._arguments import real
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
@@ -57,8 +57,8 @@ class _Situation:
     """
 
     sizes: tuple[int | None, int | None]
-    versions: list[tuple[Tensor, int]]
-    values: list[Tensor]
+    versions: Sequence[tuple[Tensor, int]]
+    values: Sequence[Tensor]
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -161,9 +161,8 @@ class CurvatureOperator(SymmetricOperator):
         every_one_kept = True
         self._forecast()  # before the first graph
         if self._retain is not False and not self._kept:
-            params, buffers = state_of(self.objective.model)
-            values = [t.detach().clone() for t in (*params, *buffers)]
-            self._kept_for = _Situation(self._sizes(), [(p, _version(p)) for p in params], values)
+            versions = [(p, _version(p)) for p in self.objective.model.parameters()]
+            self._kept_for = _Situation(self._sizes(), versions, [t.detach().clone() for t in self._watched()])
         for piece in self.objective.pieces(join=self._joins):
             product = self._kept.get(piece.key) or self._build(piece)
             self._add_product(total, product, vectors)
@@ -209,7 +208,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _watched(self) -> list[Tensor]:
         """All that the function depends on besides the data: every parameter, also those held fixed, and every buffer."""
-        return [t for tensors in state_of(self.objective.model) for t in tensors]
+        return [*self.objective.model.parameters(), *self.objective.model.buffers()]
 
     def _sizes(self) -> tuple[int | None, int | None]:
         return self.objective.micro_batch_size, self.objective.joining.size
@@ -218,11 +217,9 @@ class CurvatureOperator(SymmetricOperator):
         """Whether the graphs are of the present pieces and values."""
         if (made := self._kept_for) is None:
             return False
-        params, buffers = state_of(self.objective.model)  # buffers are copies where a measurement is going on: their values count
-        same = len(params) == len(made.versions) and all(
-            p is before and _version(p) == version for p, (before, version) in zip(params, made.versions, strict=True)
-        )
-        return same and made.sizes == self._sizes() and all_equal([*params, *buffers], made.values)
+        now = self._watched()  # parameters first; buffers are copies where a measurement is going on: their values alone count
+        same = len(now) == len(made.values) and all(p is q and _version(p) == n for p, (q, n) in zip(now, made.versions, strict=False))
+        return same and made.sizes == self._sizes() and all_equal(now, made.values)
 
     def _needs_no_guard(self) -> bool:
         """Whether a product runs over kept graphs alone, whose backward passes call no code but torch's own and draw nothing.
@@ -326,20 +323,6 @@ class CurvatureOperator(SymmetricOperator):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.size:,} x {self.size:,}, {self.dtype}, {self.device}, {self.objective.mode} mode)"
-
-
-def state_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """(parameters, buffers) of a model, once each, as ``parameters()`` and ``buffers()`` give them in five times as long."""
-    params, buffers = dict[int, Tensor](), dict[int, Tensor]()
-    seen, waiting = {id(model)}, [model]
-    while waiting:
-        module = waiting.pop()
-        params |= {id(p): p for p in module._parameters.values() if p is not None}
-        buffers |= {id(b): b for b in module._buffers.values() if b is not None}
-        parts = [part for part in module._modules.values() if part is not None and id(part) not in seen]
-        seen |= set(map(id, parts))
-        waiting += parts
-    return list(params.values()), list(buffers.values())
 
 
 def _version(t: Tensor) -> int:

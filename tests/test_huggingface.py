@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from traces import untouched
 
 import sharpkit as sk
+from sharpkit.objective import logits
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,6 +39,30 @@ def llama() -> nn.Module:
 
 
 MODELS = {"gpt2": gpt2, "llama": llama}
+SHAPE = {
+    "vocab_size": 7,
+    "hidden_size": 4,
+    "intermediate_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 5,
+}
+# What they do to the logits: nothing, a bias, a soft cap, a factor, a divisor; and a head over labels that are not shifted.
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2, tied": gpt2,
+    "llama, tied": llama,
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)),
+    "phi, bias": lambda: transformers.PhiForCausalLM(
+        transformers.PhiConfig(**{**SHAPE, "num_key_value_heads": 2}, partial_rotary_factor=1.0)
+    ),
+    "gemma2, soft cap": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SHAPE, head_dim=2, final_logit_softcapping=0.05)
+    ),
+    "cohere, factor": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SHAPE, logit_scale=0.3)),
+    "granite, divisor": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**SHAPE, logits_scaling=3.0)),
+    "bert, masked": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE)),
+}
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -107,6 +133,27 @@ def test_their_own_loss_in_float32_is_recognised_as_a_mean_over_tokens() -> None
         v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         theirs, ours = sk.HessianOperator(objective) @ v, sk.HessianOperator(sk.Objective(model, batches(), closure=own_loss)) @ v
     assert 1e-12 < relative_error(theirs, ours) < 1e-4, "float32 inside a float64 model"
+
+
+@pytest.mark.parametrize("items", [None, 17], ids=["mean", "num_items_in_batch"])
+@pytest.mark.parametrize("name", HEADS)
+def test_their_loss_in_chunks_of_tokens_is_their_loss(name: str, items: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = built(HEADS[name]), batches()
+    if items is not None:
+        data = [{**batch, "num_items_in_batch": torch.tensor(items)} for batch in data]
+    whole = sk.Objective(model, data)
+    assert not whole.chunking.allowed, "so small a vocabulary gains nothing"
+    for setting, value in (("_LEAST_CLASSES", 0), ("_LEAST_BYTES", 0), ("_CHUNK_BYTES", {}), ("_ELSEWHERE", 1), ("_FEWEST", 3)):
+        monkeypatch.setattr(logits, setting, value)
+    with untouched(model):
+        chunked = sk.Objective(model, data)
+        assert chunked.chunking.used
+        assert chunked.chunking.allowed
+        assert (chunked.counted, chunked.reduction) == (whole.counted, whole.reduction)
+        assert chunked.value() == pytest.approx(whole.value(), rel=1e-6)  # theirs is computed in float32
+        assert relative_error(chunked.gradient()[1], whole.gradient()[1]) < 1e-6
+        v = torch.randn(whole.num_parameters, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        assert relative_error(sk.HessianOperator(chunked) @ v, sk.HessianOperator(whole) @ v) < 1e-6
 
 
 @pytest.mark.parametrize("settings", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["non-reentrant", "reentrant"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from sharpkit.objective.counting import CountRule, LossWatch, samples_in
 from sharpkit.objective.distributed import Ranks, find_ranks
 from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
+from sharpkit.objective.logits import Chunked, Chunking
 from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, own_loss, recognise_loss
 from sharpkit.objective.memory import is_out_of_memory
 from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
@@ -125,7 +127,7 @@ class Objective:
         own = {"reduction": reduction, "micro_batch_size": micro_batch_size, "check": check}
         settings = {"closure": closure, "count": count, "mode": mode, "autocast": autocast, "seed": seed}
         self.ranks.run_together(lambda: check_settings(loss=loss, **settings, **own), device=_device_of(model))
-        self.ranks.run_together(lambda: self._prepare(model, data, params), device=_device_of(model))
+        self.ranks.run_together(lambda: self._prepare(model, data, params, check), device=_device_of(model))
         evaluator = self._evaluator(check)
         look = self.ranks.run_together(lambda: self._look(evaluator, reduction), device=self.device)
         self._survey: Survey = conclude(look, self.ranks, evaluator=evaluator, reduction=reduction, device=self.device)
@@ -138,11 +140,12 @@ class Objective:
             self.micro_batch_size = int(micro_batch_size)
         self.joining.allowed = micro_batch_size == "auto" and self.may_split
 
-    def _prepare(self, model: nn.Module, data: Any, params: ParamSelector) -> None:
+    def _prepare(self, model: nn.Module, data: Any, params: ParamSelector, check: bool) -> None:
         check_model(model)
         self.model = unwrap(model)
         self.in_eval = modules_in_eval(self.model) if self.mode == "train" else frozenset()  # captured now: the function must stay the same
         self.layout = select_params(self.model, params)
+        self.chunking = Chunking.of(self.model, check=check)
         self._data_device = _device_of(self.model)
         self._source = BatchSource(data, pair=self.loss is not None)
 
@@ -161,7 +164,10 @@ class Objective:
             with self.undisturbed():
                 self.seed_for(number)
                 before = random_fingerprint(self._data_device)
-                loss, losses = self._watched(to_device(batch, self._data_device), number)
+                moved = to_device(batch, self._data_device)
+                loss, losses = self._watched(moved, number)
+                if not self._may_chunk(moved, number):
+                    loss, losses = self._watched(moved, number)
                 draws = before != random_fingerprint(self._data_device)
                 return Watched(loss.detach(), draws, tuple(losses.seen), losses.behind(loss))
 
@@ -198,6 +204,7 @@ class Objective:
         refuse_unrelated(loss, self.layout.params)
         if known.takes_gradients:
             known.mend_inner_gradients(loss)
+            self.chunking.allowed = False  # a derivative of such a loss is one more than cross-entropies in chunks have
         known.rounding = known.rounding or coarsest_rounding(loss)  # of the first batch: the others are computed alike
         return loss, losses
 
@@ -365,6 +372,7 @@ class Objective:
             check=False,
         )
         twin.in_eval = self.in_eval
+        twin.chunking = replace(self.chunking)
         twin.second_order.replaced, twin.second_order.takes_gradients = self.second_order.replaced, self.second_order.takes_gradients
         return twin
 
@@ -464,7 +472,8 @@ class Objective:
             ObjectiveError: not one real number, or without a gradient.
             NonFiniteError: NaN or infinite.
         """
-        return self._evaluate(piece.batch, piece.key[0])
+        loss = self._evaluate(piece.batch, piece.key[0])
+        return loss if self._may_chunk(piece.batch, piece.key[0]) else self._evaluate(piece.batch, piece.key[0])
 
     def twice_differentiable(self, compute: Callable[[], Tensor], *, once: bool = False) -> Tensor:
         """A loss or an output whose graph is to be differentiated twice. To be called under :meth:`undisturbed`.
@@ -485,6 +494,22 @@ class Objective:
         return result
 
     def _evaluate(self, batch: Batch, number: int) -> Tensor:
+        if not self.chunking.allowed:
+            return self._evaluate_whole(batch, number)
+        mode = Chunked()
+        try:
+            with Whole(mode):
+                loss = self._evaluate_whole(batch, number)
+            self.chunking.used = self.chunking.used or mode.losses > 0
+            return loss
+        except Exception as error:
+            if is_out_of_memory(error) or not mode.heads:
+                raise
+        loss = self._evaluate_whole(batch, number)  # if it was not that logits were not computed, the error comes again
+        self.chunking.allowed = False
+        return loss
+
+    def _evaluate_whole(self, batch: Batch, number: int) -> Tensor:
         self.seed_for(number)
         if self._closure is None:
             return check_loss(self.output_loss(self.predict(batch), batch[1]), number)
@@ -494,6 +519,36 @@ class Objective:
         if isinstance(loss, Tensor) and loss.requires_grad:
             refuse_own_backward(loss, self.layout.params)
         return check_loss(loss, number)
+
+    def _may_chunk(self, batch: Batch, number: int) -> bool:
+        """Whether a loss just computed in chunks may be used: the first is compared, by value and gradient, with that from whole logits."""
+        if not self.chunking.used or self.chunking.compared:
+            return True
+        self.chunking.compared = True
+        gap = math.inf
+        # a sample's logits are small enough to be held; it may be masked, or the model need more than one
+        for part in (slice_batch(batch, 0, 1, length=samples_in(batch, self.loss is not None)), batch):
+            try:
+                gap = self._gap_of_chunks(part, number)
+                break
+            except Exception as error:
+                logger.info("a loss in chunks of tokens could not be compared: %s", error)
+        self.chunking.allowed = gap <= math.sqrt(self.rounding)  # by judgement: far above what another order of sums changes
+        if not self.chunking.allowed:
+            logger.warning("logits are held whole: in chunks of tokens, the loss or its gradient differs by %.2g", gap)
+        return self.chunking.allowed
+
+    def _gap_of_chunks(self, batch: Batch, number: int) -> float:
+        """Relative distance of a batch's loss and gradient in chunks from those of whole logits, the larger of the two."""
+        measured = []
+        for context in (Whole(Chunked(least_bytes=0)), nullcontext()):
+            with torch.enable_grad():
+                with context:
+                    loss = self._evaluate_whole(batch, number)
+                slope = self.layout.flatten(torch.autograd.grad(loss, self.layout.params, allow_unused=True))
+            measured.append((loss.detach(), slope))
+        (value, slope), (expected, slope_expected) = measured
+        return max(float((value - expected).abs() / expected.abs()), float((slope - slope_expected).norm() / slope_expected.norm()))
 
     def seed_for(self, number: int) -> None:
         """Fix the randomness inside the model for a batch of this number. To be called under :meth:`undisturbed`."""

@@ -111,7 +111,7 @@ def _examine(outputs: Iterable[Tensor], *, once: bool) -> tuple[set[str], set[st
             raise UnsupportedError(REENTRANT)
         if not once and _marked_once(function):
             raise UnsupportedError(f"{ONCE} ({function.__name__})")
-        if not function.__module__.startswith("torch."):
+        if not function.__module__.startswith(("torch.", "sharpkit.")):
             doubts.add(f"the custom function {function.__name__}")
     return faulty, doubts
 
@@ -123,9 +123,9 @@ def coarsest_rounding(loss: Tensor) -> float:
 
 
 def custom_functions(outputs: Iterable[Tensor]) -> set[str]:
-    """Names of the custom autograd functions, but for torch's own, in the graph behind tensors."""
+    """Names of the custom autograd functions, but for those of torch and of this package, in the graph behind tensors."""
     functions = (getattr(node, "_forward_cls", None) for node in graph_nodes(outputs))
-    return {f.__name__ for f in functions if f is not None and not f.__module__.startswith("torch.")}
+    return {f.__name__ for f in functions if f is not None and not f.__module__.startswith(("torch.", "sharpkit."))}
 
 
 def _marked_once(function: Any) -> bool:

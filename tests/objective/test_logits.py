@@ -1,0 +1,264 @@
+"""Cross-entropies over large vocabularies, in chunks of tokens: their values and derivatives are those from whole logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contracts.operator_contract import check_operator
+from problems import built, dense_hessian, flat, labels, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sharpkit as sk
+from sharpkit.objective import logits
+from sharpkit.objective.logits import Chunked
+
+WIDTH, CLASSES = 4, 11
+
+
+@pytest.fixture(autouse=True)
+def _small_logits_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(logits, "_CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(logits, "_FEWEST", 4)
+    monkeypatch.setattr(logits, "_LEAST_CLASSES", 0)
+
+
+class Tagger(nn.Module):
+    """Tokens to logits, (B, T, V), by an embedding, a hidden layer and a head; or one tied to the embedding."""
+
+    def __init__(self, *, tied: bool = False, bias: bool = True, cap: float | None = None, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(classes, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, classes, bias=bias)
+        self.cap = cap
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z = self.head(self.hidden(self.embedding(tokens)).tanh())
+        return z if self.cap is None else torch.tanh(z / self.cap) * self.cap
+
+
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "bias": Tagger,
+    "tied": lambda: Tagger(tied=True, bias=False),
+    "soft cap": lambda: Tagger(cap=0.3),
+}
+
+
+def tokens() -> Tensor:
+    return labels(3, 7, classes=CLASSES)
+
+
+def marks() -> Tensor:
+    given = labels(3, 7, classes=CLASSES, seed=1)
+    given[1, 3:] = -100
+    return given
+
+
+def rows(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+CLASS_WEIGHTS = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)
+LOSSES: dict[str, Loss] = {
+    "rows": rows,
+    "shifted by one, summed": lambda z, y: F.cross_entropy(
+        z[:, :-1].contiguous().view(-1, z.size(-1)), y[..., 1:].reshape(-1), reduction="sum"
+    ),
+    "transposed": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
+    "permuted": lambda z, y: F.cross_entropy(z.permute(0, 2, 1), y, label_smoothing=0.1),
+    "moved": lambda z, y: F.cross_entropy(z.movedim(-1, 1), y, weight=CLASS_WEIGHTS),
+    "another ignored label": lambda z, y: F.cross_entropy(z.mT, y.where(y != -100, 3), ignore_index=3),
+    "scaled": lambda z, y: rows(3 * z / 2.0, y),
+    "picked": lambda z, y: F.cross_entropy(z[y != -100], y[y != -100]),
+    "cut classes": lambda z, y: rows(z[..., : CLASSES - 1], y % (CLASSES - 1)),
+    "one by one, squared": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").square().sum(),
+    "as a module": lambda z, y: nn.CrossEntropyLoss()(z.mT, y),
+    "looked at besides": lambda z, y: rows(z, y) + z.logsumexp(-1).square().mean() + 0 * z.detach().argmax(-1).sum(),
+}
+WHOLE: dict[str, Loss] = {  # that need the logits themselves
+    "log_softmax": lambda z, y: F.nll_loss(z.log_softmax(-1).flatten(0, 1), y.flatten()),
+    "class probabilities": lambda z, y: F.cross_entropy(z.flatten(0, 1), z.detach().softmax(-1).flatten(0, 1)),
+    "an addend": lambda z, y: rows(z + CLASS_WEIGHTS, y),
+    "one class": lambda z, y: z[..., 2].square().sum(),
+}
+
+
+def derivatives(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient, and the dense Hessian."""
+    params = list(model.parameters())
+
+    def value() -> Tensor:
+        return loss(model(tokens()), marks())
+
+    gradient = torch.autograd.grad(value(), params, allow_unused=True)
+    return value().detach(), flat(gradient, params), dense_hessian(value, params)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", [*LOSSES, *WHOLE])
+def test_value_gradient_and_hessian_are_those_of_whole_logits(name: str, head: str) -> None:
+    model, loss = built(HEADS[head]), {**LOSSES, **WHOLE}[name]
+    mode = Chunked()
+
+    def in_chunks(z: Tensor, y: Tensor) -> Tensor:
+        with mode:
+            return loss(model(tokens()), y)
+
+    for ours, expected in zip(derivatives(model, in_chunks), derivatives(model, loss), strict=True):
+        assert relative_error(ours, expected) < 1e-12
+    assert (mode.losses > 0) == (name in LOSSES)
+
+
+def test_what_is_looked_at_without_gradients_has_them_later() -> None:
+    model = built(Tagger)
+    with Chunked():
+        z = model(tokens())
+        with torch.no_grad():
+            z.argmax(-1)
+        assert z.sum().requires_grad
+
+
+def test_writing_into_logits_is_refused_since_views_of_them_must_see_it() -> None:
+    model = built(Tagger)
+
+    def masked(z: Tensor, y: Tensor) -> Tensor:
+        rows_of_it = z.flatten(0, 1)
+        z[..., 0] = -5.0
+        return F.cross_entropy(rows_of_it, y.flatten())
+
+    with Chunked(), pytest.raises(RuntimeError, match="writes to logits"):
+        masked(model(tokens()), marks())
+    objective = sk.Objective(model, (tokens(), marks()), loss=masked)
+    assert not objective.chunking.allowed
+    assert objective.value() == pytest.approx(float(masked(model(tokens()), marks()).detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_an_objective_uses_chunks_by_itself_and_its_hessian_is_the_dense_one(head: str) -> None:
+    model = built(HEADS[head])
+    x, y = tokens(), marks()
+    objective = sk.Objective(model, [(x[:2], y[:2]), (x[2:], y[2:])], loss=LOSSES["transposed"])
+    assert objective.chunking.used
+    assert objective.chunking.allowed
+    assert not objective.second_order.doubts
+    expected = dense_hessian(lambda: LOSSES["transposed"](model(x), y), list(model.parameters()))
+    check_operator(sk.HessianOperator(objective), expected, model=model)
+
+
+def test_frozen_heads_and_frozen_bodies_have_the_blocks_of_the_hessian() -> None:
+    model = built(Tagger)
+    objective = sk.Objective(model, (tokens(), marks()), loss=rows)
+    H = sk.HessianOperator(objective)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    body = sum(n for name, n in sizes.items() if not name.startswith("head"))
+    dense = H.to_dense()
+    assert relative_error(H.block("head*").to_dense(), dense[body:, body:]) < 1e-12
+    assert relative_error(H.block(["embedding*", "hidden*"]).to_dense(), dense[:body, :body]) < 1e-12
+    assert relative_error(H.block("head.bias").to_dense(), dense[-CLASSES:, -CLASSES:]) < 1e-12
+
+
+def test_no_tensor_of_the_size_of_the_logits_is_made() -> None:
+    classes = 300
+    model, x, y = built(lambda: Tagger(classes=classes)), labels(4, 16, classes=classes), labels(4, 16, classes=classes, seed=1)
+
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.entries = max(self.entries, result.numel())
+            return result
+
+    H = sk.HessianOperator(sk.Objective(model, (x, y), loss=LOSSES["transposed"]))
+    v = torch.ones(H.size, dtype=torch.float64)
+    with Largest() as seen:
+        H.objective.value(), H.objective.gradient(), H @ v
+    assert seen.entries < 64 * classes
+
+
+def test_a_loss_in_chunks_that_is_not_the_loss_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits, "_score", lambda p, labels, smoothing: p)
+    model = built(Tagger)
+    objective = sk.Objective(model, (tokens(), marks()), loss=rows)
+    assert not objective.chunking.allowed
+    expected = flat(torch.autograd.grad(rows(model(tokens()), marks()), list(model.parameters())), list(model.parameters()))
+    assert relative_error(objective.gradient()[1], expected) < 1e-12
+
+
+def test_a_loss_that_takes_a_gradient_inside_has_whole_logits() -> None:
+    model = built(lambda: Tagger(cap=1.0))
+
+    def penalised(z: Tensor, y: Tensor) -> Tensor:
+        loss = rows(z, y)
+        (slope,) = torch.autograd.grad(loss, [model.head.weight], create_graph=True)
+        return loss + slope.square().sum()
+
+    objective = sk.Objective(model, (tokens(), marks()), loss=penalised)
+    assert not objective.chunking.allowed
+    expected = dense_hessian(lambda: penalised(model(tokens()), marks()), list(model.parameters()))
+    assert relative_error(sk.HessianOperator(objective).to_dense(), expected) < 1e-9
+
+
+def test_logits_under_vmap_and_jvp_are_whole() -> None:
+    model = built(Tagger)
+    params = dict(model.named_parameters())
+
+    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return rows(torch.func.functional_call(model, values, (x[None],)), y[None])
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    y = labels(3, 7, classes=CLASSES, seed=1)
+    expected = per_sample(params, tokens(), y)
+    with Chunked() as mode:
+        found = per_sample(params, tokens(), y)
+    assert mode.losses == 0
+    assert all(torch.equal(found[name], expected[name]) for name in params)
+
+
+def test_half_precision_is_added_up_in_float32() -> None:
+    model = built(Tagger, dtype=torch.float32)
+    data = (tokens(), marks())
+    exact = sk.Objective(model, data, loss=rows)
+    half = sk.Objective(model, data, loss=rows, autocast=torch.bfloat16)
+    assert half.chunking.used
+    assert half.chunking.allowed
+    assert relative_error(half.gradient()[1], exact.gradient()[1]) < 0.02
+    v = torch.ones(exact.num_parameters)
+    assert relative_error(sk.HessianOperator(half) @ v, sk.HessianOperator(exact) @ v) < 0.05
+
+
+def test_labels_out_of_range_are_refused_as_ever() -> None:
+    with pytest.raises(sk.ObjectiveError, match="out of bounds"):
+        sk.Objective(built(Tagger), (tokens(), marks() + 8), loss=rows)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this PyTorch has no linear_cross_entropy")
+def test_pytorchs_own_head_and_loss_in_one_is_differentiated_twice() -> None:
+    model, x, y = built(Tagger), tokens(), labels(3, 7, classes=CLASSES, seed=1)
+
+    def closure(model: nn.Module, batch: Any) -> Tensor:
+        hidden = model.hidden(model.embedding(batch[0])).tanh()
+        options = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(
+            hidden.flatten(0, 1), model.head.weight, batch[1].flatten(), linear_bias=model.head.bias, options=options
+        )
+
+    objective = sk.Objective(model, (x, y), closure=closure)
+    assert objective.chunking.used
+    expected = dense_hessian(lambda: rows(model(x), y), list(model.parameters()))
+    assert relative_error(sk.HessianOperator(objective).to_dense(), expected) < 1e-9
+
+
+def test_small_logits_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    objective = sk.Objective(built(Tagger), (tokens(), marks()), loss=rows)
+    assert not objective.chunking.allowed

@@ -9,12 +9,12 @@ import pytest
 import torch
 from contracts.operator_contract import check_operator
 from problems import Problem, built, dense_gauss_newton, dense_hessian, labels, relative_error
+from problems_logits import cut_small_logits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from traces import untouched
 
 import sharpkit as sk
-from sharpkit.objective import logits
 
 transformers = pytest.importorskip("transformers")
 
@@ -143,8 +143,7 @@ def test_their_loss_in_chunks_of_tokens_is_their_loss(name: str, items: int | No
         data = [{**batch, "num_items_in_batch": torch.tensor(items)} for batch in data]
     whole = sk.Objective(model, data)
     assert not whole.chunking.allowed, "so small a vocabulary gains nothing"
-    for setting, value in (("_LEAST_CLASSES", 0), ("_LEAST_BYTES", 0), ("_CHUNK_BYTES", {}), ("_ELSEWHERE", 1), ("_FEWEST", 3)):
-        monkeypatch.setattr(logits, setting, value)
+    cut_small_logits(monkeypatch, tokens=3)
     with untouched(model):
         chunked = sk.Objective(model, data)
         assert chunked.chunking.used

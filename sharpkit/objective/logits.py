@@ -18,14 +18,14 @@ from sharpkit.objective.batches import map_tensors
 # From 16 MiB of logits on, chunks of 16 MiB cost no time on a CPU, at 250 MiB they save half of it; smaller ones are slower
 # (experiments/large_vocabulary.py).
 _LEAST_BYTES = 2**25  # of logits, from which on they are not held whole
-_CHUNK_BYTES = {"cpu": 2**24}  # of the logits of one chunk of tokens, as measured there
+_CHUNK_BYTES = {"cpu": 2**24}  # of the logits of one chunk of tokens, by that experiment
 _LEAST_CLASSES = 1024  # of a head that is looked out for, by judgement: with fewer, large logits belong to batches that are cut anyway
 _ELSEWHERE = 2**28  # on other devices, by judgement: 512 tokens of 128k classes, enough rows for a matrix product to run at full speed
 _FEWEST = 16  # tokens in a chunk, by judgement: fewer make the product with the head one of a matrix with single vectors
 
 # What is done to logits between the head and the loss, entry by entry: multiplied by a number, cast to a type, or tanh.
 Step = float | torch.dtype | str
-_TANH = "tanh"
+TANH = "tanh"
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,29 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(hidden), rows))
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """A cross-entropy that was computed in chunks, before it was reduced.
+
+    Attributes:
+        losses: of the tokens that count, (T,).
+        hidden: their hidden states, (T, d).
+        labels: their labels, (T,).
+        ignored: the label of tokens that do not count.
+        steps: what was done to the logits.
+        classes: V.
+        plain: whether it has neither class weights nor smoothed labels.
+    """
+
+    losses: Tensor
+    hidden: Tensor
+    labels: Tensor
+    ignored: int
+    steps: tuple[Step, ...]
+    classes: int
+    plain: bool
+
+
 @dataclass
 class Chunking:
     """Whether an objective's cross-entropies over large vocabularies are computed in chunks; shared by it and those made from it.
@@ -268,6 +291,44 @@ class LazyLogits(Tensor):
         with torch.set_grad_enabled(self.made_with_gradients and torch.is_grad_enabled()):
             return LazyLogits(**{**same, **changed})
 
+    def cut(self, curvature: str, cut: Callable[[Tensor], bool]) -> tuple[LazyLogits, list[Tensor], list[Tensor]]:
+        """The same logits of leaves in place of hidden states, weight and bias.
+
+        Args:
+            curvature: that second derivatives have from then on, as in :class:`_Way`.
+            cut: which of the three to replace; the others are held fixed.
+
+        Returns:
+            the logits, what was replaced, and the leaves in its place.
+        """
+        whole: list[Tensor] = []
+        leaves: list[Tensor] = []
+
+        def replaced(t: Tensor) -> Tensor:
+            leaf = t.detach()
+            if cut(t):
+                whole.append(t)
+                leaves.append(leaf.requires_grad_())
+            return leaf
+
+        hidden, weight = replaced(self.hidden), replaced(self.weight)
+        bias = None if self.bias is None else replaced(self.bias)
+        return self.like(hidden=hidden, weight=weight, bias=bias, way=replace(self.way, curvature=curvature)), whole, leaves
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """A label of each token drawn from the model.
+
+        Args:
+            noise: float64, uniform in [0, 1), one for each token, in the tokens' shape.
+        """
+        hidden, uniform, drawn = self.hidden.reshape(-1, self.hidden.shape[-1]), noise.reshape(-1, 1), []
+        with torch.no_grad():
+            for part in _chunks(hidden, self.weight):
+                # float64, as in the draws from whole logits: they must not depend on the device
+                p = self.way.logits(F.linear(hidden[part], self.weight, self.bias))[0].double().softmax(1)
+                drawn.append((p.cumsum_(1) < uniform[part]).sum(1).clamp_max(len(self.weight) - 1))
+        return torch.cat(drawn).view(noise.shape)
+
     def take(self, index: Any) -> Any:
         """What an index picks among the tokens, or a range of classes."""
         given = list(index) if isinstance(index, tuple) else [index]
@@ -352,7 +413,10 @@ class LazyLogits(Tensor):
         if len(own) and (int(own.min()) < 0 or int(own.max()) >= len(self.weight)):
             return NotImplemented  # PyTorch says it
         self.watch.losses += 1
-        losses: Tensor = _TokenLosses.apply(self.hidden[kept], self.weight, self.bias, own, way)  # type: ignore[no-untyped-call]
+        hidden = self.hidden[kept]
+        losses: Tensor = _TokenLosses.apply(hidden, self.weight, self.bias, own, way)  # type: ignore[no-untyped-call]
+        plain = weight is None and not label_smoothing
+        self.watch.last = TokenLosses(losses, hidden, own, ignore_index, self.way.steps, len(self.weight), plain)
         losses = losses if torch.is_autocast_enabled(self.device.type) else losses.to(self.dtype)
         if weight is not None:
             losses = losses * weight[own]
@@ -390,7 +454,7 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
     Tensor.float: lambda lazy: lazy.stepped(torch.float32),
     Tensor.double: lambda lazy: lazy.stepped(torch.float64),
     Tensor.to: LazyLogits.cast,
-    **dict.fromkeys((Tensor.tanh, torch.tanh, F.tanh), lambda lazy: lazy.stepped(_TANH)),
+    **dict.fromkeys((Tensor.tanh, torch.tanh, F.tanh), lambda lazy: lazy.stepped(TANH)),
     **dict.fromkeys((Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__), LazyLogits.scaled),
     **dict.fromkeys((Tensor.div, torch.div, Tensor.__truediv__, torch.true_divide), lambda lazy, c: lazy.scaled(c, inverse=True)),
 }
@@ -408,6 +472,7 @@ class Chunked(TorchFunctionMode):
     Attributes:
         heads: outputs that were not computed at once.
         losses: cross-entropies that were computed in chunks.
+        last: the last of them.
 
     Raises:
         RuntimeError: a derivative of such a loss is taken inside, which would be one too many.
@@ -416,6 +481,7 @@ class Chunked(TorchFunctionMode):
     def __init__(self, *, least_bytes: float | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.heads = self.losses = 0
+        self.last: TokenLosses | None = None
         self._least_bytes = _LEAST_BYTES if least_bytes is None else least_bytes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sharpkit._arguments import as_seed, choice, whole
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.counting import samples_in
+from sharpkit.objective.logits import LazyLogits
 from sharpkit.objective.loss import KnownLoss, recognise_loss
 from sharpkit.objective.memory import GraphCost
 from sharpkit.objective.objective import Objective
@@ -20,6 +21,7 @@ from sharpkit.objective.reduction import Piece
 from sharpkit.operators.blocks import PieceProduct, Pieces
 from sharpkit.operators.curvature import CurvatureOperator, all_equal
 from sharpkit.operators.gauss_newton import OutputJacobian, output_gradient
+from sharpkit.operators.head import product_in_chunks
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import look_into_doubts
 
@@ -66,9 +68,13 @@ class FisherOperator(CurvatureOperator):
         return {**super()._settings(), "num_draws": self.num_draws, "likelihood": self.likelihood, "seed": self.seed}
 
     def _build(self, piece: Piece) -> PieceProduct:
-        jacobian = OutputJacobian(self.objective, piece, self.layout.params)
         index, first = piece.key
         seed = hash((self.seed, self.objective.ranks.rank, index)) % 2**63  # other labels for each batch, the same for its pieces
+        if self.likelihood == "categorical":
+            product = product_in_chunks(self.objective, piece, "fisher", lambda output: self._labels(output, piece, seed=seed))
+            if product is not None:
+                return product
+        jacobian = OutputJacobian(self.objective, piece, self.layout.params)
         error: ObjectiveError | None = None
         for class_dim in self._class_dims(jacobian):  # the first under which the loss is the likelihood's
             draws = _Draws(
@@ -96,6 +102,13 @@ class FisherOperator(CurvatureOperator):
         if self._known is not None or not isinstance(target, Tensor) or target.is_floating_point():
             return [1 - len(shape)]
         return [d for d in dict.fromkeys((1 - len(shape), -1)) if target.shape == shape[:d] + (shape[d + 1 :] if d != -1 else ())]
+
+    def _labels(self, output: LazyLogits, piece: Piece, *, seed: int) -> list[Tensor]:
+        """For logits that are not held whole, the labels that :class:`_Draws` would draw."""
+        generator, (index, first) = torch.Generator().manual_seed(seed), piece.key
+        shape, whole = output.hidden.shape[:-1], self.objective.batch_lengths[index]
+        noises = [_noise(shape, generator, whole=whole, first=first, like=output.hidden) for _ in range(self.num_draws)]
+        return [_masked(output.draw(noise), piece.batch[1], self._known) for noise in noises]
 
     def _scores(self, jacobian: OutputJacobian, draws: _Draws, *, number: int, seed: int) -> tuple[Tensor, Tensor]:
         """For labels drawn from the model, d(-log p)/dz, and the loss's own gradient: the same times each target's share of the mean.
@@ -153,7 +166,7 @@ class _Draws:
         self, likelihood: str, jacobian: OutputJacobian, known: KnownLoss | None, *, whole: int, first: int, class_dim: int
     ) -> None:
         self._likelihood, self._output, self._target = likelihood, jacobian.output, jacobian.target
-        self._ignored = known.ignore_index if known is not None else -100  # PyTorch's default, which a user's own loss calls
+        self._known = known
         self._whole, self._first, self._class_dim = whole, first, class_dim
 
     def sum_units(self, entries: Tensor) -> Tensor:
@@ -173,16 +186,27 @@ class _Draws:
         p = z.double().softmax(dim=self._class_dim).movedim(self._class_dim, -1)  # float64: the draws must not depend on the device
         drawn = (p.cumsum(-1) < self._noise(p.shape[:-1], generator).unsqueeze(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
         residual = (p - F.one_hot(drawn, p.shape[-1])).movedim(-1, self._class_dim)
-        if isinstance(self._target, Tensor) and not self._target.is_floating_point() and self._target.shape == drawn.shape:
-            drawn = torch.where(self._target == self._ignored, self._target, drawn)  # masked targets stay masked
-        return drawn, residual.to(z.dtype)
+        return _masked(drawn, self._target, self._known), residual.to(z.dtype)
 
     def _noise(self, shape: torch.Size, generator: torch.Generator, *, normal: bool = False) -> Tensor:
-        samples = shape[0] if shape else 1
-        whole = max(self._whole, self._first + samples)  # drawn for the whole batch, so that a piece gets the same ones
-        draw = torch.randn if normal else torch.rand
-        noise = draw((whole, *shape[1:]), generator=generator, dtype=torch.float64)[self._first : self._first + samples]
-        return noise.reshape(shape).to(device=self._output.device, dtype=self._output.dtype if normal else torch.float64)
+        return _noise(shape, generator, whole=self._whole, first=self._first, like=self._output, normal=normal)
+
+
+def _noise(shape: torch.Size, generator: torch.Generator, *, whole: int, first: int, like: Tensor, normal: bool = False) -> Tensor:
+    """Uniform or normal numbers for the samples of a piece, which starts at sample ``first`` of a batch of ``whole``."""
+    samples = shape[0] if shape else 1
+    whole = max(whole, first + samples)  # drawn for the whole batch, so that a piece gets the same ones
+    draw = torch.randn if normal else torch.rand
+    noise = draw((whole, *shape[1:]), generator=generator, dtype=torch.float64)[first : first + samples]
+    return noise.reshape(shape).to(device=like.device, dtype=like.dtype if normal else torch.float64)
+
+
+def _masked(drawn: Tensor, target: Any, known: KnownLoss | None) -> Tensor:
+    """Drawn labels, but for masked targets, which stay masked."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != drawn.shape:
+        return drawn
+    ignored = known.ignore_index if known is not None else -100  # PyTorch's default, which a user's own loss calls
+    return torch.where(target == ignored, target, drawn)
 
 
 def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:

@@ -16,6 +16,7 @@ from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import custom_functions
 from sharpkit.operators.blocks import PieceProduct, Pieces, derivative
 from sharpkit.operators.curvature import CurvatureOperator
+from sharpkit.operators.head import product_in_chunks
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import look_into_doubts
 
@@ -177,6 +178,8 @@ class GaussNewtonOperator(CurvatureOperator):
     """
 
     def _build(self, piece: Piece) -> PieceProduct:
+        if (product := product_in_chunks(self.objective, piece, "gauss_newton")) is not None:
+            return product
         jacobian = OutputJacobian(self.objective, piece, self.layout.params)
         slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0], create_graph=True)
         _check_loss_curvature(self.objective, slope, leaf, jacobian.target, number=piece.key[0])

@@ -1,0 +1,119 @@
+"""Gauss-Newton and Fisher matrices of large vocabularies, from some tokens' logits at a time: those from whole logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contracts.operator_contract import check_operator
+from problems import Problem, built, dense_gauss_newton, labels, relative_error
+from problems_logits import CLASSES, HEADS, LOSSES, WHOLE, Tagger, cut_small_logits, marks, rows, tokens
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sharpkit as sk
+from sharpkit.operators import fisher, gauss_newton, head
+
+
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each product built was one in chunks; small logits are, here."""
+    cut_small_logits(monkeypatch)
+    built_so: list[bool] = []
+
+    def noted(*args: Any) -> Any:
+        product = head.product_in_chunks(*args)
+        built_so.append(product is not None)
+        return product
+
+    for module in (gauss_newton, fisher):
+        monkeypatch.setattr(module, "product_in_chunks", noted)
+    return built_so
+
+
+def one_batch(loss: Callable[[Tensor, Tensor], Tensor], model: Any) -> sk.Objective:
+    return sk.Objective(model, (tokens(), marks()), loss=loss)
+
+
+BENT = {"capped in the loss": lambda z, y: rows(z.tanh(), y)}  # curvature of the loss, and not of the model
+CASES = {name: loss for name, loss in {**LOSSES, **WHOLE, **BENT}.items() if name != "class probabilities"}  # whose target moves
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", CASES)
+def test_gauss_newton_is_the_dense_one_whatever_lies_between_head_and_loss(name: str, kind: str, in_chunks: list[bool]) -> None:
+    model, loss = built(HEADS[kind]), CASES[name]
+    G = sk.GaussNewtonOperator(one_batch(loss, model))
+    expected = dense_gauss_newton(Problem(name, model, [(tokens(), marks())], loss, loss, lambda t: 1.0))
+    check_operator(G, expected, model=model)
+    assert in_chunks[0] == (name in LOSSES and name != "looked at besides")
+
+
+def fisher_of(objective: sk.Objective) -> Tensor:
+    return sk.FisherOperator(objective, num_draws=2, likelihood="categorical", seed=3).to_dense()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", ["rows", "transposed", "picked", "as a module"])
+def test_the_fisher_matrix_draws_the_same_labels_as_from_whole_logits(name: str, kind: str, in_chunks: list[bool]) -> None:
+    model = built(HEADS[kind])
+    chunked, whole = one_batch(LOSSES[name], model), one_batch(LOSSES[name], model)
+    whole.chunking.allowed = False
+    assert relative_error(fisher_of(chunked), fisher_of(whole)) < 1e-12
+    assert in_chunks[0]
+    chunked.micro_batch_size = 2
+    assert relative_error(fisher_of(chunked), fisher_of(whole)) < 1e-12, "a piece draws the labels of the whole"
+
+
+@pytest.mark.parametrize(
+    "name", ["shifted by one, summed", "permuted", "moved", "another ignored label", "scaled", "cut classes", "one by one, squared"]
+)
+def test_what_is_no_likelihood_of_the_output_is_refused(name: str, in_chunks: list[bool]) -> None:
+    with pytest.raises(sk.ObjectiveError, match="not the negative log-likelihood"):
+        fisher_of(one_batch(LOSSES[name], built(Tagger)))
+    assert not in_chunks[0]
+
+
+def test_its_mean_over_draws_is_the_gauss_newton_matrix(in_chunks: list[bool]) -> None:
+    objective = one_batch(rows, built(Tagger))
+    G = sk.GaussNewtonOperator(objective).to_dense()
+    draws = torch.stack([sk.FisherOperator(objective, likelihood="categorical", seed=seed).to_dense() for seed in range(200)])
+    error = draws.std(0) / len(draws) ** 0.5
+    assert bool(((draws.mean(0) - G).abs() < 5 * error + 1e-12).all())
+    assert all(in_chunks)
+
+
+@pytest.mark.parametrize("make", [sk.GaussNewtonOperator, sk.FisherOperator])
+def test_no_tensor_of_the_size_of_the_logits_is_made(make: Callable[..., sk.SymmetricOperator], in_chunks: list[bool]) -> None:
+    classes = 300
+    x, y = labels(4, 16, classes=classes), labels(4, 16, classes=classes, seed=1)
+
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.entries = max(self.entries, result.numel())
+            return result
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.mT, y)
+
+    settings = {"likelihood": "categorical"} if make is sk.FisherOperator else {}
+    operator = make(sk.Objective(built(lambda: Tagger(classes=classes)), (x, y), loss=loss), **settings)
+    with Largest() as seen:
+        operator @ torch.ones(operator.size, dtype=torch.float64)
+    assert seen.entries < 64 * classes
+
+
+def test_blocks_of_parameters_are_blocks_of_the_matrix(in_chunks: list[bool]) -> None:
+    G = sk.GaussNewtonOperator(one_batch(rows, built(Tagger)))
+    dense = G.to_dense()
+    head_and_bias = 4 * CLASSES + CLASSES
+    assert relative_error(G.block("head*").to_dense(), dense[-head_and_bias:, -head_and_bias:]) < 1e-12
+    assert relative_error(G.block("hidden*").to_dense(), dense[4 * CLASSES : -head_and_bias, 4 * CLASSES : -head_and_bias]) < 1e-12
+    assert all(in_chunks)

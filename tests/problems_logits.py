@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sharpkit.objective import logits
 
-WIDTH, CLASSES = 4, 11
+WIDTH, CLASSES = 3, 7
 
 
 def cut_small_logits(monkeypatch: pytest.MonkeyPatch, tokens: int = 4) -> None:
@@ -45,11 +45,11 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 
 
 def tokens() -> Tensor:
-    return labels(3, 7, classes=CLASSES)
+    return labels(2, 5, classes=CLASSES)
 
 
 def marks() -> Tensor:
-    given = labels(3, 7, classes=CLASSES, seed=1)
+    given = labels(2, 5, classes=CLASSES, seed=1)
     given[1, 3:] = -100
     return given
 

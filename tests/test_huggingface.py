@@ -155,6 +155,52 @@ def test_their_loss_in_chunks_of_tokens_is_their_loss(name: str, items: int | No
         assert relative_error(sk.HessianOperator(chunked) @ v, sk.HessianOperator(whole) @ v) < 1e-6
 
 
+def next_tokens(z: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), t[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", ["gpt2, tied", "gemma2, soft cap", "phi, bias"])
+def test_gauss_newton_of_their_own_loss_is_that_of_their_logits(name: str) -> None:
+    model = built(HEADS[name])
+    apart = [({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"]}, b["labels"]) for b in batches()]
+    expected = sk.GaussNewtonOperator(sk.Objective(model, apart, loss=next_tokens)).to_dense()
+    with untouched(model):
+        found = sk.GaussNewtonOperator(sk.Objective(model, batches())).to_dense()
+    assert relative_error(found, expected) < 1e-5  # theirs is computed in float32
+    assert relative_error(found, found.T) < 1e-6
+
+
+def test_the_fisher_matrix_of_their_own_loss_has_the_gauss_newton_matrix_as_its_mean() -> None:
+    model = gpt2()
+    objective = sk.Objective(model, batches())
+    v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = sk.GaussNewtonOperator(objective) @ v
+    draws = torch.stack([sk.FisherOperator(objective, seed=seed) @ v for seed in range(100)])
+    error = draws.std(0) / 10
+    assert bool(((draws.mean(0) - expected).abs() < 5 * error + 1e-6 * expected.abs().max()).all())
+    whole = sk.FisherOperator(objective, num_draws=2) @ v
+    objective.micro_batch_size = 2
+    assert relative_error(sk.FisherOperator(objective, num_draws=2) @ v, whole) < 1e-5, "a piece draws the labels of the whole"
+
+
+def test_gauss_newton_of_a_loss_with_more_in_it_than_a_cross_entropy_asks_for_output_and_loss_apart() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = gpt2()
+
+        def forward(self, **batch: Tensor) -> Any:
+            output = self.inner(**batch)
+            output.loss = output.loss + self.inner.lm_head.weight.square().mean()
+            return output
+
+    objective = sk.Objective(Penalised(), batches())
+    for make in (sk.GaussNewtonOperator, sk.FisherOperator):
+        operator = make(objective)
+        with pytest.raises(sk.ObjectiveError, match="output and the loss apart"):
+            operator @ torch.ones(operator.size, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("settings", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_is_exact_or_refused(settings: dict[str, bool]) -> None:
     model = gpt2()

@@ -181,29 +181,6 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(hidden), rows))
 
 
-@dataclass(frozen=True)
-class TokenLosses:
-    """A cross-entropy that was computed in chunks, before it was reduced.
-
-    Attributes:
-        losses: of the tokens that count, (T,).
-        hidden: their hidden states, (T, d).
-        labels: their labels, (T,).
-        ignored: the label of tokens that do not count.
-        steps: what was done to the logits.
-        classes: V.
-        plain: whether it has neither class weights nor smoothed labels.
-    """
-
-    losses: Tensor
-    hidden: Tensor
-    labels: Tensor
-    ignored: int
-    steps: tuple[Step, ...]
-    classes: int
-    plain: bool
-
-
 @dataclass
 class Chunking:
     """Whether an objective's cross-entropies over large vocabularies are computed in chunks; shared by it and those made from it.
@@ -315,6 +292,12 @@ class LazyLogits(Tensor):
         bias = None if self.bias is None else replaced(self.bias)
         return self.like(hidden=hidden, weight=weight, bias=bias, way=replace(self.way, curvature=curvature)), whole, leaves
 
+    def token_losses(self, kept: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """-log p(label), (T,), of the tokens that are kept, a mask in the tokens' shape; in float32 at least."""
+        way = replace(self.way, smoothing=smoothing)
+        losses: Tensor = _TokenLosses.apply(self.hidden[kept], self.weight, self.bias, labels, way)  # type: ignore[no-untyped-call]
+        return losses
+
     def draw(self, noise: Tensor) -> Tensor:
         """A label of each token drawn from the model.
 
@@ -408,15 +391,16 @@ class LazyLogits(Tensor):
         if not labels or self.axis != 1 or size_average is not None or reduce is not None or (weight is not None and label_smoothing):
             return NotImplemented
         kept = target != ignore_index
-        way = replace(self.way, smoothing=float(label_smoothing))
         own = target[kept]
         if len(own) and (int(own.min()) < 0 or int(own.max()) >= len(self.weight)):
             return NotImplemented  # PyTorch says it
-        self.watch.losses += 1
-        hidden = self.hidden[kept]
-        losses: Tensor = _TokenLosses.apply(hidden, self.weight, self.bias, own, way)  # type: ignore[no-untyped-call]
-        plain = weight is None and not label_smoothing
-        self.watch.last = TokenLosses(losses, hidden, own, ignore_index, self.way.steps, len(self.weight), plain)
+        source, watch = self, self.watch
+        if watch.cut is not None:
+            source, outputs, leaves = watch.cut(self)
+            watch.outputs, watch.leaves = outputs, leaves
+        losses = source.token_losses(kept, own, smoothing=float(label_smoothing))
+        watch.losses += 1
+        watch.last = TokenLosses(losses, source, kept, own, ignore_index, weight is None and not label_smoothing)
         losses = losses if torch.is_autocast_enabled(self.device.type) else losses.to(self.dtype)
         if weight is not None:
             losses = losses * weight[own]
@@ -425,6 +409,27 @@ class LazyLogits(Tensor):
         if reduction == "sum":
             return losses.sum()
         return losses.sum() / (losses.numel() if weight is None else weight[own].sum())
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """A cross-entropy that was computed in chunks, before it was reduced.
+
+    Attributes:
+        losses: of the tokens that count, (T,).
+        logits: what it was computed from.
+        kept: which of their tokens count.
+        labels: of those, (T,).
+        ignored: the label of tokens that do not count.
+        plain: whether it has neither class weights nor smoothed labels.
+    """
+
+    losses: Tensor
+    logits: LazyLogits
+    kept: Tensor
+    labels: Tensor
+    ignored: int
+    plain: bool
 
 
 def _writes(func: Any) -> bool:
@@ -463,25 +468,31 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
+Cut = Callable[[LazyLogits], tuple[LazyLogits, list[Tensor], list[Tensor]]]
+
+
 class Chunked(TorchFunctionMode):
     """While it is entered, heads with many classes give :class:`LazyLogits`.
 
     Args:
         least_bytes: of logits, from which on; by default where it saves memory and no time is lost.
+        cut: applied to logits before their cross-entropy is computed, as :meth:`LazyLogits.cut`.
 
     Attributes:
         heads: outputs that were not computed at once.
         losses: cross-entropies that were computed in chunks.
         last: the last of them.
+        outputs, leaves: what ``cut`` replaced there, and by what.
 
     Raises:
         RuntimeError: a derivative of such a loss is taken inside, which would be one too many.
     """
 
-    def __init__(self, *, least_bytes: float | None = None) -> None:
+    def __init__(self, *, least_bytes: float | None = None, cut: Cut | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.heads = self.losses = 0
         self.last: TokenLosses | None = None
+        self.cut, self.outputs, self.leaves = cut, list[Tensor](), list[Tensor]()
         self._least_bytes = _LEAST_BYTES if least_bytes is None else least_bytes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -257,6 +257,11 @@ class Objective:
         return self._survey.rule.name
 
     @property
+    def has_own_loss(self) -> bool:
+        """Whether the loss is the model's own, ``model(**batch).loss``."""
+        return self._closure is own_loss
+
+    @property
     def device(self) -> torch.device:
         return self.layout.device
 
@@ -465,13 +470,20 @@ class Objective:
                 check_axes(known.function, output, target)
             return self.loss(output, target)
 
-    def evaluate(self, piece: Piece) -> Tensor:
+    def evaluate(self, piece: Piece, *, mode: Chunked | None = None) -> Tensor:
         """The loss of one piece, unweighted, with its graph. To be called under :meth:`undisturbed`.
+
+        Args:
+            piece: of the data.
+            mode: evaluate under this one, whose logits may be cut off, and not under the objective's own.
 
         Raises:
             ObjectiveError: not one real number, or without a gradient.
             NonFiniteError: NaN or infinite.
         """
+        if mode is not None:
+            with Whole(mode):
+                return self._evaluate_whole(piece.batch, piece.key[0])
         loss = self._evaluate(piece.batch, piece.key[0])
         return loss if self._may_chunk(piece.batch, piece.key[0]) else self._evaluate(piece.batch, piece.key[0])
 

@@ -34,7 +34,7 @@ class FisherOperator(CurvatureOperator):
     Its expectation over draws is the Gauss-Newton matrix for cross-entropy, squared error and binary cross-entropy with logits.
 
     Args:
-        objective: made with ``loss=``.
+        objective: made with ``loss=``, or with dict batches of a model whose own loss is one cross-entropy, as of Hugging Face's.
         num_draws: labels drawn per target; the Monte Carlo noise falls as 1 / sqrt(num_draws).
         likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``; by default the one that belongs to a standard loss.
         seed: seeds the draws; the same seed is the same matrix.
@@ -107,8 +107,10 @@ class FisherOperator(CurvatureOperator):
         """For logits that are not held whole, the labels that :class:`_Draws` would draw."""
         generator, (index, first) = torch.Generator().manual_seed(seed), piece.key
         shape, whole = output.hidden.shape[:-1], self.objective.batch_lengths[index]
-        noises = [_noise(shape, generator, whole=whole, first=first, like=output.hidden) for _ in range(self.num_draws)]
-        return [_masked(output.draw(noise), piece.batch[1], self._known) for noise in noises]
+        each = max(1, shape[0] // samples_in(piece.batch, self.objective.loss is not None))  # rows of a sample: its tokens, if flattened
+        return [
+            output.draw(_noise(shape, generator, whole=whole * each, first=first * each, like=output.hidden)) for _ in range(self.num_draws)
+        ]
 
     def _scores(self, jacobian: OutputJacobian, draws: _Draws, *, number: int, seed: int) -> tuple[Tensor, Tensor]:
         """For labels drawn from the model, d(-log p)/dz, and the loss's own gradient: the same times each target's share of the mean.
@@ -166,7 +168,7 @@ class _Draws:
         self, likelihood: str, jacobian: OutputJacobian, known: KnownLoss | None, *, whole: int, first: int, class_dim: int
     ) -> None:
         self._likelihood, self._output, self._target = likelihood, jacobian.output, jacobian.target
-        self._known = known
+        self._ignored = known.ignore_index if known is not None else -100  # PyTorch's default, which a user's own loss calls
         self._whole, self._first, self._class_dim = whole, first, class_dim
 
     def sum_units(self, entries: Tensor) -> Tensor:
@@ -186,7 +188,9 @@ class _Draws:
         p = z.double().softmax(dim=self._class_dim).movedim(self._class_dim, -1)  # float64: the draws must not depend on the device
         drawn = (p.cumsum(-1) < self._noise(p.shape[:-1], generator).unsqueeze(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
         residual = (p - F.one_hot(drawn, p.shape[-1])).movedim(-1, self._class_dim)
-        return _masked(drawn, self._target, self._known), residual.to(z.dtype)
+        if isinstance(self._target, Tensor) and not self._target.is_floating_point() and self._target.shape == drawn.shape:
+            drawn = torch.where(self._target == self._ignored, self._target, drawn)  # masked targets stay masked
+        return drawn, residual.to(z.dtype)
 
     def _noise(self, shape: torch.Size, generator: torch.Generator, *, normal: bool = False) -> Tensor:
         return _noise(shape, generator, whole=self._whole, first=self._first, like=self._output, normal=normal)
@@ -201,15 +205,9 @@ def _noise(shape: torch.Size, generator: torch.Generator, *, whole: int, first: 
     return noise.reshape(shape).to(device=like.device, dtype=like.dtype if normal else torch.float64)
 
 
-def _masked(drawn: Tensor, target: Any, known: KnownLoss | None) -> Tensor:
-    """Drawn labels, but for masked targets, which stay masked."""
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != drawn.shape:
-        return drawn
-    ignored = known.ignore_index if known is not None else -100  # PyTorch's default, which a user's own loss calls
-    return torch.where(target == ignored, target, drawn)
-
-
 def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
+    if objective.has_own_loss:  # of a language model, as a rule; what it is shows in the first product
+        return "categorical"
     if known is not None and known.weight is None and known.label_smoothing == 0.0:
         standard = {F.cross_entropy: "categorical", F.mse_loss: "gaussian", F.binary_cross_entropy_with_logits: "bernoulli"}
         if known.function in standard:

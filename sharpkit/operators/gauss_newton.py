@@ -163,7 +163,7 @@ class GaussNewtonOperator(CurvatureOperator):
 
     Positive semi-definite where the loss is convex in the output (cross-entropy, squared error, binary cross-entropy, Huber); equal to the
     Fisher matrix for cross-entropy and for squared error. Any twice differentiable loss(output, target) works; the objective must be made
-    with ``loss=``.
+    with ``loss=``, or with dict batches of a model whose own loss is one cross-entropy behind a linear layer, as of Hugging Face's.
 
     Example:
         >>> import torch, sharpkit as sk

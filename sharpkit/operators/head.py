@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,13 +11,35 @@ from torch import Tensor
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.logits import TANH, Chunked, LazyLogits, TokenLosses
 from sharpkit.objective.loss import check_loss
-from sharpkit.objective.memory import graph_cost
+from sharpkit.objective.memory import graph_cost, graph_nodes
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import custom_functions
 from sharpkit.operators.blocks import PieceProduct, Pieces, derivative
 
-Draw = Callable[[LazyLogits], Sequence[Tensor]]  # targets to take the loss at, of the model's logits
+Draw = Callable[[LazyLogits], Sequence[Tensor]]  # labels of all tokens, from the model's logits
+_SAME = 1e-4  # relative, of a loss computed in chunks and the model's own, which may be in float32: by judgement, far above its rounding
+
+
+@dataclass(frozen=True)
+class _CutLoss:
+    """A loss as a function of leaves in place of the hidden states, weight and bias that its head multiplies.
+
+    Attributes:
+        loss: one number.
+        seen: its cross-entropy.
+        head: the model's output, of the leaves.
+        kept: which of its tokens count; None where the cross-entropy's are others.
+        outputs: what the leaves stand for, with graphs.
+        leaves: those that depend on the parameters.
+    """
+
+    loss: Tensor
+    seen: TokenLosses
+    head: LazyLogits
+    kept: Tensor | None
+    outputs: list[Tensor]
+    leaves: list[Tensor]
 
 
 def product_in_chunks(objective: Objective, piece: Piece, curvature: str, draw: Draw | None = None) -> PieceProduct | None:
@@ -26,41 +49,28 @@ def product_in_chunks(objective: Objective, piece: Piece, curvature: str, draw: 
     token diag(p) - p p^T or, of a Fisher matrix, r r^T with r the gradient. Z, A and Z^T are applied to some tokens at a time.
 
     Args:
-        objective: made with ``loss=``.
+        objective: with ``loss=``, or with the model's own.
         piece: of its data.
         curvature: ``"gauss_newton"`` or ``"fisher"``.
-        draw: the targets whose matrices are averaged; by default the piece's own alone.
+        draw: labels whose Fisher matrices are averaged.
 
     Returns:
         None where the model's output is no large logits, or the loss is something else than a function of their cross-entropy.
     """
-    if objective.loss is None or not objective.chunking.allowed or objective.second_order.doubts:
+    made = _own_loss_cut(objective, piece, curvature) if objective.has_own_loss else _loss_cut(objective, piece, curvature)
+    if made is None or not made.outputs or custom_functions(made.outputs):
         return None
-    params, mode = objective.layout.params, Chunked()
-    while True:
-        objective.seed_for(piece.key[0])  # the same dropout masks as in the objective's own evaluation
-        with Whole(mode):
-            output = objective.predict(piece.batch)
-        if not isinstance(output, LazyLogits) or output.computed is not None:
+    losses = [made.loss]
+    if draw is not None:
+        if made.kept is None or not made.seen.plain:
             return None
-        parts = [t for t in (output.hidden, output.weight, output.bias) if t is not None]
-        if not objective.second_order.adapt(parts, once=True):
-            break
-    selected = {id(p) for p in params}
-    head, outputs, leaves = output.cut(curvature, lambda t: t.requires_grad and (not t.is_leaf or id(t) in selected))
-    if not outputs or custom_functions(outputs):
-        return None
-    slopes = []
-    for target in [piece.batch[1]] if draw is None else draw(head):
-        before = mode.losses
-        loss = check_loss(objective.output_loss(head, target), piece.key[0])
-        # of one cross-entropy alone, and without a bend between output and loss, which would be curvature of the loss
-        if mode.losses != before + 1 or (seen := mode.last) is None or head.computed is not None:
+        (share,) = torch.autograd.grad(made.loss, made.seen.losses, create_graph=True)
+        if share.requires_grad:  # no sum of the tokens' losses, and so no likelihood
             return None
-        if seen.steps.count(TANH) > head.way.steps.count(TANH) or (draw is not None and not _is_likelihood(loss, seen, head, target)):
-            return None
-        slopes.append(torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True))
-    jacobian = _Jacobian(outputs, params)
+        losses = [(share * made.head.token_losses(made.kept, labels[made.kept])).sum() for labels in draw(made.head)]
+    leaves, params = made.leaves, objective.layout.params
+    slopes = [torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True) for loss in losses]
+    jacobian = _Jacobian(made.outputs, params)
 
     def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
         along = jacobian.forward(vectors)
@@ -71,18 +81,67 @@ def product_in_chunks(objective: Objective, piece: Piece, curvature: str, draw: 
                 total.add_(part, alpha=1 / len(slopes))
         return jacobian.transpose(curved)
 
-    return PieceProduct(multiply, piece.weight, graph_cost([*jacobian.roots, *slopes[0]], exclude=params), may_batch=False)
+    held = [*jacobian.roots, *(part for slope in slopes for part in slope)]
+    return PieceProduct(multiply, piece.weight, graph_cost(held, exclude=params), may_batch=False)
 
 
-def _is_likelihood(loss: Tensor, seen: TokenLosses, head: LazyLogits, target: Tensor) -> bool:
-    """Whether a loss is a weighted sum of -log p at these targets, p being the output's own probabilities."""
-    kept = target != seen.ignored
-    aligned = (
-        target.shape == head.hidden.shape[:-1] and torch.equal(seen.labels, target[kept]) and torch.equal(seen.hidden, head.hidden[kept])
-    )
-    scales = [[step for step in steps if not isinstance(step, torch.dtype)] for steps in (seen.steps, head.way.steps)]
-    (share,) = torch.autograd.grad(loss, seen.losses, create_graph=True)
-    return aligned and seen.plain and scales[0] == scales[1] and seen.classes == len(head.weight) and not share.requires_grad
+def _loss_cut(objective: Objective, piece: Piece, curvature: str) -> _CutLoss | None:
+    """The loss of an (input, target) batch, cut at the model's output."""
+    if objective.loss is None or not objective.chunking.allowed or objective.second_order.doubts:
+        return None
+    mode = Chunked()
+    while True:
+        objective.seed_for(piece.key[0])  # the same dropout masks as in the objective's own evaluation
+        with Whole(mode):
+            output = objective.predict(piece.batch)
+        if not isinstance(output, LazyLogits) or output.computed is not None:
+            return None
+        if not objective.second_order.adapt([t for t in (output.hidden, output.weight, output.bias) if t is not None], once=True):
+            break
+    head, outputs, leaves = output.cut(curvature, _depending(objective))
+    target = piece.batch[1]
+    loss = check_loss(objective.output_loss(head, target), piece.key[0])
+    # of one cross-entropy alone, and without a bend between output and loss, which would be curvature of the loss
+    if mode.losses != 1 or (seen := mode.last) is None or head.computed is not None:
+        return None
+    if seen.logits.way.steps.count(TANH) > head.way.steps.count(TANH):
+        return None
+    return _CutLoss(loss, seen, head, _kept(seen, head, target), outputs, leaves)
+
+
+def _own_loss_cut(objective: Objective, piece: Piece, curvature: str) -> _CutLoss | None:
+    """A model's own loss, cut at what its cross-entropy receives: for it, that is the output."""
+    selected = {id(p) for p in objective.layout.params}
+    while True:
+        mode = Chunked(least_bytes=0, cut=lambda lazy: lazy.cut(curvature, _depending(objective)))
+        loss = objective.evaluate(piece, mode=mode)
+        if mode.losses != 1 or (seen := mode.last) is None:
+            return None
+        if not objective.second_order.adapt([*mode.outputs, loss], once=True):
+            break
+    if any(id(getattr(node, "variable", None)) in selected for node in graph_nodes([loss])):  # some of it goes another way
+        return None
+    with torch.no_grad():
+        if abs(float(loss.detach() - (expected := objective.evaluate(piece)))) > _SAME * abs(float(expected)):
+            return None
+    return _CutLoss(loss, seen, seen.logits, seen.kept, mode.outputs, mode.leaves)
+
+
+def _depending(objective: Objective) -> Callable[[Tensor], bool]:
+    """Whether a tensor that a head multiplies depends on the selected parameters, or is one."""
+    selected = {id(p) for p in objective.layout.params}
+    return lambda t: t.requires_grad and (not t.is_leaf or id(t) in selected)
+
+
+def _kept(seen: TokenLosses, head: LazyLogits, target: Tensor) -> Tensor | None:
+    """The tokens of the output that count; None where the cross-entropy is of others, or not of the output's own probabilities."""
+    kept, loss = target != seen.ignored, seen.logits
+    if target.shape != head.hidden.shape[:-1] or not torch.equal(seen.labels, target[kept]):
+        return None
+    scales = [[step for step in lazy.way.steps if not isinstance(step, torch.dtype)] for lazy in (loss, head)]
+    if scales[0] != scales[1] or len(loss.weight) != len(head.weight) or not torch.equal(loss.hidden[seen.kept], head.hidden[kept]):
+        return None
+    return kept
 
 
 class _Jacobian:

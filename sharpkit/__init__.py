@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from sharpkit.measuring.history import CurvatureHistory as CurvatureHistory
     from sharpkit.measuring.layers import LayerSharpness as LayerSharpness
     from sharpkit.measuring.layers import per_layer as per_layer
+    from sharpkit.measuring.plan import Plan as Plan
+    from sharpkit.measuring.plan import plan as plan
     from sharpkit.measuring.sharpness import Sharpness as Sharpness
     from sharpkit.measuring.sharpness import measure as measure
     from sharpkit.measuring.stability import StableLearningRate as StableLearningRate
@@ -126,6 +128,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.measuring.doctor": ("Diagnosis", "examine"),
     "sharpkit.measuring.history": ("CurvatureHistory",),
     "sharpkit.measuring.layers": ("LayerSharpness", "per_layer"),
+    "sharpkit.measuring.plan": ("Plan", "plan"),
     "sharpkit.measuring.sharpness": ("Sharpness", "measure"),
     "sharpkit.measuring.stability": ("StableLearningRate", "stable_learning_rate"),
     "sharpkit.monitor": ("sinks",),

@@ -11,7 +11,7 @@ import math
 import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -162,6 +162,8 @@ class Progress:
         remaining: seconds the rest may take, from the cost of a unit so far; NaN if it cannot be determined.
         text: what is being done, in a few words.
         unit: what is counted: ``"products"``, ``"gradients"``, ``"runs"``, ``"samples"``, ``"checks"``.
+        peak_bytes: memory that the call will take at most where its vectors live, besides model and data; 0 where it is not told.
+        choices: how the work is done, in words by what was chosen: ``"graphs"``, ``"batches"``, ``"products"``, ``"basis"``.
 
     Example:
         >>> print(Progress(12, 40, 3.0, 7.0, "search for missed eigenvalues"))
@@ -174,6 +176,8 @@ class Progress:
     remaining: float
     text: str
     unit: str = "products"
+    peak_bytes: float = 0.0
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_matvecs(self) -> int:

@@ -15,12 +15,15 @@ from torch import Tensor
 from sharpkit._arguments import as_seed, flag, real, whole
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result, format_with_error, student_factor
+from sharpkit.linalg.krylov import BasisRows, Offload, affordable_rows, checked_offload, place_for
 from sharpkit.linalg.results import Estimate
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
 
 _GROUPS = 64  # by judgement: their spread is then known to 9 %, and 64 gradients fit where a product's graph does
+_ENTRIES = 2**18  # of each gradient that are made float64 at a time, 128 MiB of 64: by judgement
 _LEAST_GROUPS = 4  # by judgement: the jackknife and Student's factor (1.6 there) say little from fewer
 
 
@@ -56,8 +59,16 @@ class GradientNoise(Result, kind="gradient_noise"):
         return 1 / (1 + max(scale.value, 0.0) / batch_size)
 
 
+@keeps_memory_limit
 def gradient_noise_scale(
-    objective: Objective, *, group_size: int | None = None, with_curvature: bool = False, max_groups: int = _GROUPS, seed: int = 0
+    objective: Objective,
+    *,
+    group_size: int | None = None,
+    with_curvature: bool = False,
+    max_groups: int = _GROUPS,
+    seed: int = 0,
+    memory_limit: float | None = None,
+    offload: Offload = False,
 ) -> GradientNoise:
     """The gradient noise scale from one pass over the data in disjoint groups.
 
@@ -68,11 +79,14 @@ def gradient_noise_scale(
         objective: the samples that groups are drawn from.
         group_size: m; by default so that there are 64 groups.
         with_curvature: also B_noise = tr(H Sigma) / (G^T H G), by one Hessian product a group.
-        max_groups: at most so many groups; their gradients are held in memory.
+        max_groups: at most so many groups; their gradients, each as large as the model, are held.
         seed: seeds the grouping.
+        memory_limit: bytes that may be taken on the model's device; by default half of what is free holds the gradients.
+        offload: True keeps the gradients in host memory, the path of a folder in a file there.
 
     Raises:
         ValueError: fewer than 4 groups.
+        OutOfMemoryError: the gradients fit nowhere.
         NonFiniteError: a gradient is NaN or infinite.
 
     References:
@@ -92,15 +106,32 @@ def gradient_noise_scale(
     if len(groups) < _LEAST_GROUPS:
         few = f"{pool.size} samples make {len(groups)} groups of {size}"
         raise ValueError(f"{few}; at least {_LEAST_GROUPS} are needed: choose a smaller group_size")
-    gradients = torch.stack([_finite(group.gradient()[1]) for group in groups]).double()
+    hessian = HessianOperator(objective)
+    gradients = BasisRows(hessian, offload=place_for(hessian, len(groups), checked_offload(offload)), most=len(groups))
+    for group in groups:
+        gradients.append(_finite(group.gradient()[1]))
     counts = [group.num_targets for group in groups] if objective.reduction == "mean" else None  # of sums, each sample weighs as the next
-    noise, signal, scale = (e.rounded(objective.rounding) for e in _noise_and_signal(gradients @ gradients.T, size, counts))
+    gram = torch.cat([_gram(gradients, part) for part in gradients.parts()], dim=1)
+    noise, signal, scale = (e.rounded(objective.rounding) for e in _noise_and_signal(gram, size, counts))
     curvature = None
     if with_curvature:
-        # all groups' products at once, so that passes over the data are shared where memory allows
-        products = HessianOperator(objective) @ gradients.T.to(objective.dtype)
-        curvature = _noise_and_signal(gradients @ products.double(), size, counts)[2].rounded(objective.rounding)
+        # as many products at once as fit, so that passes over the data are shared
+        width = max(1, min(len(groups), affordable_rows(hessian) // 4))
+        blocks = [range(start, min(start + width, len(groups))) for start in range(0, len(groups), width)]
+        products = (hessian @ torch.stack([gradients.row(j) for j in block]).to(objective.dtype).T for block in blocks)
+        turned = torch.cat([_gram(gradients, product.T) for product in products], dim=1)
+        curvature = _noise_and_signal(turned, size, counts)[2].rounded(objective.rounding)
     return GradientNoise(scale, noise, signal, curvature, len(groups), size, time.perf_counter() - started)
+
+
+def _gram(rows: BasisRows, others: Tensor) -> Tensor:
+    """Inner products of all rows with (k, n) others, (rows, k) in float64: some entries of all at a time, so that no set is held twice."""
+    total = torch.zeros(rows.size, len(others), dtype=torch.float64)
+    for first in range(0, others.shape[1], _ENTRIES):
+        entries = slice(first, first + _ENTRIES)
+        here = torch.cat([part[:, entries] for part in rows.parts()]).double()
+        total += (here @ others[:, entries].double().T).cpu()
+    return total
 
 
 def _finite(gradient: Tensor) -> Tensor:

@@ -31,7 +31,16 @@ def run_measure_command(arguments: argparse.Namespace) -> Answer:
     objective, optimizer = _objective(arguments, expected_matvecs=probes * steps)
     with ProgressBar(quiet=arguments.quiet) as bar:
         sharpness = sk.measure(
-            objective, optimizer=optimizer, num_probes=probes, num_steps=steps, tol=tol, seed=seed, max_seconds=budget, callback=bar
+            objective,
+            optimizer=optimizer,
+            num_probes=probes,
+            num_steps=steps,
+            tol=tol,
+            seed=seed,
+            max_seconds=budget,
+            memory_limit=arguments.memory_limit,
+            offload=arguments.offload,
+            callback=bar,
         )
     return _finish(arguments, [sharpness])
 
@@ -45,11 +54,12 @@ def run_spectrum_command(arguments: argparse.Namespace) -> Answer:
     operator = sk.HessianOperator(objective)
     # a matrix of n rows has no more than n pairs or steps: the default of ten must not fail on a tiny model
     k, steps = min(arguments.k, operator.size), min(steps, operator.size)
+    memory: Any = {"memory_limit": arguments.memory_limit, "offload": arguments.offload}
     with ProgressBar(quiet=arguments.quiet) as bar:
-        pairs = sk.eigenpairs(operator, k=k, tol=tol, seed=seed, max_seconds=budget, callback=bar)
+        pairs = sk.eigenpairs(operator, k=k, tol=tol, seed=seed, max_seconds=budget, callback=bar, **memory)
         # one budget for both; a budget of 0 is refused by the library, and a millisecond still gives a flagged partial result
         left = max(budget - (time.perf_counter() - started), 1e-3) if budget is not None else None
-        density = sk.spectral_density(operator, num_probes=probes, num_steps=steps, seed=seed, max_seconds=left, callback=bar)
+        density = sk.spectral_density(operator, num_probes=probes, num_steps=steps, seed=seed, max_seconds=left, callback=bar, **memory)
     return _finish(arguments, [pairs, density])
 
 

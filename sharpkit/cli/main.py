@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -155,6 +156,20 @@ def _positive(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
 _count, _amount = _positive(int, "whole number"), _positive(float, "number")
 
 
+def _size(text: str) -> float:
+    """Bytes of "8GiB", "500 MB" or a plain number."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([kmgt])(i?)b?)?\s*", text, flags=re.IGNORECASE)
+    try:
+        number, prefix, binary = match.groups() if match else ("", "", "")
+        unit = 1024 if binary else 1000
+        size = float(number) * float(unit ** " kmgt".index((prefix or " ").lower()))
+    except ValueError:
+        size = 0.0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 8GiB, 500MB or a number of bytes, got {text!r}")
+    return size
+
+
 def _sizes(text: str) -> list[int]:
     return [int(_count(part.strip())) for part in text.split(",")]
 
@@ -185,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--probes", type=_count, default=probes, help="random probes of the density (default: %(default)s)")
         command.add_argument("--steps", type=_count, default=steps, help="Lanczos steps for each probe (default: %(default)s)")
         command.add_argument("--max-seconds", type=_amount, help="stop after so many seconds; a partial result is marked as not converged")
+        command.add_argument("--memory-limit", type=_size, metavar="SIZE", help="take no more memory than this, such as 8GiB or 500MB")
+        command.add_argument("--offload", metavar="FOLDER", default=False, help="keep the vectors in a file in this folder")
     summary = "one HTML page from results saved by --json, from a monitor's run.jsonl, or from everything measurable about a TARGET"
     report = _command(subparsers, "report", run_report_command, summary)
     what = "files saved by --json or by a monitor (run.jsonl), or one file.py:function"

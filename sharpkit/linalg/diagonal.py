@@ -15,10 +15,13 @@ from sharpkit._results import ProgressCallback, Result, student_factor
 from sharpkit.linalg.krylov import BasisRows, KrylovSpace, affordable_rows
 from sharpkit.linalg.results import HALF, Budget, Estimate, warn_unconverged
 from sharpkit.linalg.trace import DEFAULT_MATVECS, SHARED_BASIS, AdaptiveEstimate, Tolerance, block_size, rademacher
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
+_WORKING = 8  # vectors besides, of products made at once and of means: by judgement
 _LEAST_HALF = 8  # probes that tell whether a subspace pays: by judgement, as for the spread of a pilot
 _WORTH = 0.3  # noise outside the range relative to that of plain probes, of which there would be twice as many: by judgement below 1 / 2
+_ENTRIES = 2**22  # numbers of each table made at a time, 32 MB in float64: by judgement
 _EXHAUSTED = 1e-5  # of an image, what is left outside the basis: by judgement, a hundred roundings of float32
 
 
@@ -50,6 +53,7 @@ class DiagonalEstimate(Result, kind="diagonal"):
         return replace(self, stderr=torch.maximum(self.stderr, 2 * rounding * sizes))
 
 
+@keeps_memory_limit
 def diagonal(
     operator: Any,
     *,
@@ -57,6 +61,7 @@ def diagonal(
     seed: int = 0,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
 ) -> DiagonalEstimate:
     """The diagonal of A as the mean of z * (A z) over Rademacher probes z.
@@ -70,6 +75,7 @@ def diagonal(
         num_probes: products to spend, at least 2.
         seed: seeds the probes.
         max_matvecs, max_seconds: most products and seconds.
+        memory_limit: bytes that may be taken where the vectors live; by default half of what is free.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Raises:
@@ -113,10 +119,11 @@ def diagonal(
             change = sample - mean
             mean += change / done
             squares += change * (sample - mean)
+        budget.vectors = (2 * len(waiting) if pairs is None else 4 * half) + _WORKING
         budget.report(num_probes, "diagonal")
         if pairs is not None:
-            # three sets of vectors are in memory at the end: probes, range and its products
-            if not pairs and affordable_rows(operator, len(probe)) < 4 * half:
+            # four sets of vectors are in memory at the end: probes and their products, the range and its own
+            if not pairs and affordable_rows(operator) < 4 * half + _WORKING:
                 pairs = None
             else:
                 pairs.append((probe, sample * probe))
@@ -165,21 +172,27 @@ def _leave_one_out(
         noise = energy - float(operator.dot(plain, plain))  # the diagonal itself adds none
         if not float((left**2).mean()) < _WORTH * noise:
             return None
-    basis = torch.stack([rows.row(j) for j in range(rows.size)], dim=1)  # (n, m)
-    images, done = torch.zeros_like(basis), 0
+    images, done = torch.zeros(rows.size, len(plain), dtype=rows.dtype, device=plain.device), 0
     while done < rows.size:
-        block = slice(done, done + block_size(operator, budget, rows.size - done))
-        images[:, block] = (operator @ basis[:, block].to(operator.dtype)).to(basis.dtype)
+        block = range(done, done + block_size(operator, budget, rows.size - done))
+        basis = torch.stack([rows.row(j) for j in block]).to(operator.dtype)
+        images[done : block.stop] = (operator @ basis.T).T
         done = block.stop
         budget.report(2 * m, "diagonal, leading subspace")
-    known = (basis * images).sum(dim=1)
-    if exact:
-        return known.to(operator.dtype), torch.zeros_like(known).to(operator.dtype)
-    mixing = torch.from_numpy(dual).to(basis)
-    outer, probes = basis @ mixing, torch.stack([probe for probe, _ in pairs], dim=1).to(basis)
-    estimates = known[:, None] + outer * (probes * torch.from_numpy(left).to(basis) - images @ mixing)  # (n, m)
-    error = estimates.std(dim=1) / m**0.5 * (SHARED_BASIS * student_factor(m))
-    return estimates.mean(dim=1).to(operator.dtype), error.to(operator.dtype)
+    value, error = torch.empty_like(plain), torch.zeros_like(plain)
+    for entries in torch.split(torch.arange(len(plain)), max(1, _ENTRIES // m)):  # a few at a time: every table of all would be a fifth set
+        here = slice(int(entries[0]), int(entries[-1]) + 1)
+        basis, products = (torch.stack([row[here] for row in each]) for each in (map(rows.row, range(rows.size)), images))  # (m, entries)
+        known = (basis * products).sum(dim=0)
+        if exact:
+            value[here] = known
+            continue
+        mixing = torch.from_numpy(dual.T).to(basis)
+        outer, probes = mixing @ basis, torch.stack([probe[here] for probe, _ in pairs]).to(basis)
+        estimates = known + outer * (probes * torch.from_numpy(left).to(basis)[:, None] - mixing @ products)
+        value[here] = estimates.mean(dim=0)
+        error[here] = estimates.std(dim=0) / m**0.5 * (SHARED_BASIS * student_factor(m))
+    return value, error
 
 
 def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, budget: Budget) -> DiagonalEstimate | None:
@@ -199,6 +212,7 @@ def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, bud
     return DiagonalEstimate(value, torch.zeros_like(value), budget.num_matvecs, budget.seconds).rounded(operator.rounding)
 
 
+@keeps_memory_limit
 def frobenius_norm(
     operator: Any,
     *,
@@ -206,6 +220,7 @@ def frobenius_norm(
     seed: int = 0,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
 ) -> Estimate:
     """||A||_F to a relative standard error of ``rtol``.
@@ -218,6 +233,7 @@ def frobenius_norm(
         rtol: relative standard error of the norm to reach.
         seed: seeds the probes.
         max_matvecs, max_seconds: most products, by default 2000, and seconds.
+        memory_limit: bytes that may be taken where the vectors live; by default half of what is free.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Raises:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._errors import NonFiniteError, NotSymmetricError
+from sharpkit._arguments import as_path
+from sharpkit._errors import NonFiniteError, NotSymmetricError, OutOfMemoryError
 from sharpkit.linalg.results import Array, Budget
+from sharpkit.objective.memory import Promise, human_bytes, is_limited
 from sharpkit.operators.base import SymmetricOperator
 
 _FIRST_CHUNK = 16  # rows of the first chunk, by judgement: most iterations end within one or two chunks
@@ -20,6 +24,10 @@ _PASSES = 2  # "twice is enough": Giraud, Langou, Rozloznik and van den Eshof, N
 # known from earlier products are subtracted before, if at most two lie above the rounding of float32 (as in Lanczos): by judgement.
 _KEPT_SHARE, _NEAR, _MOST_NEAR = 0.5, 1e-6, 2
 _MIXING_BLOCK = 2**22  # numbers mixed at a time when the basis is replaced, 32 MB in float64: by judgement
+_SHARE = 0.5  # of the free memory may hold a basis: by judgement, the rest is for graphs, products and what else runs on the machine
+_LIMITED_SHARE = 0.8  # of a memory_limit: by judgement, a limit is there to be used, and ten vectors of work fit beside forty
+_WORKING = 3  # vectors beside each basis that grows: its product, the next vector, a probe; by judgement
+_STREAMED = 4  # rows that are brought to the operator's device at a time: by judgement
 _UNKNOWN_MEMORY = 4e9  # bytes taken to be free where the system does not tell: by judgement, what any machine with torch has
 _FIRST_SIZE = 16  # rows of the projected matrix before it first grows: by judgement, as for the chunks
 _USUAL = (1e-6, 1e6)  # entries of products that are left as they are, by judgement: float32 squares reach from 1e-38 to 1e38
@@ -34,11 +42,75 @@ def working_dtype(operator: SymmetricOperator) -> torch.dtype:
     return operator.dtype if operator.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def affordable_rows(operator: SymmetricOperator, length: int, *, host: bool = False) -> int:
-    """How many basis vectors of ``length`` local entries fit into half the free memory, the same on every process."""
+def affordable_rows(operator: SymmetricOperator, *, host: bool = False) -> int:
+    """How many basis vectors fit into the memory meant for them, the same on every process.
+
+    That is half of what is free, or most of what a ``memory_limit`` leaves.
+    """
+    return int(operator.agree(_share(operator, host=host) * _available(operator, host=host) / row_bytes(operator)))
+
+
+def row_bytes(operator: SymmetricOperator) -> int:
+    """Memory of one basis vector."""
+    return operator.size * working_dtype(operator).itemsize
+
+
+def _available(operator: SymmetricOperator, *, host: bool) -> float:
     free = operator.free_memory(host=host)
-    free = free if math.isfinite(free) else _UNKNOWN_MEMORY
-    return int(operator.agree(0.5 * free / (length * working_dtype(operator).itemsize)))
+    return free if math.isfinite(free) else _UNKNOWN_MEMORY
+
+
+def _share(operator: SymmetricOperator, *, host: bool) -> float:
+    return _LIMITED_SHARE if not host and is_limited(operator.device) else _SHARE
+
+
+def abreast(operator: SymmetricOperator, rows: int) -> int:
+    """How many bases of so many rows fit beside each other."""
+    return affordable_rows(operator) // (rows + _WORKING)
+
+
+Offload = bool | str | os.PathLike[str]
+
+
+def checked_offload(offload: Offload) -> Offload:
+    """``offload`` as an argument: False, True for host memory, or the folder of a file.
+
+    Raises:
+        TypeError, ValueError: it is none of these, or no folder.
+    """
+    if isinstance(offload, (bool, int, np.bool_)) and offload in (0, 1):
+        return bool(offload)
+    if not isinstance(offload, (str, os.PathLike)):
+        raise TypeError(f"offload must be True for host memory, False, or the path of a folder, got {type(offload).__name__}")
+    folder = as_path("offload", offload)
+    if not os.path.isdir(folder):
+        raise ValueError(f"offload must be a folder that exists, to keep the basis in a file there; {folder!r} is none")
+    return folder
+
+
+def where(offload: Offload) -> str:
+    """A place in words, "" beside the operator."""
+    return "" if offload is False else "in host memory" if offload is True else f"in a file in {os.fspath(offload)}"
+
+
+def place_for(operator: SymmetricOperator, rows: int, offload: Offload) -> Offload:
+    """Where a basis of so many rows goes, which cannot do with fewer: where the caller says, else beside the operator or to the host.
+
+    Raises:
+        OutOfMemoryError: it fits nowhere.
+    """
+    if offload is not False or rows <= affordable_rows(operator):
+        return offload
+    if operator.device.type != "cpu" and rows <= affordable_rows(operator, host=True):
+        return True
+    free = operator.agree(_available(operator, host=False))
+    if not is_limited(operator.device) and rows * row_bytes(operator) <= free:  # more than its share, but not more than there is
+        return False
+    raise OutOfMemoryError(
+        f"a basis of {rows} vectors takes {human_bytes(rows * row_bytes(operator))}, and {human_bytes(free)} may be taken on "
+        f"{operator.device}: ask for fewer steps, allow more (memory_limit=), select fewer parameters (params=), or keep the basis in a "
+        "file (offload='some/folder')"
+    )
 
 
 class Products:
@@ -73,16 +145,25 @@ class Products:
 
 
 class BasisRows:
-    """Orthonormal vectors as the rows of contiguous chunks, on the operator's device or in host memory.
+    """Orthonormal vectors as the rows of contiguous chunks, on the operator's device, in host memory or in a file.
 
     Chunks double in size, so that growing never copies and a short iteration allocates little.
+
+    Args:
+        operator: where the vectors are needed.
+        offload: True keeps them in host memory; a folder in a file there, which is gone with them.
+        most: rows that are kept at most, if that is known: memory for so many is promised, and no more is taken.
     """
 
-    def __init__(self, operator: SymmetricOperator, *, offload: bool = False) -> None:
+    def __init__(self, operator: SymmetricOperator, *, offload: Offload = False, most: int | None = None) -> None:
         self.operator = operator
         self.dtype = working_dtype(operator)
         self.storage_device = torch.device("cpu") if offload else operator.device
         self.size = 0
+        self._folder = None if isinstance(offload, bool) else offload
+        self._most, self._promise = most, Promise(self.storage_device, 0.0)
+        if most is not None and self._folder is None:
+            self._promise.nbytes = most * row_bytes(operator)
         self._chunks: list[Tensor] = []
 
     def _slot(self, index: int) -> Tensor:
@@ -99,37 +180,82 @@ class BasisRows:
 
     def append(self, vector: Tensor) -> None:
         """Store one more (n,) vector."""
-        if self.size == sum(map(len, self._chunks)):
+        capacity = sum(map(len, self._chunks))
+        if self.size == capacity:
             rows = max(_FIRST_CHUNK, self.size)
-            # empty, not zeros: a row is written before it is read
-            self._chunks.append(torch.empty(rows, len(vector), dtype=self.dtype, device=self.storage_device))
+            if self._most is not None and capacity < self._most:
+                rows = min(rows, self._most - capacity)
+            self._chunks.append(self._chunk(rows))
+            if self.storage_device.type != "cpu":  # taken at once
+                self._keep_promise(capacity + rows)
         self._slot(self.size).copy_(vector)
         self.size += 1
+        if self.storage_device.type == "cpu":  # taken when it is written to
+            self._keep_promise(self.size)
 
-    def parts(self) -> list[Tensor]:
+    def _keep_promise(self, rows: int) -> None:
+        if self._promise.nbytes:
+            self._promise.nbytes = min(self._promise.nbytes, max(0, (self._most or 0) - rows) * row_bytes(self.operator))
+
+    def _chunk(self, rows: int) -> Tensor:
+        """Room for (rows, n) numbers, not zeros: a row is written before it is read."""
+        if self._folder is None:
+            return torch.empty(rows, self.operator.size, dtype=self.dtype, device=self.storage_device)
+        nbytes = rows * row_bytes(self.operator)
+        with tempfile.TemporaryFile(dir=self._folder, prefix="sharpkit-") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, nbytes)  # a disk that is full shows now, not as a bus error later
+            except AttributeError:  # systems without it
+                file.truncate(nbytes)
+            except OSError as error:
+                raise OutOfMemoryError(
+                    f"the folder {os.fspath(self._folder)!r} has no room for {human_bytes(nbytes)} of basis vectors ({error.strerror}): "
+                    "give offload= another folder, or ask for fewer steps"
+                ) from error
+            # the system holds as much of it in memory as is free, and writes the rest
+            mapped = np.memmap(file, dtype=str(self.dtype).removeprefix("torch."), mode="r+", shape=(rows, self.operator.size))
+        return torch.from_numpy(mapped)
+
+    def _stored(self) -> Iterator[Tensor]:
         """The stored vectors as (rows, n) tensors, in order, where they are stored."""
-        parts, left = [], self.size
+        left = self.size
         for chunk in self._chunks:
             if left > 0:
-                parts.append(chunk[:left])
+                yield chunk[:left]
             left -= len(chunk)
-        return parts
+
+    def parts(self) -> Iterator[Tensor]:
+        """The stored vectors as (rows, n) tensors, in order, on the operator's device: a few at a time where they come from elsewhere."""
+        for chunk in self._stored():
+            if chunk.device == self.operator.device:
+                yield chunk
+            else:
+                for block in torch.split(chunk, _STREAMED):
+                    yield block.to(self.operator.device)
 
     def coefficients(self, vectors: Tensor) -> Tensor:
         """Inner products with every stored vector: (size,) or (size, k)."""
-        products = [self.operator.dot(part.to(self.operator.device).T, vectors) for part in self.parts()]
+        products = [self.operator.dot(part.T, vectors) for part in self.parts()]
         return torch.cat(products) if products else vectors.new_zeros((0, *vectors.shape[1:]))
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """The linear combinations with (size,) or (size, k) coefficients: (n,) or (n, k)."""
-        first, total = 0, None
-        for part in self.parts():
-            here = part.to(self.operator.device).T @ coefficients[first : first + len(part)].to(self.operator.device, self.dtype)
-            total = here if total is None else total.add_(here)
-            first += len(part)
-        if total is None:
+        if not self.size:
             raise ValueError("the basis is empty")
+        total = torch.zeros(self.operator.size, *coefficients.shape[1:], dtype=self.dtype, device=self.operator.device)
+        self._add_combination_(total, coefficients, 1.0)
         return total
+
+    def subtract_(self, vectors: Tensor, coefficients: Tensor) -> None:
+        """``vectors -= combine(coefficients)``, without a second set of vectors."""
+        self._add_combination_(vectors, coefficients, -1.0)
+
+    def _add_combination_(self, total: Tensor, coefficients: Tensor, factor: float) -> None:
+        first, add = 0, total.addmv_ if total.ndim == 1 else total.addmm_
+        weights = coefficients.to(self.operator.device, self.dtype)
+        for part in self.parts():
+            add(part.T, weights[first : first + len(part)], alpha=factor)
+            first += len(part)
 
     def orthogonalise(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Remove the basis from (n,) or (n, k) vectors by two passes of classical Gram-Schmidt.
@@ -138,18 +264,18 @@ class BasisRows:
             the remainder, a new tensor, and the coefficients removed, (size,) or (size, k).
         """
         total = vectors.new_zeros((self.size, *vectors.shape[1:]))
-        rest = vectors
+        rest = vectors.clone()
         if self.size:
             for _ in range(_PASSES):  # the second takes out what the first one's rounding has left inside
                 inside = self.coefficients(rest)
-                rest = rest - self.combine(inside)
+                self.subtract_(rest, inside)
                 total += inside
         return rest, total
 
     def replace(self, mixing: Array) -> None:
         """Replace the basis by mixing^T times it, ``mixing`` (size, new size) with orthonormal columns, in place."""
         weights = torch.as_tensor(mixing.T, dtype=self.dtype, device=self.storage_device)
-        parts = self.parts()
+        parts = list(self._stored())
         length = parts[0].shape[1]
         block = max(1, min(length, _MIXING_BLOCK // max(1, self.size)))  # columns, so that no second basis is ever in memory
         for start in range(0, length, block):
@@ -237,15 +363,19 @@ class KrylovSpace:
     A vector is *pending* until it has been multiplied. The projected matrix is H[E, E]; a Ritz pair (theta, y) has the residual
     ||H[pending, E] y||, whatever mixture of starts, restarts and breakdowns made the basis.
 
+    Args:
+        operator: A.
+        offload, most: of the basis, as for :class:`BasisRows`.
+
     Attributes:
         expanded, pending: basis indices already multiplied, and still to be.
         scale: largest ||A q|| seen, a lower bound of ||A||.
         asymmetry: largest violation of q_i.(A q_j) = q_j.(A q_i) seen: the noise of the products.
     """
 
-    def __init__(self, operator: SymmetricOperator, *, offload: bool = False) -> None:
+    def __init__(self, operator: SymmetricOperator, *, offload: Offload = False, most: int | None = None) -> None:
         self.operator = operator
-        self.products, self.rows = Products(operator), BasisRows(operator, offload=offload)
+        self.products, self.rows = Products(operator), BasisRows(operator, offload=offload, most=most)
         self.dtype = self.rows.dtype
         self.eps = float(torch.finfo(self.dtype).eps)
         self.expanded: list[int] = []
@@ -260,6 +390,11 @@ class KrylovSpace:
     def size(self) -> int:
         """Number of basis vectors, expanded and pending."""
         return self.rows.size
+
+    @property
+    def num_products(self) -> int:
+        """Vectors multiplied since the beginning, with those that restarts have dropped."""
+        return self._made
 
     @property
     def is_complete(self) -> bool:
@@ -280,8 +415,8 @@ class KrylovSpace:
         norm = float(self.operator.dot(rest, rest)) ** 0.5
         if norm <= _BREAKDOWN * self.eps:  # it lay in the span already
             return False
-        rest, _ = self.rows.orthogonalise(rest / norm)  # what was left may be small, and its rounding large
-        self._append_pending(rest / self.operator.dot(rest, rest).sqrt())
+        rest, _ = self.rows.orthogonalise(rest.div_(norm))  # what was left may be small, and its rounding large
+        self._append_pending(rest.div_(self.operator.dot(rest, rest).sqrt()))
         return True
 
     def add_random(self, generator: torch.Generator, distribution: str = "normal") -> bool:
@@ -303,7 +438,8 @@ class KrylovSpace:
         before, removed = self._subtract_known(index, rest)
         for _ in range(_PASSES):
             inside = self.rows.coefficients(rest)
-            rest, removed = rest - self.rows.combine(inside), removed + inside
+            self.rows.subtract_(rest, inside)
+            removed = removed + inside
             squares = torch.stack([self.operator.dot(rest, rest), before])
             host = torch.cat([removed, squares]).cpu().double().numpy()  # the one synchronisation, as a rule
             if host[-2] > _KEPT_SHARE * host[-1]:  # else the rounding of what was subtracted is left inside
@@ -330,7 +466,7 @@ class KrylovSpace:
             self._dropped = max(self._dropped, beta)
             return False
         self._matrix[self.size, index] = beta
-        self._append_pending(rest / grown)
+        self._append_pending(rest.div_(grown))
         return True
 
     def _subtract_known(self, index: int, product: Tensor) -> tuple[Tensor, Tensor]:

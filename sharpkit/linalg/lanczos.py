@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._arguments import as_seed, choice, flag, real, whole
+from sharpkit._arguments import as_seed, choice, real, whole
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_run
+from sharpkit.linalg.krylov import KrylovSpace, Offload, Ritz, affordable_rows, checked_offload, lanczos_run, place_for, where
 from sharpkit.linalg.results import Array, Budget, Eigenpairs, warn_unconverged
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.operators.base import SymmetricOperator, as_operator, real_tensor
 
 Which = Literal["largest", "smallest", "magnitude"]
@@ -31,6 +32,7 @@ _LATE_ROUNDS = 4  # products for each vector that earlier searches left pending:
 _WARM_NOISE = 0.2  # share of noise in a warm start: less leaves the start in a trap, more costs products; by judgement
 
 
+@keeps_memory_limit
 def eigenpairs(
     operator: Any,
     k: int = 1,
@@ -41,8 +43,9 @@ def eigenpairs(
     initial: Tensor | None = None,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
     basis_size: int | None = None,
-    offload: bool = False,
+    offload: Offload = False,
     callback: ProgressCallback | None = None,
 ) -> Eigenpairs:
     """The k extreme eigenpairs of a symmetric operator, multiplicities included.
@@ -61,8 +64,9 @@ def eigenpairs(
         seed: seeds the random vectors.
         initial: (n,) or (n, j) vectors near the wanted eigenvectors, for instance those of an earlier call.
         max_matvecs, max_seconds: most products, by default 1000 + 50 k, and seconds.
-        basis_size: most basis vectors kept, at least k + 10 or n; by default max(2 k + 20, 80) or what half the free memory holds.
-        offload: keep the basis in host memory.
+        memory_limit: bytes that may be taken where the vectors live, for graphs and basis; by default half of what is free for each.
+        basis_size: most basis vectors kept, at least k + 10 or n; by default max(2 k + 20, 80) or what the memory holds.
+        offload: True keeps the basis in host memory, the path of a folder in a file there.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
@@ -73,6 +77,7 @@ def eigenpairs(
         ValueError: k outside 1..n, or another argument out of range.
         NonFiniteError: a product is not finite.
         NotSymmetricError: the products contradict each other.
+        OutOfMemoryError: k + 10 vectors do not fit.
 
     References:
         Paige, "Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem" (1980);
@@ -91,9 +96,9 @@ def eigenpairs(
     k, tol = check_arguments(operator, k, which, tol, initial)
     budget = Budget(operator, max_matvecs=1000 + 50 * k if max_matvecs is None else max_matvecs, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(as_seed(seed))
-    space = KrylovSpace(operator, offload=flag("offload", offload))
+    capacity, place = _capacity(operator, k, basis_size, checked_offload(offload))
+    space, budget.place = KrylovSpace(operator, offload=place, most=capacity), where(place)
     _add_start(space, initial, generator)
-    capacity = _capacity(operator, k, basis_size, offload, space.rows.row(0).shape[0])
     pairs = _Iteration(space, budget, k, which, tol, generator, capacity, warm=initial is not None).run()
     if not bool(pairs.converged.all()):
         warn_unconverged(
@@ -120,16 +125,20 @@ def check_arguments(operator: SymmetricOperator, k: int, which: str, tol: float,
     return k, tol
 
 
-def _capacity(operator: SymmetricOperator, k: int, basis_size: int | None, offload: bool, length: int) -> int:
+def _capacity(operator: SymmetricOperator, k: int, basis_size: int | None, offload: Offload) -> tuple[int, Offload]:
+    """Rows of the basis, and where it goes."""
     least = min(operator.size, k + 10)
     if basis_size is None:
-        affordable = affordable_rows(operator, length, host=offload)
         # By judgement: 80 rows hold a usual run of ten pairs whole (28 to 52 products, experiments/eigen_products.py).
-        return max(least, min(operator.size, affordable, max(2 * k + 20, 80)))
-    basis_size = whole("basis_size", basis_size)
-    if basis_size < least:
-        raise ValueError(f"basis_size must be at least {least} for k={k} (k + 10, or n where that is less), got {basis_size}")
-    return min(operator.size, basis_size)
+        usual = min(operator.size, max(2 * k + 20, 80))
+        if isinstance(offload, bool):
+            usual = min(usual, max(least, affordable_rows(operator, host=offload)))
+        basis_size = max(least, usual)
+    else:
+        basis_size = min(operator.size, whole("basis_size", basis_size))
+        if basis_size < least:
+            raise ValueError(f"basis_size must be at least {least} for k={k} (k + 10, or n where that is less), got {basis_size}")
+    return basis_size, place_for(operator, least, offload)
 
 
 def _add_start(space: KrylovSpace, initial: Tensor | None, generator: torch.Generator) -> None:
@@ -224,6 +233,7 @@ class _Iteration:
             # by the usual cost while nothing has converged, and by the number accepted afterwards
             left, search = self.k - self._num_accepted(), _SWEEP_STEPS if self.k > 1 else 0
             expected = max(10 + 2 * self.k + search, self.budget.num_matvecs + 2 * left + search)
+            self.budget.vectors = self.k + min(self.capacity, expected + 3)  # those of the result, and of the basis
             return expected, f"Lanczos, {self._num_accepted()} of {self.k} pairs"
 
         # After a breakdown a random vector goes on: the rest of the space has not been seen.

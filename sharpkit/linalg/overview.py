@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 
 from sharpkit._arguments import as_seed, real, whole
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import KrylovSpace
+from sharpkit.linalg.krylov import KrylovSpace, Offload, Ritz, checked_offload
 from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity, warn_unconverged
-from sharpkit.linalg.slq import ControlVectors, ProbeRun, density_from, probe_run, probe_runs
+from sharpkit.linalg.slq import ProbeRuns, Probes
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.operators.base import as_operator
 
 # Times num_steps: how long the first run may go on until both ends have converged, each to its own size. The demo's digits, with
@@ -47,6 +48,7 @@ class SpectralOverview:
     seconds: float
 
 
+@keeps_memory_limit
 def spectral_overview(
     operator: Any,
     *,
@@ -56,6 +58,8 @@ def spectral_overview(
     seed: int = 0,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
+    offload: Offload = False,
     callback: ProgressCallback | None = None,
 ) -> SpectralOverview:
     """Both extreme eigenpairs, spectral density, trace and Frobenius norm from one set of Lanczos runs.
@@ -70,11 +74,12 @@ def spectral_overview(
         tol: error of the extreme values, relative to each.
         seed: seeds the probes.
         max_matvecs, max_seconds: if one is exhausted, the partial result is returned with ``converged=False``.
+        memory_limit, offload: as for :func:`sharpkit.spectral_density`.
         callback: called after each product, or several made at once.
 
     Raises:
         ValueError: num_probes below 3 or num_steps below 2.
-        NonFiniteError, NotSymmetricError: from the products.
+        NonFiniteError, NotSymmetricError, OutOfMemoryError: as for :func:`sharpkit.spectral_density`.
 
     Example:
         >>> import torch
@@ -87,27 +92,19 @@ def spectral_overview(
     num_probes, num_steps = whole("num_probes", num_probes, least=3), whole("num_steps", num_steps, least=2)
     tol = real("tol", tol, above=0, below=1)
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
-    generator = torch.Generator().manual_seed(as_seed(seed))
-    steps, expected = min(num_steps, operator.size), num_probes * min(num_steps, operator.size)
-    text, enough = "both ends of the spectrum", _ends_converged(steps, tol)
-    first = probe_run(operator, generator, budget, steps=steps, text=text, expected=expected, enough=enough)
-    rules, controls = [first.quadrature], ControlVectors()
-    controls.add(first)
-    for run in probe_runs(operator, generator, budget, num_probes, steps=steps, done=1):
-        if run.complete:
-            rules.append(run.quadrature)
-            controls.add(run)
-    complete = len(rules) == num_probes
-    if not complete:
+    steps = min(num_steps, operator.size)
+    runs = ProbeRuns(Probes(operator, as_seed(seed)), budget, num_probes, steps=steps, offload=checked_offload(offload))
+    ends = _ends_of_first(runs, budget, tol, steps)
+    runs.go_on()
+    if not runs.complete:
         warn_unconverged(
-            f"the budget ended after {budget.num_matvecs} of about {expected} products, {len(rules)} of {num_probes} probes: errors are "
-            "wider, or unknown."
+            f"the budget ended after {budget.num_matvecs} of about {runs.expected} products, {len(runs.rules)} of {num_probes} probes: "
+            "errors are wider, or unknown."
         )
-    steps = max(len(rule.nodes) for rule in rules)
-    density = density_from(rules, steps, operator.size, budget, complete, controls, rounding=operator.rounding)
-    largest, smallest = (_extreme(first, which, tol, budget) for which in ("largest", "smallest"))
-    sums = density.trace, density.frobenius_norm, density.total(np.abs)
-    return SpectralOverview(largest, smallest, density, *sums, budget.num_matvecs, budget.seconds)
+    density = runs.density()
+    cost: Any = {"num_matvecs": budget.num_matvecs, "seconds": budget.seconds}
+    largest, smallest = (replace(pair, **cost) for pair in ends)
+    return SpectralOverview(largest, smallest, density, density.trace, density.frobenius_norm, density.total(np.abs), **cost)
 
 
 def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int = 12) -> tuple[Eigenpairs, Eigenpairs]:
@@ -126,34 +123,38 @@ def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int
         (9.0, -1.0)
     """
     operator = as_operator(operator)
-    budget, steps, text = Budget(operator), min(num_steps, operator.size), "both ends of the spectrum"
-    generator = torch.Generator().manual_seed(seed)
-    run = probe_run(
-        operator, generator, budget, steps=steps, text=text, expected=steps, enough=_ends_converged(steps, tol, most=_ENDS_LIMIT)
-    )
-    return _extreme(run, "largest", tol, budget), _extreme(run, "smallest", tol, budget)
+    budget, steps = Budget(operator), min(num_steps, operator.size)
+    return _ends_of_first(ProbeRuns(Probes(operator, seed), budget, 1, steps=steps), budget, tol, steps, most=_ENDS_LIMIT)
 
 
-def _ends_converged(steps: int, tol: float, most: int = 0) -> Callable[[KrylovSpace], bool]:
-    """At least ``steps`` steps, and both extreme Ritz pairs within tolerance at two checks in a row."""
+def _ends_of_first(runs: ProbeRuns, budget: Budget, tol: float, steps: int, most: int = 0) -> tuple[Eigenpairs, Eigenpairs]:
+    """The largest and the smallest eigenpair from the first run; its basis is freed."""
+    most = max(most, _FIRST_RUN_LIMIT * steps)
+    space = runs.run_first(_ends_converged(steps, tol, most), most=most, text="both ends of the spectrum")
+    ritz = space.ritz()
+    return _extreme(space, ritz, "largest", tol, budget), _extreme(space, ritz, "smallest", tol, budget)
+
+
+def _ends_converged(steps: int, tol: float, most: int) -> Callable[[KrylovSpace], bool]:
+    """At least ``steps`` products, and both extreme Ritz pairs within tolerance at two checks in a row; or ``most`` products."""
     streak = 0
 
     def enough(space: KrylovSpace) -> bool:
         nonlocal streak
-        if len(space.expanded) < steps:
+        if space.num_products < steps:
             return False
         streak = streak + 1 if bool(space.ritz().settled(tol)[[0, -1]].all()) else 0
-        return streak >= 2 or len(space.expanded) >= max(most, _FIRST_RUN_LIMIT * steps)
+        return streak >= 2 or space.num_products >= most
 
     return enough
 
 
-def _extreme(run: ProbeRun, which: str, tol: float, budget: Budget) -> Eigenpairs:
-    pair = run.ritz.pick(np.array([-1 if which == "largest" else 0]))
-    converged = run.ritz.converged(tol)[[-1 if which == "largest" else 0]]
+def _extreme(space: KrylovSpace, ritz: Ritz, which: str, tol: float, budget: Budget) -> Eigenpairs:
+    pair = ritz.pick(np.array([-1 if which == "largest" else 0]))
+    converged = ritz.converged(tol)[[-1 if which == "largest" else 0]]
     return Eigenpairs(
         torch.from_numpy(pair.values),
-        run.space.vectors(pair.coordinates),
+        space.vectors(pair.coordinates),
         torch.from_numpy(pair.residuals),
         torch.from_numpy(converged),
         budget.num_matvecs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from sharpkit._arguments import called, check_callable, check_callback, real, reals, shown, whole
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ErrorKind, Progress, ProgressCallback, Result, format_with_error, standard_error
+from sharpkit.objective.memory import human_bytes
 from sharpkit.operators.base import SymmetricOperator
 
 if TYPE_CHECKING:
@@ -36,8 +38,11 @@ _STOPPING, _SKEWED, _VERY_SKEWED = 1.1, 0.6, 3.5
 
 
 def warn_unconverged(text: str) -> None:
-    """Warn the caller of the public function that calls this."""
-    warnings.warn(text, ConvergenceWarning, stacklevel=3)
+    """Warn, at the line outside this package that made the call."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, ConvergenceWarning, stacklevel=level)
 
 
 def probe_error(samples: Array) -> float:
@@ -57,7 +62,12 @@ def probe_error(samples: Array) -> float:
 
 
 class Budget:
-    """Counts the products and seconds of one computation and says when either is exhausted."""
+    """Counts the products and seconds of one computation and says when either is exhausted.
+
+    Attributes:
+        vectors: that the computation holds at most, which is told with its progress.
+        place: where else than beside the operator they are kept.
+    """
 
     def __init__(
         self,
@@ -71,6 +81,7 @@ class Budget:
         self._operator, self._callback = operator, callback
         self._max_matvecs = None if max_matvecs is None else whole("max_matvecs", max_matvecs)
         self._max_seconds = None if max_seconds is None else real("max_seconds", max_seconds, above=0, infinite=True)
+        self.vectors, self.place = 0, ""
         self._first_matvec = operator.num_matvecs
         self._start = time.perf_counter()
 
@@ -107,7 +118,21 @@ class Budget:
             done, elapsed = self.num_matvecs, self.seconds
             # never more than the budget allows, never less than has been spent
             expected = max(done, expected_matvecs if self._max_matvecs is None else min(expected_matvecs, self._max_matvecs))
-            self._callback(Progress(done, expected, elapsed, elapsed / done * (expected - done) if done else math.nan, text))
+            left = elapsed / done * (expected - done) if done else math.nan
+            self._callback(Progress(done, expected, elapsed, left, text, peak_bytes=self._peak_bytes(), choices=self._choices()))
+
+    def _vector_bytes(self) -> float:
+        # recurrences run in float32 at least
+        return self.vectors * self._operator.size * max(self._operator.dtype.itemsize, torch.float32.itemsize)
+
+    def _peak_bytes(self) -> float:
+        return self._operator.bytes_needed() + (0.0 if self.place else self._vector_bytes())
+
+    def _choices(self) -> dict[str, str]:
+        choices = dict(self._operator.choices())
+        if self.vectors:
+            choices["basis"] = f"{self.vectors} vectors, {human_bytes(self._vector_bytes())}{self.place and f', {self.place}'}"
+        return choices
 
 
 @dataclass(frozen=True)

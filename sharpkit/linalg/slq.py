@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,17 +11,29 @@ from torch import Tensor
 
 from sharpkit._arguments import as_seed, whole
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import KrylovSpace, Ritz, affordable_rows, lanczos_abreast, lanczos_run
+from sharpkit.linalg.krylov import (
+    KrylovSpace,
+    Offload,
+    abreast,
+    affordable_rows,
+    checked_offload,
+    lanczos_abreast,
+    lanczos_run,
+    place_for,
+    where,
+)
 from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDensity, warn_unconverged
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart: by judgement, a bulk shows none (tested)
 _CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control; by judgement
-_MAX_CONTROLS = 30  # as many vectors as fit beside a basis of 32 steps: by judgement
+_MAX_CONTROLS = 30  # by judgement: as many as a run of 32 steps may have
 _MOST_CONTROLLED = 4  # one control for so many dimensions at most, by judgement: the probes have to tell the rest
 _AGREEMENT = 0.9  # share of the probes that must see an outlier: by judgement, one probe in ten may miss it
 
 
+@keeps_memory_limit
 def spectral_density(
     operator: Any,
     *,
@@ -33,6 +43,8 @@ def spectral_density(
     distribution: str = "rademacher",
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
+    offload: Offload = False,
     callback: ProgressCallback | None = None,
 ) -> SpectralDensity:
     """The eigenvalue density of a symmetric operator, from ``num_probes`` Lanczos runs of ``num_steps`` products each.
@@ -49,6 +61,9 @@ def spectral_density(
         seed: seeds the probes.
         distribution: ``"rademacher"`` or ``"normal"`` entries of the probes.
         max_matvecs, max_seconds: most products and seconds.
+        memory_limit: bytes that may be taken where the vectors live; by default half of what is free holds num_steps + 1 vectors, or
+            several times as many, for runs abreast.
+        offload: True keeps the vectors in host memory, the path of a folder in a file there.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Ritz vectors found by one probe tell how much of them is in the others by chance: a dominating eigenvalue adds no noise to the sums.
@@ -60,6 +75,7 @@ def spectral_density(
         ValueError: fewer than one probe or step.
         NonFiniteError: a product is not finite.
         NotSymmetricError: the products contradict each other.
+        OutOfMemoryError: num_steps + 1 vectors fit nowhere.
 
     References:
         Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017);
@@ -75,23 +91,15 @@ def spectral_density(
     operator.check_alike("spectral_density", locals())  # before an argument is refused on one process alone
     num_probes, num_steps = whole("num_probes", num_probes), whole("num_steps", num_steps)
     budget = Budget(operator, max_matvecs=max_matvecs, max_seconds=max_seconds, callback=callback)
-    generator = torch.Generator().manual_seed(as_seed(seed))
-    steps = min(num_steps, operator.size)
-    rules: list[Quadrature] = []
-    controls, complete = ControlVectors(), True
-    for run in probe_runs(operator, generator, budget, num_probes, steps=steps, distribution=distribution):
-        complete = run.complete
-        if complete:
-            controls.add(run)
-        if complete or not rules:  # part of a run is better than nothing
-            rules.append(run.quadrature)
-    complete = complete and len(rules) == num_probes
-    if not complete:
+    probes, steps = Probes(operator, as_seed(seed), distribution), min(num_steps, operator.size)
+    runs = ProbeRuns(probes, budget, num_probes, steps=steps, offload=checked_offload(offload))
+    runs.go_on()
+    if not runs.complete:
         warn_unconverged(
-            f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(rules)} of "
-            f"{num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes."
+            f"the budget ended after {budget.num_matvecs} of about {num_probes * steps} products: the density rests on {len(runs.rules)} "
+            f"of {num_probes} probes; raise max_matvecs or max_seconds, or ask for fewer probes."
         )
-    return density_from(rules, steps, operator.size, budget, complete, controls, rounding=operator.rounding)
+    return runs.density()
 
 
 class Quadrature(NamedTuple):
@@ -102,157 +110,212 @@ class Quadrature(NamedTuple):
     residuals: Array
 
 
-@dataclass(frozen=True)
+class Probes:
+    """The random probes of an operator by number, drawn anew whenever one is wanted: keeping them would take a vector each.
+
+    Args:
+        operator: A.
+        seed: seeds them all.
+        distribution: of their entries.
+    """
+
+    def __init__(self, operator: SymmetricOperator, seed: int, distribution: str = "rademacher") -> None:
+        self.operator, self._distribution = operator, distribution
+        self._generator = torch.Generator().manual_seed(seed)
+        self._states: list[Tensor] = []  # of the generator, before each probe
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Probe ``number``, z of shape (n,), with ||z||^2 = n (on average, for normal entries)."""
+        while len(self._states) < number:  # those before it
+            self._draw_next()
+        if number == len(self._states):
+            return self._draw_next()
+        again = torch.Generator()
+        again.set_state(self._states[number])
+        return self._draw(again)
+
+    def _draw_next(self) -> Tensor:
+        self._states.append(self._generator.get_state())
+        return self._draw(self._generator)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return self.operator.random_vectors(1, generator=generator, distribution=self._distribution)[:, 0]
+
+
 class ProbeRun:
     """One Lanczos run from a random probe.
 
+    Args:
+        probes: where the probe comes from.
+        number: of the probe.
+        others: tells, when it has ended, the numbers of the probes that its good Ritz vectors are to be compared with.
+        rows: of the basis at most, if it is known.
+        offload: where the basis goes.
+
     Attributes:
-        probe: z, (n,), with ||z||^2 = n (on average, for normal entries).
-        space: grown from it.
+        space: grown from the probe.
         complete: False if the budget ended it.
+        quadrature: Gauss quadrature of the probe's spectral measure.
+        values: of the good Ritz pairs, (c,), largest magnitude first.
+        shares: of their vectors in the other probes, (c,) by number.
     """
 
-    probe: Tensor
-    space: KrylovSpace
-    complete: bool
+    def __init__(
+        self, probes: Probes, number: int, others: Callable[[], Iterable[int]], *, rows: int | None = None, offload: Offload = False
+    ) -> None:
+        self.space, self.complete = KrylovSpace(probes.operator, offload=offload, most=rows), True
+        self.space.add_start(probes[number])
+        self._probes, self._others = probes, others
+        self.quadrature: Quadrature | None = None
+        self.values, self.shares = np.zeros(0), dict[int, Array]()
 
-    @cached_property
-    def ritz(self) -> Ritz:
-        """The Ritz pairs of its space."""
-        return self.space.ritz()
+    def record(self) -> None:
+        """Take down what the space tells, once: when it has ended, or before it is restarted and forgets."""
+        if self.quadrature is not None:
+            return
+        space, ritz = self.space, self.space.ritz()
+        # a weight is the squared share of its Ritz vector in z
+        self.quadrature = Quadrature(ritz.values, ritz.coordinates[0] ** 2, ritz.outward)
+        share = 1 if space.is_complete else _MOST_CONTROLLED  # over a complete basis all vectors are exact
+        good = np.flatnonzero(ritz.residuals <= _CONTROL_RESIDUAL * ritz.scale)
+        good = good[np.argsort(-np.abs(ritz.values[good]))][: min(_MAX_CONTROLS, space.operator.size // share)]
+        self.values = ritz.values[good]
+        for number in self._others() if len(good) else ():
+            probe = self._probes[number]
+            square = float(space.operator.dot(probe, probe))
+            inside = space.rows.coefficients(probe.to(space.dtype)).cpu().double().numpy()[space.expanded]
+            self.shares[number] = (ritz.coordinates[:, good].T @ inside) ** 2 / square
+
+
+class ProbeRuns:
+    """Lanczos runs from probe after probe: the rule of each, and the shares of good Ritz vectors in the probes.
+
+    A share of a unit vector v in a random probe z, (v.z)^2 / ||z||^2, has the mean 1 / n if v does not depend on z: so those of the first
+    run are looked for in all other probes, and those of the second in the first.
+
+    Args:
+        probes: where they start.
+        budget: ends the runs when exhausted.
+        num_probes: how many.
+        steps: products of a run.
+        offload: where the bases go.
+
+    Attributes:
+        rules: of the probes so far; a run that the budget ended counts only if there is no other.
+        complete: whether all probes were made.
+    """
+
+    def __init__(self, probes: Probes, budget: Budget, num_probes: int, *, steps: int, offload: Offload = False) -> None:
+        self._probes, self._operator, self._budget = probes, probes.operator, budget
+        self._num_probes, self._steps, self._offload = num_probes, steps, offload
+        self.rules: list[Quadrature] = []
+        self._runs: list[tuple[Array, dict[int, Array]]] = []  # values and shares, of complete runs
+        self._done = 0
 
     @property
-    def quadrature(self) -> Quadrature:
-        """Gauss quadrature of z's spectral measure: a weight is the squared share of its Ritz vector in z."""
-        return Quadrature(self.ritz.values, self.ritz.coordinates[0] ** 2, self.ritz.outward)
+    def complete(self) -> bool:
+        """Whether all probes were made."""
+        return self._done == self._num_probes
 
+    @property
+    def expected(self) -> int:
+        """Products of all runs."""
+        return self._num_probes * self._steps
 
-def probe_run(
-    operator: SymmetricOperator,
-    generator: torch.Generator,
-    budget: Budget,
-    *,
-    steps: int,
-    text: str,
-    expected: int,
-    distribution: str = "rademacher",
-    enough: Callable[[KrylovSpace], bool] | None = None,
-) -> ProbeRun:
-    """Lanczos from a new probe, one product at least.
+    def run_first(self, enough: Callable[[KrylovSpace], bool], *, most: int, text: str) -> KrylovSpace:
+        """The first run, which goes on until it is enough; restarted from both ends of the spectrum where memory is full.
 
-    Args:
-        operator: A.
-        generator: draws the probe.
-        budget: stops the run when exhausted.
-        steps: products, unless ``enough`` decides.
-        text: what is being done, for the callback.
-        expected: products of all runs, for the callback.
-        distribution: entries of the probe.
-        enough: asked after each product, whether to stop.
-    """
-    probe = _probe(operator, generator, distribution)
-    space = KrylovSpace(operator, offload=steps > affordable_rows(operator, len(probe)))
-    space.add_start(probe)
+        Args:
+            enough: asked after each product, whether to stop.
+            most: products at most, and vectors to keep.
+            text: what is being done, for the callback.
+        """
+        operator, rows = self._operator, min(self._operator.size, self._steps + 1)
+        place = place_for(operator, rows, self._offload)
+        if isinstance(place, bool):  # half of what the basis may take holds it, if not the steps alone need more
+            rows = max(rows, min(operator.size, most + 1, affordable_rows(operator, host=place) // 2))
+        else:
+            rows = min(operator.size, most + 1)
+        run = ProbeRun(self._probes, 0, self._later, rows=rows, offload=place)
+        space, self._budget.vectors, self._budget.place = run.space, rows, where(place)
 
-    def done() -> bool:
-        return enough(space) if enough is not None else len(space.expanded) >= steps
+        def choose() -> int:
+            if space.size >= rows and not space.is_complete:
+                run.record()
+                ritz, keep = space.ritz(), max(1, rows // 6)  # a third of the rows, half from each end: by judgement, as in eigenpairs
+                ends = np.r_[:keep, len(ritz.values) - keep : len(ritz.values)]
+                space.compress(ritz.values[ends], ritz.coordinates[:, ends])
+            return space.pending[0]
 
-    return ProbeRun(probe, space, lanczos_run(space, budget, done, lambda: (expected, text), least=1))
+        run.complete = lanczos_run(space, self._budget, lambda: enough(space), lambda: (self.expected, text), choose=choose, least=1)
+        self._add(run)
+        return space
 
-
-def probe_runs(
-    operator: SymmetricOperator,
-    generator: torch.Generator,
-    budget: Budget,
-    num_probes: int,
-    *,
-    steps: int,
-    done: int = 0,
-    distribution: str = "rademacher",
-) -> Iterator[ProbeRun]:
-    """Lanczos runs from new probes, as many abreast as memory and budget allow; the last may be incomplete if the budget ends it.
-
-    Args:
-        operator: A.
-        generator: draws the probes, one after another.
-        budget: ends the runs when exhausted.
-        num_probes: all runs, with those made before.
-        steps: products of a run.
-        done: runs made before; without any, the first one makes a product at least.
-        distribution: entries of the probes.
-    """
-    settings: dict[str, Any] = {"steps": steps, "expected": num_probes * steps, "distribution": distribution}
-    while done < num_probes and (done == 0 or budget.allows()):
-        # runs abreast all end late: if time is limited, they go one after another
-        width = 1 if budget.is_timed else int(min(num_probes - done, budget.matvecs_left / steps))
-        if width > 1:
-            width = min(width, affordable_rows(operator, operator.size) // steps)
-        if width <= 1:
-            run = probe_run(operator, generator, budget, text=f"probe {done + 1} of {num_probes}", **settings)
-            yield run
-            if not run.complete:
+    def go_on(self) -> None:
+        """All other runs, as many abreast as memory and budget allow; the first one makes a product at least."""
+        while not self.complete and (not self.rules or self._budget.allows()):
+            # runs abreast all end late: if time is limited, they go one after another
+            width = 1 if self._budget.is_timed else int(min(self._num_probes - self._done, self._budget.matvecs_left / self._steps))
+            if width > 1:
+                width = 1 if self._offload else min(width, abreast(self._operator, self._steps + 1))
+            if not (self._run_abreast(width) if width > 1 else self._run_alone()):
                 return
-            done += 1
-            continue
-        runs = [ProbeRun(_probe(operator, generator, distribution), KrylovSpace(operator), True) for _ in range(width)]
+
+    def _run_alone(self) -> bool:
+        rows, number = min(self._operator.size, self._steps + 1), self._done
+        place = place_for(self._operator, rows, self._offload)
+        run = ProbeRun(self._probes, number, self._others(number), rows=rows, offload=place)
+        self._budget.vectors, self._budget.place = max(self._budget.vectors, rows), where(place)
+        text = f"probe {number + 1} of {self._num_probes}"
+        run.complete = lanczos_run(
+            run.space, self._budget, lambda: len(run.space.expanded) >= self._steps, lambda: (self.expected, text), least=1
+        )
+        self._add(run)
+        return run.complete
+
+    def _run_abreast(self, width: int) -> bool:
+        numbers = range(self._done, self._done + width)
+        runs = [ProbeRun(self._probes, number, self._others(number), rows=self._steps + 1) for number in numbers]
+        self._budget.vectors = max(self._budget.vectors, width * (self._steps + 3))  # and the one that is multiplied, and its product
+        text = f"probes {numbers[0] + 1} to {numbers[-1] + 1} of {self._num_probes}"
+        lanczos_abreast([run.space for run in runs], self._budget, self._steps, (self.expected, text))
         for run in runs:
-            run.space.add_start(run.probe)
-        text = f"probes {done + 1} to {done + width} of {num_probes}"
-        lanczos_abreast([run.space for run in runs], budget, steps, (num_probes * steps, text))
-        yield from runs
-        done += width
+            self._add(run)
+        return True
 
+    def _others(self, number: int) -> Callable[[], Iterable[int]]:
+        """The probes with which a run's vectors are to be compared."""
+        return self._later if number == 0 else lambda: (0,) if number == 1 else ()
 
-def _probe(operator: SymmetricOperator, generator: torch.Generator, distribution: str) -> Tensor:
-    return operator.random_vectors(1, generator=generator, distribution=distribution)[:, 0]
+    def _later(self) -> Iterable[int]:
+        """All but the first, as far as the budget will come."""
+        return range(1, int(min(self._num_probes, 2 + self._budget.matvecs_left / self._steps)))
 
+    def _add(self, run: ProbeRun) -> None:
+        run.record()
+        assert run.quadrature is not None
+        if run.complete or not self.rules:  # part of a run is better than nothing
+            self.rules.append(run.quadrature)
+        if run.complete:
+            self._done += 1
+            self._runs.append((run.values, run.shares))
 
-class ControlVectors:
-    """The shares of good Ritz vectors in the probes: those of the first run in all other probes, those of the second in the first.
+    def density(self) -> SpectralDensity:
+        """The density of all runs so far."""
+        steps = max(self._steps, *(len(rule.nodes) for rule in self.rules))
+        tables, rounding = self._controls(), self._operator.rounding
+        return density_from(self.rules, steps, self._operator.size, self._budget, self.complete, tables, rounding=rounding)
 
-    A share of a unit vector v in a random probe z, (v.z)^2 / ||z||^2, has the mean 1 / n if v does not depend on z.
-    """
-
-    def __init__(self) -> None:
-        self._first: Tensor | None = None  # the first probe
-        self._values, self._vectors = np.zeros(0), torch.zeros(0, 0)
-        self._rows: list[tuple[Array, Array]] = []
-
-    def add(self, run: ProbeRun) -> None:
-        """One more probe, after its run."""
-        if self._first is None:
-            self._first = run.probe
-            self._values, self._vectors = _good_pairs(run)
-            return
-        if not self._rows:
-            values, vectors = _good_pairs(run)
-            self._rows.append((values, _shares(run.space.operator, vectors, self._first)))
-        self._rows.append((self._values, _shares(run.space.operator, self._vectors, run.probe)))
-
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Values and shares, (probes, c) each; (0, 0) of a single probe."""
-        if not self._rows:
-            return torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
-        count = min(len(values) for values, _ in self._rows)
-        values, shares = (np.stack([row[:count] for row in column]) for column in zip(*self._rows, strict=True))
+    def _controls(self) -> tuple[Tensor, Tensor] | None:
+        """Values and shares of control vectors, (probes, c) each; None of a single probe, where there are none."""
+        if len(self._runs) < 2:
+            return None
+        (first, later), (second, before) = self._runs[:2]
+        empty = np.zeros(0)
+        rows = [(second, before.get(0, empty)), *((first, later.get(number, empty)) for number in range(1, len(self._runs)))]
+        count = min(len(shares) for _, shares in rows)
+        values, shares = (np.stack([row[:count] for row in column]) for column in zip(*rows, strict=True))
         return torch.from_numpy(values), torch.from_numpy(shares)
-
-
-def _good_pairs(run: ProbeRun) -> tuple[Array, Tensor]:
-    """Values and vectors of the run's good Ritz pairs, largest magnitude first, (c,) and (n, c)."""
-    operator, ritz = run.space.operator, run.ritz
-    share = 1 if run.space.is_complete else _MOST_CONTROLLED  # over a complete basis all vectors are exact
-    most = min(_MAX_CONTROLS, operator.size // share, affordable_rows(operator, len(run.probe)) // 2)
-    good = np.flatnonzero(ritz.residuals <= _CONTROL_RESIDUAL * ritz.scale)
-    good = good[np.argsort(-np.abs(ritz.values[good]))][:most]
-    return ritz.values[good], run.space.vectors(ritz.coordinates[:, good])
-
-
-def _shares(operator: SymmetricOperator, vectors: Tensor, probe: Tensor) -> Array:
-    if not vectors.shape[1]:
-        return np.zeros(0)
-    inside, square = operator.dot(vectors, probe.to(vectors.dtype)), operator.dot(probe, probe)
-    return np.asarray(inside.double().cpu().numpy() ** 2 / float(square))
 
 
 def density_from(
@@ -261,14 +324,14 @@ def density_from(
     size: int,
     budget: Budget,
     complete: bool,
-    controls: ControlVectors | None = None,
+    controls: tuple[Tensor, Tensor] | None = None,
     *,
     rounding: float = 0.0,
 ) -> SpectralDensity:
     """The density as the mean of the probes' rules, padded with weight 0 to ``steps`` nodes."""
     nodes, weights = (torch.from_numpy(array) for array in _padded(rules, steps))
-    outliers, tables = torch.from_numpy(_outliers(rules)), controls.tables() if controls is not None else ()
-    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete, rounding, *tables)
+    outliers = torch.from_numpy(_outliers(rules))
+    return SpectralDensity(nodes, weights, size, budget.num_matvecs, budget.seconds, outliers, complete, rounding, *(controls or ()))
 
 
 def _padded(rules: list[Quadrature], steps: int) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, affordable_rows, lanczos_run
 from sharpkit.linalg.results import Array, Budget, Estimate, probe_error, warn_unconverged
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
@@ -44,6 +45,7 @@ _HOPELESS = 4.0  # give up if the forecast exceeds the budget this many times (b
 _HOPELESS_AFTER = 100  # and so many probes have been drawn, whose spread is known to 7 %: by judgement
 
 
+@keeps_memory_limit
 def trace(
     operator: Any,
     *,
@@ -54,6 +56,7 @@ def trace(
     num_matvecs: int | None = None,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
 ) -> Estimate:
     """tr A from random products, until its standard error is at most ``rtol`` |tr A| (or ``atol``).
@@ -75,6 +78,7 @@ def trace(
         seed: seeds the probes.
         num_matvecs: spend this many products instead of stopping at a tolerance.
         max_matvecs, max_seconds: most products, by default 2000, and seconds.
+        memory_limit: bytes that may be taken where the vectors live; by default the basis takes half of what is free at most.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Returns:
@@ -178,7 +182,7 @@ class AdaptiveEstimate:
         while len(self.probes) < self.pilot and self.budget.allows():
             count = block_size(self.operator, self.budget, self.pilot - len(self.probes))
             self.probes.draw(count, keep=method == "auto")
-            self.budget.report(self.pilot, "pilot probes")
+            self._report(self.pilot, "pilot probes")
         return self._probe("Hutchinson", adapt=method == "auto")
 
     def _exact(self) -> tuple[float, float, str]:
@@ -201,7 +205,7 @@ class AdaptiveEstimate:
 
     def _most_rows(self) -> int:
         if self._affordable is None and self.probes.space.size:  # asked once: the system is slow to tell
-            self._affordable = affordable_rows(self.operator, len(self.probes.space.rows.row(0)))
+            self._affordable = affordable_rows(self.operator)
         return self.operator.size if self._affordable is None else self._affordable
 
     def _deflate(self) -> None:
@@ -221,7 +225,7 @@ class AdaptiveEstimate:
             if enough >= _PERSISTENCE[probes.squared] or (not finish and steps - best_at >= patience) or space.size >= self._most_rows():
                 return
             probes.deflate_one()
-            self.budget.report(int(min(steps + needed, self.limit)), "leading subspace")
+            self._report(int(min(steps + needed, self.limit)), "leading subspace")
 
     def _sketch(self) -> None:
         """A third of the products sketch the range, a third multiply it, a third probe the complement."""
@@ -235,7 +239,7 @@ class AdaptiveEstimate:
                     return
             if not probes.sketch_one():
                 return
-            self.budget.report(min(self.limit, 3 * sketched + 12), "range sketch")
+            self._report(min(self.limit, 3 * sketched + 12), "range sketch")
 
     def _probe(self, how: str, *, adapt: bool) -> tuple[float, float, str]:
         """Probes until the tolerance is reached; where they disappoint the forecast, the basis is looked at again."""
@@ -260,13 +264,17 @@ class AdaptiveEstimate:
             most = min(ahead, _KEPT - probes.num_kept) if keep else ahead
             probes.draw(block_size(self.operator, self.budget, int(most)), keep=keep)
             done = self.budget.num_matvecs
-            self.budget.report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")
+            self._report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")
+
+    def _report(self, expected: int, text: str) -> None:
+        self.budget.vectors = self.probes.num_vectors
+        self.budget.report(expected, text)
 
 
 def block_size(operator: SymmetricOperator, budget: Budget, most: int) -> int:
     """How many vectors to multiply at once: as many as memory and the products left allow; one if time is limited: all end together."""
     most = 1 if budget.is_timed else int(min(most, _BLOCK, budget.matvecs_left))
-    return max(1, min(most, affordable_rows(operator, operator.size) // 4)) if most > 1 else 1  # the system is slow to tell
+    return max(1, min(most, affordable_rows(operator) // 4)) if most > 1 else 1  # the system is slow to tell
 
 
 def rademacher(operator: SymmetricOperator, generator: torch.Generator, count: int) -> Tensor:
@@ -294,6 +302,7 @@ class DeflatedProbes:
         self.space = KrylovSpace(operator)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._plain: list[float] = []
+        self._drawn = 0  # at once, the last time
         self._inner = np.zeros((0, 0, 2))  # (basis row, kept probe, c and d)
         self._late: list[float] = []
 
@@ -304,6 +313,11 @@ class DeflatedProbes:
     def num_kept(self) -> int:
         """Probes that a growing basis can still use."""
         return len(self._kept)
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors held: the basis, kept probes with their products, and those of the last ones drawn at once."""
+        return self.space.size + 2 * len(self._kept) + 2 * self._drawn
 
     @property
     def num_late(self) -> int:
@@ -324,12 +338,13 @@ class DeflatedProbes:
             count: how many, multiplied at once.
             keep: hold on to the probes, because the basis may still grow.
         """
+        self._drawn = count
         probes = rademacher(self.operator, self.generator, count).to(self.space.dtype)
         if self.space.expanded and not keep:
             coefficients = self.space.rows.coefficients(probes)
             inside = torch.zeros_like(coefficients)
             inside[self.space.expanded] = coefficients[self.space.expanded]
-            probes = probes - self.space.rows.combine(inside)
+            self.space.rows.subtract_(probes, inside)
         products = self.operator.multiply(probes.to(self.operator.dtype))
         for probe, product in zip(probes.T, products.T, strict=True):
             self._add(probe, self.space.products.in_units(product), keep=keep)

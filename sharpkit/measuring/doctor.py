@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sharpkit._arguments import as_seed, check_callback
+from sharpkit._errors import OutOfMemoryError
 from sharpkit._results import Progress, ProgressCallback, Result
+from sharpkit.measuring.plan import plan
 from sharpkit.objective.distributed import Ranks
 from sharpkit.objective.guard import random_fingerprint
 from sharpkit.objective.memory import available_memory, human_bytes
@@ -31,8 +33,6 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _FEW = 10.0  # times the noise of finite differences, by judgement: a smaller gap may be that noise
 _SERIOUS_ROUNDING, _HARMLESS_ROUNDING = 0.3, 1e-2  # of a product on a random vector, by judgement
-_MEASURE_PRODUCTS = 200  # that measure() makes, about, by definition of its defaults: 6 probes of 32 steps
-_BASIS_VECTORS = 40  # that a typical Lanczos basis holds, by judgement
 
 
 _MARKS = {"ok": "ok      ", "note": "note    ", "warning": "WARNING ", "failed": "FAILED  "}
@@ -376,23 +376,14 @@ def _check_weights(hessian: HessianOperator, seed: int) -> Outcome:
 
 
 def _check_memory(hessian: HessianOperator, seed: int) -> Outcome:
-    hessian @ _probes(hessian, seed, 1)[:, 0]
-    held, free = hessian.bytes_kept(), available_memory(hessian.device)
-    start = time.perf_counter()  # the second product: the first also builds graphs and warms up
-    hessian @ _probes(hessian, seed, 1)[:, 0]
-    seconds = time.perf_counter() - start
-    kept = (
-        f"graphs of {human_bytes(held)} are kept between products"
-        if hessian.all_kept
-        else "graphs do not all fit and are rebuilt for each product"
-    )
-    whole = _MEASURE_PRODUCTS * seconds
-    text = f"{kept}, {human_bytes(free)} free; one product takes {seconds:.2g} s, so measure() about {whole:.2g} s"
-    basis = _BASIS_VECTORS * hessian.size * hessian.dtype.itemsize
-    if basis > free / 2:
-        said = f"{text}; a Lanczos basis of {_BASIS_VECTORS} vectors needs {human_bytes(basis)}"
-        return "warning", said, "select parameters with params=, or eigenpairs(..., offload=True)"
-    return ("ok" if hessian.all_kept else "note"), text
+    free = human_bytes(available_memory(hessian.device))
+    try:
+        made = plan(hessian.objective, "measure", seed=seed)
+    except OutOfMemoryError as error:
+        return "warning", f"measure() does not fit: {error}", "select parameters with params=, or keep vectors in a file with offload="
+    kept = made.choices.get("graphs", "")
+    text = f"graphs: {kept}, {free} free; measure() takes about {made.num_matvecs} products, {made.seconds:.2g} s"
+    return ("ok" if kept.startswith("all kept") else "note"), f"{text} and {human_bytes(made.peak_bytes)} at most"
 
 
 CHECKS: dict[str, Callable[[HessianOperator, int], Outcome]] = {

@@ -146,7 +146,7 @@ def per_layer(
             expected = max(done, (matvecs + max(progress.expected, block.num_matvecs)) * len(layers) // number)
             left = elapsed / done * (expected - done) if done else math.nan
             text = f"{layers[number - 1]} (layer {number} of {len(layers)}): {progress.text}"
-            callback(Progress(done, expected, elapsed, left, text))
+            callback(Progress(done, expected, elapsed, left, text, peak_bytes=progress.peak_bytes, choices=progress.choices))
 
     # one block after the other, so that only its own graph is held
     for layer in layers:

@@ -11,10 +11,12 @@ import torch
 
 from sharpkit._arguments import as_seed
 from sharpkit._results import ProgressCallback, Result, percent
+from sharpkit.linalg.krylov import Offload
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.overview import SpectralOverview, spectral_overview
 from sharpkit.linalg.results import Eigenpairs, Estimate, SpectralDensity
 from sharpkit.measuring.stability import StableLearningRate, rate_under
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.objective.objective import Objective
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
@@ -146,6 +148,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         return plot_density(self.density, ax=ax, lr=self.lr if self.preconditioned_lambda_max is None else None)
 
 
+@keeps_memory_limit
 def measure(
     objective: Objective,
     *,
@@ -156,6 +159,8 @@ def measure(
     seed: int = 0,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
+    offload: Offload = False,
     callback: ProgressCallback | None = None,
 ) -> Sharpness:
     """Measure the sharpness of an objective: one shared pass of about num_probes x num_steps Hessian products.
@@ -172,10 +177,14 @@ def measure(
         tol: tolerance of the extreme eigenvalues, relative to each.
         seed: seeds the random probes.
         max_matvecs, max_seconds: stop the measurement when exhausted; partial results are returned with ``converged=False``.
+        memory_limit: bytes that may be taken on the model's device, besides model and data; by default half of what is free for graphs and
+            half for vectors. num_steps + 1 vectors of the model's size must fit; :func:`sharpkit.plan` tells what a call takes.
+        offload: True keeps the vectors in host memory, the path of a folder in a file there.
         callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
 
     Raises:
-        NonFiniteError, UnsupportedError, OutOfMemoryError: from the products.
+        NonFiniteError, UnsupportedError: from the products.
+        OutOfMemoryError: a single sample, or num_steps + 1 vectors, do not fit.
         UnsupportedError: an optimizer whose stability limit is not known, or which trains more than the objective's model.
         ValueError: an optimizer of another model.
 
@@ -193,15 +202,15 @@ def measure(
     if optimizer is not None:
         check_trains(optimizer, objective.model)
         matrix, rule = optimizer_curvature(hessian, optimizer)
-    loss, gradient = objective.gradient()
-    budget: Any = {"max_matvecs": max_matvecs, "max_seconds": max_seconds, "callback": callback}
+    loss, grad_norm = _loss_and_norm(objective, hessian)
+    budget: Any = {"max_matvecs": max_matvecs, "max_seconds": max_seconds, "callback": callback, "offload": offload}
     # ends, trace, norm and density come from the same products
     overview = spectral_overview(hessian, num_probes=num_probes, num_steps=num_steps, tol=tol, seed=seed, **budget)
     top, preconditioned = end_of(overview.largest), None
     if matrix is not hessian:  # a matrix with a spectrum of its own: D^-1 H, or H scaled by the groups' rates
         # what is left of the time, at least a moment: an estimate flagged as unconverged is worth more than none
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
-        preconditioned = end_of(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, callback=callback))
+        preconditioned = end_of(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, offload=offload, callback=callback))
     return Sharpness(
         lambda_max=top,
         lambda_min=end_of(overview.smallest),
@@ -210,7 +219,7 @@ def measure(
         effective_rank=_effective_rank(overview).rounded(objective.rounding),
         negative_mass=overview.density.negative_mass,
         loss=loss,
-        grad_norm=float(hessian.dot(gradient, gradient)) ** 0.5,
+        grad_norm=grad_norm,
         # `or`: an Estimate has no truth value of its own, so only None falls through
         stable_lr=rate_under(rule, preconditioned or top),
         lr=learning_rate(unwrap_optimizer(optimizer), objective.layout) if optimizer is not None else None,
@@ -224,6 +233,11 @@ def measure(
         seconds=time.perf_counter() - start,
         seed=seed,
     )
+
+
+def _loss_and_norm(objective: Objective, hessian: HessianOperator) -> tuple[float, float]:
+    loss, gradient = objective.gradient()
+    return loss, float(hessian.dot(gradient, gradient)) ** 0.5  # the gradient itself is not kept
 
 
 def end_of(pairs: Eigenpairs) -> Estimate:

@@ -1,15 +1,27 @@
-"""How much memory there is, and how much an autograd graph holds."""
+"""How much memory there is, how much of it a call may take, and how much an autograd graph holds."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Iterator
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sharpkit._arguments import real
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Where the kernel keeps the limits of control groups, by the controllers of a line in /proc/self/cgroup ("" for version 2): folder, limit,
 # usage, and the line of memory.stat that counts file pages, which are given up before an allocation fails.
@@ -26,8 +38,18 @@ def available_memory(device: torch.device) -> float:
     """Bytes that can still be allocated on a device, inf if the system does not tell.
 
     On a CPU, the least of what the machine has and what the process's control group and those around it leave (containers, batch systems):
-    whoever exceeds the latter is killed, whatever the machine has.
+    whoever exceeds the latter is killed, whatever the machine has. What has been promised is taken off, and a :func:`limited` call may not
+    take more than its limit.
     """
+    free = _free(device)
+    for limit in _limits.get():
+        if _same(limit.device, device):
+            free = min(free, limit.ceiling - used_memory(device))
+    with _promising:
+        return max(0.0, free - sum(promise.nbytes for promise in _promises if _same(promise.device, device)))
+
+
+def _free(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # what torch has reserved and not handed out is free to it, though not to others
@@ -37,6 +59,87 @@ def available_memory(device: torch.device) -> float:
     return math.inf
 
 
+def used_memory(device: torch.device) -> float:
+    """Bytes that this process holds on a device: tensors on a GPU; on a CPU all but what files hold, 0 if the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_allocated(device))
+    if device.type == "cpu" and len(pages := _text(Path("/proc/self/statm")).split()) > 2:
+        return (float(pages[1]) - float(pages[2])) * os.sysconf("SC_PAGE_SIZE")  # resident, less what is shared or of a file
+    return 0.0
+
+
+# -- how much of it a call may take -------------------------------------------------------------------------------------------
+class _Limit(NamedTuple):
+    device: torch.device
+    ceiling: float  # of what the process may hold
+
+
+_limits: ContextVar[tuple[_Limit, ...]] = ContextVar("limits", default=())
+
+
+class Promise:
+    """Memory that is going to be taken: others may not count on it. It ends with its owner.
+
+    Attributes:
+        device: where.
+        nbytes: what is still to be taken; to be lowered as that happens.
+    """
+
+    def __init__(self, device: torch.device, nbytes: float) -> None:
+        self.device, self.nbytes = device, nbytes
+        with _promising:
+            _promises.add(self)
+
+
+_promises: weakref.WeakSet[Promise] = weakref.WeakSet()
+_promising = threading.RLock()  # a set may not grow while it is gone through; one thread may come back to it, in the garbage collector
+
+
+@contextmanager
+def limited(limit: float | None, device: torch.device) -> Iterator[None]:
+    """While it lasts, no more than ``limit`` bytes of a device are available beyond what the process holds now; None changes nothing."""
+    if limit is None:
+        yield
+        return
+    token = _limits.set((*_limits.get(), _Limit(device, used_memory(device) + limit)))
+    try:
+        yield
+    finally:
+        _limits.reset(token)
+
+
+def is_limited(device: torch.device) -> bool:
+    """Whether somebody has said how much memory may be taken."""
+    return any(_same(limit.device, device) for limit in _limits.get())
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one: "cuda" is the GPU in use."""
+    return one.type == other.type and (one.type != "cuda" or _index(one) == _index(other))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def keeps_memory_limit(function: Callable[P, R]) -> Callable[P, R]:
+    """A function with an argument ``memory_limit``, in bytes, kept on the device of its first argument while it runs."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
+        limit: Any = kwargs.get("memory_limit")
+        if limit is None:
+            return function(*args, **kwargs)
+        subject = next(iter(signature.bind(*args, **kwargs).arguments.values()))
+        limit = real("memory_limit", limit, above=0, infinite=True, hint="it is in bytes")
+        with limited(limit, torch.device(getattr(subject, "device", None) or "cpu")):
+            return function(*args, **kwargs)
+
+    return keeping
+
+
+# -- what the system says -------------------------------------------------------------------------------------------------------
 def _machine_available() -> float:
     available = _entries(Path("/proc/meminfo")).get("MemAvailable:")
     return math.inf if available is None else available * 1024

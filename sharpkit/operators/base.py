@@ -159,6 +159,14 @@ class SymmetricOperator(ABC):
         """Bytes that can still be allocated where the vectors live, or in host memory; inf if the system does not tell."""
         return available_memory(torch.device("cpu") if host else self.device)
 
+    def bytes_needed(self) -> float:
+        """Memory that products take besides the vectors they are made with, as far as the products so far have shown; 0 by default."""
+        return 0.0
+
+    def choices(self) -> Mapping[str, str]:
+        """How products are made, in words by what was chosen; nothing by default."""
+        return {}
+
     def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
         """Independent random probes of shape (n, k), drawn on the CPU so that a seed means the same on every device.
 
@@ -318,6 +326,12 @@ class _DerivedOperator(SymmetricOperator):
 
     def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
         self.base.check_alike(call, settings)
+
+    def bytes_needed(self) -> float:
+        return self.base.bytes_needed()
+
+    def choices(self) -> Mapping[str, str]:
+        return self.base.choices()
 
     def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
         return self.base.random_vectors(k, generator=generator, distribution=distribution)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sharpkit._arguments import real
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
 from sharpkit.objective.guard import TURN
-from sharpkit.objective.memory import human_bytes, is_out_of_memory
+from sharpkit.objective.memory import human_bytes, is_limited, is_out_of_memory
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamSelector
 from sharpkit.objective.reduction import Piece
@@ -94,6 +94,7 @@ class CurvatureOperator(SymmetricOperator):
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}  # by the pieces' keys
         self.all_kept = False
+        self._largest = 0  # bytes of the largest graph so far
         self._kept_for: _Situation | None = None
         self.blocks = Blocks(self.layout, self.rounding)
 
@@ -165,6 +166,7 @@ class CurvatureOperator(SymmetricOperator):
             self._kept_for = _Situation(self._sizes(), versions, [t.detach().clone() for t in self._watched()])
         for piece in self.objective.pieces(join=self._joins):
             product = self._kept.get(piece.key) or self._build(piece)
+            self._largest = max(self._largest, product.cost.nbytes)
             self._add_product(total, product, vectors)
             every_one_kept = self._keep(piece.key, product) and every_one_kept
         self.all_kept = every_one_kept
@@ -197,11 +199,27 @@ class CurvatureOperator(SymmetricOperator):
         self._kept[key] = product
         return True
 
+    def bytes_needed(self) -> float:
+        # the gradient that is differentiated again, and the copies that tell whether parameters have changed; then, of each of the
+        # products made at once, a second backward pass and its result in the parameters' shapes and as one vector
+        vector = float(self.size * self.dtype.itemsize)
+        return self.bytes_kept() + 2 * vector + self.blocks.width * (_PEAK * self._largest + 4 * vector)
+
+    def choices(self) -> Mapping[str, str]:
+        joined, cut = self.objective.joining.size, self.objective.micro_batch_size
+        batches = f"joined to {joined} samples at most" if joined else f"in pieces of {cut}" if cut else "as they come"
+        kept = f"all kept, {human_bytes(self.bytes_kept())}" if self.all_kept else "rebuilt for each product, as far as they do not fit"
+        width = self.blocks.width
+        return {"batches": batches, "graphs": kept, "products": f"{width} at once" if width > 1 else "one by one"}
+
     def bytes_kept(self) -> int:
         """Memory that the retained graphs hold, as far as it is known."""
         return sum(product.cost.nbytes for product in self._kept.values())
 
     def _limit(self) -> float:
+        if is_limited(self.device):  # for as long as somebody says so
+            given = math.inf if self._memory_limit is None else self._memory_limit
+            return min(given, _GRAPH_SHARE * (self.free_memory() + self.bytes_kept()))
         if self._memory_limit is None:  # once: later, what is free holds the graphs already kept
             self._memory_limit = _GRAPH_SHARE * (self.free_memory() + self.bytes_kept())
         return self._memory_limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -319,3 +320,22 @@ def test_arguments_are_checked() -> None:
             sk.batch_sharpness(objective, batch_size=wrong)
         with pytest.raises(ValueError, match="between 1 and the 10 samples"):
             sk.gradient_noise_interaction(objective, batch_size=wrong)
+
+
+@pytest.mark.parametrize("with_curvature", [False, True])
+def test_the_noise_scale_is_the_same_with_little_memory_and_with_gradients_in_a_file(
+    with_curvature: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sharpkit.objective.memory.used_memory", lambda device: 0.0)  # a test process breathes by more than these limits
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 60), nn.Tanh(), nn.Linear(60, 3))
+    objective = sk.Objective(model, (torch.randn(256, 10), torch.randint(3, (256,))), loss=F.cross_entropy)
+    vector = objective.num_parameters * 4
+    plain = sk.gradient_noise_scale(objective, max_groups=32, with_curvature=with_curvature)
+    for options in ({"offload": tmp_path}, {"offload": True}, {"memory_limit": 45.0 * vector}):
+        made = sk.gradient_noise_scale(objective, max_groups=32, with_curvature=with_curvature, **options)
+        for name in ("noise_scale", "trace", *(["curvature_noise_scale"] if with_curvature else [])):
+            one, other = getattr(made, name), getattr(plain, name)
+            assert one.value == pytest.approx(other.value, rel=1e-5) and one.stderr == pytest.approx(other.stderr, rel=1e-4)
+    with pytest.raises(sk.OutOfMemoryError, match="a basis of 32 vectors"):
+        sk.gradient_noise_scale(objective, max_groups=32, memory_limit=30.0 * vector)

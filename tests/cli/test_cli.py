@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -309,3 +310,13 @@ def test_a_page_in_place_of_a_pipe_or_device_is_refused_before_any_work(
     assert main(["measure", f"{target}:objective", "--html", place]) == 2
     assert f"cannot write {place}: it is a pipe, a socket or a device" in capsys.readouterr().err
     assert not os.path.isfile(place)
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 * 2**30), ("500 MB", 5e8), ("1.5g", 1.5e9), ("64KiB", 65536), ("1000", 1000)])
+def test_sizes_are_read_as_people_write_them(text: str, size: float) -> None:
+    from sharpkit.cli.main import _size
+
+    assert _size(text) == size
+    for wrong in ("", "much", "-1GB", "0", "8GiB please", "1.2.3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 8GiB"):
+            _size(wrong)

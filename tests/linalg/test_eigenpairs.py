@@ -388,12 +388,15 @@ def test_half_the_free_memory_bounds_the_basis_but_not_below_ten_more_than_wante
 
     matrix = rotated(np.linspace(0, 1, 400))
     operator = Small(lambda v: matrix @ v, 400, dtype=torch.float64, device=torch.device("cpu"))
-    for Small.rows, kept in ((30, 30), (5, 13)):
+    for Small.rows, kept in ((30, 30), (7, 13)):
         rows_kept[0] = 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             sk.eigenpairs(operator, 3, tol=1e-9, max_matvecs=100)
         assert rows_kept[0] == kept
+    Small.rows = 6  # and memory for twelve
+    with pytest.raises(sk.OutOfMemoryError, match=r"a basis of 13 vectors takes 40\.6 KiB, and 37\.5 KiB may be taken on cpu: ask for"):
+        sk.eigenpairs(operator, 3)
 
 
 @pytest.mark.parametrize(("size", "kept"), [(16, 9), (40, 17), (13, 8)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from problems_linalg import operator_with, true_residuals
 
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning
+from sharpkit.linalg.krylov import BasisRows
 from sharpkit.linalg.overview import both_ends, spectral_overview
+from sharpkit.operators.base import MatrixOperator
 
 SPECTRUM = np.concatenate([[10.0, 6.0, -4.0], np.random.default_rng(0).uniform(-0.5, 0.5, 197)])
 TRUTH = {"trace": SPECTRUM.sum(), "frobenius_norm": np.linalg.norm(SPECTRUM), "absolute_trace": np.abs(SPECTRUM).sum()}
@@ -152,3 +156,88 @@ def test_warnings_point_at_the_call() -> None:
     with pytest.warns(ConvergenceWarning) as caught:
         spectral_overview(operator_with(SPECTRUM), max_matvecs=50)
     assert [w.filename for w in caught] == [__file__]
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------------
+class Counting(MatrixOperator):
+    """A matrix whose vectors alive are counted, in a machine that has room for so many."""
+
+    rows = math.inf
+
+    def free_memory(self, *, host: bool = False) -> float:
+        return self.rows * self.size * 8
+
+
+@pytest.fixture
+def rows_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The most basis vectors that were kept at a time, over all bases."""
+    alive: weakref.WeakSet[BasisRows] = weakref.WeakSet()
+    most, append = [0], BasisRows.append
+
+    def counted(self: BasisRows, vector: torch.Tensor) -> None:
+        alive.add(self)
+        append(self, vector)
+        most[0] = max(most[0], sum(rows.size for rows in alive))
+
+    monkeypatch.setattr(BasisRows, "append", counted)
+    return most
+
+
+FLAT = np.linspace(-1, 1, 300)  # whose ends converge after 80 products
+
+
+def test_one_basis_is_kept_at_a_time_and_nothing_of_the_runs_before(rows_alive: list[int]) -> None:
+    operator = Counting(operator_with(FLAT).matrix)  # type: ignore[attr-defined]
+    made = spectral_overview(operator, num_steps=20, max_seconds=60)
+    first = made.num_matvecs - 5 * 20
+    assert first > 40 and rows_alive[0] == first + 1, "the first run's, which ends later than the others"
+
+
+def test_where_memory_is_short_the_first_run_restarts_and_tells_the_same(rows_alive: list[int]) -> None:
+    matrix = operator_with(FLAT).matrix  # type: ignore[attr-defined]
+    plain = spectral_overview(Counting(matrix), num_steps=20)
+    rows_alive[0] = 0
+    short = Counting(matrix)
+    short.rows = 42
+    made = spectral_overview(short, num_steps=20)
+    assert rows_alive[0] == 21, "half of 42 rows, and as many as 20 steps take"
+    for one, other in ((made.largest, plain.largest), (made.smallest, plain.smallest)):
+        assert bool(one.converged) and float(one.values) == pytest.approx(float(other.values), abs=2e-3)
+        residual = float((matrix @ one.vectors[:, 0] - one.values * one.vectors[:, 0]).norm())
+        assert residual == pytest.approx(float(one.residuals), rel=1e-6, abs=1e-12)
+    for name in ("trace", "frobenius_norm"):  # Gauss quadrature of either length is exact for these
+        assert getattr(made, name).value == pytest.approx(getattr(plain, name).value, abs=1e-3 * plain.frobenius_norm.value)
+    assert made.density.nodes.shape == (6, 20)
+
+
+def test_what_does_not_fit_is_refused_before_any_product_or_kept_in_a_file(tmp_path: Path) -> None:
+    small = Counting(operator_with(FLAT).matrix)  # type: ignore[attr-defined]
+    small.rows = 20
+    with pytest.raises(sk.OutOfMemoryError, match="a basis of 21 vectors"):
+        spectral_overview(small, num_steps=20)
+    assert small.num_matvecs == 0
+    there, here = spectral_overview(small, num_steps=20, offload=tmp_path), overview(FLAT, num_steps=20, max_seconds=60)
+    assert there.trace.value == here.trace.value and torch.equal(there.largest.values, here.largest.values)
+
+
+def test_the_limit_of_a_call_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharpkit.objective.memory.used_memory", lambda device: 0.0)  # a test process breathes by more than this limit
+    operator = operator_with(FLAT)
+    with pytest.raises(sk.OutOfMemoryError, match="a basis of 33 vectors"):
+        spectral_overview(operator, memory_limit=33 * 300 * 8)
+
+
+def test_each_end_is_judged_by_itself() -> None:
+    """One end stands alone and converges at once, the other is the edge of a bulk and does not."""
+    bulk = np.linspace(-1, 1, 299)
+    for spectrum, quick, slow in ((np.append(bulk, 10.0), "largest", "smallest"), (np.append(bulk, -10.0), "smallest", "largest")):
+        made = overview(spectrum, num_probes=3, num_steps=2, tol=1e-6)
+        assert bool(getattr(made, quick).converged) and not bool(getattr(made, slow).converged)
+        assert made.num_matvecs == 12 + 2 * 2, "the first run goes on for the end that has not converged"
+        assert (getattr(made, quick).outcome, getattr(made, slow).outcome) == ("converged", "ended before convergence")
+
+
+@pytest.mark.parametrize("tol", [0.0, -0.5, 1.0])
+def test_a_tolerance_lies_between_0_and_1(tol: float) -> None:
+    with pytest.raises(ValueError, match="tol must be a number between 0 and 1"):
+        overview(tol=tol)

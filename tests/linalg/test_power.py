@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +178,33 @@ def test_warnings_point_at_the_call() -> None:
     with pytest.warns(ConvergenceWarning) as caught:
         sk.power_iteration(operator_with(network_like(100)), max_matvecs=2)
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_both_the_residual_and_what_leads_out_must_be_small() -> None:
+    """The second pair of diag(4, 1, 0.9): orthogonal to the first to rounding, it converges by its own size, slowly."""
+    pairs = sk.power_iteration(diagonal(4.0, 1.0, 0.9), 2, tol=1e-3, seed=1)
+    assert bool(pairs.converged.all()) and pairs.values.tolist() == pytest.approx([4.0, 1.0], abs=1e-4)
+    first, second = pairs.vectors.T
+    rest = torch.diag(start(4.0, 1.0, 0.9)) @ second - pairs.values[1] * second
+    assert float((rest - first * (first @ rest)).norm()) <= 1e-3, "of the second, not of the largest"
+
+
+def test_a_value_far_below_rounding_has_not_converged_unless_it_is_zero() -> None:
+    """float32 beside 4: 1e-6 is below the rounding of products, and 0 is 0 to it."""
+    for last, reached in ((0.0, True), (2e-5, False)):
+        operator = sk.as_operator(torch.diag(torch.tensor([4.0, last])))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            pairs = sk.power_iteration(operator, 2, tol=1e-3)
+        assert pairs.converged.tolist() == [True, reached]
+        assert reached or "stopped at the rounding of torch.float32: tol=0.001 is out of reach" in pairs.outcome
+
+
+def test_a_tie_is_the_gap_of_the_last_norm_and_quotient() -> None:
+    from sharpkit.linalg.power import _is_tie
+
+    settled = [(5.0, -3.0)] * 40
+    assert _is_tie(settled, 1e-3)
+    assert _is_tie([(9.0, -3.0), (3.0, -3.0)] * 5 + settled, 1e-3), "by the last ones alone"
+    assert not _is_tie([(5.0, -5.0)] * 40, 1e-3) and not _is_tie(settled[:20], 1e-3)
+    assert not _is_tie([(5.0 + 0.1 * (j % 2), -3.0) for j in range(40)], 1e-3), "still moving"

@@ -256,3 +256,9 @@ def test_a_probe_error_is_students_widened_by_a_tenth_and_by_skewness_and_its_sq
     for scale in (1e-100, 1e100):
         assert probe_error(samples * scale) == pytest.approx(probe_error(samples) * scale)
     assert probe_error(np.ones(5)) == 0 and math.isinf(probe_error(np.ones(1))) and math.isinf(probe_error(np.ones(0)))
+
+
+def test_a_density_far_away_is_nothing() -> None:
+    density = sk.spectral_density(torch.diag(torch.arange(1.0, 6.0)), num_probes=2, num_steps=5)
+    near, far, infinite = density.density([3.0, 1e6, math.inf])
+    assert near > 0 and far == infinite == 0

@@ -112,3 +112,10 @@ def test_a_tolerance_below_the_rounding_is_not_reached() -> None:
     assert not coarse.converged and coarse.stderr == pytest.approx(2 * 2**-7 * abs(coarse.value), rel=0.5)
     assert sk.trace(sk.HessianOperator(objective), rtol=0.05, num_matvecs=n).converged
     assert sk.trace(sk.HessianOperator(exact), rtol=0.01, num_matvecs=n).stderr == 0.0
+
+
+def test_small_entries_of_a_diagonal_in_half_precision_are_off_by_a_fifth_of_the_typical_one() -> None:
+    made = sk.linalg.diagonal.DiagonalEstimate(torch.tensor([8.0, 0.0]), torch.zeros(2), 2).rounded(0.01)
+    typical = (8.0**2 / 2) ** 0.5
+    torch.testing.assert_close(made.stderr, 2 * 0.01 * torch.tensor([(64 + 0.04 * typical**2) ** 0.5, 0.2 * typical]))
+    assert torch.equal(made.rounded(1e-7).stderr, made.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from scipy.stats import wasserstein_distance
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning
 from sharpkit.linalg import slq
-from sharpkit.linalg.krylov import KrylovSpace
 from sharpkit.linalg.results import Budget
 from sharpkit.linalg.slq import Quadrature, density_from
 from sharpkit.operators.base import MatrixOperator
@@ -142,7 +143,7 @@ def test_progress_is_reported_for_every_product() -> None:
 
 def test_probes_a_step_at_once_give_what_they_give_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     together = sk.spectral_density(operator_with(NETWORK), num_probes=4, num_steps=20)
-    monkeypatch.setattr("sharpkit.linalg.slq.affordable_rows", lambda *_: 40)  # memory for two runs
+    monkeypatch.setattr("sharpkit.linalg.slq.abreast", lambda *_: 2)
     half = sk.spectral_density(operator_with(NETWORK), num_probes=4, num_steps=20)
     alone = sk.spectral_density(operator_with(NETWORK), num_probes=4, num_steps=20, max_seconds=60)
     for other in (half, alone):
@@ -268,22 +269,38 @@ def test_a_budget_that_ends_with_a_probe_warns_of_the_next_one() -> None:
     assert made.num_probes == 2 and not made.converged and made.num_matvecs == 40
 
 
-@pytest.mark.parametrize(("steps", "offloaded"), [(5, False), (6, True)])
-def test_a_basis_that_half_the_free_memory_does_not_hold_is_offloaded(steps: int, offloaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_basis_that_the_memory_does_not_hold_is_refused_or_kept_in_a_file(tmp_path: Path) -> None:
     class Small(MatrixOperator):
         def free_memory(self, *, host: bool = False) -> float:
-            return 2.0 * 5 * 500 * 8
+            return 10.0 * 500 * 8
 
-    made = []
+    operator = Small(operator_with(NETWORK).matrix)  # type: ignore[attr-defined]
+    sk.spectral_density(operator, num_probes=1, num_steps=9)
+    with pytest.raises(sk.OutOfMemoryError, match=r"a basis of 11 vectors takes 43 KiB, and 39\.1 KiB may be taken on cpu: ask for fewer"):
+        sk.spectral_density(operator, num_probes=1, num_steps=10)
+    there = sk.spectral_density(operator, num_probes=3, num_steps=10, offload=tmp_path)
+    assert torch.equal(there.nodes, sk.spectral_density(operator_with(NETWORK), num_probes=3, num_steps=10, max_seconds=60).nodes)
 
-    class Watched(KrylovSpace):
-        def __init__(self, operator: sk.SymmetricOperator, *, offload: bool = False) -> None:
-            made.append(offload)
-            super().__init__(operator, offload=offload)
 
-    monkeypatch.setattr(slq, "KrylovSpace", Watched)
-    sk.spectral_density(Small(operator_with(NETWORK).matrix), num_probes=1, num_steps=steps)  # type: ignore[attr-defined]
-    assert made == [offloaded]
+def test_probes_are_drawn_again_as_they_were() -> None:
+    operator = operator_with(np.arange(70.0))
+    for distribution in ("rademacher", "normal"):
+        generator, probes = torch.Generator().manual_seed(3), slq.Probes(operator, 3, distribution)
+        drawn = [operator.random_vectors(1, generator=generator, distribution=distribution)[:, 0] for _ in range(4)]
+        assert all(torch.equal(probes[number], drawn[number]) for number in (2, 0, 3, 3, 1))
+
+
+def test_shares_are_those_of_good_vectors_in_the_other_probes() -> None:
+    """Of two exact eigenvectors: (v.z)^2 / ||z||^2, those of the second run in the first probe."""
+    operator = operator_with(np.concatenate([[50.0, -40.0], np.linspace(-1, 1, 98)]))
+    made = sk.spectral_density(operator, num_probes=3, num_steps=25, distribution="normal", seed=2)
+    eigenvalues, vectors = torch.linalg.eigh(operator.matrix)  # type: ignore[attr-defined]
+    probes = slq.Probes(operator, 2, "normal")
+    for number in range(3):
+        z = probes[number]
+        for column, which in ((0, -1), (1, 0)):
+            assert float(made.controls[number, column]) == pytest.approx(float(eigenvalues[which]))
+            assert float(made.shares[number, column]) == pytest.approx(float((vectors[:, which] @ z) ** 2 / (z @ z)))
 
 
 def test_progress_names_the_probe() -> None:
@@ -303,5 +320,5 @@ def test_warnings_point_at_the_call() -> None:
 
 
 def test_a_single_probe_has_no_control_vectors() -> None:
-    values, shares = slq.ControlVectors().tables()
-    assert values.shape == shares.shape == (0, 0)
+    made = sk.spectral_density(operator_with(NETWORK), num_probes=1, num_steps=20)
+    assert made.controls.shape == made.shares.shape == (0, 0)

@@ -426,7 +426,7 @@ class Scripted:
     def __init__(self, operator: sk.SymmetricOperator, forecast: Callable[[int, int], float], *, squared: bool = False) -> None:
         self.operator, self.forecast, self.squared = operator, forecast, squared
         self.expanded: list[int] = []
-        self.num_kept = self.num_late = 0
+        self.num_kept = self.num_late = self.num_vectors = 0
         self.space = SimpleNamespace(
             expanded=self.expanded, pending=[0], is_complete=False, size=1, rows=SimpleNamespace(row=lambda j: torch.zeros(operator.size))
         )

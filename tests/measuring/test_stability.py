@@ -6,6 +6,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -355,3 +356,19 @@ def test_the_document_of_a_rate_holds_what_it_was_computed_from() -> None:
         "rule": "gradient descent: lambda_max(H) <= 2 / lr",
         "lambda_max": 4.0,
     }
+
+
+@pytest.mark.parametrize("error", [0.0, 0.25])
+def test_an_error_may_be_as_small_as_one_likes(error: float) -> None:
+    rate = sk.stable_learning_rate(4.0, error=error)
+    assert (rate.lower, rate.upper) == pytest.approx((2 / (4 + error), 2 / (4 - error)))
+
+
+@pytest.mark.parametrize("value", ["4", None, True, torch.ones(2)])
+def test_curvatures_and_rates_are_numbers(value: Any) -> None:
+    rule = UpdateRule()
+    for method, name in ((rule.max_learning_rate, "curvature"), (rule.max_curvature, "lr")):
+        with pytest.raises(TypeError, match=f"{name} must be a finite number, got|{name} must be"):
+            method(value)
+        assert method(np.float32(4)) == method(torch.tensor(4.0)) == method(4) == method(4.0) == 0.5  # type: ignore[arg-type]
+    assert math.isnan(rule.max_learning_rate(math.nan)), "where curvature could not be measured, there is no rate"

@@ -79,6 +79,6 @@ def test_a_basis_and_retained_graphs_keep_to_the_same_limit(monkeypatch: pytest.
     operator = sk.as_operator(torch.eye(10, dtype=torch.float64))
     monkeypatch.setattr("sharpkit.operators.base.available_memory", lambda device: 1600.0)
     assert operator.free_memory() == operator.free_memory(host=True) == 1600
-    assert affordable_rows(operator, 10) == 10, "half of 1600 bytes, 80 a row"
+    assert affordable_rows(operator) == 10, "half of 1600 bytes, 80 a row"
     monkeypatch.setattr("sharpkit.operators.base.available_memory", lambda device: math.inf)
-    assert affordable_rows(operator, 10) > 1000, "where the system does not tell, a usual machine's memory is assumed"
+    assert affordable_rows(operator) > 1000, "where the system does not tell, a usual machine's memory is assumed"

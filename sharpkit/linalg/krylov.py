@@ -103,11 +103,11 @@ def place_for(operator: SymmetricOperator, rows: int, offload: Offload) -> Offlo
         return offload
     if operator.device.type != "cpu" and rows <= affordable_rows(operator, host=True):
         return True
-    free = operator.agree(_available(operator, host=False))
-    if not is_limited(operator.device) and rows * row_bytes(operator) <= free:  # more than its share, but not more than there is
+    room = operator.agree(_available(operator, host=False) * (_LIMITED_SHARE if is_limited(operator.device) else 1.0))
+    if not is_limited(operator.device) and rows * row_bytes(operator) <= room:  # more than its share, but not more than there is
         return False
     raise OutOfMemoryError(
-        f"a basis of {rows} vectors takes {human_bytes(rows * row_bytes(operator))}, and {human_bytes(free)} may be taken on "
+        f"a basis of {rows} vectors takes {human_bytes(rows * row_bytes(operator))}, and {human_bytes(room)} may be taken for it on "
         f"{operator.device}: ask for fewer steps, allow more (memory_limit=), select fewer parameters (params=), or keep the basis in a "
         "file (offload='some/folder')"
     )

@@ -395,7 +395,9 @@ def test_half_the_free_memory_bounds_the_basis_but_not_below_ten_more_than_wante
             sk.eigenpairs(operator, 3, tol=1e-9, max_matvecs=100)
         assert rows_kept[0] == kept
     Small.rows = 6  # and memory for twelve
-    with pytest.raises(sk.OutOfMemoryError, match=r"a basis of 13 vectors takes 40\.6 KiB, and 37\.5 KiB may be taken on cpu: ask for"):
+    with pytest.raises(
+        sk.OutOfMemoryError, match=r"a basis of 13 vectors takes 40\.6 KiB, and 37\.5 KiB may be taken for it on cpu: ask for"
+    ):
         sk.eigenpairs(operator, 3)
 
 

@@ -276,7 +276,9 @@ def test_a_basis_that_the_memory_does_not_hold_is_refused_or_kept_in_a_file(tmp_
 
     operator = Small(operator_with(NETWORK).matrix)  # type: ignore[attr-defined]
     sk.spectral_density(operator, num_probes=1, num_steps=9)
-    with pytest.raises(sk.OutOfMemoryError, match=r"a basis of 11 vectors takes 43 KiB, and 39\.1 KiB may be taken on cpu: ask for fewer"):
+    with pytest.raises(
+        sk.OutOfMemoryError, match=r"a basis of 11 vectors takes 43 KiB, and 39\.1 KiB may be taken for it on cpu: ask for fewer"
+    ):
         sk.spectral_density(operator, num_probes=1, num_steps=10)
     there = sk.spectral_density(operator, num_probes=3, num_steps=10, offload=tmp_path)
     assert torch.equal(there.nodes, sk.spectral_density(operator_with(NETWORK), num_probes=3, num_steps=10, max_seconds=60).nodes)

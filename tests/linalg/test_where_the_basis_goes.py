@@ -149,7 +149,9 @@ def test_a_basis_goes_where_it_fits_and_is_refused_where_it_fits_nowhere(free: N
     operator = operator_with(np.arange(10.0))
     assert place_for(operator, 62, False) is False, "half of what is free"
     assert place_for(operator, 125, False) is False, "without a limit, all that is free if need be"
-    with pytest.raises(sk.OutOfMemoryError, match=r"a basis of 126 vectors takes 9\.84 KiB, and 9\.77 KiB may be taken on cpu: ask for"):
+    with pytest.raises(
+        sk.OutOfMemoryError, match=r"a basis of 126 vectors takes 9\.84 KiB, and 9\.77 KiB may be taken for it on cpu: ask for"
+    ):
         place_for(operator, 126, False)
     assert place_for(operator, 10_000, True) is True and place_for(operator, 10_000, tmp_path) == tmp_path
     with limited(4_000, CPU):

@@ -208,25 +208,33 @@ class GraphCost(NamedTuple):
     closed: bool
 
 
-def graph_cost(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = ()) -> GraphCost:
+def graph_cost(outputs: Iterable[Tensor], *, exclude: Iterable[Tensor] = (), beside: Iterable[Tensor] = ()) -> GraphCost:
     """What the autograd graph behind ``outputs`` costs.
 
     Args:
         outputs: tensors with a ``grad_fn``.
         exclude: tensors that exist anyway (parameters, data).
+        beside: further tensors that are kept with it.
     """
     # by storage: views share one, and the same tensor may be saved by many nodes
     known = {t.untyped_storage().data_ptr() for t in exclude}
     sizes: dict[int, int] = {}
     closed = True
+
+    def add(t: Tensor) -> None:
+        if t.layout == torch.strided and (storage := t.untyped_storage()).data_ptr() not in known:  # sparse ones have none
+            sizes[storage.data_ptr()] = storage.nbytes()
+
+    for kept in beside:
+        add(kept)
     with _NoRecomputation():  # type: ignore[no-untyped-call]
         for node in graph_nodes(outputs):
             closed = closed and not hasattr(node, "_forward_cls")
             for t in _saved_tensors(node):
                 if t is None:
                     closed = False
-                elif t.layout == torch.strided and (storage := t.untyped_storage()).data_ptr() not in known:  # sparse ones have none
-                    sizes[storage.data_ptr()] = storage.nbytes()
+                else:
+                    add(t)
     return GraphCost(sum(sizes.values()), closed)
 
 
@@ -249,6 +257,10 @@ class _Recomputed(RuntimeError):
 
 class _NoRecomputation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reading a stored tensor runs no operation; reading a checkpointed or offloaded one would run a forward pass or a copy: stop it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import torch._dynamo, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:  # how a stored one is handed out

@@ -229,6 +229,32 @@ def among(own: set[int]) -> Callable[[str, Tensor], bool]:
     return lambda _, parameter: id(parameter) in own
 
 
+def replaced(model: nn.Module, params: Sequence[Tensor], others: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Inside, the model computes with other tensors in the parameters' places; the very same objects are put back after."""
+    return Whole(_replaced(model, params, others))
+
+
+@contextmanager
+def _replaced(model: nn.Module, params: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+    with turn():
+        instead = {id(p): other for p, other in zip(params, others, strict=True)}
+        # what modules keep besides: tensors computed from parameters, as by the old weight norm, and the list of an RNN's weights
+        kept = [(m, {k: v for k, v in vars(m).items() if isinstance(v, Tensor) or k == "_flat_weights"}) for m in model.modules()]
+        places = [(m._parameters, name, p) for m, _ in kept for name, p in m._parameters.items() if id(p) in instead]
+        try:
+            for parameters, name, p in places:
+                parameters[name] = instead[id(p)]  # type: ignore[assignment]
+            for m, own in kept:
+                if "_flat_weights" in own:
+                    vars(m)["_flat_weights"] = [instead.get(id(w), w) for w in own["_flat_weights"]]
+            yield
+        finally:
+            for parameters, name, p in places:
+                parameters[name] = p
+            for m, own in kept:
+                vars(m).update(own)
+
+
 def moved(layout: ParamLayout, direction: Sequence[Tensor], step: float) -> AbstractContextManager[None]:
     """Parameters at w + step * direction inside; the original storages, never written to, are put back after. Other threads wait."""
     return Whole(_moved(layout, direction, step))

@@ -100,9 +100,20 @@ class CurvatureOperator(SymmetricOperator):
 
     _joins = True  # whether small batches may be joined: what is drawn at random by the batch's number would be drawn anew
 
+    def _peak(self) -> float:
+        """Memory of building a graph and of a product, over that of the graph."""
+        return _PEAK
+
     @abstractmethod
     def _build(self, piece: Piece) -> PieceProduct:
         """Build the graph of one piece and return its product: the method that a subclass writes."""
+
+    def _may_improve(self) -> bool:
+        """Whether another way to multiply is to be tried now, which takes a guard."""
+        return False
+
+    def _improve(self) -> None:
+        """Try it."""
 
     def _look_into_doubts(self) -> None:
         """Refuse what the graphs built so far give reason to doubt; by default nothing: first derivatives are what training uses."""
@@ -149,6 +160,8 @@ class CurvatureOperator(SymmetricOperator):
         self._drop_if_stale()
         while True:  # after a failed allocation again, with smaller pieces
             try:
+                if self._may_improve():
+                    self._improve()
                 return self._sum_over_pieces(vectors)
             except Exception as exception:
                 if not is_out_of_memory(exception):
@@ -162,7 +175,7 @@ class CurvatureOperator(SymmetricOperator):
         every_one_kept = True
         self._forecast()  # before the first graph
         if self._retain is not False and not self._kept:
-            versions = [(p, _version(p)) for p in self.objective.model.parameters()]
+            versions = [(p, version_of(p)) for p in self.objective.model.parameters()]
             self._kept_for = _Situation(self._sizes(), versions, [t.detach().clone() for t in self._watched()])
         for piece in self.objective.pieces(join=self._joins):
             product = self._kept.get(piece.key) or self._build(piece)
@@ -236,7 +249,7 @@ class CurvatureOperator(SymmetricOperator):
         if (made := self._kept_for) is None:
             return False
         now = self._watched()  # parameters first; buffers are copies where a measurement is going on: their values alone count
-        same = len(now) == len(made.values) and all(p is q and _version(p) == n for p, (q, n) in zip(now, made.versions, strict=False))
+        same = len(now) == len(made.values) and all(p is q and version_of(p) == n for p, (q, n) in zip(now, made.versions, strict=False))
         return same and made.sizes == self._sizes() and all_equal(now, made.values)
 
     def _needs_no_guard(self) -> bool:
@@ -246,6 +259,7 @@ class CurvatureOperator(SymmetricOperator):
         """
         return (
             self.all_kept
+            and not self._may_improve()
             and all(product.cost.closed for product in self._kept.values())
             and not self.objective.second_order.doubts
             and all(p.requires_grad and not p._backward_hooks for p in self.layout.params)
@@ -312,12 +326,12 @@ class CurvatureOperator(SymmetricOperator):
             held = self._build(first).cost.nbytes if first is not None else 0
         finally:
             objective.micro_batch_size = None
-        peak = _PEAK * held * longest / sample
+        peak = self._peak() * held * longest / sample
         if peak > (free := self.free_memory()):
-            objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (_PEAK * held)))
+            objective.micro_batch_size = max(1, int(sample * _GRAPH_SHARE * free / (self._peak() * held)))
             needed = f"{human_bytes(peak)} of {human_bytes(free)} free"
             logger.warning("a batch of %d samples would need about %s; using pieces of %d", longest, needed, objective.micro_batch_size)
-        elif may_join and held and (fitting := int(sample * _JOIN_SHARE * self._limit() / (_PEAK * held))) > 1:
+        elif may_join and held and (fitting := int(sample * _JOIN_SHARE * self._limit() / (self._peak() * held))) > 1:
             objective.join_up_to(min(_MOST_JOINED, fitting))
 
     # -- ranks and blocks -----------------------------------------------------------------------------------------------
@@ -343,7 +357,8 @@ class CurvatureOperator(SymmetricOperator):
         return f"{type(self).__name__}({self.size:,} x {self.size:,}, {self.dtype}, {self.device}, {self.objective.mode} mode)"
 
 
-def _version(t: Tensor) -> int:
+def version_of(t: Tensor) -> int:
+    """How often a tensor was written to in place; -1 where that is not known."""
     return -1 if t.is_inference() else t._version
 
 

@@ -19,8 +19,8 @@ from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamLayout
 from sharpkit.objective.reduction import Piece
 from sharpkit.operators.blocks import PieceProduct, Pieces
-from sharpkit.operators.curvature import CurvatureOperator, all_equal
-from sharpkit.operators.gauss_newton import OutputJacobian, output_gradient
+from sharpkit.operators.curvature import all_equal
+from sharpkit.operators.gauss_newton import OutputJacobian, OutputOperator, output_gradient
 from sharpkit.operators.head import product_in_chunks
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import look_into_doubts
@@ -28,7 +28,7 @@ from sharpkit.operators.probe import look_into_doubts
 _LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 
 
-class FisherOperator(CurvatureOperator):
+class FisherOperator(OutputOperator):
     """F = E over labels drawn from the model of (1/C) sum of s s^T, s the gradient of one target's loss (type-2, Monte Carlo).
 
     Its expectation over draws is the Gauss-Newton matrix for cross-entropy, squared error and binary cross-entropy with logits.
@@ -74,7 +74,7 @@ class FisherOperator(CurvatureOperator):
             product = product_in_chunks(self.objective, piece, "fisher", lambda output: self._labels(output, piece, seed=seed))
             if product is not None:
                 return product
-        jacobian = OutputJacobian(self.objective, piece, self.layout.params)
+        jacobian = OutputJacobian(self.objective, piece, self.forward_mode)
         error: ObjectiveError | None = None
         for class_dim in self._class_dims(jacobian):  # the first under which the loss is the likelihood's
             draws = _Draws(
@@ -219,7 +219,7 @@ def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
     )
 
 
-class EmpiricalFisherOperator(CurvatureOperator):
+class EmpiricalFisherOperator(OutputOperator):
     """(1/N) sum_i g_i g_i^T with g_i the gradient of sample i's own loss at its given label (uncentred second moment).
 
     g_i is scaled so that the mean of the g_i is the gradient of the objective. With ``loss=`` one product costs about two gradients; with
@@ -238,7 +238,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
                 "mode='eval', or another loss"
             )
         try:
-            jacobian = OutputJacobian(self.objective, piece, self.layout.params)
+            jacobian = OutputJacobian(self.objective, piece, self.forward_mode)
         except UnsupportedError:  # the pass over all samples at once differentiates twice, those over single ones once
             return self._build_one_by_one(piece)
         # rows of the loss's gradient in the output are those of each sample's own loss, since the samples do not mix

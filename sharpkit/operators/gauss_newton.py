@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import custom_functions
 from sharpkit.operators.blocks import PieceProduct, Pieces, derivative
 from sharpkit.operators.curvature import CurvatureOperator
+from sharpkit.operators.forward_mode import ForwardMode, Recording, record
 from sharpkit.operators.head import product_in_chunks
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import look_into_doubts
@@ -26,13 +27,18 @@ _ADJOINT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch
 # its error is far below the tolerance, a derivative that is cut off far above. Both by judgement.
 _SLOPE_STEP, _SLOPE_AGREE = 5e-3, 5e-2
 
+# Memory of recording over what is kept of it, and of a trial over the graph of the double-backward trick: 1.7 to 2.4 and 2.7 to 5 on the
+# networks with convolutions of experiments/speed_products.py.
+_RECORDING, _TRIAL = 2.4, 5.0
+
 
 class OutputJacobian:
     """The Jacobian J of the model's output z(w) on one piece.
 
     J v is the derivative of u -> J^T u, which is linear, applied to v: the double-backward trick. It needs no forward-mode rule, works on
-    the live parameters, and its graph is reused for every v. Where the model has an operation that can be differentiated only once, J is
-    computed row by row instead and kept, by as many backward passes as the output has entries.
+    the live parameters, and its graph is reused for every v. Where that was seen to be slower, J v is played back from a recording of
+    forward mode instead. Where the model has an operation that can be differentiated only once, J is computed row by row and kept, by as
+    many backward passes as the output has entries.
 
     Attributes:
         output: z, detached.
@@ -40,27 +46,22 @@ class OutputJacobian:
         cost: of the graph.
     """
 
-    def __init__(self, objective: Objective, piece: Piece, params: Sequence[Tensor]) -> None:
+    def __init__(self, objective: Objective, piece: Piece, forward_mode: ForwardMode) -> None:
         if objective.loss is None:
             raise ObjectiveError(
                 "this operator needs the model's output and the loss apart: make the Objective with loss= and (input, target) batches, "
                 "not with closure="
             )
-
-        def predict() -> Tensor:
-            objective.seed_for(piece.key[0])  # the same dropout masks as in the objective's own evaluation
-            output = objective.predict(piece.batch)
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                raise ObjectiveError(f"the model's output must be one floating-point tensor (or have .logits), got {type(output).__name__}")
-            if not output.requires_grad:
-                raise ObjectiveError(
-                    "the model's output does not depend on any trainable parameter: it was detached, or made under no_grad()"
-                )
-            return output
-
-        output = objective.twice_differentiable(predict, once=True)
-        self._output, self._params = output, params
-        self.output, self.target = output.detach(), piece.batch[1]
+        self._params, self._forward_mode = objective.layout.params, forward_mode
+        self.target = piece.batch[1]
+        self._rows: Tensor | None = None
+        self._recording: Recording | None = None
+        if forward_mode.used and (recorded := record_output(objective, piece)) is not None and forward_mode.covers(recorded.recording):
+            self._output, self._recording, self.cost = recorded
+            self.output = self._output.detach()
+            return
+        output, params = _output_of(objective, piece), self._params
+        self._output, self.output = output, output.detach()
         self._dummy = torch.zeros_like(self.output, requires_grad=True)  # u: its value does not matter, J^T u is linear in it
         transposed = torch.autograd.grad(output, params, grad_outputs=self._dummy, create_graph=True, allow_unused=True)
         if all(t is None for t in transposed):
@@ -68,7 +69,6 @@ class OutputJacobian:
         # parameters that the output does not use have no column in J
         self._used = [j for j, t in enumerate(transposed) if t is not None and t.requires_grad]
         self._transposed = [t for t in transposed if t is not None and t.requires_grad]
-        self._rows: Tensor | None = None
         if not self._is_transposed_twice():
             self._rows, self._transposed = self._row_by_row(objective), []
         if self._rows is None:
@@ -109,8 +109,12 @@ class OutputJacobian:
         if self._rows is not None:
             flat = torch.cat([v.reshape(-1).to(self._rows) for v in vectors])
             return (self._rows @ flat).view(self.output.shape).to(self.output.dtype)
+        if self._recording is not None:
+            return self._recording(vectors, batched)
         if not self._transposed:
             return self.output.new_zeros((len(vectors[0]), *self.output.shape) if batched else self.output.shape)
+        if self._forward_mode.used is None and not batched:
+            self._forward_mode.count(self._output)
         (product,) = derivative(self._transposed, [self._dummy], [vectors[j] for j in self._used], batched=batched, zeros=True)
         assert product is not None
         return product
@@ -118,6 +122,37 @@ class OutputJacobian:
     def transpose(self, cotangent: Tensor, batched: bool = False) -> Pieces:
         """J^T u, one tensor per parameter; ``batched`` for several u, (k, ...)."""
         return derivative([self._output], self._params, [cotangent], batched=batched)
+
+
+def _output_of(objective: Objective, piece: Piece) -> Tensor:
+    def predict() -> Tensor:
+        objective.seed_for(piece.key[0])  # the same dropout masks as in the objective's own evaluation
+        output = objective.predict(piece.batch)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ObjectiveError(f"the model's output must be one floating-point tensor (or have .logits), got {type(output).__name__}")
+        if not output.requires_grad:
+            raise ObjectiveError("the model's output does not depend on any trainable parameter: it was detached, or made under no_grad()")
+        return output
+
+    return objective.twice_differentiable(predict, once=True)
+
+
+class RecordedOutput(NamedTuple):
+    """The model's output on one piece with its graph, J v as a recording, and what both keep alive."""
+
+    output: Tensor
+    recording: Recording
+    cost: GraphCost
+
+
+def record_output(objective: Objective, piece: Piece) -> RecordedOutput | None:
+    """None where it cannot be recorded, or what is kept would call code other than torch's own."""
+    params = objective.layout.params
+    if (recorded := record(lambda: _output_of(objective, piece), objective.model, params)) is None:
+        return None
+    output, recording = recorded
+    cost = graph_cost([output], exclude=params, beside=recording.constants)
+    return RecordedOutput(output, recording, cost) if cost.closed else None
 
 
 def output_gradient(objective: Objective, output: Tensor, target: Any, *, number: int, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -158,7 +193,44 @@ def _check_loss_curvature(objective: Objective, slope: Tensor, leaf: Tensor, tar
         )
 
 
-class GaussNewtonOperator(CurvatureOperator):
+class OutputOperator(CurvatureOperator):
+    """A curvature operator through the Jacobian of the model's output.
+
+    Attributes:
+        forward_mode: how J v is computed; ``forward_mode.used`` says whether by recorded forward mode, None before that was tried.
+    """
+
+    def __init__(self, objective: Objective, *, retain: bool | str = "auto", memory_limit: float | None = None) -> None:
+        super().__init__(objective, retain=retain, memory_limit=memory_limit)
+        self.forward_mode = ForwardMode()
+
+    def _peak(self) -> float:
+        return _RECORDING if self.forward_mode.used else super()._peak()
+
+    def _may_improve(self) -> bool:
+        return self.forward_mode.due
+
+    def _improve(self) -> None:
+        """On the first piece, record J v and take that way from now on if it is right, faster, and what it keeps fits."""
+        self.forward_mode.used = False  # until more is known, also after an exception
+        if (piece := next(self.objective.pieces(join=self._joins), None)) is None:  # a process without data
+            return
+        jacobian = OutputJacobian(self.objective, piece, self.forward_mode)
+        held, kept = jacobian.cost.nbytes, self.bytes_kept()
+        if not jacobian.cost.closed or _TRIAL * held > self.free_memory():
+            return
+        recorded = record_output(self.objective, piece)
+        # more than today's graph only where that fits, too
+        if recorded is None or (recorded.cost.nbytes > held and kept * recorded.cost.nbytes > held * self._limit()):
+            return
+        generator = torch.Generator().manual_seed(0)
+        v = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in self.layout.params]
+        self.forward_mode.decide(lambda: jacobian.forward(v), recorded.recording, v, rounding=self.rounding)
+        if self.forward_mode.used:
+            self.forget_graphs()
+
+
+class GaussNewtonOperator(OutputOperator):
     """G = (1/C) sum_i J_i^T S_i J_i, with J the Jacobian of the output and S the Hessian of the loss in the output.
 
     Positive semi-definite where the loss is convex in the output (cross-entropy, squared error, binary cross-entropy, Huber); equal to the
@@ -180,7 +252,7 @@ class GaussNewtonOperator(CurvatureOperator):
     def _build(self, piece: Piece) -> PieceProduct:
         if (product := product_in_chunks(self.objective, piece, "gauss_newton")) is not None:
             return product
-        jacobian = OutputJacobian(self.objective, piece, self.layout.params)
+        jacobian = OutputJacobian(self.objective, piece, self.forward_mode)
         slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0], create_graph=True)
         _check_loss_curvature(self.objective, slope, leaf, jacobian.target, number=piece.key[0])
 

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from sharpkit.objective.batches import map_tensors
 
-# From 16 MiB of logits on, chunks of 16 MiB cost no time on a CPU, at 250 MiB they save half of it; smaller ones are slower
-# (experiments/large_vocabulary.py).
+# On a CPU, chunks of 16 MiB take up to a fifth more time than 8 to 62 MiB of whole logits, and half the time of 250 MiB; smaller chunks
+# take longer (experiments/large_vocabulary.py). From where the memory matters more than the fifth: by judgement.
 _LEAST_BYTES = 2**25  # of logits, from which on they are not held whole
 _CHUNK_BYTES = {"cpu": 2**24}  # of the logits of one chunk of tokens, by that experiment
 _LEAST_CLASSES = 1024  # of a head that is looked out for, by judgement: with fewer, large logits belong to batches that are cut anyway
@@ -194,6 +194,11 @@ class Chunking:
     allowed: bool
     compared: bool
     used: bool = False
+
+    @property
+    def in_use(self) -> bool:
+        """Whether losses are computed in chunks."""
+        return self.allowed and self.used
 
     @classmethod
     def of(cls, model: nn.Module, *, check: bool) -> Chunking:

@@ -223,7 +223,8 @@ class CurvatureOperator(SymmetricOperator):
         batches = f"joined to {joined} samples at most" if joined else f"in pieces of {cut}" if cut else "as they come"
         kept = f"all kept, {human_bytes(self.bytes_kept())}" if self.all_kept else "rebuilt for each product, as far as they do not fit"
         width = self.blocks.width
-        return {"batches": batches, "graphs": kept, "products": f"{width} at once" if width > 1 else "one by one"}
+        told = {"batches": batches, "graphs": kept, "products": f"{width} at once" if width > 1 else "one by one"}
+        return {**told, "logits": "of some tokens at a time"} if self.objective.chunking.in_use else told
 
     def bytes_kept(self) -> int:
         """Memory that the retained graphs hold, as far as it is known."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sharpkit as sk
-from experiments import density_distance, eigen_products, ghosts, operator_accuracy, product_cost, trace_calibration
+from experiments import density_distance, eigen_products, ghosts, large_vocabulary, operator_accuracy, product_cost, trace_calibration
 from experiments._common import threads
 from experiments._models import Case, dense_cases, dense_hessian, large_mlp, reference_eigenvalues, small_gpt
 
@@ -106,3 +106,9 @@ def test_float32_lanczos_makes_no_ghosts_where_the_plain_recurrence_does() -> No
 def test_every_operator_equals_its_definition() -> None:
     for row in operator_accuracy.measure(quick=True):
         assert row["relative_error"] <= operator_accuracy.TARGET, row
+
+
+@pytest.mark.parametrize("matrix", large_vocabulary.OPERATORS)
+def test_products_over_128000_classes_take_hardly_more_memory_than_a_gradient(matrix: str) -> None:
+    gradient = large_vocabulary.fresh_peak("gpt", "gradient", False)
+    assert large_vocabulary.fresh_peak("gpt", f"{matrix}, chunks", False) <= 1.3 * gradient

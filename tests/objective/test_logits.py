@@ -78,11 +78,12 @@ def test_an_objective_uses_chunks_by_itself_and_its_hessian_is_the_dense_one(hea
     model = built(HEADS[head])
     x, y = tokens(), marks()
     objective = sk.Objective(model, [(x[:1], y[:1]), (x[1:], y[1:])], loss=LOSSES["transposed"])
-    assert objective.chunking.used
-    assert objective.chunking.allowed
+    assert objective.chunking.in_use
     assert not objective.second_order.doubts
     expected = dense_hessian(lambda: LOSSES["transposed"](model(x), y), list(model.parameters()))
-    check_operator(sk.HessianOperator(objective), expected, model=model)
+    H = sk.HessianOperator(objective)
+    check_operator(H, expected, model=model)
+    assert H.choices()["logits"] == "of some tokens at a time"
 
 
 def test_frozen_heads_and_frozen_bodies_have_the_blocks_of_the_hessian() -> None:

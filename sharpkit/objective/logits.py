@@ -21,6 +21,7 @@ _LEAST_BYTES = 2**25  # of logits, from which on they are not held whole
 _CHUNK_BYTES = {"cpu": 2**24}  # of the logits of one chunk of tokens, by that experiment
 _LEAST_CLASSES = 1024  # of a head that is looked out for, by judgement: with fewer, large logits belong to batches that are cut anyway
 _ELSEWHERE = 2**28  # on other devices, by judgement: 512 tokens of 128k classes, enough rows for a matrix product to run at full speed
+_AT_ONCE = 7  # tensors of a chunk's size that a product holds at once, by judgement: as many as _TokenGradients.backward names
 _FEWEST = 16  # tokens in a chunk, by judgement: fewer make the product with the head one of a matrix with single vectors
 
 # What is done to logits between the head and the loss, entry by entry: multiplied by a number, cast to a type, or tanh.
@@ -173,6 +174,11 @@ class _Total:
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         in_weight = None if self._in_weight is None else self._in_weight.to(self._weight.dtype)
         return self._in_hidden, in_weight, None if self._in_bias is None else self._in_bias.to(self._weight.dtype)
+
+
+def bytes_of_chunks(device: torch.device) -> int:
+    """Memory that a product takes for the logits of one chunk, and what is computed from them."""
+    return _AT_ONCE * _CHUNK_BYTES.get(device.type, _ELSEWHERE)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

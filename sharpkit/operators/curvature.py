@@ -16,6 +16,7 @@ from torch import Tensor
 from sharpkit._arguments import real
 from sharpkit._errors import OutOfMemoryError, UnsupportedError
 from sharpkit.objective.guard import TURN
+from sharpkit.objective.logits import bytes_of_chunks
 from sharpkit.objective.memory import human_bytes, is_limited, is_out_of_memory
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamSelector
@@ -216,7 +217,8 @@ class CurvatureOperator(SymmetricOperator):
         # the gradient that is differentiated again, and the copies that tell whether parameters have changed; then, of each of the
         # products made at once, a second backward pass and its result in the parameters' shapes and as one vector
         vector = float(self.size * self.dtype.itemsize)
-        return self.bytes_kept() + 2 * vector + self.blocks.width * (_PEAK * self._largest + 4 * vector)
+        chunks = bytes_of_chunks(self.device) if self.objective.chunking.in_use else 0
+        return self.bytes_kept() + 2 * vector + chunks + self.blocks.width * (_PEAK * self._largest + 4 * vector)
 
     def choices(self) -> Mapping[str, str]:
         joined, cut = self.objective.joining.size, self.objective.micro_batch_size

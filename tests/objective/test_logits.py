@@ -84,6 +84,9 @@ def test_an_objective_uses_chunks_by_itself_and_its_hessian_is_the_dense_one(hea
     H = sk.HessianOperator(objective)
     check_operator(H, expected, model=model)
     assert H.choices()["logits"] == "of some tokens at a time"
+    needed = H.bytes_needed()
+    objective.chunking.used = False
+    assert needed - H.bytes_needed() == logits.bytes_of_chunks(H.device), "what a chunk takes is foretold"
 
 
 def test_frozen_heads_and_frozen_bodies_have_the_blocks_of_the_hessian() -> None:

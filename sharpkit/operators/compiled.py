@@ -117,7 +117,7 @@ class Compiling:
         return self._now() - began
 
     def _now(self) -> float:
-        """Seconds: of this thread's processor, which other work on the machine hardly disturbs; of a GPU, once it has done all it was given."""
+        """Seconds: of this thread's processor, which other work hardly disturbs; of a GPU, once it has done all it was given."""
         if self._layout.device.type == "cpu":
             return time.thread_time()
         if self._layout.device.type == "cuda":

@@ -19,6 +19,7 @@ from sharpkit.linalg.krylov import BasisRows, Offload, affordable_rows, checked_
 from sharpkit.linalg.results import Estimate
 from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.objective.objective import Objective
+from sharpkit.objective.sample_gradients import SampleGradients
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
 
@@ -134,6 +135,15 @@ def _gram(rows: BasisRows, others: Tensor) -> Tensor:
     return total
 
 
+def _group_gradients(groups: Sequence[Objective], *, whole: bool) -> Tensor:
+    """(groups, n) in float64; ``whole`` where each group is one piece, and all are alike."""
+    if not whole:
+        return torch.stack([_finite(group.gradient()[1]) for group in groups]).double()
+    with groups[0].undisturbed():
+        pieces = [piece for group in groups for piece in group.pieces()]
+        return torch.cat([_finite(rows).double() for _, rows in SampleGradients(groups[0]).of(pieces)])
+
+
 def _finite(gradient: Tensor) -> Tensor:
     if not bool(torch.isfinite(gradient).all()):
         raise NonFiniteError("the gradient of a mini-batch contains NaN or infinity while its loss is finite (a square root at 0?)")
@@ -213,7 +223,7 @@ def batch_size_tests(
 
     Over per-sample gradients g_i with mean g: sum Var(g_i) / b <= norm^2 |g|^2; Var(g_i . g) / b <= inner_product^2 |g|^4;
     Var(g_i - (g_i . g / |g|^2) g) / b <= orthogonality^2 |g|^2. On failure the suggestion is what would pass: the norm test asks for
-    B_simple / norm^2. Samples that count more (more targets) weigh more. Costs b single-sample gradients one after the other.
+    B_simple / norm^2. Samples that count more (more targets) weigh more. Costs b gradients of single samples, some at once.
 
     Args:
         objective: the samples that make the batch.
@@ -252,21 +262,21 @@ def batch_size_tests(
 
 
 def _variances(batch: Objective) -> tuple[float, float, float, float]:
-    """sum Var(g_i), Var(g_i . g), the variance of the part of g_i across g, and |g|^2, by passes that keep no per-sample gradients."""
-    mean = _finite(batch.gradient()[1]).double() / (1 if batch.reduction == "mean" else batch.num_samples)
-    squared = float(mean @ mean)
-    per_sample = batch.num_targets / batch.num_samples if batch.reduction == "mean" else 1.0
+    """sum Var(g_i), Var(g_i . g), the variance of the part of g_i across g, and |g|^2, from a few samples' gradients at a time."""
+    mean = _finite(batch.gradient()[1]) / (1 if batch.reduction == "mean" else batch.num_samples)
+    squared = float(mean.double().square().sum())
+    per_sample = batch.num_targets / batch.num_samples
     total = inner = 0.0
     with batch.undisturbed():
-        # one sample after the other: all gradients at once would take b times the model's memory
+        gradients = SampleGradients(batch)
         for piece in batch.pieces():
-            for sample in batch.samples_of(piece):
-                # a sample with more targets has a larger gradient in a mean over targets: it weighs as many samples
-                share = sample.count / per_sample if batch.reduction == "mean" else 1.0
-                parts = torch.autograd.grad(batch.evaluate(sample), batch.layout.params, allow_unused=True)
-                deviation = (batch.layout.flatten(parts).double() - mean) * share
-                total += float(deviation @ deviation)
-                inner += float(deviation @ mean) ** 2
+            for samples, rows in gradients.of(batch.samples_of(piece)):
+                deviations = rows.sub_(mean)  # as exact as the rows themselves; from differences of sums of squares nothing might be left
+                if batch.reduction == "mean":  # a sample with more targets has a larger gradient: it weighs as many samples
+                    shares = torch.tensor([sample.count / per_sample for sample in samples], dtype=torch.float64)
+                    deviations *= shares.to(rows)[:, None]
+                inner += float((deviations @ mean).double().square().sum())
+                total += float(deviations.square_().sum())
     freedom = batch.num_samples - 1
     across = total - inner / squared if squared > 0 else total
     return total / freedom, inner / freedom, max(across, 0.0) / freedom, squared

@@ -522,15 +522,24 @@ class Objective:
         return loss
 
     def _evaluate_whole(self, batch: Batch, number: int) -> Tensor:
-        self.seed_for(number)
-        if self._closure is None:
-            return check_loss(self.output_loss(self.predict(batch), batch[1]), number)
-        what = "model(**batch)" if self._closure is own_loss else "closure(model, batch)"
-        with telling(what, self.model, *([] if self._closure is own_loss else [self.model]), batch), calling(self.model), self._precision():
-            loss = self._closure(self.model, batch)
-        if isinstance(loss, Tensor) and loss.requires_grad:
+        loss = self.unchecked_loss(batch, number)
+        if self._closure is not None and isinstance(loss, Tensor) and loss.requires_grad:
             refuse_own_backward(loss, self.layout.params)
         return check_loss(loss, number)
+
+    def unchecked_loss(self, batch: Batch, number: int) -> Tensor:
+        """The loss of a batch, whose value is not looked at: under a transform of ``torch.func`` there is none.
+
+        Args:
+            batch: on the model's device.
+            number: of the batch, which fixes the randomness inside the model.
+        """
+        self.seed_for(number)
+        if self._closure is None:
+            return self.output_loss(self.predict(batch), batch[1])
+        what = "model(**batch)" if self._closure is own_loss else "closure(model, batch)"
+        with telling(what, self.model, *([] if self._closure is own_loss else [self.model]), batch), calling(self.model), self._precision():
+            return self._closure(self.model, batch)
 
     def _may_chunk(self, batch: Batch, number: int) -> bool:
         """Whether a loss just computed in chunks may be used: the first is compared, by value and gradient, with that from whole logits."""

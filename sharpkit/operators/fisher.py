@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from sharpkit.objective.logits import LazyLogits
 from sharpkit.objective.loss import KnownLoss, recognise_loss
 from sharpkit.objective.memory import GraphCost
 from sharpkit.objective.objective import Objective
-from sharpkit.objective.params import ParamLayout
 from sharpkit.objective.reduction import Piece
+from sharpkit.objective.sample_gradients import SampleGradients
 from sharpkit.operators.blocks import PieceProduct, Pieces
 from sharpkit.operators.curvature import all_equal
 from sharpkit.operators.gauss_newton import OutputJacobian, OutputOperator, output_gradient
@@ -223,7 +223,7 @@ class EmpiricalFisherOperator(OutputOperator):
     """(1/N) sum_i g_i g_i^T with g_i the gradient of sample i's own loss at its given label (uncentred second moment).
 
     g_i is scaled so that the mean of the g_i is the gradient of the objective. With ``loss=`` one product costs about two gradients; with
-    ``closure=`` the per-sample gradients are computed one by one, and kept if they fit into memory.
+    ``closure=`` the per-sample gradients are computed, several at a time where that works, and kept if they fit into memory.
 
     Raises:
         ObjectiveError: the loss is not a mean or sum over samples, or batch statistics couple them (mode="train").
@@ -260,19 +260,26 @@ class EmpiricalFisherOperator(OutputOperator):
 
     def _build_one_by_one(self, piece: Piece) -> PieceProduct:
         objective, layout = self.objective, self.layout  # not the operator, which keeps the product: a cycle, which would keep the data
-        samples = objective.samples_of(piece)
+        samples, gradients = objective.samples_of(piece), SampleGradients(objective)
         bytes_needed = len(samples) * self.size * self.dtype.itemsize
+
+        def chunks() -> Iterator[Tensor]:
+            for some, rows in gradients.of(samples):
+                scales = torch.tensor([_sample_scale(objective, sample) for sample in some], dtype=torch.float64)
+                yield rows.mul_(scales.to(rows)[:, None])
+
         matrix = None  # (samples, n)
-        # a quarter of what is free, by judgement: torch.stack holds them twice for a moment
+        # a quarter of what is free, by judgement: the gradients of some samples are there besides
         if samples and bytes_needed < 0.25 * self.free_memory():
-            matrix = torch.stack([_sample_gradient(objective, layout, sample) for sample in samples])
+            matrix = torch.empty(len(samples), self.size, dtype=self.dtype, device=self.device)
+            start = 0
+            for rows in chunks():
+                matrix[start : (start := start + len(rows))] = rows
 
         def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
             flat = layout.flatten(vectors)
-            if matrix is not None:
-                return list(layout.split(matrix.T @ (matrix @ flat)))
-            gradients = (_sample_gradient(objective, layout, sample) for sample in samples)  # one at a time
-            return list(layout.split(sum((g * torch.dot(g, flat) for g in gradients), torch.zeros_like(flat))))
+            some = chunks() if matrix is None else [matrix]
+            return list(layout.split(sum((rows.T @ (rows @ flat) for rows in some), torch.zeros_like(flat))))
 
         return PieceProduct(
             multiply,
@@ -283,11 +290,6 @@ class EmpiricalFisherOperator(OutputOperator):
 
     def _sample_weight(self) -> float:
         return 1.0 / self.objective.num_samples if self.objective.reduction == "mean" else 1.0
-
-
-def _sample_gradient(objective: Objective, layout: ParamLayout, sample: Piece) -> Tensor:
-    loss = objective.evaluate(sample)
-    return layout.flatten(torch.autograd.grad(loss, layout.params, allow_unused=True), _sample_scale(objective, sample))
 
 
 # A sum of g_i g_i^T for reduction="sum", a mean of them with gradients scaled to a mean for "mean".

@@ -80,7 +80,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     for place, row in enumerate(rows):
         pays = "not faster, not used" if row["pays_after"] is None else f"pays after {row['pays_after']:,}"
         axes.text(place, 0.05, pays, ha="center", color="white")
-    axes.set_xticks(range(len(rows)), [row["case"] for row in rows])
+    axes.set_xticks(range(len(rows)), [row["case"].replace(", ", "\n") for row in rows])
     axes.set_ylabel("processor time, in gradients")
     axes.legend(frameon=False)
 

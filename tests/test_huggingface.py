@@ -183,6 +183,22 @@ def test_the_fisher_matrix_of_their_own_loss_has_the_gauss_newton_matrix_as_its_
     assert relative_error(sk.FisherOperator(objective, num_draws=2) @ v, whole) < 1e-5, "a piece draws the labels of the whole"
 
 
+@pytest.mark.parametrize("items", [None, 17], ids=["mean", "num_items_in_batch"])
+def test_the_empirical_fisher_of_their_own_loss_has_the_gradients_of_their_samples(items: int | None) -> None:
+    model = gpt2()
+    data = batches() if items is None else [{**batch, "num_items_in_batch": torch.tensor(items)} for batch in batches()]
+    objective = sk.Objective(model, data)
+    singles = [{k: v[i : i + 1] if v.ndim else v for k, v in b.items()} for b in data for i in range(len(b["labels"]))]
+    counts = [float((b["labels"][:, 1:] != -100).sum()) for b in singles]
+    gradients = []
+    for batch, count in zip(singles, counts, strict=True):
+        parts = torch.autograd.grad(model(**batch).loss, list(model.parameters()))
+        gradients.append(torch.cat([g.flatten() for g in parts]) * (count * len(singles) / sum(counts) if items is None else 1.0))
+    rows = torch.stack(gradients)
+    expected = rows.T @ rows / (len(rows) if items is None else 1.0)
+    assert relative_error(sk.EmpiricalFisherOperator(objective).to_dense(), expected) < 1e-5
+
+
 def test_gauss_newton_of_a_loss_with_more_in_it_than_a_cross_entropy_asks_for_output_and_loss_apart() -> None:
     class Penalised(nn.Module):
         def __init__(self) -> None:

@@ -21,7 +21,7 @@ from sharpkit.objective.sample_gradients import SampleGradients
 from sharpkit.operators.blocks import PieceProduct, Pieces
 from sharpkit.operators.curvature import all_equal
 from sharpkit.operators.gauss_newton import OutputJacobian, OutputOperator, output_gradient
-from sharpkit.operators.head import product_in_chunks
+from sharpkit.operators.head import product_in_chunks, sample_product_in_chunks
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import look_into_doubts
 
@@ -222,14 +222,19 @@ def _likelihood_of(objective: Objective, known: KnownLoss | None) -> str:
 class EmpiricalFisherOperator(OutputOperator):
     """(1/N) sum_i g_i g_i^T with g_i the gradient of sample i's own loss at its given label (uncentred second moment).
 
-    g_i is scaled so that the mean of the g_i is the gradient of the objective. With ``loss=`` one product costs about two gradients; with
-    ``closure=`` the per-sample gradients are computed, several at a time where that works, and kept if they fit into memory.
+    g_i is scaled so that the mean of the g_i is the gradient of the objective. With ``loss=``, and for Hugging Face language models, one
+    product costs about two gradients; with ``closure=`` the per-sample gradients are computed, several at a time where that works, and kept
+    if they fit into memory.
 
     Raises:
         ObjectiveError: the loss is not a mean or sum over samples, or batch statistics couple them (mode="train").
     """
 
     def _build(self, piece: Piece) -> PieceProduct:
+        if self.objective.may_separate and not self.objective.draws_random_numbers:
+            scale, weight = _sample_scale(self.objective, piece), self._sample_weight()
+            if (product := sample_product_in_chunks(self.objective, piece, scale=scale, weight=weight)) is not None:
+                return product
         if self.objective.loss is None:
             return self._build_one_by_one(piece)
         if not self.objective.may_separate:

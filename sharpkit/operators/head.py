@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharpkit.objective.counting import samples_in
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.logits import TANH, Chunked, LazyLogits, TokenLosses
 from sharpkit.objective.loss import check_loss
@@ -57,8 +58,7 @@ def product_in_chunks(objective: Objective, piece: Piece, curvature: str, draw: 
     Returns:
         None where the model's output is no large logits, or the loss is something else than a function of their cross-entropy.
     """
-    made = _own_loss_cut(objective, piece, curvature) if objective.has_own_loss else _loss_cut(objective, piece, curvature)
-    if made is None or not made.outputs or custom_functions(made.outputs):
+    if (made := _cut_loss(objective, piece, curvature)) is None:
         return None
     losses = [made.loss]
     if draw is not None:
@@ -82,7 +82,56 @@ def product_in_chunks(objective: Objective, piece: Piece, curvature: str, draw: 
         return jacobian.transpose(curved)
 
     held = [*jacobian.roots, *(part for slope in slopes for part in slope)]
-    return PieceProduct(multiply, piece.weight, graph_cost(held, exclude=params), may_batch=False)
+    return PieceProduct(multiply, piece.weight, graph_cost(held, exclude=params, beside=jacobian.dummies), may_batch=False)
+
+
+def sample_product_in_chunks(objective: Objective, piece: Piece, *, scale: float, weight: float) -> PieceProduct | None:
+    """The product with the sum of g_i g_i^T, g_i the gradient of a sample's loss times ``scale``; None as :func:`product_in_chunks`.
+
+    Args:
+        objective: a mean or sum over samples.
+        piece: of its data.
+        scale: of the samples' gradients.
+        weight: of the product.
+    """
+    made, samples = _cut_loss(objective, piece, "fisher"), samples_in(piece.batch, objective.loss is not None)
+    if made is None or made.kept is None or len(made.kept) % samples:
+        return None
+    leaves, params, losses = made.leaves, objective.layout.params, made.seen.losses
+    (share,) = torch.autograd.grad(made.loss, losses, retain_graph=True)
+    sample = made.kept.flatten().nonzero()[:, 0] // (made.kept.numel() // samples)  # of each token that counts
+    if objective.has_own_loss and not _adds_up(objective, piece, share.new_zeros(samples).index_add_(0, sample, share * losses.detach())):
+        return None
+    share = share * scale
+    each = torch.zeros_like(losses, requires_grad=True)  # what every token's gradient is multiplied by: its value does not matter
+    slopes = torch.autograd.grad(losses, leaves, each, create_graph=True, allow_unused=True, materialize_grads=True)
+    jacobian = _Jacobian(made.outputs, params)
+
+    def multiply(vectors: Sequence[Tensor], batched: bool) -> Pieces:
+        (along,) = derivative(slopes, [each], jacobian.forward(vectors), batched=False, zeros=True)
+        assert along is not None
+        of_samples = share.new_zeros(samples).index_add_(0, sample, share * along)  # g_i . v
+        back = derivative([losses], leaves, [share * of_samples[sample]], batched=False, zeros=True)
+        return jacobian.transpose([part for part in back if part is not None])
+
+    cost = graph_cost([*jacobian.roots, *slopes, losses], exclude=params, beside=jacobian.dummies)
+    return PieceProduct(multiply, weight, cost, may_batch=False)
+
+
+def _adds_up(objective: Objective, piece: Piece, of_samples: Tensor) -> bool:
+    """Whether tokens were told apart by sample: what each adds to the loss is what it is by itself."""
+    with torch.no_grad():
+        for sample in objective.samples_of(piece):
+            expected = float(objective.evaluate(sample)) * sample.weight
+            part = float(of_samples[sample.key[1] - piece.key[1]]) * piece.weight
+            if abs(part - expected) > _SAME * abs(expected):
+                return False
+    return True
+
+
+def _cut_loss(objective: Objective, piece: Piece, curvature: str) -> _CutLoss | None:
+    made = _own_loss_cut(objective, piece, curvature) if objective.has_own_loss else _loss_cut(objective, piece, curvature)
+    return None if made is None or not made.outputs or custom_functions(made.outputs) else made
 
 
 def _loss_cut(objective: Objective, piece: Piece, curvature: str) -> _CutLoss | None:
@@ -149,14 +198,14 @@ class _Jacobian:
 
     def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self._outputs, self._params = outputs, params
-        self._dummies = [torch.zeros_like(t, requires_grad=True) for t in outputs]
-        transposed = torch.autograd.grad(outputs, params, self._dummies, create_graph=True, allow_unused=True)
+        self.dummies = [torch.zeros_like(t, requires_grad=True) for t in outputs]
+        transposed = torch.autograd.grad(outputs, params, self.dummies, create_graph=True, allow_unused=True)
         self._used = [j for j, t in enumerate(transposed) if t is not None and t.requires_grad]
         self.roots = [t for t in transposed if t is not None and t.requires_grad]
 
     def forward(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """J v, in the outputs' shapes."""
-        parts = derivative(self.roots, self._dummies, [vectors[j] for j in self._used], batched=False, zeros=True)
+        parts = derivative(self.roots, self.dummies, [vectors[j] for j in self._used], batched=False, zeros=True)
         return [part for part in parts if part is not None]
 
     def transpose(self, cotangents: Sequence[Tensor]) -> Pieces:

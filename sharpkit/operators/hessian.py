@@ -28,8 +28,8 @@ class HessianOperator(CurvatureOperator):
 
     Args:
         objective, retain, memory_limit: as in :class:`~sharpkit.operators.curvature.CurvatureOperator`.
-        compile: give products to PyTorch's compiler once all graphs are kept. It takes about a minute, and pays where thousands follow.
-            ``choices()["compiled"]`` says what came of it, and why where nothing did.
+        compile: give products to PyTorch's compiler once all graphs are kept. It takes one to three minutes, and pays where thousands
+            follow (experiments/compiled_products.py). ``choices()["compiled"]`` says what came of it, and why where nothing did.
 
     Example:
         >>> import torch, sharpkit as sk

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from contracts.operator_contract import check_operator
-from problems import Problem, built, dense_gauss_newton, labels, relative_error
+from problems import Problem, built, dense_empirical_fisher, dense_gauss_newton, labels, relative_error
 from problems_logits import CLASSES, HEADS, LOSSES, WHOLE, WIDTH, Tagger, cut_small_logits, marks, rows, tokens
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,8 +29,14 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         built_so.append(product is not None)
         return product
 
+    def noted_samples(*args: Any, **settings: Any) -> Any:
+        product = head.sample_product_in_chunks(*args, **settings)
+        built_so.append(product is not None)
+        return product
+
     for module in (gauss_newton, fisher):
         monkeypatch.setattr(module, "product_in_chunks", noted)
+    monkeypatch.setattr(fisher, "sample_product_in_chunks", noted_samples)
     return built_so
 
 
@@ -86,7 +92,18 @@ def test_its_mean_over_draws_is_the_gauss_newton_matrix(in_chunks: list[bool]) -
     assert all(in_chunks)
 
 
-@pytest.mark.parametrize("make", [sk.GaussNewtonOperator, sk.FisherOperator])
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", ["rows", "transposed", "picked", "permuted"])
+def test_the_empirical_fisher_is_the_dense_one(name: str, kind: str, in_chunks: list[bool]) -> None:
+    model, loss = built(HEADS[kind]), LOSSES[name]
+    problem = Problem(
+        name, model, [(tokens(), marks())], loss, lambda z, y: loss(z, y) * (y != -100).sum(), lambda y: float((y != -100).sum())
+    )
+    check_operator(sk.EmpiricalFisherOperator(one_batch(loss, model)), dense_empirical_fisher(problem), model=model)
+    assert in_chunks[0]
+
+
+@pytest.mark.parametrize("make", [sk.GaussNewtonOperator, sk.FisherOperator, sk.EmpiricalFisherOperator])
 def test_no_tensor_of_the_size_of_the_logits_is_made(make: Callable[..., sk.SymmetricOperator], in_chunks: list[bool]) -> None:
     classes = 300
     x, y = labels(4, 16, classes=classes), labels(4, 16, classes=classes, seed=1)

@@ -349,10 +349,12 @@ class LazyLogits(Tensor):
         return self.like(hidden=self.hidden.reshape(*shape[:-1], self.hidden.shape[-1]), axis=len(shape) - 1)
 
     def flattened(self, start_dim: int = 0, end_dim: int = -1) -> Any:
-        if self.axis != self.ndim - 1 or end_dim % self.ndim == self.ndim - 1:
-            return NotImplemented
-        hidden = self.hidden.flatten(start_dim % self.ndim, end_dim % self.ndim)
-        return self.like(hidden=hidden, axis=hidden.ndim - 1)
+        return self.reshaped(*torch.empty(self.shape, device="meta").flatten(start_dim, end_dim).shape)
+
+    def reordered(self, *dims: Any) -> LazyLogits:
+        order = [*dims[0]] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else [*dims]
+        torch.empty(self.shape, device="meta").permute(order)  # refuses what is no permutation
+        return self.permuted([d % self.ndim for d in order])
 
     def permuted(self, order: Sequence[int]) -> LazyLogits:
         tokens = [i for i in range(self.ndim) if i != self.axis]
@@ -367,6 +369,7 @@ class LazyLogits(Tensor):
     def moved(self, source: Any, destination: Any) -> Any:
         if not (isinstance(source, int) and isinstance(destination, int)):
             return NotImplemented
+        torch.empty(self.shape, device="meta").movedim(source, destination)  # refuses axes that there are not
         order = list(range(self.ndim))
         order.insert(destination % self.ndim, order.pop(source))
         return self.permuted(order)
@@ -463,8 +466,7 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.flatten, torch.flatten), LazyLogits.flattened),
     **dict.fromkeys((Tensor.transpose, torch.transpose), LazyLogits.transposed),
     **dict.fromkeys((Tensor.movedim, torch.movedim), LazyLogits.moved),
-    Tensor.permute: lambda lazy, *dims: lazy.permuted([d % lazy.ndim for d in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)]),
-    torch.permute: lambda lazy, dims: lazy.permuted([d % lazy.ndim for d in dims]),
+    **dict.fromkeys((Tensor.permute, torch.permute), LazyLogits.reordered),
     Tensor.mT.__get__: lambda lazy: lazy.transposed(-2, -1),  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.contiguous, Tensor.clone, torch.clone), lambda lazy: lazy),
     Tensor.float: lambda lazy: lazy.stepped(torch.float32),
@@ -491,6 +493,7 @@ class Chunked(TorchFunctionMode):
 
     Attributes:
         heads: outputs that were not computed at once.
+        nbytes: of the largest of them.
         losses: cross-entropies that were computed in chunks.
         last: the last of them.
         outputs, leaves: what ``cut`` replaced there, and by what.
@@ -501,7 +504,7 @@ class Chunked(TorchFunctionMode):
 
     def __init__(self, *, least_bytes: float | None = None, cut: Cut | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.heads = self.losses = 0
+        self.heads = self.losses = self.nbytes = 0
         self.last: TokenLosses | None = None
         self.cut, self.outputs, self.leaves = cut, list[Tensor](), list[Tensor]()
         self._least_bytes = _LEAST_BYTES if least_bytes is None else least_bytes
@@ -542,7 +545,8 @@ class Chunked(TorchFunctionMode):
             return None
         if weight.ndim != 2 or input.ndim < 2 or len(weight) <= weight.shape[1]:
             return None
-        if input.numel() / weight.shape[1] * len(weight) * input.element_size() < self._least_bytes:
+        nbytes = input.numel() // weight.shape[1] * len(weight) * input.element_size()
+        if nbytes < self._least_bytes:
             return None
         if torch.is_autocast_enabled(input.device.type):
             half = torch.get_autocast_dtype(input.device.type)
@@ -551,5 +555,5 @@ class Chunked(TorchFunctionMode):
             return None
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):  # under vmap or jvp
             return None
-        self.heads += 1
+        self.heads, self.nbytes = self.heads + 1, max(self.nbytes, nbytes)
         return LazyLogits(*given, watch=self)

@@ -22,7 +22,7 @@ from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprin
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.logits import Chunked, Chunking
 from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, own_loss, recognise_loss
-from sharpkit.objective.memory import is_out_of_memory
+from sharpkit.objective.memory import available_memory, is_out_of_memory
 from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
 from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.objective.reduction import Look, Piece, Survey, check_batch, conclude, cut_batches, cut_samples, join_pieces, look_at
@@ -36,6 +36,9 @@ Closure = Callable[[nn.Module, Batch], Tensor]
 _MODES = ("eval", "train")
 _HALVES = (torch.bfloat16, torch.float16)
 _ENTRIES = 64  # of each parameter's gradient, compared between batches: by judgement
+_WHOLE = (
+    4.0  # bytes that a gradient from whole logits takes over those of the logits: 3.2 in experiments/large_vocabulary.py, with the rest
+)
 _LEAST_SAMPLES = 32  # a training batch is not cut below: by judgement, fewer samples say little of the batch's curvature
 
 
@@ -561,8 +564,12 @@ class Objective:
 
     def _gap_of_chunks(self, batch: Batch, number: int) -> float:
         """Relative distance of a batch's loss and gradient in chunks from those of whole logits, the larger of the two."""
-        measured = []
-        for context in (Whole(Chunked(least_bytes=0)), nullcontext()):
+        measured: list[tuple[Tensor, Tensor]] = []
+        mode = Chunked(least_bytes=0)
+        for context in (Whole(mode), nullcontext()):
+            if measured and _WHOLE * mode.nbytes > available_memory(self.device):
+                logger.info("a loss in chunks of tokens is used unchecked: whole logits would not fit")
+                return 0.0
             with torch.enable_grad():
                 with context:
                     loss = self._evaluate_whole(batch, number)

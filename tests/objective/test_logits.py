@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from contracts.operator_contract import check_operator
-from problems import built, dense_hessian, flat, labels, relative_error
-from problems_logits import CLASSES, HEADS, LOSSES, WHOLE, Loss, Tagger, cut_small_logits, marks, rows, tokens
+from problems import built, dense_hessian, flat, gaussian, labels, relative_error
+from problems_logits import CLASSES, HEADS, LOSSES, WHOLE, WIDTH, Loss, Tagger, cut_small_logits, marks, rows, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +49,52 @@ def test_value_gradient_and_hessian_are_those_of_whole_logits(name: str, head: s
     for ours, expected in zip(derivatives(model, in_chunks), derivatives(model, loss), strict=True):
         assert relative_error(ours, expected) < 1e-12
     assert (mode.losses > 0) == (name in LOSSES)
+
+
+DONE: list[Callable[[Tensor], Tensor]] = [
+    lambda z: z[0],
+    lambda z: z[..., -1:, :],
+    lambda z: z[:, None],
+    lambda z: z[..., 1:],
+    lambda z: z[..., 2],
+    lambda z: z[torch.tensor([0, 1])],
+    lambda z: z[torch.ones(len(z), dtype=torch.bool)],
+    lambda z: z.reshape(-1, z.shape[-1]),
+    lambda z: z.reshape(-1),
+    lambda z: z.flatten(0, 1),
+    lambda z: z.flatten(-2),
+    lambda z: z.transpose(0, 1),
+    lambda z: torch.permute(z, tuple(range(z.ndim))[::-1]),
+    lambda z: z.movedim(0, -1),
+    lambda z: z.mT,
+    lambda z: -2 * z / 3,
+    lambda z: torch.tanh(z),
+    lambda z: z.to(torch.float32).double(),
+    lambda z: z.unsqueeze(1),
+    lambda z: z - z.logsumexp(0),
+]
+
+
+def test_whatever_is_done_to_logits_is_done_to_the_same_logits() -> None:
+    chance = random.Random(0)
+    hidden, weight = gaussian(2, 3, WIDTH).requires_grad_(), gaussian(CLASSES, WIDTH, seed=2).requires_grad_()
+    for _ in range(400):
+        with Chunked():
+            ours = F.linear(hidden, weight)
+        plain = F.linear(hidden, weight)
+        for step in chance.choices(DONE, k=4):
+            try:
+                done = step(plain)
+            except (RuntimeError, IndexError):  # not of so few axes, or a view that there is not
+                continue
+            ours, plain = step(ours), done
+            assert ours.shape == plain.shape
+        if plain.ndim > 1 and chance.random() < 0.7:
+            y = torch.zeros(plain.shape[0], *plain.shape[2:], dtype=torch.int64)
+            ours, plain = F.cross_entropy(ours, y), F.cross_entropy(plain, y)
+        ours, plain = ours.square().sum(), plain.square().sum()
+        for a, b in zip(torch.autograd.grad(ours, [hidden, weight]), torch.autograd.grad(plain, [hidden, weight]), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_looked_at_without_gradients_has_them_later() -> None:
@@ -128,6 +176,16 @@ def test_a_loss_in_chunks_that_is_not_the_loss_is_not_used(monkeypatch: pytest.M
     assert not objective.chunking.allowed
     expected = flat(torch.autograd.grad(rows(model(tokens()), marks()), list(model.parameters())), list(model.parameters()))
     assert relative_error(objective.gradient()[1], expected) < 1e-12
+
+
+def test_nothing_is_compared_with_logits_that_would_not_fit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = built(Tagger)
+    monkeypatch.setattr("sharpkit.objective.objective.available_memory", lambda device: 1000.0)
+    with caplog.at_level("INFO"):
+        objective = sk.Objective(model, (tokens(), marks()), loss=rows)
+    assert objective.chunking.in_use
+    assert "whole logits would not fit" in caplog.text
+    assert objective.value() == pytest.approx(float(rows(model(tokens()), marks()).detach()), rel=1e-12)
 
 
 def test_a_loss_that_takes_a_gradient_inside_has_whole_logits() -> None:

@@ -85,7 +85,7 @@ def test_whatever_is_done_to_logits_is_done_to_the_same_logits() -> None:
         for step in chance.choices(DONE, k=4):
             try:
                 done = step(plain)
-            except (RuntimeError, IndexError):  # not of so few axes, or a view that there is not
+            except (RuntimeError, IndexError, TypeError):  # not of so few axes
                 continue
             ours, plain = step(ours), done
             assert ours.shape == plain.shape

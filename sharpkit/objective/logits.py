@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -226,13 +227,20 @@ class LazyLogits(Tensor):
     bias: Tensor | None  # (V,)
     axis: int  # of the classes among the axes; those of the tokens keep their order
     way: _Way
-    watch: Chunked  # counts what is computed in chunks
+    watch: weakref.ref[Chunked]  # told of what is computed in chunks; weakly, since it keeps the last of that
     made_with_gradients: bool
     computed: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, axis: int | None = None, way: _Way = _Way(), watch: Chunked
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        axis: int | None = None,
+        way: _Way = _Way(),
+        watch: weakref.ref[Chunked],
     ) -> LazyLogits:
         axis = hidden.ndim - 1 if axis is None else axis
         shape = [*hidden.shape[:axis], len(weight), *hidden.shape[axis:-1]]
@@ -408,13 +416,13 @@ class LazyLogits(Tensor):
         own = target[kept]
         if len(own) and (int(own.min()) < 0 or int(own.max()) >= len(self.weight)):
             return NotImplemented  # PyTorch says it
-        source, watch = self, self.watch
-        if watch.cut is not None:
-            source, outputs, leaves = watch.cut(self)
-            watch.outputs, watch.leaves = outputs, leaves
+        source, watch = self, self.watch()
+        if watch is not None and watch.cut is not None:
+            source, watch.outputs, watch.leaves = watch.cut(self)
         losses = source.token_losses(kept, own, smoothing=float(label_smoothing))
-        watch.losses += 1
-        watch.last = TokenLosses(losses, source, kept, own, ignore_index, weight is None and not label_smoothing)
+        if watch is not None:
+            watch.losses += 1
+            watch.last = TokenLosses(losses, source, kept, own, ignore_index, weight is None and not label_smoothing)
         losses = losses if torch.is_autocast_enabled(self.device.type) else losses.to(self.dtype)
         if weight is not None:
             losses = losses * weight[own]
@@ -556,4 +564,4 @@ class Chunked(TorchFunctionMode):
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):  # under vmap or jvp
             return None
         self.heads, self.nbytes = self.heads + 1, max(self.nbytes, nbytes)
-        return LazyLogits(*given, watch=self)
+        return LazyLogits(*given, watch=weakref.ref(self))

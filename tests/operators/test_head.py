@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -134,3 +136,17 @@ def test_blocks_of_parameters_are_blocks_of_the_matrix(in_chunks: list[bool]) ->
     assert relative_error(G.block("head*").to_dense(), dense[-head_and_bias:, -head_and_bias:]) < 1e-12
     assert relative_error(G.block("hidden*").to_dense(), dense[WIDTH * CLASSES : -head_and_bias, WIDTH * CLASSES : -head_and_bias]) < 1e-12
     assert all(in_chunks)
+
+
+@pytest.mark.parametrize("make", [sk.HessianOperator, sk.GaussNewtonOperator, sk.FisherOperator, sk.EmpiricalFisherOperator])
+def test_graphs_and_data_go_with_the_operator(make: Callable[..., sk.SymmetricOperator], in_chunks: list[bool]) -> None:
+    x, settings = tokens(), {"likelihood": "categorical"} if make is sk.FisherOperator else {}
+    gc.disable()  # no cycle may keep them until it is collected
+    try:
+        operator = make(sk.Objective(built(Tagger), (x, marks()), loss=rows), **settings)
+        operator @ torch.ones(operator.size, dtype=torch.float64)
+        kept = weakref.ref(x)
+        del operator, x
+        assert kept() is None
+    finally:
+        gc.enable()

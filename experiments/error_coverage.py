@@ -62,6 +62,15 @@ def trace_by(method: str, **options: Any) -> Callable[[torch.Tensor, np.ndarray,
     return lambda matrix, spectrum, seed: _one(sk.trace(matrix, method=method, seed=seed, **options), spectrum.sum())  # type: ignore[arg-type]
 
 
+def positive_trace_by(method: str, **options: Any) -> Callable[[torch.Tensor, np.ndarray, int], Answer]:
+    """tr A^2, of a positive matrix."""
+
+    def estimate(matrix: torch.Tensor, spectrum: np.ndarray, seed: int) -> Answer:
+        return _one(sk.trace(matrix @ matrix, method=method, seed=seed, **options), float((spectrum**2).sum()))  # type: ignore[arg-type]
+
+    return estimate
+
+
 def diagonal(matrix: torch.Tensor, spectrum: np.ndarray, seed: int) -> Answer:
     """Every entry counts as one answer."""
     made = sk.diagonal(matrix, num_probes=40, seed=seed)
@@ -104,6 +113,8 @@ ESTIMATORS: dict[str, Callable[[torch.Tensor, np.ndarray, int], Answer]] = {
     "auto, 20 %": trace_by("auto", rtol=0.2),
     "auto, 5 %": trace_by("auto", rtol=0.05),
     "auto, 40 products": trace_by("auto", num_matvecs=40),
+    "xnystrace of A^2, 5 %": positive_trace_by("xnystrace", rtol=0.05),
+    "xnystrace of A^2, 40 products": positive_trace_by("xnystrace", num_matvecs=40),
     "diagonal": diagonal,
     "frobenius norm": frobenius,
     "SLQ trace": lambda a, s, seed: _one(_density(a, seed).trace, s.sum()),

@@ -17,7 +17,7 @@ from problems_linalg import network_like, operator_with, rotated
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
 from sharpkit.linalg.results import Budget, probe_error
-from sharpkit.linalg.trace import AdaptiveEstimate, DeflatedProbes, Tolerance
+from sharpkit.linalg.trace import AdaptiveEstimate, DeflatedProbes, Nystrom, Tolerance
 from sharpkit.operators.base import CallableOperator
 
 METHODS = ["auto", "hutchinson", "hutch++", "xtrace"]
@@ -590,3 +590,50 @@ def test_warnings_point_at_the_call() -> None:
     with pytest.warns(ConvergenceWarning) as caught:
         sk.trace(operator_with(NETWORK), rtol=1e-9, max_matvecs=20)
     assert [w.filename for w in caught] == [__file__]
+
+
+# -- positive semi-definite matrices ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_xnystrace_is_the_mean_of_the_nystrom_traces_that_leave_one_vector_out_and_what_they_leave_of_it(
+    dtype: torch.dtype, rtol: float
+) -> None:
+    operator, m = operator_with(NETWORK, dtype=dtype), 9
+    tests = operator.random_vectors(m, generator=torch.Generator().manual_seed(0), distribution="rademacher")
+    sketch = Nystrom(operator)
+    for test in tests.T:
+        sketch.add(test, operator @ test)
+    matrix, estimates = operator.to_dense().double(), []
+    for i in range(m):
+        rest = torch.cat([tests[:, :i], tests[:, i + 1 :]], dim=1).double()
+        image = matrix @ rest
+        nystrom = image @ torch.linalg.solve(rest.T @ image, image.T)
+        own = tests[:, i].double()
+        estimates.append(float(nystrom.trace() + own @ (matrix - nystrom) @ own))
+    made = sketch.estimate()
+    assert made is not None
+    assert made[0] == pytest.approx(np.mean(estimates), rel=rtol)
+    assert made[1] == pytest.approx(1.9 * probe_error(np.array(estimates)), rel=100 * rtol)
+
+
+def test_two_stated_errors_of_xnystrace_hold() -> None:
+    found, _ = scores(NETWORK, "xnystrace", 40, rtol=0.03)
+    assert np.mean(np.abs(found) <= 2) >= 0.85  # 95 % expected; fewer than 34 of 40 has a probability of 3e-3
+
+
+def test_of_low_rank_little_more_than_the_rank_is_multiplied() -> None:
+    spectrum = np.concatenate([np.arange(1.0, 9), np.zeros(392)])
+    for seed in range(5):
+        made = sk.trace(operator_with(spectrum), method="xnystrace", seed=seed)
+        assert made.num_matvecs <= 12 and made.value == pytest.approx(36.0, rel=1e-9)
+
+
+def test_all_rows_make_the_trace_of_a_positive_matrix_exact() -> None:
+    spectrum = np.linspace(1, 2, 30)
+    made = sk.trace(operator_with(spectrum), method="xnystrace", rtol=1e-8)
+    assert made.num_matvecs == 30 and made.stderr == 0 and made.value == pytest.approx(45.0, rel=1e-9)
+
+
+def test_xnystrace_of_a_matrix_that_is_not_positive_is_refused() -> None:
+    spectrum = np.concatenate([[5.0, -4, -3], np.linspace(-1, 1, 397)])
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        sk.trace(operator_with(spectrum), method="xnystrace")

@@ -19,8 +19,8 @@ from sharpkit.objective.reduction import Piece
 
 logger = logging.getLogger(__name__)
 
-_FEWEST, _MOST = 8, 256  # at a time: with fewer there is nothing to gain, more gain no more (experiments/speed_products.py)
-_ROWS = 2**22  # bytes of gradients at a time on a CPU, whose cache then holds them (experiments/speed_products.py)
+_FEWEST, _MOST = 8, 256  # at a time, by judgement: with fewer there is little to gain, more gain little
+_ROWS = 2**22  # bytes of gradients at a time on a CPU, whose cache then holds them (experiments/forward_mode.py)
 _MEMORY_SHARE = 0.25  # of what is free may be taken by them, by judgement
 _COPIES = 4  # of a gradient, by judgement: the parameters it is taken in, as it comes, laid flat, and what is computed of it
 _TRIES = 2  # times that several at a time are timed if they are slower at first, by judgement: the first time loads what they need

@@ -239,7 +239,7 @@ class ForwardMode:
     def count(self, output: Tensor) -> None:
         """Note a product J v of a network with convolutions, whose double backward takes up to three times as long as forward mode.
 
-        Without them a trial costs more than there is to gain in 50 products (experiments/speed_products.py).
+        Without them a trial costs more than there is to gain in 50 products (experiments/forward_mode.py).
         """
         self._products += any("Convolution" in node.name() for node in graph_nodes([output]))
 

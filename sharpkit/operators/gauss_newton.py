@@ -28,7 +28,7 @@ _ADJOINT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch
 _SLOPE_STEP, _SLOPE_AGREE = 5e-3, 5e-2
 
 # Memory of recording over what is kept of it, and of a trial over the graph of the double-backward trick: 1.7 to 2.4 and 2.7 to 5 on the
-# networks with convolutions of experiments/speed_products.py.
+# networks with convolutions of experiments/forward_mode.py.
 _RECORDING, _TRIAL = 2.4, 5.0
 
 

@@ -74,7 +74,7 @@ class FisherOperator(OutputOperator):
             product = product_in_chunks(self.objective, piece, "fisher", lambda output: self._labels(output, piece, seed=seed))
             if product is not None:
                 return product
-        jacobian = OutputJacobian(self.objective, piece, self.forward_mode)
+        jacobian = self._jacobian(piece)
         error: ObjectiveError | None = None
         for class_dim in self._class_dims(jacobian):  # the first under which the loss is the likelihood's
             draws = _Draws(
@@ -243,7 +243,7 @@ class EmpiricalFisherOperator(OutputOperator):
                 "mode='eval', or another loss"
             )
         try:
-            jacobian = OutputJacobian(self.objective, piece, self.forward_mode)
+            jacobian = self._jacobian(piece)
         except UnsupportedError:  # the pass over all samples at once differentiates twice, those over single ones once
             return self._build_one_by_one(piece)
         # rows of the loss's gradient in the output are those of each sample's own loss, since the samples do not mix

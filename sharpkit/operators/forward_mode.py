@@ -24,7 +24,7 @@ from sharpkit.operators.curvature import version_of
 
 logger = logging.getLogger(__name__)
 
-_PRODUCTS = 2  # before it is tried, by judgement: a trial takes as long as 3 to 5 of them
+_PRODUCTS = 2  # before it is tried, by judgement: a trial takes as long as 3 to 5 of them (experiments/forward_mode.py)
 _SHAPES = ("aten::is_same_size", "aten::_has_same_storage_numel")  # what asks for no value: the answer is the same for every vector
 # The reference implementations that PyTorch falls back to have no rule for several vectors; where they are one operation, it has.
 _SAME = {"prims::add": torch.ops.aten.add.Tensor, "prims::mul": torch.ops.aten.mul.Tensor, "prims::sub": torch.ops.aten.sub.Tensor}
@@ -239,9 +239,11 @@ class ForwardMode:
     def count(self, output: Tensor) -> None:
         """Note a product J v of a network with convolutions, whose double backward takes up to three times as long as forward mode.
 
-        Without them a trial costs more than there is to gain in 50 products (experiments/forward_mode.py).
+        Without them, or with group norms, whose forward mode is many small operations, a trial costs more than there is to gain in 50
+        products (experiments/forward_mode.py).
         """
-        self._products += any("Convolution" in node.name() for node in graph_nodes([output]))
+        names = {node.name() for node in graph_nodes([output])}
+        self._products += any("Convolution" in name for name in names) and not any("GroupNorm" in name for name in names)
 
     def covers(self, recording: Recording) -> bool:
         """Whether a recording is made of operations that were found right."""

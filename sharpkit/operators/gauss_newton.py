@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class OutputJacobian:
         cost: of the graph.
     """
 
-    def __init__(self, objective: Objective, piece: Piece, forward_mode: ForwardMode) -> None:
+    def __init__(self, objective: Objective, piece: Piece, forward_mode: ForwardMode, recorded: RecordedOutput | None = None) -> None:
         if objective.loss is None:
             raise ObjectiveError(
                 "this operator needs the model's output and the loss apart: make the Objective with loss= and (input, target) batches, "
@@ -56,7 +57,8 @@ class OutputJacobian:
         self.target = piece.batch[1]
         self._rows: Tensor | None = None
         self._recording: Recording | None = None
-        if forward_mode.used and (recorded := record_output(objective, piece)) is not None and forward_mode.covers(recorded.recording):
+        recorded = recorded or (record_output(objective, piece) if forward_mode.used else None)
+        if recorded is not None and forward_mode.covers(recorded.recording):
             self._output, self._recording, self.cost = recorded
             self.output = self._output.detach()
             return
@@ -203,6 +205,17 @@ class OutputOperator(CurvatureOperator):
     def __init__(self, objective: Objective, *, retain: bool | str = "auto", memory_limit: float | None = None) -> None:
         super().__init__(objective, retain=retain, memory_limit=memory_limit)
         self.forward_mode = ForwardMode()
+        self._recorded: tuple[Piece, RecordedOutput] | None = None  # what the trial has made, until its product is built
+
+    def choices(self) -> Mapping[str, str]:
+        told = super().choices()
+        if self.forward_mode.used is None:
+            return told
+        return {**told, "J v": "by recorded forward mode" if self.forward_mode.used else "by double backward"}
+
+    def _jacobian(self, piece: Piece) -> OutputJacobian:
+        tried = self._recorded
+        return OutputJacobian(self.objective, piece, self.forward_mode, tried[1] if tried is not None and tried[0] is piece else None)
 
     def _peak(self) -> float:
         return _RECORDING if self.forward_mode.used else super()._peak()
@@ -226,8 +239,15 @@ class OutputOperator(CurvatureOperator):
         generator = torch.Generator().manual_seed(0)
         v = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in self.layout.params]
         self.forward_mode.decide(lambda: jacobian.forward(v), recorded.recording, v, rounding=self.rounding)
-        if self.forward_mode.used:
-            self.forget_graphs()
+        if not self.forward_mode.used or not self._kept:
+            return
+        try:
+            self._recorded = (piece, recorded)
+            for each in itertools.chain([piece], itertools.islice(self.objective.pieces(join=self._joins), 1, None)):
+                if each.key in self._kept:
+                    self._kept[each.key] = self._build(each)
+        finally:
+            self._recorded = None
 
 
 class GaussNewtonOperator(OutputOperator):
@@ -252,7 +272,7 @@ class GaussNewtonOperator(OutputOperator):
     def _build(self, piece: Piece) -> PieceProduct:
         if (product := product_in_chunks(self.objective, piece, "gauss_newton")) is not None:
             return product
-        jacobian = OutputJacobian(self.objective, piece, self.forward_mode)
+        jacobian = self._jacobian(piece)
         slope, leaf = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0], create_graph=True)
         _check_loss_curvature(self.objective, slope, leaf, jacobian.target, number=piece.key[0])
 

@@ -16,6 +16,7 @@ from problems import (
     LastStep,
     Problem,
     built,
+    classified,
     conv,
     dense_covariance,
     dense_empirical_fisher,
@@ -130,14 +131,17 @@ def test_several_recorded_products_at_once_and_strided_vectors() -> None:
     assert relative_error(total, expected @ V) < 1e-12
 
 
-def test_it_is_tried_at_the_third_product_and_with_convolutions_alone() -> None:
+def test_it_is_tried_at_the_third_product_with_convolutions_and_without_group_norms() -> None:
     passes = 0
 
     def counted(module: Any, inputs: Any, output: Any) -> None:
         nonlocal passes
         passes += 1
 
-    for problem, tried in ((conv(), True), (mlp(), False)):
+    normed = classified(
+        "group norm", lambda: nn.Sequential(nn.Conv1d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 3)), gaussian(6, 1, 6)
+    )
+    for problem, tried in ((conv(), True), (mlp(), False), (normed, False)):
         G = gauss_newton(problem)
         vector = gaussian(G.size)
         G @ vector
@@ -146,6 +150,7 @@ def test_it_is_tried_at_the_third_product_and_with_convolutions_alone() -> None:
         for _ in range(6):
             G @ vector
         assert (G.forward_mode.used is not None) is tried
+        assert ("J v" in G.choices()) is tried
         # three for the trial: both ways, and the graph that is kept; the parts of a batch go one by one where it is kept as before
         assert (passes > 0) is tried
         handle.remove()

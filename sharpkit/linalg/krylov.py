@@ -27,6 +27,7 @@ _MIXING_BLOCK = 2**22  # numbers mixed at a time when the basis is replaced, 32 
 _SHARE = 0.5  # of the free memory may hold a basis: by judgement, the rest is for graphs, products and what else runs on the machine
 _LIMITED_SHARE = 0.8  # of a memory_limit: by judgement, a limit is there to be used, and ten vectors of work fit beside forty
 _WORKING = 3  # vectors beside each basis that grows: its product, the next vector, a probe; by judgement
+_LEAST_WORKING = 4  # vectors that a product needs besides, its result and what it is made of: measured 3 to 4 (experiments/growth.py)
 _STREAMED = 4  # rows that are brought to the operator's device at a time: by judgement
 _UNKNOWN_MEMORY = 4e9  # bytes taken to be free where the system does not tell: by judgement, what any machine with torch has
 _FIRST_SIZE = 16  # rows of the projected matrix before it first grows: by judgement, as for the chunks
@@ -103,8 +104,10 @@ def place_for(operator: SymmetricOperator, rows: int, offload: Offload) -> Offlo
         return offload
     if operator.device.type != "cpu" and rows <= affordable_rows(operator, host=True):
         return True
-    room = operator.agree(_available(operator, host=False) * (_LIMITED_SHARE if is_limited(operator.device) else 1.0))
-    if not is_limited(operator.device) and rows * row_bytes(operator) <= room:  # more than its share, but not more than there is
+    # more than its share, but no more than there is
+    kept_back = _LEAST_WORKING * row_bytes(operator) if is_limited(operator.device) else 0
+    room = max(0.0, operator.agree(_available(operator, host=False)) - kept_back)
+    if rows * row_bytes(operator) <= room:
         return False
     raise OutOfMemoryError(
         f"a basis of {rows} vectors takes {human_bytes(rows * row_bytes(operator))}, and {human_bytes(room)} may be taken for it on "

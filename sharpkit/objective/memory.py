@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import math
@@ -41,10 +42,10 @@ def available_memory(device: torch.device) -> float:
     whoever exceeds the latter is killed, whatever the machine has. What has been promised is taken off, and a :func:`limited` call may not
     take more than its limit.
     """
-    free = _free(device)
-    for limit in _limits.get():
-        if _same(limit.device, device):
-            free = min(free, limit.ceiling - used_memory(device))
+    free, limits = _free(device), [limit.ceiling for limit in _limits.get() if _same(limit.device, device)]
+    if limits:
+        _give_back(device)
+        free = min(free, min(limits) - used_memory(device))
     with _promising:
         return max(0.0, free - sum(promise.nbytes for promise in _promises if _same(promise.device, device)))
 
@@ -57,6 +58,12 @@ def _free(device: torch.device) -> float:
     if device.type == "cpu":
         return min([_machine_available(), *map(_group_available, _control_groups())])
     return math.inf
+
+
+def _give_back(device: torch.device) -> None:
+    """Ask the C library for what it has kept of freed tensors below 32 MB, which would count as used."""
+    if device.type == "cpu" and (trim := getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", None)) is not None:
+        trim(0)  # of glibc
 
 
 def used_memory(device: torch.device) -> float:

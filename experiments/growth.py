@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def problem(n: float, samples: int) -> sk.Objective:
         width -= 1
     torch.manual_seed(0)
     sizes = (64, width, width, width, 10)
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.Tanh())][:-1]
+    layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())][:-1]
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(samples, 64, generator=generator), torch.randint(10, (samples,), generator=generator)
     return sk.Objective(nn.Sequential(*layers), data, loss=F.cross_entropy)

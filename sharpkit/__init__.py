@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from sharpkit.measuring.directional import gradient_noise_interaction as gradient_noise_interaction
     from sharpkit.measuring.doctor import Diagnosis as Diagnosis
     from sharpkit.measuring.doctor import examine as examine
+    from sharpkit.measuring.geometry import GeneralizedSharpness as GeneralizedSharpness
+    from sharpkit.measuring.geometry import generalized_sharpness as generalized_sharpness
     from sharpkit.measuring.history import CurvatureHistory as CurvatureHistory
     from sharpkit.measuring.layers import LayerSharpness as LayerSharpness
     from sharpkit.measuring.layers import per_layer as per_layer
@@ -126,6 +128,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.measuring.critical": ("CriticalLearningRate", "critical_learning_rate"),
     "sharpkit.measuring.directional": ("batch_sharpness", "directional_sharpness", "gradient_noise_interaction"),
     "sharpkit.measuring.doctor": ("Diagnosis", "examine"),
+    "sharpkit.measuring.geometry": ("GeneralizedSharpness", "generalized_sharpness"),
     "sharpkit.measuring.history": ("CurvatureHistory",),
     "sharpkit.measuring.layers": ("LayerSharpness", "per_layer"),
     "sharpkit.measuring.plan": ("Plan", "plan"),

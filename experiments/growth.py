@@ -54,7 +54,7 @@ def measured_alone(n: float, limited: bool) -> None:
         while not done.wait(0.002):
             peak = max(peak, used_memory(cpu) - before)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     vector, progress = 4.0 * objective.num_parameters, list[sk.Progress]()
     limit = LIMIT * vector if limited else None

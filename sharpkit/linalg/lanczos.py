@@ -203,8 +203,8 @@ class _Iteration:
         self.generator, self.capacity = generator, capacity
         self.ritz: Ritz | None = None  # best first; None before the first product
         self.passes, self.chance = 0, _MISSED
-        # A single pair has no search for missed ones behind it. Three checks missed 2 in 1200 starts beside a close second; what a random
-        # start can have passed over tells more, and a product earlier: none missed in 2200 starts. A warm start is near what it looks for.
+        # A single pair has no search for missed ones behind it. Three checks missed 1 in 600 starts beside a close second; what a random
+        # start can have passed over tells more, and a product earlier: none missed in 1600 starts. A warm start is near what it looks for.
         self.persistence = _PERSISTENCE + (1 if k == 1 and not warm else 0)
         self.from_random = not warm  # whether the basis is one run from a random start, whose probabilities are known
 

@@ -115,7 +115,7 @@ def test_what_came_is_shown_shortly() -> None:
         (lambda a: sk.eigenpairs(a, k=True), "k must be a whole number"),
         (lambda a: sk.eigenpairs(a, k=1, initial=torch.full((3,), math.nan)), "initial must be finite"),
         (lambda a: sk.eigenpairs(a, callback=3), r"callback must be a function called as callback\(progress\), got 3"),
-        (lambda a: sk.eigenpairs(a, offload="no"), "offload must be True or False"),
+        (lambda a: sk.eigenpairs(a, offload="no"), "offload must be a folder that exists"),
         (lambda a: sk.trace(a, max_matvecs=0), "max_matvecs must be a whole number of at least 1, got 0"),
         (lambda a: sk.trace(a, max_seconds="1"), "max_seconds must be a positive number, got '1'"),
         (lambda a: sk.spectral_density(a, seed=0.5), "seed must be a whole number"),

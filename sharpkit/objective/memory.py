@@ -42,10 +42,11 @@ def available_memory(device: torch.device) -> float:
     whoever exceeds the latter is killed, whatever the machine has. What has been promised is taken off, and a :func:`limited` call may not
     take more than its limit.
     """
-    free, limits = _free(device), [limit.ceiling for limit in _limits.get() if _same(limit.device, device)]
+    free, limits = _free(device), [limit for limit in _limits.get() if _same(limit.device, device)]
     if limits:
         _give_back(device)
-        free = min(free, min(limits) - used_memory(device))
+        used = used_memory(device)  # it may have fallen since: what others have given back is not the call's to take
+        free = min(free, *(min(limit.nbytes, limit.ceiling - used) for limit in limits))
     with _promising:
         return max(0.0, free - sum(promise.nbytes for promise in _promises if _same(promise.device, device)))
 
@@ -78,6 +79,7 @@ def used_memory(device: torch.device) -> float:
 # -- how much of it a call may take -------------------------------------------------------------------------------------------
 class _Limit(NamedTuple):
     device: torch.device
+    nbytes: float
     ceiling: float  # of what the process may hold
 
 
@@ -108,7 +110,7 @@ def limited(limit: float | None, device: torch.device) -> Iterator[None]:
     if limit is None:
         yield
         return
-    token = _limits.set((*_limits.get(), _Limit(device, used_memory(device) + limit)))
+    token = _limits.set((*_limits.get(), _Limit(device, limit, used_memory(device) + limit)))
     try:
         yield
     finally:

@@ -38,6 +38,8 @@ def test_a_limit_counts_from_what_the_process_holds_and_ends_with_the_call(free:
             assert available_memory(CPU) == 1_500, "an inner call may not take more than the outer one"
         monkeypatch.setattr(memory, "used_memory", lambda device: 9_000.0)
         assert available_memory(CPU) == 0, "never less than nothing"
+        monkeypatch.setattr(memory, "used_memory", lambda device: 200.0)
+        assert available_memory(CPU) == 4_000, "what others have given back is not the call's to take"
     assert available_memory(CPU) == 10_000 and not is_limited(CPU)
     with limited(None, CPU):
         assert available_memory(CPU) == 10_000 and not is_limited(CPU)

@@ -324,3 +324,18 @@ def test_warnings_point_at_the_call() -> None:
 def test_a_single_probe_has_no_control_vectors() -> None:
     made = sk.spectral_density(operator_with(NETWORK), num_probes=1, num_steps=20)
     assert made.controls.shape == made.shares.shape == (0, 0)
+
+
+def test_over_a_complete_basis_every_vector_is_known_else_one_in_four_rows() -> None:
+    """Five rows, five steps: all eigenvectors are exact, and leave nothing to the probes."""
+    spectrum = np.array([7.0, 3.0, 1.0, -2.0, -4.0])
+    made = sk.spectral_density(operator_with(spectrum), num_probes=3, num_steps=5)
+    assert made.controls.shape == (3, 5) and sorted(made.controls[0].tolist()) == pytest.approx(sorted(spectrum))
+    assert made.shares.sum(dim=1).tolist() == pytest.approx([1.0] * 3) and made.trace.stderr < 1e-9
+    short = sk.spectral_density(operator_with(np.array([90.0, 50.0, 20.0, *np.linspace(0, 0.1, 5)])), num_probes=3, num_steps=6)
+    assert short.controls.shape == (3, 2), "two of eight"
+
+
+def test_the_warning_of_a_budget_names_products_and_probes() -> None:
+    with pytest.warns(ConvergenceWarning, match=r"the budget ended after 30 of about 60 products: the density rests on 1 of 3 probes"):
+        sk.spectral_density(operator_with(NETWORK), num_probes=3, num_steps=20, max_matvecs=30)

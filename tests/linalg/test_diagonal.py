@@ -211,3 +211,13 @@ def test_warnings_point_at_the_call() -> None:
     with pytest.warns(ConvergenceWarning) as of_norm:
         sk.frobenius_norm(MATRIX, rtol=1e-9, max_matvecs=20)
     assert [w.filename for w in (*of_diagonal, *of_norm)] == [__file__] * 2
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+@pytest.mark.parametrize("kind", ["flat", "outliers"])
+def test_whether_a_subspace_pays_does_not_depend_on_the_units(kind: str, factor: float) -> None:
+    spectrum = np.linspace(-1, 1, 200) if kind == "flat" else np.concatenate([[100.0, 60, 40, 20, 10], np.linspace(0, 0.05, 195)])
+    matrix = rotated(spectrum)
+    plain, scaled = sk.diagonal(matrix, num_probes=40), sk.diagonal(factor * matrix, num_probes=40)
+    torch.testing.assert_close(scaled.value, factor * plain.value, rtol=1e-8, atol=1e-10 * factor)
+    torch.testing.assert_close(scaled.stderr, factor * plain.stderr, rtol=1e-6, atol=1e-10 * factor)

@@ -136,7 +136,7 @@ def _capacity(operator: SymmetricOperator, k: int, basis_size: int | None, offlo
         usual = min(operator.size, max(2 * k + 20, 80))
         if isinstance(offload, bool):
             usual = min(usual, max(least, affordable_rows(operator, host=offload)))
-        basis_size = max(least, usual)
+        basis_size = usual
     else:
         basis_size = min(operator.size, whole("basis_size", basis_size))
         if basis_size < least:

@@ -530,7 +530,7 @@ class Nystrom:
         t_i = tr Y H^-1 Y^T - (||y||^2 - 1) / (H^-1)_ii
 
     are m exchangeable unbiased estimates. With Y = Q R and H = L L^T the matrix is A + shift I, so that H is positive beyond rounding; the
-    shift is taken off the trace again.
+    shift is subtracted from the trace again.
 
     Args:
         operator: A.

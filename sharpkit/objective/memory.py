@@ -39,8 +39,8 @@ def available_memory(device: torch.device) -> float:
     """Bytes that can still be allocated on a device, inf if the system does not tell.
 
     On a CPU, the least of what the machine has and what the process's control group and those around it leave (containers, batch systems):
-    whoever exceeds the latter is killed, whatever the machine has. What has been promised is taken off, and a :func:`limited` call may not
-    take more than its limit.
+    whoever exceeds the latter is killed, whatever the machine has. What has been promised does not count, and a :func:`limited` call may
+    not take more than its limit.
     """
     free, limits = _free(device), [limit for limit in _limits.get() if _same(limit.device, device)]
     if limits:

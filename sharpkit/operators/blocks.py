@@ -53,6 +53,15 @@ def derivative(
     )
 
 
+def seconds_now(device: torch.device) -> float:
+    """Seconds: of this thread's processor, which other work on the machine hardly disturbs; of a GPU, once it has done all it was given."""
+    if device.type == "cpu":
+        return time.thread_time()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Blocks:
     """How one operator multiplies several vectors: one by one, or some at once through PyTorch's vmap of the second backward pass.
 

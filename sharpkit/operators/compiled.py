@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from sharpkit.objective.memory import is_out_of_memory
 from sharpkit.objective.params import ParamLayout
-from sharpkit.operators.blocks import PieceProduct, Pieces
+from sharpkit.operators.blocks import PieceProduct, Pieces, seconds_now
 
 logger = logging.getLogger(__name__)
 
@@ -112,17 +112,9 @@ class Compiling:
         return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.detach()) for p in self._layout.params]
 
     def _seconds(self, multiply: Callable[[Sequence[Tensor], bool], Pieces], vectors: Sequence[Tensor]) -> float:
-        began = self._now()
+        began = seconds_now(self._layout.device)
         multiply(vectors, False)
-        return self._now() - began
-
-    def _now(self) -> float:
-        """Seconds: of this thread's processor, which other work hardly disturbs; of a GPU, once it has done all it was given."""
-        if self._layout.device.type == "cpu":
-            return time.thread_time()
-        if self._layout.device.type == "cuda":
-            torch.cuda.synchronize(self._layout.device)
-        return time.perf_counter()
+        return seconds_now(self._layout.device) - began
 
 
 def _difference(one: Pieces, other: Pieces) -> Pieces:

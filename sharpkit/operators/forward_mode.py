@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.memory import graph_nodes, is_out_of_memory
 from sharpkit.objective.params import replaced
+from sharpkit.operators.blocks import seconds_now
 from sharpkit.operators.curvature import version_of
 
 logger = logging.getLogger(__name__)
@@ -261,16 +261,7 @@ class ForwardMode:
         logger.info("J v by recorded forward mode is %s and takes %.3g of the time", "right" if right else "wrong", seconds / usual)
 
 
-def _now(device: torch.device) -> float:
-    """Seconds: of this thread's processor, which other work on the machine hardly disturbs; of a GPU, once it has done all it was given."""
-    if device.type == "cpu":
-        return time.thread_time()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    began = _now(device)
+    began = seconds_now(device)
     result = call()
-    return result, _now(device) - began
+    return result, seconds_now(device) - began

@@ -41,7 +41,7 @@ from sharpkit.operators.forward_mode import ForwardMode, Recording
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every network is tried, and what is timed second, the recording, takes half the time."""
     ticks = itertools.cycle([0.0, 2.0, 0.0, 1.0])
-    monkeypatch.setattr(forward_mode, "_now", lambda device: next(ticks))
+    monkeypatch.setattr(forward_mode, "seconds_now", lambda device: next(ticks))
     monkeypatch.setattr(ForwardMode, "count", lambda self, output: setattr(self, "_products", self._products + 1))
 
 
@@ -161,7 +161,7 @@ def test_a_recording_that_is_slower_or_wrong_is_not_used(monkeypatch: pytest.Mon
     problem = conv()
     expected = dense_gauss_newton(problem)
     ticks = itertools.cycle([0.0, 1.0, 0.0, 2.0] if fault == "slower" else [0.0, 2.0, 0.0, 1.0])
-    monkeypatch.setattr(forward_mode, "_now", lambda device: next(ticks))
+    monkeypatch.setattr(forward_mode, "seconds_now", lambda device: next(ticks))
     if fault == "wrong":
         play = Recording.__call__
         monkeypatch.setattr(Recording, "__call__", lambda self, vectors, batched=False: 1.001 * play(self, vectors, batched))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Batches = list[tuple[Any, Any]]
 
@@ -288,3 +289,30 @@ def standard_error_of(matrices: list[Tensor]) -> Tensor:
     """Entrywise standard error of the mean of independent draws."""
     stacked = torch.stack(matrices)
     return stacked.std(dim=0) / math.sqrt(len(matrices))
+
+
+# -- what tests watch and differentiate ------------------------------------------------------------------------------------------
+class Square(torch.autograd.Function):
+    """x^2 as a custom function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most entries that a tensor made inside has."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.entries = max(self.entries, result.numel())
+        return result

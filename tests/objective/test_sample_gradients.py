@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import PROBLEMS, built, gaussian, labels, relative_error
+from problems import PROBLEMS, Square, built, gaussian, labels, relative_error
 from problems import sample_gradients as reference
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,18 +68,6 @@ def test_closures_of_dict_batches_with_a_tensor_that_all_share() -> None:
     ]
     assert at_once
     assert relative_error(rows, torch.stack([torch.cat([g.reshape(-1) for g in each]) for each in expected])) < 1e-13
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
 
 
 class Applied(nn.Module):

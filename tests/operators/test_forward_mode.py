@@ -15,6 +15,7 @@ from problems import (
     PROBLEMS,
     LastStep,
     Problem,
+    Square,
     built,
     classified,
     conv,
@@ -168,18 +169,6 @@ def test_a_recording_that_is_slower_or_wrong_is_not_used(monkeypatch: pytest.Mon
     G = gauss_newton(problem)
     assert relative_error(tried(G).to_dense(), expected) < 1e-12
     assert G.forward_mode.used is False
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
 
 
 class WithJvp(Square):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import sharpkit as sk
-from sharpkit import optimizers
 from sharpkit.monitor import metrics
+from sharpkit.optimizers import kinds
 from sharpkit.reporting import sections
 
 # What the examples register, they register for the test alone.
-REGISTERED = ((metrics, "METRICS"), (optimizers, "_KINDS"), (sections, "_SECTIONS"))
+REGISTERED = ((metrics, "METRICS"), (kinds, "_KINDS"), (sections, "_SECTIONS"))
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 

@@ -105,7 +105,7 @@ def optimizer_curvature(
 
     Args:
         base: a curvature operator.
-        optimizer, ratios, diagonal: as in :func:`sharpkit.optimizers.step_matrix`, which names the errors too.
+        optimizer, ratios, diagonal: as in :func:`sharpkit.optimizers.limits.step_matrix`, which names the errors too.
     """
     turned = step_matrix(optimizer, layout_of(base), ratios=ratios, diagonal=diagonal)
     matrix = _shifted(base, turned.decay)

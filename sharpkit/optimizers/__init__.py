@@ -1,0 +1,85 @@
+"""Everything that sharpkit knows about optimizers; all other modules ask here.
+
+Which linear rule a parameter group follows, what an adaptive optimizer divides its gradients by, at which rates the groups train, which
+parameters they hold, and what the next step would be.
+"""
+
+from __future__ import annotations
+
+from sharpkit.optimizers.groups import (
+    averaging,
+    check_one_way,
+    check_trains,
+    current_momentum,
+    held_parameters,
+    is_maximizing,
+    learning_rate,
+    learning_rates,
+    plain_settings,
+    rates_at_hand,
+    relative_rates,
+    restore_initial_rates,
+    set_learning_rates,
+    set_momentum,
+    weight_decay,
+)
+from sharpkit.optimizers.kinds import OptimizerKind, kind_of, register_optimizer
+from sharpkit.optimizers.limits import (
+    StepMatrix,
+    decoupled_decays,
+    gradient_decays,
+    groups_agree,
+    is_adaptive,
+    known_rule,
+    limit_rule,
+    preconditioner_scale,
+    settled_preconditioner,
+    step_matrix,
+    update_rule,
+    update_rules,
+)
+from sharpkit.optimizers.rules import UpdateRule, operator_in
+from sharpkit.optimizers.steps import copy_optimizer, gradient_descent, has_linear_step, line_search_minimizer, linear_step, next_update
+from sharpkit.optimizers.wrappers import unwrap_optimizer
+
+__all__ = [
+    "OptimizerKind",
+    "StepMatrix",
+    "UpdateRule",
+    "averaging",
+    "check_one_way",
+    "check_trains",
+    "copy_optimizer",
+    "current_momentum",
+    "decoupled_decays",
+    "gradient_decays",
+    "gradient_descent",
+    "groups_agree",
+    "has_linear_step",
+    "held_parameters",
+    "is_adaptive",
+    "is_maximizing",
+    "kind_of",
+    "known_rule",
+    "learning_rate",
+    "learning_rates",
+    "limit_rule",
+    "line_search_minimizer",
+    "linear_step",
+    "next_update",
+    "operator_in",
+    "plain_settings",
+    "preconditioner_scale",
+    "rates_at_hand",
+    "register_optimizer",
+    "relative_rates",
+    "restore_initial_rates",
+    "set_learning_rates",
+    "set_momentum",
+    "settled_preconditioner",
+    "step_matrix",
+    "unwrap_optimizer",
+    "update_rule",
+    "update_rules",
+    "weight_decay",
+]

@@ -1,0 +1,255 @@
+"""The matrix and the rule by which an optimizer's rate is bounded, all its groups together.
+
+At a rate eta of the reference group (the first that trains), the others at r_i eta, training is stable where
+eta s lambda_max(S (H + W) + V) <= 1 with s = gain / (2 (1 + beta)) of the reference's rule, S = diag(r_i s_i / s) D^-1, W the coupled decay
+and V = diag(r_i decay_i / (2 s)) the decoupled one. It is exact on a quadratic whatever the groups' momenta: with H, W and V positive, the
+step's eigenvalues reach the unit circle at +-1 alone, as the imaginary part of the characteristic equation on the circle shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sharpkit._errors import UnsupportedError
+from sharpkit.objective.params import ParamLayout
+from sharpkit.optimizers.groups import _NONE_HELD, _holding, _reference, is_maximizing, relative_rates
+from sharpkit.optimizers.kinds import State, _decay, _no_rule, _unknown, kind_of
+from sharpkit.optimizers.rules import UpdateRule
+from sharpkit.optimizers.wrappers import unwrap_optimizer
+
+
+def update_rule(optimizer: Optimizer, *, group: int | None = None) -> UpdateRule:
+    """The linear update rule of a parameter group, by default of the first that trains.
+
+    Raises:
+        UnsupportedError: an optimizer whose linear rule is not known, or one that maximizes.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    kind = kind_of(optimizer)
+    if kind is None or kind.rule is None:
+        raise _no_rule(optimizer)
+    if is_maximizing(optimizer):
+        raise UnsupportedError(
+            f"{type(optimizer).__name__} has maximize=True, and stability limits are those of descent: minimize the negative loss instead"
+        )
+    rule = kind.rule(optimizer.param_groups[_reference(relative_rates(optimizer)) if group is None else group])
+    return replace(rule, name=type(optimizer).__name__) if rule.name == UpdateRule.name else rule
+
+
+def update_rules(optimizer: Optimizer) -> list[UpdateRule]:
+    """The linear update rule of every parameter group; errors as in :func:`update_rule`."""
+    return [update_rule(optimizer, group=index) for index in range(len(unwrap_optimizer(optimizer).param_groups))]
+
+
+def is_adaptive(optimizer: Optimizer, *, unknown: bool | None = None) -> bool:
+    """Whether gradients are divided by their own size, so that the limit is about D^-1 H.
+
+    Where the rule is not known, the answer is ``unknown``, or an UnsupportedError if that is None.
+    """
+    kind = kind_of(optimizer)
+    if kind is not None and kind.rule is not None:
+        return kind.rule(optimizer.param_groups[0]).adaptive
+    if unknown is None:
+        raise _no_rule(optimizer)
+    return unknown
+
+
+def decoupled_decays(optimizer: Optimizer) -> list[float]:
+    """Decoupled weight decay of every group; 0 where decay enters the gradient instead."""
+    kind = kind_of(optimizer)
+    if kind is None or kind.rule is None:
+        return [_decay(group) if group.get("decoupled_weight_decay") else 0.0 for group in optimizer.param_groups]
+    return [rule.weight_decay if rule.decoupled else 0.0 for rule in map(kind.rule, optimizer.param_groups)]
+
+
+def gradient_decays(optimizer: Optimizer) -> list[float]:
+    """Weight decay of every group that is divided by D together with the gradient, so that the matrix is D^-1 (H + decay).
+
+    It is 0 where the rule holds the decay, as it does for SGD and AdamW.
+    """
+    kind = kind_of(optimizer)
+    if kind is None or kind.rule is None:
+        return [0.0 if group.get("decoupled_weight_decay") else _decay(group) for group in optimizer.param_groups]
+    rules = [kind.rule(group) for group in optimizer.param_groups]
+    # torch adds coupled decay to g before g enters the second moment and is divided by D, as if the loss had 0.5 decay |w|^2 more
+    return [
+        _decay(group) if rule.adaptive and not rule.weight_decay else 0.0 for rule, group in zip(rules, optimizer.param_groups, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of an optimizer against the reference, by the formula at the head of this module.
+
+    Attributes:
+        rule: the reference's own.
+        weights: r_i s_i / s of each group.
+        coupled, shifts: decay_i of coupled and r_i decay_i / (2 s) of decoupled decay.
+        extra: coupled decay that is no part of the rule, since it is divided by D.
+        agree: whether one weight and one decay move all parameters, so that the limit is about H, or D^-1 H, itself.
+    """
+
+    rule: UpdateRule
+    weights: list[float]
+    coupled: list[float]
+    shifts: list[float]
+    extra: float
+    agree: bool
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, layout: ParamLayout | None, ratios: Sequence[float] | None) -> _Groups:
+        ratios = relative_rates(optimizer, layout) if ratios is None else ratios
+        rules, first = update_rules(optimizer), _reference(ratios)
+        speeds = [rule.gain / (2 * (1 + rule.momentum)) for rule in rules]
+        weights = [ratio * speed / speeds[first] for ratio, speed in zip(ratios, speeds, strict=True)]
+        divided = gradient_decays(optimizer)
+        coupled = [own + (0.0 if rule.decoupled else rule.weight_decay) for own, rule in zip(divided, rules, strict=True)]
+        shifts = [ratio * decay / (2 * speeds[first]) for ratio, decay in zip(ratios, decoupled_decays(optimizer), strict=True)]
+        holding = [True] * len(rules) if layout is None else _holding(optimizer, layout)
+        training = [index for index, ratio in enumerate(ratios) if ratio and holding[index]]
+        moving = {id(p) for index in training for p in optimizer.param_groups[index]["params"]}
+        agree = all(ratios) if layout is None else all(id(p) in moving for p in layout.params)  # none rests
+        # 1e-9 by judgement: rates that a scheduler multiplied group by group agree to rounding
+        agree = agree and all(
+            math.isclose(values[index], values[first], rel_tol=1e-9) for values in (weights, coupled, shifts) for index in training
+        )
+        return cls(rules[first], weights, coupled, shifts, divided[first], agree)
+
+    @property
+    def limit_rule(self) -> UpdateRule:
+        if self.agree:
+            return self.rule
+        inside = "(H + decay)" if any((*self.coupled, *self.shifts)) else "H"
+        return replace(self.rule, weight_decay=0.0, matrix=f"R {'D^-1 ' if self.rule.adaptive else ''}{inside}")
+
+
+def limit_rule(optimizer: Optimizer, layout: ParamLayout | None = None, *, ratios: Sequence[float] | None = None) -> UpdateRule:
+    """The rule by which the top eigenvalue of :func:`step_matrix` bounds the reference group's rate; errors as in :func:`update_rule`."""
+    return _Groups.of(unwrap_optimizer(optimizer), layout, ratios).limit_rule
+
+
+def known_rule(optimizer: Optimizer, layout: ParamLayout | None = None) -> UpdateRule | None:
+    """The same; None for an optimizer whose stability limit is not known."""
+    try:
+        return limit_rule(optimizer, layout)
+    except UnsupportedError:
+        return None
+
+
+def groups_agree(optimizer: Optimizer, layout: ParamLayout | None = None) -> bool:
+    """Whether one rate, one rule and one decay move all parameters, so that the limit is about H, or D^-1 H, itself."""
+    return _Groups.of(unwrap_optimizer(optimizer), layout, None).agree
+
+
+@dataclass(frozen=True)
+class StepMatrix:
+    """What turns the curvature A into the matrix that a limit is about, scale (A + decay) scale + shift, and its top into a rate.
+
+    Attributes:
+        rule: of the reference group, without the decay that the matrix holds.
+        scale: (n,) square root of the groups' weights over D; None for 1 throughout.
+        decay, shift: (n,) of coupled and decoupled decay; a number where it is the same throughout.
+    """
+
+    rule: UpdateRule
+    scale: Tensor | None
+    decay: Tensor | float
+    shift: Tensor | float
+
+
+def step_matrix(
+    optimizer: Optimizer, layout: ParamLayout, *, ratios: Sequence[float] | None = None, diagonal: Tensor | None = None
+) -> StepMatrix:
+    """The matrix of an optimizer's limit, by the formula at the head of this module.
+
+    Args:
+        optimizer: after at least one step, if it is adaptive.
+        layout: the parameters meant; those that the optimizer does not hold never move.
+        ratios: the groups' rates over the reference's, where the optimizer's own are not those meant.
+        diagonal: (n,) D, where it is not read from the optimizer's state.
+
+    Raises:
+        UnsupportedError: an optimizer whose rule or D is not known, or one that maximizes.
+        ValueError: it has not stepped yet, or holds none of the parameters.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    groups = _Groups.of(optimizer, layout, ratios)
+    if groups.agree and not groups.rule.adaptive:
+        return StepMatrix(groups.rule, None, 0.0, 0.0)
+    scale = _scale(optimizer, layout, groups.weights, diagonal)
+    if groups.agree:
+        return StepMatrix(groups.rule, scale, groups.extra, 0.0)
+    decay, shift = (_by_group(optimizer, layout, values) for values in (groups.coupled, groups.shifts))
+    return StepMatrix(groups.limit_rule, scale, decay, shift)
+
+
+def _by_group(optimizer: Optimizer, layout: ParamLayout, values: Sequence[float]) -> Tensor | float:
+    """(n,) each group's value at its parameters, 0 at those that no group holds; the number 0 where all are 0."""
+    if not any(values):
+        return 0.0
+    own = {id(p): value for value, group in zip(values, optimizer.param_groups, strict=True) for p in group["params"]}
+    return layout.flatten([torch.full_like(p, own.get(id(p), 0.0), dtype=torch.float64) for p in layout.params])
+
+
+def preconditioner_scale(optimizer: Optimizer, layout: ParamLayout) -> Tensor:
+    """D^-1/2 from an optimizer's live state, with the groups' weights relative to the reference.
+
+    Returns:
+        (n,) in the layout's order; 0 for parameters that do not move: not held, at rate 0, or without a gradient so far.
+
+    Raises:
+        UnsupportedError: an optimizer whose D is not known.
+        ValueError: it has not stepped yet, or holds none of the parameters.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    kind = kind_of(optimizer)
+    known = kind is not None and kind.rule is not None and not is_maximizing(optimizer)
+    weights = _Groups.of(optimizer, layout, None).weights if known else relative_rates(optimizer, layout)
+    return _scale(optimizer, layout, weights, None)
+
+
+def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], diagonal: Tensor | None) -> Tensor:
+    kind = kind_of(optimizer)
+    divide = kind.preconditioner if kind is not None and diagonal is None else None
+    known = kind is not None and kind.rule is not None and (diagonal is not None or not update_rule(optimizer).adaptive)
+    if divide is None and not known:
+        remedy = "Pass diagonal= with what it divides gradients by"
+        raise _unknown(optimizer, "the state", lambda k: k.preconditioner or k.step, remedy, "preconditioner")
+    groups = {id(p): (group, weight) for group, weight in zip(optimizer.param_groups, weights, strict=True) for p in group["params"]}
+    if not any(id(p) in groups for p in layout.params):
+        raise ValueError(_NONE_HELD)
+    if divide is not None and not any(map(_has_stepped, optimizer.state.values())):
+        raise ValueError(f"{type(optimizer).__name__} has no state yet: measure after its first step")
+    pieces: list[Tensor | None] = []
+    for name, p in zip(layout.names, layout.params, strict=True):
+        (settings, weight), state = groups.get(id(p), ({}, 0.0)), optimizer.state.get(p, {})
+        if not weight or (divide is not None and not _has_stepped(state)):
+            pieces.append(None)
+        elif divide is None:
+            pieces.append(torch.full_like(p, weight, dtype=torch.float64).sqrt())
+        else:
+            denominator = divide(state, settings, p)
+            if denominator.shape != p.shape:
+                raise ValueError(f"the preconditioner of {name!r} must have shape {tuple(p.shape)}, got {tuple(denominator.shape)}")
+            # a group at r times the first group's rate moves as if D were r times smaller, so the limit holds for the first's rate
+            pieces.append((weight / denominator.double()).sqrt())
+    scale = layout.flatten(pieces)
+    return scale if diagonal is None else scale * diagonal.to(scale.device).rsqrt()
+
+
+def _has_stepped(state: State) -> bool:
+    # Adagrad makes its state, with step 0, before the first step; a method that counts its steps elsewhere makes it at the first one
+    return bool(float(state["step"])) if "step" in state else bool(state)
+
+
+def settled_preconditioner(optimizer: Optimizer, layout: ParamLayout, second_moment: Tensor) -> Tensor:
+    """(n,) sqrt(v) + eps: the D that an adaptive optimizer comes to where the squared gradient has the mean v; each group's own eps."""
+    eps = [float(group.get("eps", 1e-8)) for group in optimizer.param_groups]  # torch's default where the optimizer names none
+    own = _by_group(optimizer, layout, eps)
+    return second_moment.sqrt() + (own.to(second_moment) if isinstance(own, Tensor) else own)

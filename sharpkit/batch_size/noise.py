@@ -270,10 +270,11 @@ def _variances(batch: Objective) -> tuple[float, float, float, float]:
     with batch.undisturbed():
         gradients = SampleGradients(batch)
         for piece in batch.pieces():
-            for samples, rows in gradients.of(batch.samples_of(piece)):
+            samples = batch.samples_of(piece)
+            for some, rows in gradients.of(samples):
                 deviations = rows.sub_(mean)  # as exact as the rows themselves; from differences of sums of squares nothing might be left
                 if batch.reduction == "mean":  # a sample with more targets has a larger gradient: it weighs as many samples
-                    shares = torch.tensor([sample.count / per_sample for sample in samples], dtype=torch.float64)
+                    shares = torch.tensor(samples.counts[some], dtype=torch.float64) / per_sample
                     deviations *= shares.to(rows)[:, None]
                 inner += float((deviations @ mean).double().square().sum())
                 total += float(deviations.square_().sum())

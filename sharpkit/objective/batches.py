@@ -164,8 +164,13 @@ def batch_form(batch: Batch, length: int) -> tuple[Any, ...]:
 
 def slice_batch(batch: Batch, start: int, stop: int, *, length: int) -> Batch:
     """Samples ``start:stop`` of every tensor whose leading dimension is the batch's ``length``."""
+    return map_tensors(lambda t: t[start:stop] if holds_samples(t, length) else t, batch)
+
+
+def holds_samples(t: Tensor, length: int) -> bool:
+    """Whether a tensor of a batch of ``length`` samples has one row for each."""
     # a sparse tensor cannot be sliced by rows; it is an adjacency matrix, as a rule, and belongs to the whole
-    return map_tensors(lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == length and t.layout is torch.strided else t, batch)
+    return t.ndim > 0 and t.shape[0] == length and t.layout is torch.strided
 
 
 def fingerprint(batch: Batch) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sharpkit.objective.batches import Batch, batch_length, named_tensors, tensors_of
+from sharpkit.objective.batches import Batch, batch_length, holds_samples, named_tensors, tensors_of
 from sharpkit.objective.loss import STANDARD_LOSSES, KnownLoss, check_axes
 
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
@@ -40,6 +40,16 @@ class CountRule:
         """What the batch counts, None where the rule does not apply to it."""
         part = batch if self.leaf is None else named_tensors(batch).get(self.leaf)
         return None if part is None else self.measure(part)
+
+    def counts(self, batch: Batch, length: int) -> list[float] | None:
+        """What each of ``length`` samples counts; None where only :meth:`count` of each by itself tells."""
+        part = None if self.leaf is None else named_tensors(batch).get(self.leaf)
+        known = getattr(self.measure, "__self__", None)  # of KnownLoss.count
+        if part is None or not len(part) or not holds_samples(part, length):
+            return None
+        if isinstance(known, KnownLoss):
+            return known.counts(part).tolist()
+        return [_entries(part[:1])] * length if self.measure is _entries else None
 
 
 def rules_for(batch: Batch, known: KnownLoss | None, pair: bool) -> list[CountRule]:

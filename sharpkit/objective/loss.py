@@ -66,6 +66,16 @@ class KnownLoss:
         counted = target[target != self.ignore_index]
         return float(counted.numel() if self.weight is None else self.weight.to(target.device)[counted].double().sum())
 
+    def counts(self, target: Tensor) -> Tensor:
+        """:meth:`count` of each sample, (N,): the target has one row for each."""
+        if not self.labelled or target.is_floating_point():
+            return torch.full((len(target),), self.count(target[:1]), dtype=torch.float64)
+        counted = target != self.ignore_index
+        if self.weight is None:
+            return counted.reshape(len(target), -1).sum(dim=1).double()
+        weights = self.weight.to(target.device).double()[torch.where(counted, target, 0)] * counted
+        return weights.reshape(len(target), -1).sum(dim=1)
+
 
 def recognise_loss(loss: Callable[..., Tensor]) -> KnownLoss | None:
     """The standard loss behind a function, a module or a ``functools.partial`` of one; None for anything else."""

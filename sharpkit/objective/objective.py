@@ -25,7 +25,7 @@ from sharpkit.objective.loss import call_model, check_axes, check_functions, che
 from sharpkit.objective.memory import available_memory, is_out_of_memory
 from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
 from sharpkit.objective.params import ParamSelector, select_params
-from sharpkit.objective.reduction import Look, Piece, Survey, check_batch, conclude, cut_batches, cut_samples, join_pieces, look_at
+from sharpkit.objective.reduction import Look, Piece, Samples, Survey, check_batch, conclude, cut_batches, join_pieces, look_at
 from sharpkit.objective.second_order import Replaced, SecondOrder, Watch, coarsest_rounding
 from sharpkit.objective.trials import Evaluator, Measured, Watched, atol, rtol
 
@@ -434,8 +434,8 @@ class Objective:
             self.joining.allowed, self.joining.size = False, None
             logger.info("small batches are not joined: %d together have a loss that is not that of each", whole.parts)
 
-    def samples_of(self, piece: Piece) -> list[Piece]:
-        """A piece cut into single samples, those that count nothing left out.
+    def samples_of(self, piece: Piece) -> Samples:
+        """The single samples of a piece, those that count nothing left out.
 
         Raises:
             ObjectiveError: the loss is not a mean or sum over samples.
@@ -444,7 +444,10 @@ class Objective:
             raise ObjectiveError(
                 f"per-sample gradients would not add up to the gradient: {self._why_whole()}. Use mode='eval', or another loss"
             )
-        return cut_samples(piece, self._survey, self.count_of, length=samples_in(piece.batch, self.loss is not None))
+        length = samples_in(piece.batch, self.loss is not None)
+        if (counts := self._survey.rule.counts(piece.batch, length)) is None:
+            counts = [self.count_of(slice_batch(piece.batch, i, i + 1, length=length)) for i in range(length)]
+        return Samples(piece, self._survey, counts)
 
     def count_of(self, batch: Batch) -> float:
         """What a batch counts, by the weighting rule.

@@ -7,9 +7,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from sharpkit._errors import ObjectiveError, ObjectiveWarning
 from sharpkit.objective.batches import (
@@ -19,6 +20,7 @@ from sharpkit.objective.batches import (
     batch_length,
     check_repeatable,
     fingerprint,
+    holds_samples,
     join_batches,
     slice_batch,
     tensors_of,
@@ -417,11 +419,58 @@ def _joined(waiting: list[tuple[Piece, int]], survey: Survey, count_of: Callable
     return [replace(_piece(pieces[0].key, whole, count, survey), parts=len(pieces))]
 
 
-def cut_samples(piece: Piece, survey: Survey, count_of: Callable[[Batch], float], *, length: int) -> list[Piece]:
-    """A piece of ``length`` samples cut into single ones, those that count nothing left out."""
-    index, first = piece.key
-    slices = [slice_batch(piece.batch, i, i + 1, length=length) for i in range(length)]
-    return [_piece((index, first + i), part, count, survey) for i, part in enumerate(slices) if (count := count_of(part))]
+class Samples(Sequence[Piece]):
+    """The single samples of a piece, cut when they are asked for; those that count nothing are left out.
+
+    Args:
+        piece: of ``length`` samples.
+        counts: what each counts.
+    """
+
+    def __init__(self, piece: Piece, survey: Survey, counts: Sequence[float], *, rows: Sequence[int] | None = None) -> None:
+        self._piece, self._survey, self._all = piece, survey, counts
+        self._rows = [i for i, count in enumerate(counts) if count] if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Piece: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> Piece | Samples:
+        if isinstance(index, slice):
+            return Samples(self._piece, self._survey, self._all, rows=self._rows[index])
+        row = self._rows[index]
+        number, first = self._piece.key
+        part = slice_batch(self._piece.batch, row, row + 1, length=len(self._all))
+        return _piece((number, first + row), part, self._all[row], self._survey)
+
+    @property
+    def counts(self) -> list[float]:
+        """What each of them counts."""
+        return [self._all[row] for row in self._rows]
+
+    def stacked(self) -> tuple[list[Tensor], list[bool]]:
+        """As :func:`stacked`, without cutting: rows of the piece's own tensors."""
+        start, stop = self._rows[0], self._rows[-1] + 1
+        without_gaps = stop - start == len(self._rows)
+
+        def rows_of(t: Tensor) -> Tensor:
+            return t[start:stop] if without_gaps else t[torch.tensor(self._rows, device=t.device)]
+
+        tensors = tensors_of(self._piece.batch)
+        own = [holds_samples(t, len(self._all)) for t in tensors]
+        return [rows_of(t)[:, None] if each else t for t, each in zip(tensors, own, strict=True)], own
+
+
+def stacked(pieces: Sequence[Piece]) -> tuple[list[Tensor], list[bool]]:
+    """The tensors of pieces of one form in order, stacked but for those that are the same in all, and which are stacked."""
+    if isinstance(pieces, Samples):
+        return pieces.stacked()
+    columns = list(zip(*(tensors_of(piece.batch) for piece in pieces), strict=True))
+    own = [any(t is not column[0] for t in column) for column in columns]
+    return [torch.stack(column) if each else column[0] for column, each in zip(columns, own, strict=True)], own
 
 
 def _piece(key: tuple[int, int], batch: Batch, count: float, survey: Survey) -> Piece:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sharpkit.objective.batches import map_tensors, tensors_of
+from sharpkit.objective.batches import map_tensors
 from sharpkit.objective.guard import silenced
 from sharpkit.objective.memory import available_memory, graph_cost, is_out_of_memory
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import replaced
-from sharpkit.objective.reduction import Piece
+from sharpkit.objective.reduction import Piece, stacked
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ _TRIES = 2  # times that several at a time are timed if they are slower at first
 
 
 class SampleGradients:
-    """The gradients of the losses of small pieces.
+    """The gradients of the losses of single samples.
 
     The first two are computed one by one and compared with what vmap gives; the faster way is kept. What has no batching rule, reads a
     value, keeps tensors by hooks, draws random numbers or does not fit goes one by one.
 
     Args:
-        objective: whose pieces they are.
+        objective: whose samples they are.
 
     Attributes:
         at_once: whether several are computed at a time; None before it is known.
@@ -44,33 +44,32 @@ class SampleGradients:
         self.at_once: bool | None = None
         self._width, self._tries, self._seconds = 0, 0, math.inf
 
-    def of(self, pieces: Sequence[Piece]) -> Iterator[tuple[Sequence[Piece], Tensor]]:
-        """Some of the pieces and their gradients, (c, n), until all are done. To be called under :meth:`Objective.undisturbed`.
+    def of(self, samples: Sequence[Piece]) -> Iterator[tuple[slice, Tensor]]:
+        """Which of the samples, and their gradients, (c, n), until all are done. To be called under :meth:`Objective.undisturbed`.
 
         Args:
-            pieces: slices of one batch, of one length.
+            samples: of one batch, or pieces of one form.
 
         Raises:
             ObjectiveError, NonFiniteError: as :meth:`Objective.evaluate`.
         """
         start = 0
-        while start < len(pieces):
-            chunk = self._next(pieces[start:])
+        while start < len(samples):
+            chunk = samples[start : start + self._at_a_time(samples, len(samples) - start)]
             rows = self._several(chunk) if len(chunk) > 1 else None
             if rows is None:
                 if len(chunk) > 1 and self.at_once is not False:
                     continue  # fewer at a time
                 chunk, rows = chunk[:1], self._one(chunk[0])[None]
-            yield chunk, rows
+            yield slice(start, start + len(chunk)), rows
             start += len(chunk)
 
-    def _next(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
-        if self.at_once is False or len(pieces) < _FEWEST:
-            return pieces[:1]
-        if not self._width and not self._look(pieces[0]):
+    def _at_a_time(self, samples: Sequence[Piece], left: int) -> int:
+        if self.at_once is False or left < _FEWEST:
+            return 1
+        if not self._width and not self._look(samples[0]):
             self.at_once = False
-            return pieces[:1]
-        return pieces[: self._width]
+        return self._width if self.at_once is not False else 1
 
     def _look(self, piece: Piece) -> bool:
         """Find how many fit; whether several may be tried at all."""
@@ -90,48 +89,46 @@ class SampleGradients:
         layout = self._objective.layout
         return layout.flatten(torch.autograd.grad(self._objective.evaluate(piece), layout.params, allow_unused=True))
 
-    def _several(self, pieces: Sequence[Piece]) -> Tensor | None:
+    def _several(self, samples: Sequence[Piece]) -> Tensor | None:
         """The gradients, (c, n); None where that does not work."""
         try:
             if self.at_once:
-                return self._mapped(pieces)
+                return self._mapped(samples)
             began = self._now()
-            alone = [self._one(piece) for piece in pieces[:2]]
+            alone = [self._one(piece) for piece in samples[:2]]
             self._seconds = min(self._seconds, (self._now() - began) / len(alone))
             began = self._now()
-            rows = self._mapped(pieces)
-            self._learn((self._now() - began) / len(pieces), right=rows is not None and self._agree(rows, alone))
+            rows = self._mapped(samples)
+            self._learn((self._now() - began) / len(samples), right=rows is not None and self._agree(rows, alone))
             return rows if self.at_once is not False else None
         except Exception as error:  # user code may raise anything where a tensor stands for several
-            if is_out_of_memory(error) and len(pieces) // 2 >= _FEWEST:
-                self._width = len(pieces) // 2
+            if is_out_of_memory(error) and len(samples) // 2 >= _FEWEST:
+                self._width = len(samples) // 2
                 return None
             self.at_once = False
             logger.info("gradients of samples are computed one by one: %s", error)
             return None
 
-    def _mapped(self, pieces: Sequence[Piece]) -> Tensor | None:
-        objective, template = self._objective, pieces[0].batch
+    def _mapped(self, samples: Sequence[Piece]) -> Tensor | None:
+        objective, first = self._objective, samples[0]
         layout = objective.layout
-        columns = list(zip(*(tensors_of(piece.batch) for piece in pieces), strict=True))
-        shared = [all(t is column[0] for t in column) for column in columns]
-        given = [column[0] if same else torch.stack(column) for column, same in zip(columns, shared, strict=True)]
+        given, own = stacked(samples)
 
         def loss_of(values: Sequence[Tensor], *tensors: Tensor) -> Tensor:
             left = iter(tensors)
-            batch = map_tensors(lambda _: next(left), template)
+            batch = map_tensors(lambda _: next(left), first.batch)
             with replaced(objective.model, layout.params, values):
-                return objective.unchecked_loss(batch, pieces[0].key[0]).reshape(())
+                return objective.unchecked_loss(batch, first.key[0]).reshape(())
 
         # each sample has the parameters to itself, as views: torch.func.grad inside would import torch._dynamo, which takes seconds
-        values = [p.detach().expand(len(pieces), *p.shape).requires_grad_() for p in layout.params]
+        values = [p.detach().expand(len(samples), *p.shape).requires_grad_() for p in layout.params]
         with silenced(UserWarning):  # of an operation without a batching rule, which is then slow: the clock tells
-            losses = torch.vmap(loss_of, in_dims=(0, *(None if same else 0 for same in shared)))(values, *given)
+            losses = torch.vmap(loss_of, in_dims=(0, *(0 if each else None for each in own)))(values, *given)
             parts = torch.autograd.grad(losses.sum(), values, allow_unused=True, materialize_grads=True)
         if not bool(torch.isfinite(losses).all()):  # one by one it is said which
             self.at_once = False
             return None
-        rows = torch.empty(len(pieces), layout.size, dtype=layout.dtype, device=layout.device)
+        rows = torch.empty(len(samples), layout.size, dtype=layout.dtype, device=layout.device)
         for target, part in zip(torch.split(rows, list(layout.sizes), dim=1), parts, strict=True):
             target.view(part.shape).copy_(part)
         return rows

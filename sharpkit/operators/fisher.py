@@ -232,7 +232,7 @@ class EmpiricalFisherOperator(OutputOperator):
 
     def _build(self, piece: Piece) -> PieceProduct:
         if self.objective.may_separate and not self.objective.draws_random_numbers:
-            scale, weight = _sample_scale(self.objective, piece), self._sample_weight()
+            scale, weight = _sample_scale(self.objective, piece.count), self._sample_weight()
             if (product := sample_product_in_chunks(self.objective, piece, scale=scale, weight=weight)) is not None:
                 return product
         if self.objective.loss is None:
@@ -248,7 +248,7 @@ class EmpiricalFisherOperator(OutputOperator):
             return self._build_one_by_one(piece)
         # rows of the loss's gradient in the output are those of each sample's own loss, since the samples do not mix
         score = output_gradient(self.objective, jacobian.output, jacobian.target, number=piece.key[0])[0]
-        score = score * _sample_scale(self.objective, piece)
+        score = score * _sample_scale(self.objective, piece.count)
         samples, expected = jacobian.output.shape[0] if jacobian.output.ndim else 1, samples_in(piece.batch, True)
         if samples != expected:
             raise ObjectiveError(
@@ -270,7 +270,7 @@ class EmpiricalFisherOperator(OutputOperator):
 
         def chunks() -> Iterator[Tensor]:
             for some, rows in gradients.of(samples):
-                scales = torch.tensor([_sample_scale(objective, sample) for sample in some], dtype=torch.float64)
+                scales = torch.tensor([_sample_scale(objective, count) for count in samples.counts[some]], dtype=torch.float64)
                 yield rows.mul_(scales.to(rows)[:, None])
 
         matrix = None  # (samples, n)
@@ -298,9 +298,9 @@ class EmpiricalFisherOperator(OutputOperator):
 
 
 # A sum of g_i g_i^T for reduction="sum", a mean of them with gradients scaled to a mean for "mean".
-def _sample_scale(objective: Objective, piece: Piece) -> float:
-    """From the gradient of the piece's loss to gradients whose mean (sum) over samples is the objective's."""
-    return piece.count * objective.num_samples / objective.num_targets if objective.reduction == "mean" else 1.0
+def _sample_scale(objective: Objective, count: float) -> float:
+    """From the gradient of the loss of a piece with this count to gradients whose mean (sum) over samples is the objective's."""
+    return count * objective.num_samples / objective.num_targets if objective.reduction == "mean" else 1.0
 
 
 class GradientCovarianceOperator(EmpiricalFisherOperator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from traces import untouched
 
 import sharpkit as sk
+from sharpkit.objective import loss as loss_module
 from sharpkit.objective import sample_gradients
 from sharpkit.objective.sample_gradients import SampleGradients
 
@@ -36,8 +38,9 @@ def rows_of(objective: sk.Objective) -> tuple[Tensor, bool | None]:
     gradients, rows = SampleGradients(objective), []
     with objective.undisturbed():
         for piece in objective.pieces():
-            for samples, some in gradients.of(objective.samples_of(piece)):
-                rows.append(some * torch.tensor([sample.count for sample in samples], dtype=torch.float64)[:, None])
+            samples = objective.samples_of(piece)
+            for some, chunk in gradients.of(samples):
+                rows.append(chunk * torch.tensor([sample.count for sample in samples[some]], dtype=torch.float64)[:, None])
     return torch.cat(rows), gradients.at_once
 
 
@@ -199,3 +202,43 @@ print(Counted.passes - before, "torch._dynamo" in sys.modules)
     assert int(passes) <= 8, "the mean gradient, a look at one sample, and twice two to compare with all 200"
     if TorchVersion(torch.__version__) >= "2.11":  # 2.6's own vmap imports it
         assert imported == "False"
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+TARGETS = {
+    "labels": ((6,), F.cross_entropy),
+    "labels in rows": ((6, 3, 2), F.cross_entropy),
+    "weighted, some ignored": ((6, 3, 2), nn.CrossEntropyLoss(weight=WEIGHTS, ignore_index=1)),
+    "squares": ((6, 3, 2), F.mse_loss),
+    "probabilities": ((6, 3, 2), nn.CrossEntropyLoss(weight=WEIGHTS)),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_counts_of_samples_are_those_of_each_by_itself(name: str) -> None:
+    shape, loss = TARGETS[name]
+    known = loss_module.recognise_loss(loss)
+    assert known is not None
+    wants_labels = name.startswith(("labels", "weighted"))
+    target = labels(math.prod(shape)).reshape(shape) if wants_labels else gaussian(*shape).abs()
+    if name.startswith("weighted"):
+        target[2] = 1  # a sample that counts nothing
+    expected = [known.count(target[i : i + 1]) for i in range(6)]
+    assert known.counts(target).tolist() == pytest.approx(expected, rel=1e-14)
+    assert (0.0 in expected) == name.startswith("weighted")
+
+
+def test_samples_are_cut_when_asked_for_and_those_that_count_nothing_are_left_out() -> None:
+    model, x, y = built(lambda: nn.Linear(4, 3)), gaussian(6, 4), labels(6)
+    y[[1, 4]] = -100
+    objective = sk.Objective(model, [(x[:1], y[:1]), (x, y)], loss=F.cross_entropy)
+    _, piece = objective.pieces()
+    samples = objective.samples_of(piece)
+    assert [sample.key for sample in samples] == [(1, 0), (1, 2), (1, 3), (1, 5)]
+    assert samples.counts == [sample.count for sample in samples] == [1.0] * 4
+    assert [sample.weight for sample in samples[1:3]] == pytest.approx([1 / 5] * 2)
+    for some in (samples, samples[1:3]):
+        (inputs, targets), own = some.stacked()
+        assert own == [True, True]
+        assert torch.equal(inputs, torch.stack([sample.batch[0] for sample in some]))
+        assert torch.equal(targets, torch.stack([sample.batch[1] for sample in some]))

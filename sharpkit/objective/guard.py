@@ -287,8 +287,10 @@ def _module_state_kept(model: nn.Module, training: bool, in_eval: Container[str]
         for m, flag, (backward, pre) in zip(modules, flags, module_hooks, strict=True):
             m.training, m._backward_hooks, m._backward_pre_hooks = flag, backward, pre
         for m, own in zip(modules, buffers, strict=True):
-            m._buffers.clear()  # also those that the forward pass registered
-            m._buffers.update(own)
+            if [*m._buffers.keys()] != [*own]:  # the forward pass registered or removed some, which it cannot in TorchScript
+                m._buffers.clear()
+            for name, b in own.items():
+                m._buffers[name] = b
         for p, grad, hook in zip(params, grads, hooks, strict=True):
             p.grad = grad
             p._backward_hooks = hook

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -61,24 +63,46 @@ class ParamLayout:
         Several vectors, (n, k), give tensors of shape (k, ...).
         """
         block = vector.shape[1:]
-        whole = torch.split(vector.T if block else vector, list(self.sizes), dim=-1)
+        if not block and not (self._is_odd or vector.storage_offset() % 2) and vector.is_contiguous() and self._holds(vector):
+            # nothing to convert or to copy: at small models a third of what a product takes around its backward pass
+            return [x.view(p.shape) for x, p in zip(torch.split_with_sizes(vector, self._sizes), self.params, strict=True)]
+        whole = torch.split_with_sizes(vector.T if block else vector, self._sizes, dim=-1)
         # complex views of a parameter (torch.view_as_complex) need pairs that begin at an even place
         pieces = [x.clone() if x.storage_offset() % 2 and x.numel() % 2 == 0 else x for x in whole]
         return [x.reshape(*block, *p.shape).to(dtype=p.dtype, device=p.device) for x, p in zip(pieces, self.params, strict=True)]
 
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return list(self.sizes)
+
+    @cached_property
+    def _is_odd(self) -> bool:
+        """Whether a parameter with an even number of entries begins at an odd place."""
+        return any(
+            start % 2 and size % 2 == 0 for start, size in zip(itertools.accumulate(self.sizes, initial=0), self.sizes, strict=False)
+        )
+
+    def _holds(self, vector: Tensor) -> bool:
+        """Whether all parameters have the type and device of a vector."""
+        return all(p.dtype == vector.dtype and p.device == vector.device for p in self.params)
+
     def add_flat_(self, total: Tensor, pieces: Sequence[Tensor | None], weight: float) -> None:
         """``total += weight * pieces``, with None meaning zero; of several vectors, (n, k), if the pieces have shape (k, ...)."""
         block = total.shape[1:]
-        for target, piece in zip(torch.split(total, list(self.sizes)), pieces, strict=True):
+        for target, piece in zip(torch.split_with_sizes(total, self._sizes), pieces, strict=True):
             if piece is not None:
                 rows = _dense(piece).reshape(*block, -1).to(device=target.device)
                 target.add_(rows.T if block else rows, alpha=weight)
 
     def flatten(self, pieces: Sequence[Tensor | None], weight: float = 1.0) -> Tensor:
         """``weight * pieces`` as one flat vector, one tensor (or None, meaning zero) per parameter."""
-        flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
-        for target, piece in zip(torch.split(flat, list(self.sizes)), pieces, strict=True):
-            target.copy_(_dense(piece).reshape(-1)) if piece is not None else target.zero_()
+        dtype, device, parts = self.dtype, self.device, [p.reshape(-1) for p in pieces if p is not None and not p.is_sparse]
+        if len(parts) == len(self.params) and all(part.dtype == dtype and part.device == device for part in parts):
+            flat = torch.cat(parts)
+        else:
+            flat = torch.empty(self.size, dtype=dtype, device=device)
+            for target, piece in zip(torch.split_with_sizes(flat, self._sizes), pieces, strict=True):
+                target.copy_(_dense(piece).reshape(-1)) if piece is not None else target.zero_()
         return flat if weight == 1.0 else flat.mul_(weight)  # in place: one vector of memory, not two
 
     def current(self) -> Tensor:
@@ -131,6 +155,28 @@ class ParamLayout:
         for name in self.names:
             groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
         return groups
+
+
+class ModelTensors:
+    """What a model is made of at this moment: its modules, parameters and buffers, found again without going through the modules.
+
+    Args:
+        model: the module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._made_of = [(held, tuple(held.values())) for m in modules for held in (m._modules, m._parameters)]
+        self._buffers = [m._buffers for m in modules]
+        self.parameters = list(model.parameters())
+
+    def are_current(self) -> bool:
+        """Whether no module and no parameter was added, removed or replaced."""
+        return all(len(held) == len(before) and all(map(operator.is_, held.values(), before)) for held, before in self._made_of)
+
+    def now(self) -> list[Tensor]:
+        """Every parameter once, then every buffer, which may have been replaced: their values alone count."""
+        return [*self.parameters, *(t for held in self._buffers for t in held.values() if t is not None)]
 
 
 def _dense(piece: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ class SymmetricOperator(ABC):
         """
         product = self.multiply(vectors)
         # the sum alone is cheaper, but may overflow
-        if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):
+        if not math.isfinite(product.sum().item()) and not bool(torch.isfinite(product).all()):
             cause = "the function has no second derivative here (a square root at 0, a norm of a zero vector), or half precision overflowed"
             if not bool(torch.isfinite(vectors).all()):
                 cause = "the vector itself is not finite"

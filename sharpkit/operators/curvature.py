@@ -19,7 +19,7 @@ from sharpkit.objective.guard import TURN
 from sharpkit.objective.logits import bytes_of_chunks
 from sharpkit.objective.memory import human_bytes, is_limited, is_out_of_memory
 from sharpkit.objective.objective import Objective
-from sharpkit.objective.params import ParamSelector
+from sharpkit.objective.params import ModelTensors, ParamSelector
 from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import ONCE, REENTRANT
 from sharpkit.operators.base import SymmetricOperator
@@ -51,14 +51,15 @@ _UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first th
 
 @dataclass(frozen=True)
 class _Situation:
-    """What graphs are made for: sizes of pieces, every parameter and how often it was written to, values of all that is watched.
+    """What graphs are made for: sizes of pieces, the model, how often each parameter was written to, values of all that is watched.
 
     Autograd refuses a graph older than the last write in place, whether values are equal or not; copies of the values are the only way to
     see a change made behind its back, through ``.data``.
     """
 
     sizes: tuple[int | None, int | None]
-    versions: Sequence[tuple[Tensor, int]]
+    tensors: ModelTensors
+    versions: Sequence[int]
     values: Sequence[Tensor]
 
 
@@ -176,8 +177,9 @@ class CurvatureOperator(SymmetricOperator):
         every_one_kept = True
         self._forecast()  # before the first graph
         if self._retain is not False and not self._kept:
-            versions = [(p, version_of(p)) for p in self.objective.model.parameters()]
-            self._kept_for = _Situation(self._sizes(), versions, [t.detach().clone() for t in self._watched()])
+            tensors = ModelTensors(self.objective.model)
+            versions = [version_of(p) for p in tensors.parameters]
+            self._kept_for = _Situation(self._sizes(), tensors, versions, [t.detach().clone() for t in tensors.now()])
         for piece in self.objective.pieces(join=self._joins):
             product = self._kept.get(piece.key) or self._build(piece)
             self._largest = max(self._largest, product.cost.nbytes)
@@ -242,18 +244,18 @@ class CurvatureOperator(SymmetricOperator):
 
     def _watched(self) -> list[Tensor]:
         """All that the function depends on besides the data: every parameter, also those held fixed, and every buffer."""
-        return [*self.objective.model.parameters(), *self.objective.model.buffers()]
+        return ModelTensors(self.objective.model).now()
 
     def _sizes(self) -> tuple[int | None, int | None]:
         return self.objective.micro_batch_size, self.objective.joining.size
 
     def _is_current(self) -> bool:
         """Whether the graphs are of the present pieces and values."""
-        if (made := self._kept_for) is None:
+        made = self._kept_for
+        if made is None or made.sizes != self._sizes() or not made.tensors.are_current():
             return False
-        now = self._watched()  # parameters first; buffers are copies where a measurement is going on: their values alone count
-        same = len(now) == len(made.values) and all(p is q and version_of(p) == n for p, (q, n) in zip(now, made.versions, strict=False))
-        return same and made.sizes == self._sizes() and all_equal(now, made.values)
+        written = any(version_of(p) != n for p, n in zip(made.tensors.parameters, made.versions, strict=True))
+        return not written and all_equal(made.tensors.now(), made.values)
 
     def _needs_no_guard(self) -> bool:
         """Whether a product runs over kept graphs alone, whose backward passes call no code but torch's own and draw nothing.

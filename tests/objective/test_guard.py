@@ -530,3 +530,20 @@ def test_the_data_is_freed_with_what_was_made_of_it(what: str) -> None:
         assert seen() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", ["script", "trace"])
+def test_models_in_torchscript_are_measured_and_left_as_they_were(made: str) -> None:
+    model, x, y = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))), gaussian(6, 3), labels(6, classes=2)
+    try:
+        compiled = torch.jit.script(model.eval()) if made == "script" else torch.jit.trace(model.eval(), x)
+    except Exception as error:
+        pytest.skip(f"this PyTorch does not make it: {error}")
+    expected = sk.HessianOperator(sk.Objective(model, (x, y), loss=F.cross_entropy)).to_dense()
+    buffers = {name: b.clone() for name, b in compiled.named_buffers()}
+    operator = sk.HessianOperator(sk.Objective(compiled, (x, y), loss=F.cross_entropy))
+    assert relative_error(operator.to_dense(), expected) < 1e-12
+    assert operator.all_kept
+    assert all(torch.equal(b, buffers[name]) for name, b in compiled.named_buffers())
+    assert {name for name, _ in compiled.named_buffers()} == set(buffers)

@@ -168,6 +168,44 @@ def test_a_product_over_kept_graphs_touches_no_state_of_the_model() -> None:
     assert len(guarded) == 3
 
 
+def _scale(model: nn.Module) -> None:
+    model[0].weight.data.mul_(2)  # behind autograd's back: no version tells
+
+
+def _held(model: nn.Module) -> None:
+    model[2].weight = nn.Parameter(2 * model[2].weight.detach(), requires_grad=False)
+
+
+def _module(model: nn.Module) -> None:
+    model[1] = nn.Sigmoid()
+
+
+def _buffer(model: nn.Module) -> None:
+    model[3].scale = torch.full((), 3.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("change", [_scale, _held, _module, _buffer])
+def test_what_is_replaced_in_the_model_is_noticed(change: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * x
+
+    model = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), Scaled()))
+    model[2].requires_grad_(False)
+    objective = sk.Objective(model, (gaussian(6, 3), labels(6, classes=2)), loss=F.cross_entropy)
+    H, v = sk.HessianOperator(objective), gaussian(16)
+    before = H @ v
+    change(model)
+    expected = sk.HessianOperator(sk.Objective(model, (gaussian(6, 3), labels(6, classes=2)), loss=F.cross_entropy)) @ v
+    assert relative_error(before, expected) > 1e-3
+    assert relative_error(H @ v, expected) < 1e-12
+    assert relative_error(H @ v, expected) < 1e-12, "and again, over the graph that was rebuilt"
+
+
 def test_a_write_that_changes_no_value_rebuilds_the_graph() -> None:
     """An optimizer step at rate 0, as in a warm-up: autograd refuses the older graph although the values are equal."""
     problem = mlp()

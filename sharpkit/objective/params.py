@@ -167,7 +167,7 @@ class ModelTensors:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._made_of = [(held, tuple(held.values())) for m in modules for held in (m._modules, m._parameters)]
-        self._buffers = [m._buffers for m in modules]
+        self._holders = [m._buffers for m in modules]
         self.parameters = list(model.parameters())
 
     def are_current(self) -> bool:
@@ -176,7 +176,7 @@ class ModelTensors:
 
     def now(self) -> list[Tensor]:
         """Every parameter once, then every buffer, which may have been replaced: their values alone count."""
-        return [*self.parameters, *(t for held in self._buffers for t in held.values() if t is not None)]
+        return [*self.parameters, *(t for held in self._holders for t in held.values() if t is not None)]
 
 
 def _dense(piece: Tensor) -> Tensor:

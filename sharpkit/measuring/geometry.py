@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sharpkit._arguments import as_seed, choice, real, whole
 from sharpkit._results import ProgressCallback, Result
@@ -19,9 +21,12 @@ from sharpkit.linalg.results import Budget
 from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamLayout
+from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
+from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.optimizers import Norm, check_trains, learning_rate, refuse_unknown, step_geometry, step_matrix, unwrap_optimizer
 
-Norm = Literal["l2", "linf", "spectral", "blocks", "rows", "columns"]
+Geometry = Norm | Mapping[str, Norm] | Optimizer
 
 _CLIMBS = 40  # steps on the model of the products made so far, which cost none: by judgement, most end after five
 _WIDE, _NARROW = 64, 8  # points climbed from on a small and on a large problem, by judgement
@@ -32,17 +37,21 @@ _RISE = 1e-3  # of the value, by judgement: less is no rise
 
 @dataclass(frozen=True)
 class GeneralizedSharpness(Result, kind="generalized_sharpness"):
-    """The largest d^T H d found over the unit ball of a norm. It is no eigenvalue, unless the norm is ``"l2"``.
+    """The largest d^T H d found over the unit ball of a norm. It is no eigenvalue, unless the norm is ``"l2"`` or a rescaled one.
 
     Attributes:
         value: d^T H d at the best direction: a lower bound.
-        norm: the norm's name.
+        norm: the norm's name, ``"mixed"`` where parameters have different ones; for an optimizer that divides its gradients the matrix
+            whose largest eigenvalue it is, such as ``"D^-1 H"``.
         upper: an upper bound, None where none was asked for.
         dual_norm: ||g||_*, the largest g . d over the ball; None without a gradient. Steps of fixed length lr d* are steepest descent with
             the rate lr / ||g||_*, so that 2 dual_norm / lr is what ``value`` is to be compared with; at rate lr itself it is 2 / lr.
         direction: d, (n,).
         num_matvecs: Hessian products.
         seconds: wall time.
+        optimizer: the name of the optimizer whose geometry it is, None without one.
+        limit: the largest value that is stable at the optimizer's present rate; None without one, or at rate 0.
+        stable_lr: the largest stable rate; inf where nothing curves upwards.
     """
 
     value: float
@@ -52,18 +61,31 @@ class GeneralizedSharpness(Result, kind="generalized_sharpness"):
     direction: Tensor = field(repr=False)
     num_matvecs: int
     seconds: float
+    optimizer: str | None = None
+    limit: float | None = None
+    stable_lr: float = math.nan
 
     def __float__(self) -> float:
         return self.value
 
     @property
-    def stable_lr(self) -> float:
-        """2 / value, the largest stable rate of steepest descent in this norm; inf where nothing curves upwards."""
-        return 2 / self.value if self.value > 0 else math.inf
+    def share(self) -> float | None:
+        """value / limit: training is at its edge of stability at 1; None without a limit."""
+        return None if self.limit is None else self.value / self.limit if self.limit > 0 else math.inf
+
+    @property
+    def finding(self) -> str:
+        """What it means, in a sentence."""
+        if self.optimizer is None or self.share is None:
+            return f"Steepest descent in this norm is stable up to a rate of {self.stable_lr:.3g}."
+        return f"{self.optimizer} is at {self.share:.2f} of its limit: it is stable up to a rate of {self.stable_lr:.3g}."
 
     def __str__(self) -> str:
         above = "" if self.upper is None else f", at most {self.upper:.4g}"
-        return f"{self.norm} sharpness at least {self.value:.4g}{above} ({self.num_matvecs} products)"
+        whose = "" if self.optimizer is None else f" of {self.optimizer}"
+        edge = "" if self.limit is None else f", limit {self.limit:.4g}"
+        least = "" if self.norm.endswith(("l2", "H")) else "at least "
+        return f"{self.norm} sharpness{whose} {least}{self.value:.4g}{above}{edge} ({self.num_matvecs} products)"
 
 
 class Ball:
@@ -73,50 +95,66 @@ class Ball:
 
     Args:
         norm: ``"l2"``; ``"linf"``, the largest entry; ``"spectral"``, the largest singular value of each matrix; ``"blocks"``, the l2 norm
-            of each tensor; ``"rows"`` or ``"columns"``, the largest l2 norm of a row or column.
+            of each tensor; ``"rows"`` or ``"columns"``, the largest l2 norm of a row or column; or one of the last five for each parameter.
         layout: the parameters.
+        radii: how large the own norm of each parameter may be, 1 by default; in ``"linf"`` also a tensor, for each entry.
     """
 
-    def __init__(self, norm: Norm, layout: ParamLayout) -> None:
-        self.norm, self.layout = norm, layout
+    def __init__(self, norm: Norm | Sequence[Norm], layout: ParamLayout, radii: Sequence[float | Tensor] | None = None) -> None:
+        self.layout = layout
+        self._norms: Sequence[Norm] = [norm] * len(layout.params) if isinstance(norm, str) else norm
+        self._radii = radii or [1.0] * len(layout.params)
+
+    @property
+    def norm(self) -> str:
+        """Its name, of all that move: ``"mixed"`` where there are several."""
+        moving = {norm for norm, radius in zip(self._norms, self._radii, strict=True) if isinstance(radius, Tensor) or radius}
+        return moving.pop() if len(moving) == 1 else "mixed"
 
     def furthest(self, vectors: Tensor) -> Tensor:
         """Where on the ball a linear function is largest: argmax v . d for each of the (n, k) columns, 0 where v is."""
-        if self.norm == "linf":
-            return vectors.sign()
-        if self.norm == "l2":
+        if self._norms[0] == "l2":
             return _scaled(vectors, 0)
         parts = torch.split(vectors, list(self.layout.sizes))
-        pieces: list[Tensor] = [self._part(part, p.shape) for part, p in zip(parts, self.layout.params, strict=True)]
-        return torch.cat(pieces)
-
-    def _part(self, part: Tensor, shape: torch.Size) -> Tensor:
-        if len(shape) < 2 or self.norm == "blocks":
-            return _scaled(part, 0)
-        matrices = part.T.reshape(part.shape[1], shape[0], -1)  # (k, rows, columns)
-        if self.norm == "spectral":
-            left, size, right = torch.linalg.svd(matrices, full_matrices=False)
-            floor = size[:, :1] * max(matrices.shape[1:]) * torch.finfo(part.dtype).eps
-            turned = (left * (size > floor)[:, None, :]) @ right  # what is 0 to rounding has no direction
-        else:
-            turned = _scaled(matrices, 2 if self.norm == "rows" else 1)
-        flat: Tensor = turned.reshape(part.shape[1], -1).T
-        return flat
+        every = zip(parts, self._norms, self._radii, self.layout.params, strict=True)
+        return torch.cat([_times(_furthest(part, norm, p.shape), radius) for part, norm, radius, p in every])
 
     @property
     def reach(self) -> float:
         """The largest ||d||_2^2 on the ball, so that the sharpness is at most so many times lambda_max."""
-        if self.norm == "l2":
+        if self._norms[0] == "l2":
             return 1.0
-        if self.norm == "linf":
-            return float(self.layout.size)
-        return float(sum(self._squared(p.shape) for p in self.layout.params))
+        every = zip(self._norms, self._radii, self.layout.params, strict=True)
+        return sum(float(r.square().sum()) if isinstance(r, Tensor) else r**2 * _reach(norm, p.shape) for norm, r, p in every)
 
-    def _squared(self, shape: torch.Size) -> int:
-        if len(shape) < 2 or self.norm == "blocks":
-            return 1
-        rows, columns = shape[0], math.prod(shape[1:])
-        return {"spectral": min(rows, columns), "rows": rows, "columns": columns}[self.norm]
+
+def _times(part: Tensor, radius: float | Tensor) -> Tensor:
+    return part * radius.reshape(-1, 1).to(part) if isinstance(radius, Tensor) else part if radius == 1.0 else part * radius
+
+
+def _furthest(part: Tensor, norm: Norm, shape: torch.Size) -> Tensor:
+    if norm == "linf":
+        return part.sign()
+    if len(shape) < 2 or norm == "blocks":
+        return _scaled(part, 0)
+    matrices = part.T.reshape(part.shape[1], shape[0], -1)  # (k, rows, columns)
+    if norm == "spectral":
+        left, size, right = torch.linalg.svd(matrices, full_matrices=False)
+        floor = size[:, :1] * max(matrices.shape[1:]) * torch.finfo(part.dtype).eps
+        turned = (left * (size > floor)[:, None, :]) @ right  # what is 0 to rounding has no direction
+    else:
+        turned = _scaled(matrices, 2 if norm == "rows" else 1)
+    flat: Tensor = turned.reshape(part.shape[1], -1).T
+    return flat
+
+
+def _reach(norm: Norm, shape: torch.Size) -> int:
+    if norm == "linf":
+        return shape.numel()
+    if len(shape) < 2 or norm == "blocks":
+        return 1
+    rows, columns = shape[0], math.prod(shape[1:])
+    return min(rows, columns) if norm == "spectral" else rows if norm == "rows" else columns
 
 
 def _scaled(values: Tensor, dim: int) -> Tensor:
@@ -127,7 +165,7 @@ def _scaled(values: Tensor, dim: int) -> Tensor:
 @keeps_memory_limit
 def generalized_sharpness(
     objective: Objective,
-    norm: Norm,
+    geometry: Geometry,
     *,
     seed: int = 0,
     num_starts: int = 5,
@@ -145,9 +183,16 @@ def generalized_sharpness(
     starts, a lower bound. Each start takes one step to where its product points furthest; then a model of H, made from all products so
     far, is climbed from many points, which costs none, and the best of them is multiplied, until nothing rises.
 
+    Of an optimizer it is the sharpness that its own steps feel, with the limit at its present rate. Steps that are proportional to the
+    gradient, whatever it is divided by (SGD, Adam and their like), make S the largest eigenvalue of the matrix in the optimizer's rule,
+    and the limit counts their momentum. Steps of a fixed length (Lion, Muon, Rprop) are compared with 2 ||g||_* / lr, without momentum;
+    parameters move as far as their group's rate and shape say.
+
     Args:
         objective: the function.
-        norm: ``"l2"``, ``"linf"``, ``"spectral"``, ``"blocks"``, ``"rows"`` or ``"columns"``: see :class:`Ball`.
+        geometry: ``"l2"``, ``"linf"``, ``"spectral"``, ``"blocks"``, ``"rows"`` or ``"columns"`` (see :class:`Ball`); a mapping from
+            patterns of parameter names to these, the first that fits a name counts; or an optimizer over the objective's parameters,
+            which is only read.
         seed: seeds the random starts.
         num_starts: directions to begin with: the given one, the steepest one, and random ones. Of sign vectors, five came within 1 % of
             the best of all in 99 of 100 small problems of four kinds, with 15 products; four, with 12, in 53 of 60.
@@ -159,8 +204,10 @@ def generalized_sharpness(
         callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
 
     Raises:
-        ValueError, TypeError: arguments out of range.
-        NonFiniteError, UnsupportedError, OutOfMemoryError: from the products.
+        ValueError, TypeError: arguments out of range, or an optimizer of other parameters.
+        UnsupportedError: an optimizer that sharpkit does not know (the message spells out how to register it), that maximizes, or that
+            trains more than the objective's model; or from the products.
+        NonFiniteError, OutOfMemoryError: from the products.
 
     References:
         Islamov, Crawshaw, Cohen and Gower, arXiv 2603.05002; Balles, Pedregosa and Le Roux, "The geometry of sign gradient descent",
@@ -172,29 +219,74 @@ def generalized_sharpness(
         >>> objective = sk.Objective(model, (torch.eye(2), torch.zeros(2, 1)), loss=torch.nn.functional.mse_loss)  # H = I
         >>> round(sk.generalized_sharpness(objective, "linf").value, 4)
         2.0
+        >>> round(sk.generalized_sharpness(objective, torch.optim.SGD(model.parameters(), lr=0.5)).share, 4)  # 1 of 2 / 0.5
+        0.25
     """
-    choice("norm", norm, get_args(Norm))
     started, num_starts = time.perf_counter(), whole("num_starts", num_starts)
     lambda_max = None if lambda_max is None else real("lambda_max", lambda_max)
-    hessian, ball = HessianOperator(objective), Ball(norm, objective.layout)
-    most = whole("max_matvecs", max_matvecs) if max_matvecs is not None else 3 * num_starts if norm != "l2" else None
-    upper = None if lambda_max is None else ball.reach * max(lambda_max, 0.0)
-    if norm == "l2":
-        pairs = eigenpairs(hessian, seed=seed, initial=initial, max_matvecs=most, max_seconds=max_seconds, callback=callback)
+    most = whole("max_matvecs", max_matvecs) if max_matvecs is not None else None
+    hessian = HessianOperator(objective)
+    initial = None if initial is None else objective.layout.checked(initial, "initial")
+    ball, optimizer, lr = _ball(geometry, objective)
+    seed = as_seed(seed)
+    if ball is None:
+        matrix: SymmetricOperator = hessian
+        rule, scale = None, None
+        if optimizer is not None:
+            matrix, rule = optimizer_curvature(hessian, optimizer)
+            scale = step_matrix(optimizer, objective.layout).scale
+        if scale is not None:
+            scale = scale.to(hessian.dtype)
+            initial = None if initial is None else torch.where(scale > 0, initial / scale, 0.0)
+        pairs = eigenpairs(matrix, seed=seed, initial=initial, max_matvecs=most, max_seconds=max_seconds, callback=callback)
         value, direction, dual = float(pairs.values[0]), pairs.vectors[:, 0], None
+        direction = direction if scale is None else scale * direction  # of length 1 in the norm that divides as the optimizer does
+        limit = None if rule is None or not lr else rule.max_curvature(lr)
+        stable = rule.max_learning_rate(value) if rule is not None else _quotient(2.0, value)
+        norm, upper = "l2" if rule is None else rule.operator, None
     else:
+        most = most or 3 * num_starts
         budget = Budget(hessian, max_matvecs=most, max_seconds=max_seconds, callback=callback)
         gradient = objective.gradient()[1][:, None]
         steepest = ball.furthest(gradient)
         dual = float(hessian.dot(gradient[:, 0], steepest[:, 0]))
-        given = [] if initial is None else [ball.furthest(objective.layout.checked(initial, "initial")[:, None])]
-        generator = torch.Generator().manual_seed(as_seed(seed))
+        given = [] if initial is None else [ball.furthest(initial[:, None])]
+        generator = torch.Generator().manual_seed(seed)
         randomly = hessian.random_vectors(num_starts, generator=generator)
-        starts = torch.cat([*given, steepest, ball.furthest(randomly)], dim=1)[:, : min(num_starts, max(1, (most or num_starts) // 2))]
+        starts = torch.cat([*given, steepest, ball.furthest(randomly)], dim=1)[:, : min(num_starts, max(1, most // 2))]
         value, direction = _Search(hessian, ball, budget, generator).run(starts)
-    # 0 lies in the ball: where everything curves downwards, that is the maximum
-    value = max(value, 0.0) if norm != "l2" else value
-    return GeneralizedSharpness(value, norm, upper, dual, direction, hessian.num_matvecs, time.perf_counter() - started)
+        value = max(value, 0.0)  # 0 lies in the ball: where everything curves downwards, that is the maximum
+        limit = None if optimizer is None or not lr else 2 * dual / lr
+        stable = _quotient(2.0 if optimizer is None else 2 * dual, value)
+        norm, upper = ball.norm, None if lambda_max is None else ball.reach * max(lambda_max, 0.0)
+    seconds, whose = time.perf_counter() - started, None if optimizer is None else type(optimizer).__name__
+    return GeneralizedSharpness(value, norm, upper, dual, direction, hessian.num_matvecs, seconds, whose, limit, stable)
+
+
+def _quotient(above: float, below: float) -> float:
+    return above / below if below > 0 else math.inf
+
+
+def _ball(geometry: Geometry, objective: Objective) -> tuple[Ball | None, Optimizer | None, float]:
+    """The ball, None where it is that of l2 or a rescaled one; the optimizer and its rate, if the geometry is one's."""
+    layout = objective.layout
+    if isinstance(geometry, str):
+        choice("geometry", geometry, get_args(Norm), other="an optimizer, a mapping from patterns of names")
+        return (None if geometry == "l2" else Ball(geometry, layout)), None, 0.0
+    if isinstance(geometry, Mapping):
+        for pattern, norm in geometry.items():
+            choice(f"the norm of {pattern!r}", norm, get_args(Norm)[1:])
+        fitting = {name: next((pattern for pattern in geometry if fnmatch.fnmatchcase(name, pattern)), None) for name in layout.names}
+        if missing := [name for name, pattern in fitting.items() if pattern is None]:
+            raise ValueError(f"the geometry has no norm for {', '.join(missing[:3])}: add a pattern such as '*' for all others")
+        return Ball([geometry[pattern] for pattern in fitting.values() if pattern is not None], layout), None, 0.0
+    optimizer = unwrap_optimizer(geometry)
+    check_trains(optimizer, objective.model)
+    shape = step_geometry(optimizer, layout)
+    if shape is not None:
+        return Ball(shape.norms, layout, shape.radii), optimizer, shape.lr
+    refuse_unknown(optimizer, "the norm that its steps are measured in", "Pass the norm's name instead of the optimizer", "geometry")
+    return None, optimizer, learning_rate(optimizer, layout)
 
 
 class _Search:
@@ -296,11 +388,12 @@ class _Search:
 
 
 def _turned(points: Tensor, apply: Callable[[Tensor], Tensor], diagonal: Tensor) -> Tensor:
-    """Signs turned one by one while the height rises: turning entry i changes it by 4 (H_ii - d_i (H d)_i)."""
+    """Signs turned one by one while the height rises: turning entry i changes it by 4 (H_ii d_i^2 - d_i (H d)_i)."""
     points, columns = points.clone(), torch.arange(points.shape[1], device=points.device)
     for _ in range(min(len(points), 2 * _CLIMBS)):
-        gain, entry = (diagonal[:, None] - points * apply(points)).max(dim=0)
-        rises = gain > 1e-6 * diagonal.abs().max().clamp_min(1e-30)
+        own = diagonal[:, None] * points.square()
+        gain, entry = (own - points * apply(points)).max(dim=0)
+        rises = gain > 1e-6 * own.abs().max().clamp_min(1e-30)
         if not bool(rises.any()):
             break
         points[entry[rises], columns[rises]] *= -1

@@ -6,6 +6,7 @@ parameters they hold, and what the next step would be.
 
 from __future__ import annotations
 
+from sharpkit.optimizers.geometry import has_geometry, step_geometry
 from sharpkit.optimizers.groups import (
     averaging,
     check_one_way,
@@ -23,7 +24,7 @@ from sharpkit.optimizers.groups import (
     set_momentum,
     weight_decay,
 )
-from sharpkit.optimizers.kinds import OptimizerKind, kind_of, register_optimizer
+from sharpkit.optimizers.kinds import Norm, OptimizerKind, kind_of, refuse_unknown, register_optimizer
 from sharpkit.optimizers.limits import (
     StepMatrix,
     decoupled_decays,
@@ -43,6 +44,7 @@ from sharpkit.optimizers.steps import copy_optimizer, gradient_descent, has_line
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
 __all__ = [
+    "Norm",
     "OptimizerKind",
     "StepMatrix",
     "UpdateRule",
@@ -55,6 +57,7 @@ __all__ = [
     "gradient_decays",
     "gradient_descent",
     "groups_agree",
+    "has_geometry",
     "has_linear_step",
     "held_parameters",
     "is_adaptive",
@@ -71,12 +74,14 @@ __all__ = [
     "plain_settings",
     "preconditioner_scale",
     "rates_at_hand",
+    "refuse_unknown",
     "register_optimizer",
     "relative_rates",
     "restore_initial_rates",
     "set_learning_rates",
     "set_momentum",
     "settled_preconditioner",
+    "step_geometry",
     "step_matrix",
     "unwrap_optimizer",
     "update_rule",

@@ -8,14 +8,16 @@ A subclass that does not override ``step`` is treated as its parent. One that do
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sharpkit._arguments import choice
 from sharpkit._errors import UnsupportedError
 from sharpkit.optimizers.rules import UpdateRule
 from sharpkit.optimizers.wrappers import unwrap_optimizer
@@ -24,6 +26,10 @@ Settings = Mapping[str, Any]  # of a parameter group: lr, betas, weight_decay ..
 
 
 State = Mapping[str, Any]  # that an optimizer keeps for one parameter: exp_avg, step ...
+
+# A matrix has the shape (first, all others) of its tensor: its largest singular value, or largest l2 norm of a row or column. "blocks" is
+# the l2 norm of each tensor, as all but "linf" (the largest entry) are of a vector; "l2" that of all parameters together.
+Norm = Literal["l2", "linf", "spectral", "blocks", "rows", "columns"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,14 @@ class OptimizerKind:
         preconditioner: (state of a parameter, settings of its group, the parameter) -> D in the parameter's shape, what the gradient is
             divided by. Not needed where the rule is not adaptive: then D = 1.
         step: (state of a parameter, settings of its group, the parameter) -> (a, b) in the step a g + b at rate 1, b None for 0.
-        geometry: the norm in which the optimizer is steepest descent.
+        geometry: of a method whose steps have a fixed length: (state of a parameter, settings of its group, the parameter) -> the norm in
+            which it is steepest descent, and the norm of its step at rate 1, or, in "linf", that of each entry.
     """
 
     rule: Callable[[Settings], UpdateRule] | None = None
     preconditioner: Callable[[State, Settings, Tensor], Tensor] | None = None
     step: Callable[[State, Settings, Tensor], tuple[float, Tensor | None]] | None = None
-    geometry: Any = None
+    geometry: Callable[[State, Settings, Tensor], tuple[Norm, float | Tensor]] | None = None
 
 
 def _decay(settings: Settings) -> float:
@@ -106,6 +113,24 @@ def _adagrad_preconditioner(state: State, settings: Settings, p: Tensor) -> Tens
     return divisor
 
 
+def _sign_geometry(state: State, settings: Settings, p: Tensor) -> tuple[Norm, float]:
+    """Every entry moves by the rate: sign descent, Lion (arXiv 2302.06675)."""
+    return "linf", 1.0
+
+
+def _rprop_geometry(state: State, settings: Settings, p: Tensor) -> tuple[Norm, float | Tensor]:
+    """Every entry moves by a length of its own, which the rate only begins with."""
+    return "linf", state["step_size"] / float(settings["lr"]) if state else 1.0
+
+
+def _muon_geometry(state: State, settings: Settings, p: Tensor) -> tuple[Norm, float]:
+    """All singular values of a matrix move by the rate, times a factor for its shape (Jordan et al. (2024); torch's ``adjust_lr_fn``)."""
+    rows, columns = p.shape[0], math.prod(p.shape[1:])
+    if settings.get("adjust_lr_fn") == "match_rms_adamw":
+        return "spectral", 0.2 * math.sqrt(max(rows, columns))
+    return "spectral", math.sqrt(max(1.0, rows / columns))
+
+
 # A key is a class or, so that its package need not be imported, the name of one. The most derived entry of an optimizer counts.
 _KINDS: dict[type | str, OptimizerKind] = {
     torch.optim.SGD: OptimizerKind(_sgd_rule, step=_sgd_step),
@@ -113,8 +138,12 @@ _KINDS: dict[type | str, OptimizerKind] = {
     torch.optim.AdamW: OptimizerKind(lambda settings: _adam_rule(settings, decoupled=True), _adam_preconditioner),
     torch.optim.RMSprop: OptimizerKind(lambda s: UpdateRule(float(s["momentum"]), adaptive=True), _rmsprop_preconditioner),
     torch.optim.Adagrad: OptimizerKind(lambda s: UpdateRule(adaptive=True), _adagrad_preconditioner),
+    torch.optim.Rprop: OptimizerKind(geometry=_rprop_geometry),
     "SGDScheduleFree": OptimizerKind(_schedule_free_rule),
+    "Lion": OptimizerKind(geometry=_sign_geometry),
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    _KINDS[torch.optim.Muon] = OptimizerKind(geometry=_muon_geometry)
 
 
 def register_optimizer(
@@ -122,7 +151,7 @@ def register_optimizer(
     *,
     rule: Callable[[Settings], UpdateRule] | None = None,
     preconditioner: Callable[[State, Settings, Tensor], Tensor] | None = None,
-    geometry: Any = None,
+    geometry: Norm | Callable[[State, Settings, Tensor], tuple[Norm, float | Tensor]] | None = None,
 ) -> None:
     """Tell sharpkit what an optimizer class does, for this process; its subclasses that keep its ``step`` are included.
 
@@ -132,7 +161,9 @@ def register_optimizer(
             ``adaptive=True`` where gradients are divided by D.
         preconditioner: (state of a parameter, settings of its group, the parameter) -> D, positive, in the parameter's shape. Needed for
             an adaptive rule; without one, D = 1.
-        geometry: the norm in which the optimizer is steepest descent.
+        geometry: of a method whose steps have a fixed length, as those of sign methods and Muon: the norm in which it is steepest descent
+            (see :func:`sharpkit.generalized_sharpness`), if a step has the norm lr in it; or a function of the same arguments as
+            ``preconditioner`` -> that norm, and the step's norm at rate 1.
 
     Raises:
         TypeError: cls is no optimizer class, or an argument is no function.
@@ -154,7 +185,11 @@ def register_optimizer(
         raise TypeError(f"register_optimizer takes a subclass of torch.optim.Optimizer, got {given!r}")
     if rule is None and preconditioner is None and geometry is None:
         raise ValueError(f"nothing to register for {cls.__name__}: pass rule=, preconditioner= or geometry=")
-    for name, function in (("rule", rule), ("preconditioner", preconditioner)):
+    if isinstance(geometry, str):
+        choice("geometry", geometry, get_args(Norm)[1:], other="a function")
+        norm = geometry
+        geometry = lambda state, settings, p: (norm, 1.0)  # noqa: E731
+    for name, function in (("rule", rule), ("preconditioner", preconditioner), ("geometry", geometry)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     # no step: batch sharpness along the step stays what it is for an unknown optimizer, along the gradient
@@ -188,6 +223,19 @@ def _unknown(optimizer: Optimizer, what: str, supported: Callable[[OptimizerKind
     why = f" (it overrides the step of {parent.__name__})" if parent not in (None, cls) and kind_of(optimizer) is None else ""
     register = f"register it with sharpkit.register_optimizer({cls.__name__}, {argument}=...)"
     return UnsupportedError(f"{what} of {cls.__name__} is not known{why}; supported: {names}. {remedy}, or {register}")
+
+
+def refuse_unknown(optimizer: Optimizer, what: str, remedy: str, argument: str) -> None:
+    """Raise UnsupportedError for an optimizer of which neither a rule nor a geometry is known.
+
+    Args:
+        optimizer: any.
+        what: is not known of it.
+        remedy: what to do, beside registering it.
+        argument: of :func:`register_optimizer` that tells.
+    """
+    if (kind := kind_of(optimizer)) is None or (kind.rule is None and kind.geometry is None):
+        raise _unknown(optimizer, what, lambda kind: kind.rule or kind.geometry, remedy, argument)
 
 
 def _no_rule(optimizer: Optimizer) -> UnsupportedError:

@@ -125,7 +125,8 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     # u is the step over the rate, so at rate 0 (the first step of a warmup) the copy steps at rate 1 instead
     step = _step_elsewhere(optimizer, layout, gradient, factor=1.0 if present else None)
     # A rate that is no factor of the step has no critical value. Of the torch classes in the table it is one; else two rates must agree.
-    if kind_of(optimizer) is None or not _own_step(type(optimizer)).__module__.startswith("torch.optim."):
+    kind = kind_of(optimizer)
+    if kind is None or kind.rule is None or not _own_step(type(optimizer)).__module__.startswith("torch.optim."):
         twice = _step_elsewhere(optimizer, layout, gradient, factor=2.0 if present else None)
         rounding = 1e-12 * float(layout.current().double().norm())  # by judgement: steps are differences of parameters in float64
         if present and not float((twice - 2 * step).norm()) <= 1e-6 * float(twice.norm()) + rounding:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from traces import untouched
 
 import sharpkit as sk
 from sharpkit.measuring.geometry import Ball
+from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.optimizers import kinds
 
 NORMS = ("linf", "spectral", "blocks", "rows", "columns")
 
@@ -141,9 +145,162 @@ def test_where_everything_curves_down_the_sharpness_is_none() -> None:
     assert made.value == 0 and made.stable_lr == math.inf
 
 
+class SignDescent(torch.optim.Optimizer):
+    """w <- w - lr sign(g)."""
+
+    def __init__(self, params: Any, lr: float, maximize: bool = False) -> None:
+        super().__init__(params, {"lr": lr, "maximize": maximize})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad.sign(), alpha=-group["lr"])
+
+
+class Lion(SignDescent):
+    """Known by its name."""
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+    sk.register_optimizer(SignDescent, geometry="linf")
+
+
+SPECTRUM = np.r_[10.0, 5.0, 3.0, np.linspace(1, 0.1, 29)]
+
+
+def test_of_gradient_descent_and_adam_it_is_the_eigenvalue_that_their_rules_are_about() -> None:
+    f = objective(symmetric(SPECTRUM, np.random.default_rng(3)), (4, 5), (12,))
+    first, second = f.model.parameters()
+    sgd = torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": [second], "lr": 0.02}], lr=0.1, momentum=0.9)
+    adam = torch.optim.AdamW([first, second], lr=0.01)
+    for _ in range(3):
+        adam.zero_grad()
+        f.model(torch.ones(1)).backward()
+        adam.step()
+    for optimizer in (sgd, adam):
+        with untouched(f.model):
+            made = sk.generalized_sharpness(f, optimizer)
+        matrix, rule = optimizer_curvature(sk.HessianOperator(f), optimizer)
+        top = float(torch.linalg.eigvalsh(matrix.to_dense())[-1])
+        assert made.value == pytest.approx(top, rel=1e-4)
+        assert made.limit == pytest.approx(rule.max_curvature(optimizer.param_groups[0]["lr"]))
+        assert made.stable_lr == pytest.approx(rule.max_learning_rate(top), rel=1e-4)
+        assert made.norm == rule.operator and made.optimizer == type(optimizer).__name__
+        assert made.share == pytest.approx(made.value / made.limit)
+        assert float(made.direction @ (sk.HessianOperator(f) @ made.direction)) == pytest.approx(top, rel=1e-4), "in the parameters' space"
+        assert sk.generalized_sharpness(f, optimizer, initial=made.direction).num_matvecs <= made.num_matvecs
+    assert made.finding == f"AdamW is at {made.share:.2f} of its limit: it is stable up to a rate of {made.stable_lr:.3g}."
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("kind", [SignDescent, Lion])
+def test_steps_of_signs_swing_where_their_directional_sharpness_is_the_limit(kind: type[SignDescent]) -> None:
+    """On a quadratic: where the loss has settled, its mean change is 0, so the means of d^T H d and of the limit agree."""
+    matrix, lr = symmetric(SPECTRUM, np.random.default_rng(3)), 0.01
+    f = objective(matrix, (4, 5), (12,))
+    optimizer, along, limits = kind(f.model.parameters(), lr=lr), list[float](), list[float]()
+    for _ in range(3000):
+        optimizer.zero_grad()
+        f.model(torch.ones(1, dtype=torch.float64)).backward()
+        g = torch.cat([p.grad.reshape(-1) for p in f.model.parameters()])  # type: ignore[union-attr]
+        along.append(float(g.sign() @ matrix @ g.sign()))
+        limits.append(2 * float(g.abs().sum()) / lr)
+        optimizer.step()
+    assert np.mean(along[-1000:]) == pytest.approx(np.mean(limits[-1000:]), rel=0.01)
+    made = sk.generalized_sharpness(f, optimizer)
+    assert made.dual_norm == pytest.approx(float(f.gradient()[1].abs().sum())) and made.limit == pytest.approx(2 * made.dual_norm / lr)
+    assert made.value >= max(along) * (1 - 1e-9), "no step went along a sharper direction"
+    assert made.norm == "linf" and made.share is not None
+    assert made.stable_lr == pytest.approx(0.01 / made.share)
+
+
+@pytest.mark.usefixtures("registered")
+def test_every_parameter_moves_as_far_as_its_group_and_shape_say() -> None:
+    f = objective(symmetric(SPECTRUM, np.random.default_rng(3)), (4, 5), (12,))
+    first, second = f.model.parameters()
+    parts = [{"params": [second], "lr": 0.1}, {"params": [first], "lr": 0.02}]
+    made = sk.generalized_sharpness(f, SignDescent(parts, lr=1.0))
+    assert made.direction[20:].abs().tolist() == [1.0] * 12
+    assert made.direction[:20].abs().tolist() == pytest.approx([0.2] * 20)
+    assert made.limit == pytest.approx(2 * made.dual_norm / 0.1)  # type: ignore[operator]
+    resting = sk.generalized_sharpness(f, SignDescent([second], lr=0.1))
+    assert not resting.direction[:20].any() and resting.direction[20:].all()
+    rprop = torch.optim.Rprop(f.model.parameters(), lr=0.1)
+    f.model(torch.ones(1)).backward()
+    for _ in range(2):
+        rprop.step()
+    lengths = torch.cat([rprop.state[p]["step_size"].reshape(-1) for p in (first, second)])
+    assert float(lengths.max()) > 0.1
+    assert sk.generalized_sharpness(f, rprop).direction.abs().tolist() == pytest.approx((lengths / 0.1).tolist())
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with torch 2.9")
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_of_muon_the_ball_is_the_matrices_own(adjust: str) -> None:
+    f = objective(symmetric(np.linspace(10, 0.1, 40), np.random.default_rng(3)), (7, 4), (2, 3), (6,))
+    matrices = [p for p in f.model.parameters() if p.ndim == 2]
+    optimizer = torch.optim.Muon(matrices, lr=0.02, momentum=0.0, nesterov=False, weight_decay=0.0, adjust_lr_fn=adjust)
+    made = sk.generalized_sharpness(f, optimizer)
+    d = [part.reshape(p.shape) for part, p in zip(f.layout.split(made.direction), f.layout.params, strict=True)]
+    lengths = [math.sqrt(7 / 4), 1.0] if adjust == "original" else [0.2 * math.sqrt(7), 0.2 * math.sqrt(3)]
+    assert [float(torch.linalg.svdvals(m)[0]) for m in d[:2]] == pytest.approx(lengths)
+    assert not d[2].any() and made.norm == "spectral"
+    g = f.layout.split(f.gradient()[1])
+    nuclear = [float(torch.linalg.svdvals(m.reshape(p.shape)).sum()) for m, p in zip(g[:2], matrices, strict=True)]
+    dual = sum(length * size for length, size in zip(lengths, nuclear, strict=True))
+    assert made.dual_norm == pytest.approx(dual) and made.limit == pytest.approx(2 * dual / 0.02)
+    # the step that the real optimizer takes is as long, up to its rough orthogonalisation
+    f.model(torch.ones(1, dtype=torch.float64)).backward()
+    before = [p.detach().clone() for p in matrices]
+    optimizer.step()
+    moved = [float(torch.linalg.svdvals((p.detach() - w) / 0.02)[0]) for p, w in zip(matrices, before, strict=True)]
+    assert moved == pytest.approx(lengths, rel=0.3)
+
+
+def test_a_mapping_gives_each_parameter_the_norm_of_the_first_pattern_that_fits() -> None:
+    f = objective(symmetric(np.linspace(10, 0.1, 38), np.random.default_rng(3)), (4, 5), (6,), (3, 4))
+    made = sk.generalized_sharpness(f, {"parts.1": "linf", "*": "spectral"})
+    d = [part.reshape(p.shape) for part, p in zip(f.layout.split(made.direction), f.layout.params, strict=True)]
+    assert d[1].abs().tolist() == [1.0] * 6 and made.norm == "mixed"
+    assert [float(torch.linalg.svdvals(m)[0]) for m in (d[0], d[2])] == pytest.approx([1.0, 1.0])
+    with pytest.raises(ValueError, match=r"no norm for parts\.1: add a pattern such as '\*'"):
+        sk.generalized_sharpness(f, {"parts.0": "rows", "parts.2": "rows"})
+    with pytest.raises(ValueError, match=r"the norm of '\*' must be one of 'linf'"):
+        sk.generalized_sharpness(f, {"*": "l2"})
+
+
+@pytest.mark.usefixtures("registered")
+def test_optimizers_that_have_no_geometry_are_refused_with_the_call_that_gives_them_one() -> None:
+    f = objective(torch.eye(6, dtype=torch.float64))
+
+    class Unheard(SignDescent):
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    with pytest.raises(sk.UnsupportedError, match=r"sharpkit.register_optimizer\(Unheard, geometry=...\)"):
+        sk.generalized_sharpness(f, Unheard(f.model.parameters(), lr=0.1))
+    with pytest.raises(sk.UnsupportedError, match="the SignDescent maximizes"):
+        sk.generalized_sharpness(f, SignDescent(f.model.parameters(), lr=0.1, maximize=True))
+    with pytest.raises(ValueError, match="holds none of the"):
+        sk.generalized_sharpness(f, SignDescent([nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got float"):
+        sk.generalized_sharpness(f, 3.0)  # type: ignore[arg-type]
+    for length, match in ((torch.ones(2), "lengths of shape"), (-1.0, "the length -1")):
+        sk.register_optimizer(Unheard, geometry=lambda state, settings, p, length=length: ("linf", length))
+        with pytest.raises(ValueError, match=match):
+            sk.generalized_sharpness(f, Unheard(f.model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="geometry must be a function or one of 'linf'"):
+        sk.register_optimizer(Unheard, geometry="l2")
+    resting = sk.generalized_sharpness(f, SignDescent(f.model.parameters(), lr=0.0))
+    assert resting.limit is None and resting.share is None and math.isfinite(resting.stable_lr)
+
+
 def test_bad_arguments_are_refused() -> None:
     f = objective(torch.eye(6, dtype=torch.float64))
-    with pytest.raises(ValueError, match="norm must be one of 'l2', 'linf', 'spectral'"):
+    with pytest.raises(ValueError, match="geometry must be"):
         sk.generalized_sharpness(f, "nuclear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_starts must be a whole number of at least 1"):
         sk.generalized_sharpness(f, "linf", num_starts=0)

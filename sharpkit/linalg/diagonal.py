@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, real, whole
 from sharpkit._results import ProgressCallback, Result, student_factor
-from sharpkit.linalg.krylov import BasisRows, KrylovSpace, affordable_rows
+from sharpkit.linalg.krylov import KrylovSpace, affordable_rows
+from sharpkit.linalg.leave_one_out import LeaveOneOut
 from sharpkit.linalg.results import HALF, Budget, Estimate, warn_unconverged
-from sharpkit.linalg.trace import DEFAULT_MATVECS, SHARED_BASIS, AdaptiveEstimate, Tolerance, block_size, rademacher
+from sharpkit.linalg.trace import DEFAULT_MATVECS, AdaptiveEstimate, Tolerance, block_size, rademacher
 from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _WORKING = 8  # vectors besides, of products made at once and of means: by judgement
-_LEAST_HALF = 8  # probes that tell whether a subspace pays: by judgement, as for the spread of a pilot
-_WORTH = 0.3  # noise outside the range relative to that of plain probes, of which there would be twice as many: by judgement below 1 / 2
+_LEAST = 16  # probes below which nothing is approximated: by judgement, the spread of fewer tells too little of what that is worth
+_PILOT, _PILOT_SHARE = 8, 8  # probes that decide whether a Krylov basis pays, or one in so many: by judgement
+# The pilot's spread with an approximation relative to that without, up to which a basis pays: .2 to .75 on Hessians of networks, .9 or more
+# where nothing stands out (as for the shared errors below). A quarter of the products for it: an eighth or a half made the error 2 to 7 %
+# larger on three such Hessians, no basis 7 to 9 % (experiments/diagonal_error.py).
+_WORTH, _BASIS_SHARE = 0.7, 4
 _ENTRIES = 2**22  # numbers of each table made at a time, 32 MB in float64: by judgement
+_SAMPLED = 2**13  # entries that choose the shift: by judgement, the spread summed over them is known to a few percent
+_SHARED = (
+    0.5  # by judgement: the errors of nine spectra of 100 to 1500 rows were 1.0 to 1.2 times their spread, 1.05 at most below 0.1 rows
+)
 _EXHAUSTED = 1e-5  # of an image, what is left outside the basis: by judgement, a hundred roundings of float32
 
 
@@ -66,9 +75,10 @@ def diagonal(
 ) -> DiagonalEstimate:
     """The diagonal of A as the mean of z * (A z) over Rademacher probes z.
 
-    The variance of entry i is sum_{j != i} A_ij^2: a diagonal matrix is exact after one probe. Where half the probes show that a few
-    directions hold most of it, the other half of the products multiplies their range instead, and only what lies outside is left to
-    chance (XDiag). With ``num_probes`` >= n an orthonormal basis takes the probes' place and the result is exact.
+    The variance of entry i is sum_{j != i} A_ij^2: a diagonal matrix is exact after one probe. From 16 probes on, each of them estimates
+    only what an approximation of A from all the others leaves, where that makes the spread smaller; and where the first probes show that a
+    few directions dominate, a quarter of the products computes those exactly on a Krylov basis Q, and probes see (1 - QQ^T) A (1 - QQ^T).
+    With ``num_probes`` >= n an orthonormal basis takes the probes' place and the result is exact.
 
     Args:
         operator: anything :func:`sharpkit.as_operator` takes.
@@ -83,7 +93,8 @@ def diagonal(
         NonFiniteError: a product is not finite.
 
     References:
-        Bekas, Kokiopoulou and Saad, "An estimator for the diagonal of a matrix" (2007); Epperly, Tropp and Webber, arXiv 2301.07825.
+        Bekas, Kokiopoulou and Saad, "An estimator for the diagonal of a matrix" (2007); Epperly, Tropp and Webber, arXiv 2301.07825 (the
+        estimates that leave one probe out).
 
     Example:
         >>> import torch, sharpkit as sk
@@ -101,98 +112,162 @@ def diagonal(
         exact = _exact_diagonal(operator, generator, budget)
         if exact is not None:  # None if the time was up
             return exact
-    mean = squares = None
-    waiting: list[tuple[Tensor, Tensor]] = []  # probes and their products
-    done, half = 0, min(num_probes, max_matvecs or num_probes) // 2
-    pairs: list[tuple[Tensor, Tensor]] | None = [] if half >= _LEAST_HALF and num_probes < operator.size else None
-    while done < num_probes and (waiting or budget.allows()):
-        if not waiting:  # +-1: A_ii itself adds no variance
-            count = block_size(operator, budget, (half if done < half else num_probes) - done)
-            probes = rademacher(operator, generator, count)
-            waiting = list(zip(probes.T, (operator @ probes).T, strict=True))
-        probe, product = waiting.pop(0)
-        sample = product * probe
-        done += 1
-        if mean is None or squares is None:
-            mean, squares = sample.clone(), torch.zeros_like(sample)
-        else:  # Welford's recurrence
-            change = sample - mean
-            mean += change / done
-            squares += change * (sample - mean)
-        budget.vectors = (2 * len(waiting) if pairs is None else 4 * half) + _WORKING
-        budget.report(num_probes, "diagonal")
-        if pairs is not None:
-            # four sets of vectors are in memory at the end: probes and their products, the range and its own
-            if not pairs and affordable_rows(operator) < 4 * half + _WORKING:
-                pairs = None
-            else:
-                pairs.append((probe, sample * probe))
-        if pairs is not None and done == half:
-            deflated = _leave_one_out(operator, pairs, mean, budget) if budget.allows(half) else None
-            if deflated is not None:
-                if not (complete := num_probes - 2 * half <= 1):
-                    warn_unconverged(f"the budget ended after {2 * half} of {num_probes} probes: see stderr")
-                return DiagonalEstimate(*deflated, budget.num_matvecs, budget.seconds, complete).rounded(operator.rounding)
-            pairs = None
-    if mean is None or squares is None:
-        raise ValueError("the time budget ended before the first product: raise max_seconds")
-    stderr = (squares / max(1, done - 1) / done).sqrt() * student_factor(done) if done > 1 else torch.full_like(mean, math.inf)
-    if done < num_probes:
-        warn_unconverged(f"the budget ended after {done} of {num_probes} probes: see stderr")
-    return DiagonalEstimate(mean, stderr, budget.num_matvecs, budget.seconds, done == num_probes).rounded(operator.rounding)
+    planned = min(num_probes, max_matvecs or num_probes)
+    probes = _Probes(operator, generator, budget, planned)
+    probes.draw(max(_PILOT, planned // _PILOT_SHARE))
+    if probes.stand_out():
+        probes.deflate(planned // _BASIS_SHARE)
+    probes.draw(planned)
+    value, stderr = probes.estimate()
+    if not (complete := probes.exhausted or budget.num_matvecs >= num_probes):
+        warn_unconverged(f"the budget ended after {budget.num_matvecs} of {num_probes} probes: see stderr")
+    return DiagonalEstimate(value, stderr, budget.num_matvecs, budget.seconds, complete).rounded(operator.rounding)
 
 
-def _leave_one_out(
-    operator: SymmetricOperator, pairs: list[tuple[Tensor, Tensor]], plain: Tensor, budget: Budget
-) -> tuple[Tensor, Tensor] | None:
-    """XDiag: value and error of the m estimates that leave probe i out of the basis Q of the images, or None where plain probes do better.
+class _Probes:
+    """Samples of the diagonal, a product each; with their vectors, where memory allows and they are enough for that to pay.
 
-    With s_i the unit vector that is orthogonal to all images but the i-th, Q without it is Q (1 - s_i s_i^T), and A z_i leads out of that
-    by Q s_i (s_i . r_i), r_i being the coordinates of A z_i. So the i-th estimate is, entry by entry,
-
-        diag(Q Q^T A) - (Q s_i) * (A Q s_i) + z_i * (Q s_i) (s_i . r_i).
+    Args:
+        operator: A.
+        generator: draws the probes.
+        budget: stops the estimate when exhausted.
+        most: products in all.
     """
-    m, rows = len(pairs), BasisRows(operator)
-    coordinates, energy, exact = np.zeros((m, m)), 0.0, False
-    for i, (_, image) in enumerate(pairs):
-        rest, inside = rows.orthogonalise(image.to(rows.dtype))
-        whole, beyond = float(operator.dot(image, image)), float(operator.dot(rest, rest))
-        energy += whole / m
-        if not math.isfinite(whole) or whole == 0.0:  # squares that the type cannot hold: plain probes have none
-            return None
-        if beyond <= whole * _EXHAUSTED**2:  # the range is exhausted, and Q Q^T A is A
-            exact = True
-            break
-        coordinates[: len(inside), i], coordinates[len(inside), i] = inside.cpu().numpy(), beyond**0.5
-        rows.append(rest / beyond**0.5)
-    if not exact:
-        inverse = np.linalg.inv(coordinates).T
-        dual = inverse / np.linalg.norm(inverse, axis=0)
-        left = (dual * coordinates).sum(axis=0)  # s_i . r_i: what a new image has outside
-        noise = energy - float(operator.dot(plain, plain))  # the diagonal itself adds none
-        if not float((left**2).mean()) < _WORTH * noise:
-            return None
-    images, done = torch.zeros(rows.size, len(plain), dtype=rows.dtype, device=plain.device), 0
-    while done < rows.size:
-        block = range(done, done + block_size(operator, budget, rows.size - done))
-        basis = torch.stack([rows.row(j) for j in block]).to(operator.dtype)
-        images[done : block.stop] = (operator @ basis.T).T
-        done = block.stop
-        budget.report(2 * m, "diagonal, leading subspace")
-    value, error = torch.empty_like(plain), torch.zeros_like(plain)
-    for entries in torch.split(torch.arange(len(plain)), max(1, _ENTRIES // m)):  # a few at a time: every table of all would be a fifth set
-        here = slice(int(entries[0]), int(entries[-1]) + 1)
-        basis, products = (torch.stack([row[here] for row in each]) for each in (map(rows.row, range(rows.size)), images))  # (m, entries)
-        known = (basis * products).sum(dim=0)
-        if exact:
-            value[here] = known
-            continue
-        mixing = torch.from_numpy(dual.T).to(basis)
-        outer, probes = mixing @ basis, torch.stack([probe[here] for probe, _ in pairs]).to(basis)
-        estimates = known + outer * (probes * torch.from_numpy(left).to(basis)[:, None] - mixing @ products)
-        value[here] = estimates.mean(dim=0)
-        error[here] = estimates.std(dim=0) / m**0.5 * (SHARED_BASIS * student_factor(m))
-    return value, error
+
+    def __init__(self, operator: SymmetricOperator, generator: torch.Generator, budget: Budget, most: int) -> None:
+        self.operator, self.generator, self.budget, self.most = operator, generator, budget, most
+        self.space = KrylovSpace(operator)
+        self.pairs: list[tuple[Tensor, Tensor]] | None = [] if _LEAST <= most < operator.size else None  # z, and what is outside of A z
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None
+        self.done, self.exhausted = 0, False
+
+    def draw(self, most: int) -> None:
+        """Probes until so many products are made in all."""
+        while not self.exhausted and (left := min(most, self.most) - self.budget.num_matvecs) > 0 and self.budget.allows():
+            probes = rademacher(self.operator, self.generator, block_size(self.operator, self.budget, left))
+            inside = self._coefficients(probes) if self.space.expanded else None
+            outer = probes if inside is None else self._less(probes, inside)
+            products = self.operator @ outer.to(self.operator.dtype)
+            for i, (probe, product) in enumerate(zip(probes.T, products.T, strict=True)):
+                if self.pairs is not None and not self.done and affordable_rows(self.operator) < 2 * self.most + _WORKING:
+                    self.pairs = None
+                if self.pairs is None:
+                    self._add(probe * product)
+                else:
+                    product = self.space.products.in_units(product)
+                    self.pairs.append((probe, product.clone() if inside is None else self._less(product, self._coefficients(product))))
+                self.done += 1
+                waiting = 2 * (probes.shape[1] - i - 1)
+                self.budget.vectors = waiting + _WORKING + (self.space.size + 2 * self.done if self.pairs is not None else 0)
+                self.budget.report(self.most, "diagonal")
+
+    def _add(self, sample: Tensor) -> None:
+        if self.mean is None or self.squares is None:
+            self.mean, self.squares = sample.clone(), torch.zeros_like(sample)
+        else:  # Welford's recurrence
+            change = sample - self.mean
+            self.mean += change / (self.done + 1)
+            self.squares += change * (sample - self.mean)
+
+    def _coefficients(self, vectors: Tensor) -> Tensor:
+        """In the basis, (size,) or (size, k), 0 for what has not been multiplied."""
+        coefficients = self.space.rows.coefficients(vectors.to(self.space.dtype))
+        coefficients[self.space.pending] = 0.0
+        return coefficients
+
+    def _less(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
+        rest = vectors.to(self.space.dtype, copy=True)
+        self.space.rows.subtract_(rest, coefficients)
+        return rest
+
+    def stand_out(self) -> bool:
+        """Whether an approximation from these few probes lowers their spread enough for a basis to pay."""
+        if not self.pairs or len(self.pairs) < _PILOT:
+            return False
+        others = self._leave_one_out()
+        spread = self._spread(others)
+        return spread(others.best_shift(spread, self._rounding())) < _WORTH * spread(math.inf)
+
+    def deflate(self, steps: int) -> None:
+        """A Krylov basis, from a start of its own so that the probes drawn so far stay good: they are freed of it without new products."""
+        space, pairs = self.space, self.pairs or []
+        before = [float(self.operator.dot(image, image)) for _, image in pairs]
+        space.add_random(self.generator)
+        while space.pending and len(space.expanded) < steps and self.budget.allows():
+            space.expand(space.pending[0])
+            self.budget.vectors = _WORKING + space.size + 2 * self.done
+            self.budget.report(self.most, "diagonal")
+        outward = torch.from_numpy(space.couplings() / space.products.unit)
+        for i, (probe, image) in enumerate(pairs):
+            inside = space.rows.coefficients(probe.to(space.dtype))[space.expanded]
+            removed = space.rows.coefficients(image)
+            removed[space.pending] = outward.to(inside) @ inside  # where A Q leads out of Q
+            pairs[i] = probe, self._less(image, removed)
+        self.exhausted = all(
+            float(self.operator.dot(image, image)) <= _EXHAUSTED**2 * size for (_, image), size in zip(pairs, before, strict=True)
+        )
+
+    def _rounding(self) -> float:
+        return max(self.operator.rounding, self.space.eps)
+
+    def _leave_one_out(self) -> LeaveOneOut:
+        probes, images = (torch.stack(part).T for part in zip(*(self.pairs or []), strict=True))
+        inner, gram = (self.operator.dot(part.to(images), images).cpu().double().numpy() for part in (probes, images))
+        return LeaveOneOut(inner, gram)
+
+    def _spread(self, others: LeaveOneOut) -> Callable[[float], float]:
+        """Summed variances of some entries, given the shift."""
+        pairs, length = self.pairs or [], len((self.pairs or [])[0][0])
+        generator = torch.Generator().manual_seed(0)  # its own, so that the probes do not depend on it
+        chosen = torch.randint(length, (_SAMPLED,), generator=generator) if length > _SAMPLED else torch.arange(length)
+        probes, images = (torch.stack([vector[chosen.to(vector.device)] for vector in part], dim=1) for part in zip(*pairs, strict=True))
+
+        def spread(shift: float) -> float:
+            deviations = others.diagonals(probes.to(images), images, shift).std(dim=1)
+            return self.operator.agree(float(self.operator.dot(deviations, deviations)))
+
+        return spread
+
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        """Value and standard error."""
+        if self.pairs:
+            return self._approximated(self.pairs)
+        if self.mean is None or self.squares is None:
+            raise ValueError("the time budget ended before the first product: raise max_seconds")
+        done = self.done
+        stderr = (self.squares / max(1, done - 1) / done).sqrt() * student_factor(done)
+        return self.mean, stderr if done > 1 else torch.full_like(self.mean, math.inf)
+
+    def _approximated(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        m, space, length = len(pairs), self.space, len(pairs[0][0])
+        others = self._leave_one_out()
+        shift = math.inf if m < _PILOT or self.exhausted else others.best_shift(self._spread(others), self._rounding())
+        # estimates that share what approximates the matrix agree more than they are right, the more of the rows they take
+        factor = student_factor(m) * (1.0 if math.isinf(shift) else 1 + _SHARED * m / self.operator.size)
+        value = torch.empty(length, dtype=space.dtype, device=self.operator.device)
+        error = torch.zeros_like(value)
+        # a few entries at a time: tables of all would be further sets of vectors
+        for entries in torch.split(torch.arange(length), max(1, _ENTRIES // max(m, space.size))):
+            here = slice(int(entries[0]), int(entries[-1]) + 1)
+            probes, images = (torch.stack([vector[here] for vector in part], dim=1) for part in zip(*pairs, strict=True))
+            estimates = others.diagonals(probes.to(images), images, shift)
+            value[here] = self._known(here)
+            if not self.exhausted:
+                value[here] += estimates.mean(dim=1)
+                error[here] = estimates.std(dim=1) / m**0.5 * factor if m > 1 else math.inf
+        unit = space.products.unit
+        return (value * unit).to(self.operator.dtype), (error * unit).to(self.operator.dtype)
+
+    def _known(self, here: slice) -> Tensor | float:
+        """Entries of diag(QQ^T A + A QQ^T - QQ^T A QQ^T), for which A Q = Q H is at hand."""
+        space = self.space
+        if not space.expanded:
+            return 0.0
+        rows = torch.stack([space.rows.row(j)[here] for j in range(space.size)])
+        inside, out = (torch.from_numpy(part / space.products.unit).to(rows) for part in (space.projected(), space.couplings()))
+        basis = rows[space.expanded]
+        return (basis * (inside @ basis + 2 * out.T @ rows[space.pending])).sum(dim=0)
 
 
 def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, budget: Budget) -> DiagonalEstimate | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 import sharpkit as sk
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import student_factor
+from sharpkit.linalg.leave_one_out import LeaveOneOut
 from sharpkit.operators.base import CallableOperator
 
 MATRIX = rotated(network_like(200), seed=2)
@@ -37,32 +38,96 @@ def test_the_estimate_is_the_mean_of_the_samples_and_its_error_their_standard_er
     assert made.converged and made.num_matvecs == count and made.seconds > 0
 
 
-def test_a_flat_spectrum_is_left_to_plain_probes() -> None:
-    matrix, count = rotated(np.linspace(-1, 1, 200)), 60
-    generator, operator = torch.Generator().manual_seed(0), sk.as_operator(matrix)
-    z = torch.cat([operator.random_vectors(1, generator=generator, distribution="rademacher") for _ in range(count)], dim=1)
-    made = sk.diagonal(matrix, num_probes=count)
-    torch.testing.assert_close(made.value, (z * (matrix @ z)).mean(dim=1))
-    assert made.num_matvecs == count
+def probes_of(seed: int, count: int, size: int = 200) -> Tensor:
+    """(size, count) signs, those that a diagonal of this seed draws first."""
+    generator, operator = torch.Generator().manual_seed(seed), sk.as_operator(torch.eye(size).double())
+    return torch.cat([operator.random_vectors(1, generator=generator, distribution="rademacher") for _ in range(count)], dim=1)
 
 
-def test_where_a_few_directions_dominate_it_is_the_mean_of_the_estimates_that_leave_one_probe_out() -> None:
-    """Epperly, Tropp and Webber, XDiag, written out: for each i a basis of the other images, and the rest left to probe i."""
-    spectrum = np.concatenate([[100.0, 60, 40, 20, 10], 0.05 * np.random.default_rng(2).random(195)])
-    matrix, m = rotated(spectrum), 10
-    generator, operator = torch.Generator().manual_seed(4), sk.as_operator(matrix)
-    z = torch.cat([operator.random_vectors(1, generator=generator, distribution="rademacher") for _ in range(m)], dim=1)
+def relative_error(value: Tensor, matrix: Tensor) -> float:
+    return float((value - matrix.diagonal()).norm() / matrix.diagonal().norm())
+
+
+def xdiag(matrix: Tensor, z: Tensor) -> Tensor:
+    """Epperly, Tropp and Webber, written out: for each i a basis of the other images, and the rest left to probe i."""
     estimates = []
-    for i in range(m):
-        basis = torch.linalg.qr(matrix @ z[:, [j for j in range(m) if j != i]])[0]
+    for i in range(z.shape[1]):
+        basis = torch.linalg.qr(matrix @ z[:, [j for j in range(z.shape[1]) if j != i]])[0]
         rest = matrix @ z[:, i] - basis @ (basis.T @ (matrix @ z[:, i]))
         estimates.append((basis * (matrix @ basis)).sum(dim=1) + z[:, i] * rest)
-    made = sk.diagonal(matrix, num_probes=2 * m, seed=4)
-    torch.testing.assert_close(made.value, torch.stack(estimates).mean(dim=0))
-    torch.testing.assert_close(made.stderr, 1.25 * student_factor(m) * torch.stack(estimates).std(dim=0) / m**0.5)
-    assert made.num_matvecs == 2 * m and float((made.value - matrix.diagonal()).norm() / matrix.diagonal().norm()) < 0.05
-    with pytest.warns(ConvergenceWarning, match="after 20 of 100"):
-        assert torch.equal(sk.diagonal(matrix, seed=4, max_matvecs=2 * m).value, made.value)
+    return torch.stack(estimates).mean(dim=0)
+
+
+@pytest.mark.parametrize("kind", ["near the identity", "diagonal"])
+def test_a_matrix_that_no_range_tells_of_is_left_to_plain_probes(kind: str) -> None:
+    spectrum = np.linspace(1, 1.1, 200)
+    matrix, z = rotated(spectrum) if kind == "near the identity" else torch.diag(torch.from_numpy(spectrum)), probes_of(0, 60)
+    made = sk.diagonal(matrix, num_probes=60)
+    torch.testing.assert_close(made.value, (z * (matrix @ z)).mean(dim=1))
+    assert made.num_matvecs == 60
+
+
+def test_a_flat_spectrum_of_both_signs_gets_no_worse_than_by_plain_probes() -> None:
+    matrix = rotated(np.linspace(-1, 1, 200))
+    made = [relative_error(sk.diagonal(matrix, num_probes=60, seed=seed).value, matrix) for seed in range(8)]
+    plain = [relative_error((z * (matrix @ z)).mean(dim=1), matrix) for z in (probes_of(seed, 60) for seed in range(8))]
+    assert np.mean(made) <= np.mean(plain)
+
+
+@pytest.mark.parametrize("shift", [1e-6, 0.3, 5.0])
+def test_leave_one_out_is_the_shifted_nystrom_approximation_of_the_others_and_what_it_leaves(shift: float) -> None:
+    spectrum = np.concatenate([[6.0, -4, 3, 2], 0.1 * np.random.default_rng(2).standard_normal(196)])
+    matrix, m = rotated(spectrum), 9
+    z = probes_of(4, m)
+    y = matrix @ z
+    expected = []
+    for i in range(m):
+        others = [j for j in range(m) if j != i]
+        inner = (z[:, others].T @ y[:, others]).numpy() + 1j * shift * np.eye(m - 1)
+        approximation = y[:, others] @ torch.from_numpy(np.linalg.inv(inner).real) @ y[:, others].T
+        expected.append(approximation.diagonal() + z[:, i] * (y[:, i] - approximation @ z[:, i]))
+    made = LeaveOneOut((z.T @ y).numpy(), (y.T @ y).numpy()).diagonals(z, y, shift)
+    torch.testing.assert_close(made, torch.stack(expected, dim=1), rtol=1e-6, atol=1e-8)
+
+
+def test_the_shift_is_the_one_of_least_spread_and_infinite_where_none_is_smaller() -> None:
+    matrix = rotated(np.concatenate([[6.0, -4, 3, 2], 0.1 * np.random.default_rng(2).standard_normal(196)]))
+    z = probes_of(4, 30)
+    others = LeaveOneOut((z.T @ matrix @ z).numpy(), (z.T @ matrix @ matrix @ z).numpy())
+
+    def spread(shift: float) -> float:
+        return float(others.diagonals(z, matrix @ z, shift).var(dim=1).sum())
+
+    best = others.best_shift(spread, 1e-16)
+    assert spread(best) <= 1.01 * min(spread(others.unit * 10**power) for power in np.linspace(-4, 1, 51))
+    assert math.isinf(others.best_shift(lambda shift: 1.0 if math.isinf(shift) else 1.1, 1e-16))
+
+
+@pytest.mark.parametrize("spectrum", ["outliers", "power law", "network"])
+def test_where_directions_dominate_the_error_is_three_quarters_of_xdiags_at_most(spectrum: str) -> None:
+    values = {
+        "outliers": np.concatenate([[100.0, 60, 40, 20, 10], 0.05 * np.random.default_rng(2).random(195)]),
+        "power law": 1 / np.arange(1.0, 201) ** 1.2,
+        "network": network_like(200),
+    }[spectrum]
+    matrix = rotated(values)
+    made = [relative_error(sk.diagonal(matrix, num_probes=60, seed=seed).value, matrix) for seed in range(6)]
+    assert np.mean(made) <= 0.75 * np.mean([relative_error(xdiag(matrix, probes_of(seed, 30)), matrix) for seed in range(6)])
+
+
+def test_a_budget_below_the_probes_is_planned_with() -> None:
+    matrix = rotated(np.concatenate([[100.0, 60, 40, 20, 10], 0.05 * np.random.default_rng(2).random(195)]))
+    with pytest.warns(ConvergenceWarning, match="after 40 of 100"):
+        made = sk.diagonal(matrix, seed=4, max_matvecs=40)
+    assert made.num_matvecs == 40 and torch.equal(made.value, sk.diagonal(matrix, seed=4, num_probes=40).value)
+
+
+@pytest.mark.parametrize("rows", [107, 108])
+def test_vectors_are_kept_only_where_memory_allows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for each of 50 probes, and 8 to work with; else probes are averaged one by one."""
+    monkeypatch.setattr("sharpkit.linalg.diagonal.affordable_rows", lambda operator: rows)
+    plain = samples(50).mean(dim=0)
+    assert torch.allclose(sk.diagonal(MATRIX, num_probes=50).value, plain) is (rows < 108)
 
 
 def test_two_stated_errors_of_the_diagonal_hold_93_of_100_entries() -> None:

@@ -54,7 +54,9 @@ if TYPE_CHECKING:
     from sharpkit.linalg.slq import spectral_density as spectral_density
     from sharpkit.linalg.trace import trace as trace
     from sharpkit.measuring.critical import CriticalLearningRate as CriticalLearningRate
+    from sharpkit.measuring.critical import RelativeCriticalRates as RelativeCriticalRates
     from sharpkit.measuring.critical import critical_learning_rate as critical_learning_rate
+    from sharpkit.measuring.critical import relative_critical_rates as relative_critical_rates
     from sharpkit.measuring.directional import batch_sharpness as batch_sharpness
     from sharpkit.measuring.directional import directional_sharpness as directional_sharpness
     from sharpkit.measuring.directional import gradient_noise_interaction as gradient_noise_interaction
@@ -125,7 +127,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "SpectralDensity"),
     "sharpkit.linalg.slq": ("spectral_density",),
     "sharpkit.linalg.trace": ("trace",),
-    "sharpkit.measuring.critical": ("CriticalLearningRate", "critical_learning_rate"),
+    "sharpkit.measuring.critical": ("CriticalLearningRate", "RelativeCriticalRates", "critical_learning_rate", "relative_critical_rates"),
     "sharpkit.measuring.directional": ("batch_sharpness", "directional_sharpness", "gradient_noise_interaction"),
     "sharpkit.measuring.doctor": ("Diagnosis", "examine"),
     "sharpkit.measuring.geometry": ("GeneralizedSharpness", "generalized_sharpness"),

@@ -276,3 +276,85 @@ def test_an_optimizer_that_searches_within_its_step_is_refused() -> None:
 def test_an_optimizer_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="none of the objective's parameters"):
         sk.critical_learning_rate(quadratic(), torch.optim.SGD(built(Pair).parameters(), lr=0.1))
+
+
+def shifted(model: nn.Module, centre: Tensor, matrix: Tensor = H) -> sk.Objective:
+    def closure(model: nn.Module, batch: Tensor) -> Tensor:
+        d = model.w - centre
+        return 0.5 * d @ matrix @ d + 0 * batch.sum()
+
+    return sk.Objective(model, torch.ones(1, 1, dtype=torch.float64), closure=closure, count=len)
+
+
+@pytest.mark.parametrize("name", ["SGD", "momentum", "AdamW"])
+def test_along_another_loss_it_is_where_this_one_rises(name: str) -> None:
+    model = built(Pair)
+    first, second = shifted(model, CENTRE), shifted(model, CENTRE + 0.3 * gaussian(6, seed=5), 2 * H)
+    optimizer = OPTIMIZERS[name](groups_of(model))
+    for _ in range(2):
+        step(first, optimizer)
+    g, own = first.gradient()[1], second.gradient()[1]
+    u = next_update(optimizer, first.layout, g)
+    exact = float(2 * u @ own / (u @ (2 * H) @ u))
+    assert exact > 0
+    with untouched(model, optimizer=optimizer):
+        made = sk.critical_learning_rate(second, optimizer, along=first)
+    assert made.lower <= exact <= made.upper and made.num_evaluations <= 6
+    assert sk.critical_learning_rate(second, optimizer, along=first, gradient=g).value == made.value
+    assert sk.critical_learning_rate(first, optimizer, along=first).value == sk.critical_learning_rate(first, optimizer).value
+
+
+def test_a_table_of_losses_holds_the_single_answers_and_zero_where_they_pull_apart() -> None:
+    model = built(Pair)
+    centre = model.w.detach()
+    losses = {"a": shifted(model, centre + 1), "b": shifted(model, centre + 1.2), "c": shifted(model, centre - 1)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with untouched(model, optimizer=optimizer):
+        table = sk.relative_critical_rates(losses, optimizer)
+    for i, along in enumerate(losses.values()):
+        for j, objective in enumerate(losses.values()):
+            single = sk.critical_learning_rate(objective, optimizer, along=along)
+            assert float(table.rates[i, j]) == pytest.approx(single.value, rel=BRACKET)
+    assert not table.rates[2, :2].any() and not table.rates[:2, 2].any(), "a step towards c leads away from a and b"
+    assert bool((table.rates.diagonal() > 0).all()) and table.sharpness[0, 2] == math.inf
+    assert table.num_evaluations <= 5 * 6 and table.lr == 0.05
+    lines = str(table).splitlines()
+    assert lines[0].split() == ["along", "\\", "rises", "a", "b", "c"] and lines[3].split()[:3] == ["c", "0", "0"]
+    assert sk.RelativeCriticalRates.from_dict(table.to_dict()).names == ("a", "b", "c")
+
+
+def test_losses_of_different_models_are_refused() -> None:
+    model = built(Pair)
+    one, other = shifted(model, CENTRE), shifted(built(Pair), CENTRE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(ValueError, match="of the same parameters of one model"):
+        sk.critical_learning_rate(one, optimizer, along=other)
+    with pytest.raises(ValueError, match="of the same parameters of one model"):
+        sk.relative_critical_rates({"a": one, "b": other}, optimizer)
+    with pytest.raises(ValueError, match="at least two Objectives"):
+        sk.relative_critical_rates({"a": one}, optimizer)
+    with pytest.raises(TypeError, match="along takes an Objective"):
+        sk.critical_learning_rate(one, optimizer, along=CENTRE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("guess", [1e-9, 1e-3, 1.0, 1e3, 1e9])
+@pytest.mark.parametrize("shape", ["quartic", "log", "saturating", "overflowing"])
+def test_the_crossing_is_bracketed_from_any_guess_on_other_shapes(shape: str, guess: float) -> None:
+    """Along one direction, at w = 1: the loss returns to its beginning at eta = 2 / slope, since it is even."""
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        "quartic": lambda w: w**4,
+        "log": lambda w: torch.log1p(100 * w**2),
+        "saturating": lambda w: -torch.exp(-(w**2)),
+        "overflowing": lambda w: torch.exp(w**2 * 10),
+    }
+    model = nn.ParameterList([nn.Parameter(torch.ones(1, dtype=torch.float64))])
+
+    def closure(model: Any, batch: Tensor) -> Tensor:
+        return losses[shape](model[0]).sum() + 0 * batch.sum()
+
+    objective = sk.Objective(model, torch.ones(1, 1, dtype=torch.float64), closure=closure, count=len)
+    slope = float(objective.gradient()[1])
+    made = sk.critical_learning_rate(objective, torch.optim.SGD(model.parameters(), lr=0.1), guess=guess)
+    assert made.outcome == "found"
+    assert made.lower <= 2 / slope <= made.upper and made.lower / made.upper >= 1 - BRACKET
+    assert made.num_evaluations <= 26

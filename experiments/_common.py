@@ -19,7 +19,10 @@ import torch
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
-_PACKAGES = ("torch", "numpy", "scipy", "transformers", "curvlinops-for-pytorch", "pyhessian", "hessian-eigenthings")
+_PACKAGES = (
+    *("torch", "numpy", "scipy", "transformers", "curvlinops-for-pytorch", "pyhessian", "hessian-eigenthings"),
+    *("schedulefree", "prodigyopt", "lion-pytorch", "pytorch-optimizer"),
+)
 
 
 def run_as_script(name: str, measure: Callable[[bool], list[Row]], draw: Callable[[list[Row], Any], None]) -> None:

@@ -530,7 +530,7 @@ def test_a_rate_that_is_no_number_is_refused_by_name(rate: Any) -> None:
 
 # -- the only place that knows optimizers -------------------------------------------------------------------------------------------
 CLASSES = {name for name, value in vars(torch.optim).items() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}
-CLASSES = CLASSES - {"Optimizer"} | {key for key in kinds._KINDS if isinstance(key, str)}
+CLASSES = CLASSES - {"Optimizer"} | {key.rpartition(".")[2] for key in kinds._KINDS if isinstance(key, str)}
 SETTINGS = {
     "betas", "momentum", "dampening", "nesterov", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "amsgrad", "centered",
     "lr_decay", "initial_lr", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg",
@@ -538,7 +538,12 @@ SETTINGS = {
 ALLOWED = {
     "batch_size/scaling.py": {"betas", "eps", "weight_decay"},  # the arguments of scale_learning_rate, which names them as torch does
     "integrations/attachment.py": {"momentum"},  # the learner's argument, "keep" or "polyak"
-    "learner/baselines.py": {"SGDScheduleFree", "param_groups"},  # rivals in the race construct their own package's optimizer
+    "learner/baselines.py": {
+        "SGDScheduleFree",
+        "AdamWScheduleFree",
+        "Prodigy",
+        "param_groups",
+    },  # rivals in the race construct their own package's optimizer
 }
 
 

@@ -21,7 +21,7 @@ from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Trainer
 from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.samples import SamplePool
-from sharpkit.optimizers import UpdateRule, check_trains, learning_rate, limit_rule, unwrap_optimizer
+from sharpkit.optimizers import UpdateRule, check_settles, check_trains, learning_rate, limit_rule, unwrap_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -273,8 +273,8 @@ def learning_rate_curve(
 
     Args:
         objective: at the point to train from, usually freshly initialised. Only read.
-        optimizer: SGD (with momentum), Adam, AdamW, RMSprop or Adagrad, over the objective's parameters; only read. Of its rates the
-            groups' ratios count.
+        optimizer: SGD (with momentum), Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad or ASGD, over the objective's parameters; only read.
+            Of its rates the groups' ratios count.
         batch_sizes: where to evaluate; by default powers of two from 4 to all samples.
         pilot: steps of the pilot and of each calibrating run.
         calibrate: whether to make calibrating runs, or the batch sizes to make them at (the cost grows with them).
@@ -285,7 +285,7 @@ def learning_rate_curve(
     Raises:
         ValueError: batch sizes out of range, pilot shorter than 10 steps.
         ObjectiveError: the loss is no mean or sum over samples, or no run trains.
-        UnsupportedError: an optimizer whose limit is not known.
+        UnsupportedError: an optimizer whose limit is not known, or whose divisor does not follow from the gradient's moments.
 
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092; the mean-square condition: docs/mathematics.md.
@@ -297,6 +297,7 @@ def learning_rate_curve(
     pilot, max_samples, seed = whole("pilot", pilot, least=_LEAST_PILOT), whole("max_samples", max_samples, least=2), as_seed(seed)
     check_callback(callback)
     rule = limit_rule(optimizer, objective.layout)
+    check_settles(optimizer)
     pool = SamplePool(objective).limited(max_samples, seed=seed)
     sizes = _checked_sizes(batch_sizes, pool.size)
     at = _anchor_sizes(calibrate, sizes, pool.size)

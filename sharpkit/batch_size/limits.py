@@ -38,10 +38,10 @@ def limits_for(
     direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], _DIRECT_SIZES)
 
     def limit(size: float, top: float, noise: float) -> tuple[float, float]:
-        # Averaging momentum is a heavy ball whose rate is smaller by 1 - dampening. Nesterov's look ahead and decay bound the full batch
-        # alone: gradient noise drives the momentum buffer as it drives heavy ball's.
+        # Averaging momentum is a heavy ball whose rate is smaller by 1 - dampening. Nesterov's and NAdam's look ahead and decay bound the
+        # full batch alone: gradient noise drives the momentum buffer as it drives heavy ball's.
         load = rule.gain * max(top, 1e-12) + rule.drag
-        return float(size), short_form(load, (1 - rule.dampening) * noise, curvature.effective(size), momentum=rule.momentum)
+        return float(size), short_form(load, rule.drive * noise, curvature.effective(size), momentum=rule.momentum)
 
     if not rule.adaptive:
         curvature = measure_batch_curvature(pool, sizes=direct, seed=seed, ledger=ledger, wrap=as_seen_by(optimizer))
@@ -81,7 +81,7 @@ def preconditioner(mean: Tensor, variance: Tensor, batch_size: int, optimizer: t
         raise ValueError("the gradient's moments are not finite")
 
     def wrap(operator: SymmetricOperator) -> SymmetricOperator:
-        diagonal = settled_preconditioner(optimizer, layout_of(operator), moment)
+        diagonal = settled_preconditioner(optimizer, layout_of(operator), moment, mean=mean)
         return optimizer_curvature(operator, optimizer, diagonal=diagonal)[0]
 
     return wrap

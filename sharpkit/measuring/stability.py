@@ -10,7 +10,7 @@ import torch
 from sharpkit._arguments import real
 from sharpkit._errors import UnsupportedError
 from sharpkit._results import Bounded
-from sharpkit.optimizers import UpdateRule, decoupled_decays, limit_rule, unwrap_optimizer
+from sharpkit.optimizers import UpdateRule, limit_rule, update_rules
 
 
 class StableLearningRate(Bounded, kind="stable_learning_rate", saved=("value", "lower", "upper", "rule", "lambda_max")):
@@ -84,7 +84,7 @@ def stable_learning_rate(
     """
     if optimizer is not None:
         rule = limit_rule(optimizer)
-        if rule.matrix and (not rule.adaptive or any(decoupled_decays(unwrap_optimizer(optimizer)))):
+        if rule.matrix and (not rule.adaptive or any(own.weight_decay for own in update_rules(optimizer))):
             raise UnsupportedError(
                 f"the groups of {rule.name} differ in learning rate, momentum or decay, so its limit is not that of lambda_max(H) but of "
                 "another matrix: sharpkit.measure(objective, optimizer=optimizer).stable_lr measures that one"

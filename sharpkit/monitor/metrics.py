@@ -307,7 +307,7 @@ def _trace_limit(s: Situation) -> float | None:
     2 (1 + beta) / lr = lambda_max + k tr H with k = (1 + beta) / ((1 - beta) B), the short form for Gaussian least squares.
     """
     rule, points = s.rule, s.memory.trackers["lambda_max"].points
-    if rule is None or rule.adaptive or rule.nesterov or rule.dampening or s.hessian_limit() is None or not points:
+    if rule is None or rule.adaptive or rule.gain != 1 or s.hessian_limit() is None or not points:
         return None
     # the last known lambda_max, measured by the main metric: another run of products for it would cost as much as the trace
     room = 2 * (1 + rule.momentum) / s.lr - points[-1][1]

@@ -40,14 +40,15 @@ class _DiagonalScaling(_DerivedOperator):
 class PreconditionedOperator(_DiagonalScaling):
     """D^-1/2 A D^-1/2: symmetric, with the eigenvalues of D^-1 A, D what an adaptive optimizer divides its gradients by.
 
-    D is read from the live state: Adam and AdamW sqrt(v_hat) + eps, amsgrad's maximum where used; RMSprop sqrt(v) + eps,
-    centred where asked; Adagrad sqrt(sum) + eps; SGD 1. Groups with other learning rates or momenta than the first that trains are scaled
-    so that the limit holds for that one's rate. Parameters that the optimizer does not move have zero rows: not held, at rate 0, without a
-    gradient so far. The state is captured at construction: make a new operator after further steps.
+    D is read from the live state: Adam, AdamW and NAdam sqrt(v_hat) + eps, amsgrad's maximum where used; RAdam over its rectification;
+    Adamax the largest gradient; RMSprop sqrt(v) + eps, centred where asked; Adagrad sqrt(sum) + eps; Adadelta, Adafactor, schedule-free
+    AdamW and RAdam, and Prodigy as docs/mathematics.md has them; SGD and ASGD 1. Groups with other learning rates or momenta than the first
+    that trains are scaled so that the limit holds for that one's rate. Parameters that the optimizer does not move have zero rows: not
+    held, at rate 0, without a gradient so far. The state is captured at construction: make a new operator after further steps.
 
     Args:
         base: a curvature operator, or a sum or multiple of such.
-        optimizer: torch.optim SGD, Adam, AdamW, RMSprop or Adagrad after at least one step.
+        optimizer: one of these or a registered one, after at least one step.
         diagonal: D itself, (n,) positive, for any other optimizer.
 
     Raises:

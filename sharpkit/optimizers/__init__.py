@@ -6,6 +6,7 @@ parameters they hold, and what the next step would be.
 
 from __future__ import annotations
 
+from sharpkit.optimizers.fixed_steps import Norm
 from sharpkit.optimizers.geometry import has_geometry, step_geometry
 from sharpkit.optimizers.groups import (
     averaging,
@@ -24,9 +25,10 @@ from sharpkit.optimizers.groups import (
     set_momentum,
     weight_decay,
 )
-from sharpkit.optimizers.kinds import Norm, OptimizerKind, kind_of, refuse_unknown, register_optimizer
+from sharpkit.optimizers.kinds import OptimizerKind, kind_of, refuse_unknown, register_optimizer
 from sharpkit.optimizers.limits import (
     StepMatrix,
+    check_settles,
     decoupled_decays,
     gradient_decays,
     groups_agree,
@@ -50,6 +52,7 @@ __all__ = [
     "UpdateRule",
     "averaging",
     "check_one_way",
+    "check_settles",
     "check_trains",
     "copy_optimizer",
     "current_momentum",

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.params import ParamLayout
+from sharpkit.optimizers.fixed_steps import Norm
 from sharpkit.optimizers.groups import _NONE_HELD, is_maximizing, learning_rate, relative_rates
-from sharpkit.optimizers.kinds import Norm, kind_of
+from sharpkit.optimizers.kinds import kind_of
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
 

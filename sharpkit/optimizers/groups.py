@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.params import ParamLayout
-from sharpkit.optimizers.kinds import Settings, _decay
+from sharpkit.optimizers.rules import Settings
+from sharpkit.optimizers.torch_rules import decay_of
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
 
@@ -87,7 +88,9 @@ _NONE_HELD = "the optimizer holds none of the objective's parameters: make it fr
 
 def is_maximizing(optimizer: Optimizer) -> bool:
     """Whether any group climbs the objective (``maximize=True``): limits are about descent, and say nothing then."""
-    return any(group.get("maximize") for group in unwrap_optimizer(optimizer).param_groups)
+    optimizer = unwrap_optimizer(optimizer)
+    # pytorch_optimizer's keep it as an attribute of their own, for all groups
+    return bool(getattr(optimizer, "maximize", False)) or any(group.get("maximize") for group in optimizer.param_groups)
 
 
 def check_one_way(optimizer: Optimizer, layout: ParamLayout) -> None:
@@ -169,7 +172,7 @@ def averaging(optimizer: Optimizer) -> tuple[float, float] | None:
 
 def weight_decay(optimizer: Optimizer) -> float:
     """Weight decay of the first group, coupled or not."""
-    return _decay(optimizer.param_groups[0])
+    return decay_of(optimizer.param_groups[0])
 
 
 def plain_settings(optimizer: Optimizer) -> list[dict[str, Any]]:

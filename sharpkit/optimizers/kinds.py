@@ -8,10 +8,9 @@ A subclass that does not override ``step`` is treated as its parent. One that do
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,17 +18,12 @@ from torch.optim import Optimizer
 
 from sharpkit._arguments import choice
 from sharpkit._errors import UnsupportedError
-from sharpkit.optimizers.rules import UpdateRule
+from sharpkit.optimizers import fixed_steps as fixed
+from sharpkit.optimizers import package_rules as packages
+from sharpkit.optimizers import torch_rules as rules
+from sharpkit.optimizers.fixed_steps import Norm
+from sharpkit.optimizers.rules import Settings, State, UpdateRule
 from sharpkit.optimizers.wrappers import unwrap_optimizer
-
-Settings = Mapping[str, Any]  # of a parameter group: lr, betas, weight_decay ...
-
-
-State = Mapping[str, Any]  # that an optimizer keeps for one parameter: exp_avg, step ...
-
-# A matrix has the shape (first, all others) of its tensor: its largest singular value, or largest l2 norm of a row or column. "blocks" is
-# the l2 norm of each tensor, as all but "linf" (the largest entry) are of a vector; "l2" that of all parameters together.
-Norm = Literal["l2", "linf", "spectral", "blocks", "rows", "columns"]
 
 
 @dataclass(frozen=True)
@@ -43,107 +37,71 @@ class OptimizerKind:
         step: (state of a parameter, settings of its group, the parameter) -> (a, b) in the step a g + b at rate 1, b None for 0.
         geometry: of a method whose steps have a fixed length: (state of a parameter, settings of its group, the parameter) -> the norm in
             which it is steepest descent, and the norm of its step at rate 1, or, in "linf", that of each entry.
+        settled: (mean gradient, mean of its square, settings) -> D as it comes to where these stay, in their shape; None if it does not
+            come to rest, or depends on more than these.
+        shared: settings that the optimizer reads from its first group for all.
+        no_rule: why its update has no linear rule, a clause for the message.
     """
 
     rule: Callable[[Settings], UpdateRule] | None = None
     preconditioner: Callable[[State, Settings, Tensor], Tensor] | None = None
     step: Callable[[State, Settings, Tensor], tuple[float, Tensor | None]] | None = None
     geometry: Callable[[State, Settings, Tensor], tuple[Norm, float | Tensor]] | None = None
+    settled: Callable[[Tensor, Tensor, Settings], Tensor] | None = None
+    shared: tuple[str, ...] = ()
+    no_rule: str = ""
+
+    def rules(self, optimizer: Optimizer) -> list[UpdateRule]:
+        """The linear rule of every group; only of a kind that has one."""
+        assert self.rule is not None
+        return [self.rule(self.settings(optimizer, group)) for group in optimizer.param_groups]
+
+    def settings(self, optimizer: Optimizer, group: Settings) -> Settings:
+        """A group's settings as the rule takes them, with the steps it has made."""
+        first = optimizer.param_groups[0]
+        return _LiveSettings(optimizer, {**group, **{name: first[name] for name in self.shared}})
 
 
-def _decay(settings: Settings) -> float:
-    return float(settings.get("weight_decay") or 0.0)
+class _LiveSettings(dict[str, Any]):
+    """A group's settings; "step", where it is none of them, is read from the state when it is asked for, as it may lie on a device."""
+
+    def __init__(self, optimizer: Optimizer, group: Settings) -> None:
+        super().__init__(group)
+        self._optimizer = optimizer
+
+    def __missing__(self, name: str) -> float:
+        if name != "step":
+            raise KeyError(name)
+        # the first that has stepped speaks for the group: parameters without a gradient at times are a few steps behind
+        states = (self._optimizer.state.get(p, {}) for p in self["params"])
+        return next((float(state["step"]) for state in states if "step" in state), 0.0)
 
 
-def _sgd_rule(settings: Settings) -> UpdateRule:
-    return UpdateRule(float(settings["momentum"]), float(settings["dampening"]), bool(settings["nesterov"]), _decay(settings))
-
-
-def _sgd_step(state: State, settings: Settings, p: Tensor) -> tuple[float, Tensor | None]:
-    buffer: Tensor | None = state.get("momentum_buffer")
-    beta, sign = float(settings["momentum"]), -1.0 if settings.get("maximize") else 1.0  # climbing, torch accumulates -g in the buffer
-    fresh = 1.0 if buffer is None else 1.0 - float(settings["dampening"])  # the first gradient fills the buffer undampened
-    factor = (1 + beta * fresh if settings["nesterov"] else fresh) if beta else 1.0
-    push = None if buffer is None or not beta else sign * (beta**2 if settings["nesterov"] else beta) * buffer
-    if decay := _decay(settings):
-        push = sign * factor * decay * p.detach() + (0.0 if push is None else push)
-    return factor, push
-
-
-def _schedule_free_rule(settings: Settings) -> UpdateRule:
-    # arXiv 2405.15682: the gradient is taken at y = (1 - beta) z + beta x, and the fast iterate z moves by it. So z sees its own curvature
-    # times 1 - beta, which is what dampening = beta without a momentum buffer does. The mean x moves too slowly to matter.
-    return UpdateRule(0.0, float(settings["momentum"]), False, _decay(settings))
-
-
-def _adam_rule(settings: Settings, *, decoupled: bool | None = None) -> UpdateRule:
-    beta1 = float(settings["betas"][0])
-    decoupled = bool(settings.get("decoupled_weight_decay")) if decoupled is None else decoupled
-    # Coupled decay is part of the gradient and so of the preconditioned matrix, not of the rule: see gradient_decays.
-    return UpdateRule(beta1, beta1, False, _decay(settings) if decoupled else 0.0, decoupled, adaptive=True)
-
-
-def _adam_preconditioner(state: State, settings: Settings, p: Tensor) -> Tensor:
-    """sqrt(v_hat) + eps, v_hat the bias-corrected second moment, without the factor 1 - beta1^t of Cohen et al. (2022, arXiv 2207.14484).
-
-    That factor is the bias correction of the first moment, and goes to 1 in the steps to come, which decide: with v_hat held, torch's Adam
-    breaks within .1 % of the limit without it after 1, 3, 10, 30 and 1000 steps alike; with it the limit after the first step would read a
-    fifth of that. What it does is pass by: at half the limit a mode first grows 1300-fold after 1 step, 35-fold after 3, 1.8-fold after 10,
-    and not at all after 30, before it decays (experiments/adam_first_steps.py).
-    """
-    moment: Tensor = state["max_exp_avg_sq" if settings.get("amsgrad") else "exp_avg_sq"]
-    corrected = moment.double() / (1 - float(settings["betas"][1]) ** float(state["step"]))
-    divisor: Tensor = corrected.sqrt() + settings["eps"]
-    return divisor
-
-
-def _rmsprop_preconditioner(state: State, settings: Settings, p: Tensor) -> Tensor:
-    """sqrt(v) + eps, less the square of the mean gradient under the root if the optimizer is centred."""
-    moment: Tensor = state["square_avg"].double()
-    if settings.get("centered"):
-        moment = moment - state["grad_avg"].double().square()
-    divisor: Tensor = moment.clamp_min(0).sqrt() + settings["eps"]
-    return divisor
-
-
-def _adagrad_preconditioner(state: State, settings: Settings, p: Tensor) -> Tensor:
-    """sqrt(sum) + eps; torch's own decay of the rate enters here, since lr stays as it was given."""
-    total: Tensor = state["sum"].double()
-    divisor: Tensor = (total.sqrt() + settings["eps"]) * (1 + (float(state["step"]) - 1) * settings["lr_decay"])
-    return divisor
-
-
-def _sign_geometry(state: State, settings: Settings, p: Tensor) -> tuple[Norm, float]:
-    """Every entry moves by the rate: sign descent, Lion (arXiv 2302.06675)."""
-    return "linf", 1.0
-
-
-def _rprop_geometry(state: State, settings: Settings, p: Tensor) -> tuple[Norm, float | Tensor]:
-    """Every entry moves by a length of its own, which the rate only begins with."""
-    return "linf", state["step_size"] / float(settings["lr"]) if state else 1.0
-
-
-def _muon_geometry(state: State, settings: Settings, p: Tensor) -> tuple[Norm, float]:
-    """All singular values of a matrix move by the rate, times a factor for its shape (Jordan et al. (2024); torch's ``adjust_lr_fn``)."""
-    rows, columns = p.shape[0], math.prod(p.shape[1:])
-    if settings.get("adjust_lr_fn") == "match_rms_adamw":
-        return "spectral", 0.2 * math.sqrt(max(rows, columns))
-    return "spectral", math.sqrt(max(1.0, rows / columns))
-
-
-# A key is a class or, so that its package need not be imported, the name of one. The most derived entry of an optimizer counts.
+# A key is a class or, so that its package need not be imported, the name of one; with the package where others have one of that name too.
+# The most derived entry of an optimizer counts.
 _KINDS: dict[type | str, OptimizerKind] = {
-    torch.optim.SGD: OptimizerKind(_sgd_rule, step=_sgd_step),
-    torch.optim.Adam: OptimizerKind(_adam_rule, _adam_preconditioner),
-    torch.optim.AdamW: OptimizerKind(lambda settings: _adam_rule(settings, decoupled=True), _adam_preconditioner),
-    torch.optim.RMSprop: OptimizerKind(lambda s: UpdateRule(float(s["momentum"]), adaptive=True), _rmsprop_preconditioner),
-    torch.optim.Adagrad: OptimizerKind(lambda s: UpdateRule(adaptive=True), _adagrad_preconditioner),
-    torch.optim.Rprop: OptimizerKind(geometry=_rprop_geometry),
-    "SGDScheduleFree": OptimizerKind(_schedule_free_rule),
-    "Lion": OptimizerKind(geometry=_sign_geometry),
+    torch.optim.SGD: OptimizerKind(rules.sgd_rule, step=rules.sgd_step),
+    torch.optim.Adam: OptimizerKind(rules.adam_rule, rules.adam_preconditioner, settled=rules.settled_root),
+    torch.optim.AdamW: OptimizerKind(rules.adamw_rule, rules.adam_preconditioner, settled=rules.settled_root),
+    torch.optim.NAdam: OptimizerKind(rules.nadam_rule, rules.adam_preconditioner, settled=rules.settled_root),
+    torch.optim.RAdam: OptimizerKind(rules.adam_rule, rules.radam_preconditioner, settled=rules.settled_root),
+    torch.optim.Adamax: OptimizerKind(rules.adam_rule, rules.adamax_preconditioner),
+    torch.optim.RMSprop: OptimizerKind(rules.rmsprop_rule, rules.rmsprop_preconditioner, settled=rules.settled_rmsprop),
+    torch.optim.Adagrad: OptimizerKind(rules.divided_rule, rules.adagrad_preconditioner, settled=rules.settled_root),
+    torch.optim.Adadelta: OptimizerKind(rules.divided_rule, rules.adadelta_preconditioner),
+    torch.optim.Adafactor: OptimizerKind(rules.adafactor_rule, rules.adafactor_preconditioner),
+    torch.optim.ASGD: OptimizerKind(rules.asgd_rule),
+    torch.optim.Rprop: OptimizerKind(geometry=fixed.rprop_geometry, no_rule=fixed.OWN_LENGTH),
+    torch.optim.SparseAdam: OptimizerKind(no_rule=fixed.SPARSE),
+    torch.optim.LBFGS: OptimizerKind(no_rule=fixed.SEARCH),
+    "Lion": OptimizerKind(geometry=fixed.sign_geometry, no_rule=fixed.SIGN),
+    "SGDScheduleFree": OptimizerKind(packages.free_sgd_rule),
+    "AdamWScheduleFree": OptimizerKind(packages.free_adamw_rule, packages.free_adamw_preconditioner, settled=rules.settled_root),
+    "RAdamScheduleFree": OptimizerKind(packages.free_radam_rule, packages.free_radam_preconditioner, settled=rules.settled_root),
+    "prodigyopt.Prodigy": OptimizerKind(packages.prodigy_rule, packages.prodigy_preconditioner, shared=("betas", "use_bias_correction")),
 }
 if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-    _KINDS[torch.optim.Muon] = OptimizerKind(geometry=_muon_geometry)
+    _KINDS[torch.optim.Muon] = OptimizerKind(geometry=fixed.muon_geometry, no_rule=fixed.ORTHOGONAL)
 
 
 def register_optimizer(
@@ -152,18 +110,20 @@ def register_optimizer(
     rule: Callable[[Settings], UpdateRule] | None = None,
     preconditioner: Callable[[State, Settings, Tensor], Tensor] | None = None,
     geometry: Norm | Callable[[State, Settings, Tensor], tuple[Norm, float | Tensor]] | None = None,
+    settled: Callable[[Tensor, Tensor, Settings], Tensor] | None = None,
 ) -> None:
     """Tell sharpkit what an optimizer class does, for this process; its subclasses that keep its ``step`` are included.
 
     Args:
         cls: a subclass of torch.optim.Optimizer. What was known about it before is replaced.
-        rule: settings of a parameter group (a dict such as ``optimizer.param_groups[0]``) -> its :class:`UpdateRule`, with
-            ``adaptive=True`` where gradients are divided by D.
+        rule: settings of a parameter group (a dict such as ``optimizer.param_groups[0]``; "step" in it is how many steps the group has
+            made, if the state counts them) -> its :class:`UpdateRule`, with ``adaptive=True`` where gradients are divided by D.
         preconditioner: (state of a parameter, settings of its group, the parameter) -> D, positive, in the parameter's shape. Needed for
             an adaptive rule; without one, D = 1.
         geometry: of a method whose steps have a fixed length, as those of sign methods and Muon: the norm in which it is steepest descent
             (see :func:`sharpkit.generalized_sharpness`), if a step has the norm lr in it; or a function of the same arguments as
             ``preconditioner`` -> that norm, and the step's norm at rate 1.
+        settled: (mean gradient, mean of its square, settings) -> D as it comes to where these stay, for :func:`learning_rate_curve`.
 
     Raises:
         TypeError: cls is no optimizer class, or an argument is no function.
@@ -189,11 +149,11 @@ def register_optimizer(
         choice("geometry", geometry, get_args(Norm)[1:], other="a function")
         norm = geometry
         geometry = lambda state, settings, p: (norm, 1.0)  # noqa: E731
-    for name, function in (("rule", rule), ("preconditioner", preconditioner), ("geometry", geometry)):
+    for name, function in (("rule", rule), ("preconditioner", preconditioner), ("geometry", geometry), ("settled", settled)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     # no step: batch sharpness along the step stays what it is for an unknown optimizer, along the gradient
-    _KINDS[cls] = OptimizerKind(rule, preconditioner, geometry=geometry)
+    _KINDS[cls] = OptimizerKind(rule, preconditioner, geometry=geometry, settled=settled)
 
 
 def kind_of(optimizer: Optimizer) -> OptimizerKind | None:
@@ -203,12 +163,16 @@ def kind_of(optimizer: Optimizer) -> OptimizerKind | None:
     # unknown rather than taken for its parent: a rule that is nearly right would give limits that are silently wrong
     if parent is None or _own_step(parent) is not _own_step(cls):
         return None
-    return _KINDS.get(parent) or _KINDS[parent.__name__]
+    return next(_KINDS[key] for key in _keys(parent) if key in _KINDS)
+
+
+def _keys(cls: type) -> tuple[type | str, ...]:
+    return cls, cls.__name__, f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
 
 def _nearest_entry(cls: type) -> type[Any] | None:
     """The most derived class in the table that cls is or derives from."""
-    return next((base for base in cls.__mro__ if base in _KINDS or base.__name__ in _KINDS), None)
+    return next((base for base in cls.__mro__ if any(key in _KINDS for key in _keys(base))), None)
 
 
 def _own_step(cls: type[Any]) -> Any:
@@ -217,10 +181,12 @@ def _own_step(cls: type[Any]) -> Any:
 
 
 def _unknown(optimizer: Optimizer, what: str, supported: Callable[[OptimizerKind], Any], remedy: str, argument: str) -> UnsupportedError:
-    cls = type(optimizer)
-    names = ", ".join(key if isinstance(key, str) else key.__name__ for key, kind in _KINDS.items() if supported(kind))
+    cls, kind = type(optimizer), kind_of(optimizer)
+    if kind is not None and kind.no_rule:
+        return UnsupportedError(f"{cls.__name__} has no linear rule, and so no limit to lambda_max: {kind.no_rule}")
+    names = ", ".join(key.rpartition(".")[2] if isinstance(key, str) else key.__name__ for key, kind in _KINDS.items() if supported(kind))
     parent = _nearest_entry(cls)
-    why = f" (it overrides the step of {parent.__name__})" if parent not in (None, cls) and kind_of(optimizer) is None else ""
+    why = f" (it overrides the step of {parent.__name__})" if parent not in (None, cls) and kind is None else ""
     register = f"register it with sharpkit.register_optimizer({cls.__name__}, {argument}=...)"
     return UnsupportedError(f"{what} of {cls.__name__} is not known{why}; supported: {names}. {remedy}, or {register}")
 

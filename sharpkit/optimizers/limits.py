@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.params import ParamLayout
-from sharpkit.optimizers.groups import _NONE_HELD, _holding, _reference, is_maximizing, relative_rates
-from sharpkit.optimizers.kinds import State, _decay, _no_rule, _unknown, kind_of
-from sharpkit.optimizers.rules import UpdateRule
+from sharpkit.optimizers.groups import _NONE_HELD, _holding, _reference, is_maximizing, learning_rates, relative_rates
+from sharpkit.optimizers.kinds import _no_rule, _unknown, kind_of
+from sharpkit.optimizers.rules import State, UpdateRule
+from sharpkit.optimizers.torch_rules import decay_of, settled_root
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
 
@@ -30,6 +31,12 @@ def update_rule(optimizer: Optimizer, *, group: int | None = None) -> UpdateRule
     Raises:
         UnsupportedError: an optimizer whose linear rule is not known, or one that maximizes.
     """
+    rules = update_rules(optimizer)
+    return rules[_reference(relative_rates(unwrap_optimizer(optimizer))) if group is None else group]
+
+
+def update_rules(optimizer: Optimizer) -> list[UpdateRule]:
+    """The linear update rule of every parameter group; errors as in :func:`update_rule`."""
     optimizer = unwrap_optimizer(optimizer)
     kind = kind_of(optimizer)
     if kind is None or kind.rule is None:
@@ -38,13 +45,9 @@ def update_rule(optimizer: Optimizer, *, group: int | None = None) -> UpdateRule
         raise UnsupportedError(
             f"{type(optimizer).__name__} has maximize=True, and stability limits are those of descent: minimize the negative loss instead"
         )
-    rule = kind.rule(optimizer.param_groups[_reference(relative_rates(optimizer)) if group is None else group])
-    return replace(rule, name=type(optimizer).__name__) if rule.name == UpdateRule.name else rule
-
-
-def update_rules(optimizer: Optimizer) -> list[UpdateRule]:
-    """The linear update rule of every parameter group; errors as in :func:`update_rule`."""
-    return [update_rule(optimizer, group=index) for index in range(len(unwrap_optimizer(optimizer).param_groups))]
+    learning_rates(optimizer)  # some rules read the rate, which must be a number
+    name = type(optimizer).__name__
+    return [replace(rule, name=name) if rule.name == UpdateRule.name else rule for rule in kind.rules(optimizer)]
 
 
 def is_adaptive(optimizer: Optimizer, *, unknown: bool | None = None) -> bool:
@@ -54,7 +57,7 @@ def is_adaptive(optimizer: Optimizer, *, unknown: bool | None = None) -> bool:
     """
     kind = kind_of(optimizer)
     if kind is not None and kind.rule is not None:
-        return kind.rule(optimizer.param_groups[0]).adaptive
+        return kind.rules(optimizer)[0].adaptive
     if unknown is None:
         raise _no_rule(optimizer)
     return unknown
@@ -64,8 +67,8 @@ def decoupled_decays(optimizer: Optimizer) -> list[float]:
     """Decoupled weight decay of every group; 0 where decay enters the gradient instead."""
     kind = kind_of(optimizer)
     if kind is None or kind.rule is None:
-        return [_decay(group) if group.get("decoupled_weight_decay") else 0.0 for group in optimizer.param_groups]
-    return [rule.weight_decay if rule.decoupled else 0.0 for rule in map(kind.rule, optimizer.param_groups)]
+        return [decay_of(group) if group.get("decoupled_weight_decay") else 0.0 for group in optimizer.param_groups]
+    return [rule.weight_decay if rule.decoupled else 0.0 for rule in kind.rules(optimizer)]
 
 
 def gradient_decays(optimizer: Optimizer) -> list[float]:
@@ -75,12 +78,10 @@ def gradient_decays(optimizer: Optimizer) -> list[float]:
     """
     kind = kind_of(optimizer)
     if kind is None or kind.rule is None:
-        return [0.0 if group.get("decoupled_weight_decay") else _decay(group) for group in optimizer.param_groups]
-    rules = [kind.rule(group) for group in optimizer.param_groups]
+        return [0.0 if group.get("decoupled_weight_decay") else decay_of(group) for group in optimizer.param_groups]
+    rules = zip(kind.rules(optimizer), optimizer.param_groups, strict=True)
     # torch adds coupled decay to g before g enters the second moment and is divided by D, as if the loss had 0.5 decay |w|^2 more
-    return [
-        _decay(group) if rule.adaptive and not rule.weight_decay else 0.0 for rule, group in zip(rules, optimizer.param_groups, strict=True)
-    ]
+    return [decay_of(group) if rule.adaptive and not rule.weight_decay else 0.0 for rule, group in rules]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class _Groups:
     Attributes:
         rule: the reference's own.
         weights: r_i s_i / s of each group.
-        coupled, shifts: decay_i of coupled and r_i decay_i / (2 s) of decoupled decay.
+        coupled, shifts: decay_i of coupled and r_i decay_i / (2 s) of decoupled decay; r_i s_i decay_i / s of coupled decay beside D.
         extra: coupled decay that is no part of the rule, since it is divided by D.
         agree: whether one weight and one decay move all parameters, so that the limit is about H, or D^-1 H, itself.
     """
@@ -107,10 +108,15 @@ class _Groups:
         ratios = relative_rates(optimizer, layout) if ratios is None else ratios
         rules, first = update_rules(optimizer), _reference(ratios)
         speeds = [rule.gain / (2 * (1 + rule.momentum)) for rule in rules]
-        weights = [ratio * speed / speeds[first] for ratio, speed in zip(ratios, speeds, strict=True)]
+        speed = speeds[first] or 1.0  # 0 where the method skips its steps for the time being
+        weights = [ratio * own / speed for ratio, own in zip(ratios, speeds, strict=True)]
         divided = gradient_decays(optimizer)
-        coupled = [own + (0.0 if rule.decoupled else rule.weight_decay) for own, rule in zip(divided, rules, strict=True)]
-        shifts = [ratio * decay / (2 * speeds[first]) for ratio, decay in zip(ratios, decoupled_decays(optimizer), strict=True)]
+        coupled = [own + (0.0 if rule.decoupled or rule.adaptive else rule.weight_decay) for own, rule in zip(divided, rules, strict=True)]
+        # of an adaptive method that does not divide its decay by D, as AdamW and the schedule-free ones, the decay stands beside D^-1 H
+        beside = [rule.weight_decay if rule.decoupled or rule.adaptive else 0.0 for rule in rules]
+        shares = [r / (2 * speed) if rule.decoupled else weight for r, rule, weight in zip(ratios, rules, weights, strict=True)]
+        shifts = [share * decay for share, decay in zip(shares, beside, strict=True)]
+        reach = [rule.ceiling / ratio for rule, ratio in zip(rules, ratios, strict=True) if ratio]
         holding = [True] * len(rules) if layout is None else _holding(optimizer, layout)
         training = [index for index, ratio in enumerate(ratios) if ratio and holding[index]]
         moving = {id(p) for index in training for p in optimizer.param_groups[index]["params"]}
@@ -119,7 +125,7 @@ class _Groups:
         agree = agree and all(
             math.isclose(values[index], values[first], rel_tol=1e-9) for values in (weights, coupled, shifts) for index in training
         )
-        return cls(rules[first], weights, coupled, shifts, divided[first], agree)
+        return cls(replace(rules[first], ceiling=min(reach)), weights, coupled, shifts, divided[first], agree)
 
     @property
     def limit_rule(self) -> UpdateRule:
@@ -221,7 +227,9 @@ def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], 
     if divide is None and not known:
         remedy = "Pass diagonal= with what it divides gradients by"
         raise _unknown(optimizer, "the state", lambda k: k.preconditioner or k.step, remedy, "preconditioner")
-    groups = {id(p): (group, weight) for group, weight in zip(optimizer.param_groups, weights, strict=True) for p in group["params"]}
+    settings_of = kind.settings if kind is not None else lambda _, group: group
+    live = [settings_of(optimizer, group) for group in optimizer.param_groups]
+    groups = {id(p): (group, weight) for group, weight in zip(live, weights, strict=True) for p in group["params"]}
     if not any(id(p) in groups for p in layout.params):
         raise ValueError(_NONE_HELD)
     if divide is not None and not any(map(_has_stepped, optimizer.state.values())):
@@ -234,6 +242,7 @@ def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], 
         elif divide is None:
             pieces.append(torch.full_like(p, weight, dtype=torch.float64).sqrt())
         else:
+            _check_state(optimizer, state, p)
             denominator = divide(state, settings, p)
             if denominator.shape != p.shape:
                 raise ValueError(f"the preconditioner of {name!r} must have shape {tuple(p.shape)}, got {tuple(denominator.shape)}")
@@ -243,13 +252,48 @@ def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], 
     return scale if diagonal is None else scale * diagonal.to(scale.device).rsqrt()
 
 
+def _check_state(optimizer: Optimizer, state: State, p: Tensor) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel() > 1 and not value.is_floating_point() and not value.is_complex():
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} keeps {name} as {str(value.dtype).removeprefix('torch.')}, a code whose meaning is not "
+                "known: pass diagonal= with what it divides gradients by, or use the optimizer that keeps its state in floating point"
+            )
+
+
 def _has_stepped(state: State) -> bool:
     # Adagrad makes its state, with step 0, before the first step; a method that counts its steps elsewhere makes it at the first one
     return bool(float(state["step"])) if "step" in state else bool(state)
 
 
-def settled_preconditioner(optimizer: Optimizer, layout: ParamLayout, second_moment: Tensor) -> Tensor:
-    """(n,) sqrt(v) + eps: the D that an adaptive optimizer comes to where the squared gradient has the mean v; each group's own eps."""
-    eps = [float(group.get("eps", 1e-8)) for group in optimizer.param_groups]  # torch's default where the optimizer names none
-    own = _by_group(optimizer, layout, eps)
-    return second_moment.sqrt() + (own.to(second_moment) if isinstance(own, Tensor) else own)
+def settled_preconditioner(optimizer: Optimizer, layout: ParamLayout, second_moment: Tensor, *, mean: Tensor | None = None) -> Tensor:
+    """(n,) the D that an adaptive optimizer comes to where the squared gradient has the mean v, sqrt(v) + eps; each group's own settings.
+
+    Args:
+        optimizer: one whose state does not matter.
+        layout: the parameters meant.
+        second_moment: (n,) v.
+        mean: (n,) of the gradient, 0 by default; a centred optimizer takes its square from v.
+
+    Raises:
+        UnsupportedError: an optimizer whose D does not come to rest, or depends on more than these moments.
+    """
+    check_settles(optimizer)
+    kind = kind_of(optimizer)
+    mean = torch.zeros_like(second_moment) if mean is None else mean
+    held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    settled = kind.settled if kind is not None and kind.settled is not None else settled_root
+    # in the moments' own type: split by the layout they would be rounded to the parameters'
+    pieces = zip(layout.params, torch.split(mean, list(layout.sizes)), torch.split(second_moment, list(layout.sizes)), strict=True)
+    return torch.cat([settled(m, v, {"eps": 1e-8, **held.get(id(p), {})}) for p, m, v in pieces])  # torch's default where it has no eps
+
+
+def check_settles(optimizer: Optimizer) -> None:
+    """Raise UnsupportedError where an adaptive optimizer's D is not known from the moments of the gradient alone."""
+    kind = kind_of(optimizer)
+    if kind is not None and kind.preconditioner is not None and kind.settled is None:
+        name = type(optimizer).__name__
+        raise UnsupportedError(
+            f"what {name} divides gradients by does not follow from the mean of the squared gradient, so its limit at other batch sizes is "
+            "not known: sharpkit.measure(objective, optimizer=optimizer) gives the limit at the present state"
+        )

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sharpkit._arguments import as_text, flag, real
+
+Settings = Mapping[str, Any]  # of a parameter group: lr, betas, weight_decay ...; "step" is how many steps it has made
+State = Mapping[str, Any]  # that an optimizer keeps for one parameter: exp_avg, step ...
 
 
 @dataclass(frozen=True)
 class UpdateRule:
     """The linear part of an optimizer's update, as far as stability on a quadratic depends on it.
 
-    With gradient g and momentum buffer v: v <- momentum v + (1 - dampening) g, or, with ``nesterov``, the step is g + momentum v. Coupled
-    weight decay adds weight_decay * w to g; decoupled decay multiplies w by (1 - lr weight_decay).
+    With gradient g (divided by D where that is adaptive) and momentum buffer v: v <- momentum v + (1 - dampening) g, and the step is
+    lr (direct g + share v); ``nesterov`` stands for direct = 1, share = momentum. Coupled weight decay adds weight_decay * w to g, after
+    its division by D; decoupled decay multiplies w by (1 - lr weight_decay).
 
     Attributes:
         adaptive: the curvature meant is that of D^-1 H.
         name: for messages.
         matrix: its name, where it is not H or D^-1 H: see :attr:`operator`.
+        direct, share: how much of the gradient and of the momentum buffer a step at rate 1 holds.
+        ceiling: the rate up to which the step grows with the rate; decoupled decay grows on.
 
     Example:
         >>> UpdateRule(momentum=0.9).max_learning_rate(10.0)
@@ -38,12 +45,18 @@ class UpdateRule:
     adaptive: bool = False
     name: str = "gradient descent"
     matrix: str = ""
+    direct: float = 0.0
+    share: float = 1.0
+    ceiling: float = math.inf
 
     def __post_init__(self) -> None:
         limits: dict[str, Any] = {
             "momentum": {"least": 0.0, "below": 1.0},
             "dampening": {"least": 0.0, "below": 1.0},
             "weight_decay": {"least": 0.0},
+            "direct": {"least": 0.0},
+            "share": {"least": 0.0},
+            "ceiling": {"above": 0.0, "infinite": True},
         }
         for name, bounds in limits.items():
             object.__setattr__(self, name, real(name, getattr(self, name), **bounds))
@@ -53,26 +66,45 @@ class UpdateRule:
             as_text(name, getattr(self, name))
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
+        if self.nesterov and (self.direct != 0 or self.share != 1):
+            raise ValueError("Nesterov momentum is direct=1, share=momentum already: pass nesterov=True or the two shares, not both")
 
     def max_learning_rate(self, curvature: float) -> float:
         """The rate at which the mode with this curvature starts to flip sign with growing size; inf where there is none."""
         if math.isnan(curvature if type(curvature) is float else (curvature := real("curvature", curvature, infinite=True))):
             return math.nan
-        load = self.gain * curvature + self.drag
-        return 2 * (1 + self.momentum) / load if load > 0 else math.inf
+        load, room = self.gain * curvature + self.drag, 2 * (1 + self.momentum)
+        rate = room / load if load > 0 else math.inf
+        if rate <= self.ceiling or self.matrix:  # groups at several rates reach their ceilings one by one: a lower bound then
+            return rate
+        growing = self.drag if self.decoupled else 0.0  # beyond the ceiling, decoupled decay alone grows with the rate
+        return (room - self.ceiling * (load - growing)) / growing if growing else math.inf
 
     def max_curvature(self, lr: float) -> float:
         """The largest curvature that is stable at a learning rate, a positive one: what lambda_max is to be compared with."""
         lr = lr if type(lr) is float else real("lr", lr, infinite=True)
         if lr <= 0:
             raise ValueError(f"the learning rate must be positive, got {lr}")
-        return (2 * (1 + self.momentum) / lr - self.drag) / self.gain
+        reached = lr if self.matrix else min(lr, self.ceiling)
+        if not self.gain:
+            return math.inf  # the step is not taken
+        return (2 * (1 + self.momentum) / reached - self.drag * (lr / reached if self.decoupled else 1.0)) / self.gain
 
     # In the condition lr (gain * curvature + drag) <= 2 (1 + momentum), the characteristic polynomial at z = -1.
     @property
     def gain(self) -> float:
         """How much of the curvature counts: 1 for heavy ball, 1 - beta for an averaging momentum, 1 + 2 beta for Nesterov's."""
-        return 1 + 2 * self.momentum if self.nesterov else 1 - self.dampening
+        return self.direct_share[0] * (1 + self.momentum) + self.direct_share[1] * (1 - self.dampening)
+
+    @property
+    def drive(self) -> float:
+        """How much of the gradient's noise counts, relative to heavy ball: (1 - beta) times what a lasting gradient adds to the step."""
+        return self.direct_share[0] * (1 - self.momentum) + self.direct_share[1] * (1 - self.dampening)
+
+    @property
+    def direct_share(self) -> tuple[float, float]:
+        """(a, b) in the step lr (a g + b v), Nesterov's included."""
+        return (1.0, self.momentum) if self.nesterov else (self.direct, self.share)
 
     @property
     def drag(self) -> float:
@@ -88,15 +120,20 @@ class UpdateRule:
     @property
     def condition(self) -> str:
         """The condition as a formula in the usual letters."""
-        load, above = "lr", "2"
-        if self.momentum:
-            above = "2 (1 + beta)"
-            load = "((1 + 2 beta) lr)" if self.nesterov else f"((1 - {self.dampening:g}) lr)" if self.dampening else "lr"
+        above, load = "2 (1 + beta)" if self.momentum else "2", "lr"
+        if self.nesterov:
+            load = "((1 + 2 beta) lr)"
+        elif self.direct or self.share != 1:
+            load = f"({self.gain:.4g} lr)"
+        elif self.dampening:
+            load = f"((1 - {self.dampening:g}) lr)"
         formula = f"lambda_max({self.operator}) <= {above} / {load}"
         formula += f", beta = {self.momentum:g}" if self.momentum else ""
         formula += ", R the groups' rates over that of the first" if self.matrix else ""
         if self.weight_decay:
             formula += f", less {'decoupled ' if self.decoupled else ''}weight decay {self.weight_decay:g}"
+        if self.ceiling < math.inf:
+            formula += f", for a rate of at most {self.ceiling:.4g}, beyond which its steps grow no longer"
         return f"{self.name}: {formula}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -124,16 +125,23 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     present = learning_rate(optimizer, layout)
     # u is the step over the rate, so at rate 0 (the first step of a warmup) the copy steps at rate 1 instead
     step = _step_elsewhere(optimizer, layout, gradient, factor=1.0 if present else None)
-    # A rate that is no factor of the step has no critical value. Of the torch classes in the table it is one; else two rates must agree.
-    kind = kind_of(optimizer)
-    if kind is None or kind.rule is None or not _own_step(type(optimizer)).__module__.startswith("torch.optim."):
-        twice = _step_elsewhere(optimizer, layout, gradient, factor=2.0 if present else None)
+    # A rate that is no factor of the step has no critical value; where it is not known to be one, two rates must agree.
+    if present and not _is_proportional(optimizer):
+        half = _step_elsewhere(optimizer, layout, gradient, factor=0.5)
         rounding = 1e-12 * float(layout.current().double().norm())  # by judgement: steps are differences of parameters in float64
-        if present and not float((twice - 2 * step).norm()) <= 1e-6 * float(twice.norm()) + rounding:
+        if not float((step - 2 * half).norm()) <= 1e-6 * float(step.norm()) + rounding:
             raise UnsupportedError(
                 f"the step of {name} is not proportional to its learning rate here, so no rate along it is critical; use another optimizer"
             )
     return step / (present or 1.0)
+
+
+def _is_proportional(optimizer: Optimizer) -> bool:
+    """Whether the step is known to be proportional to the rate: torch's own with a linear rule, but for Adafactor's relative step."""
+    kind = kind_of(optimizer)
+    if kind is None or kind.rule is None or not _own_step(type(optimizer)).__module__.startswith("torch.optim."):
+        return False
+    return all(math.isinf(rule.ceiling) for rule in kind.rules(optimizer))
 
 
 def _step_elsewhere(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor, *, factor: float | None) -> Tensor:

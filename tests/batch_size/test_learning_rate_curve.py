@@ -254,8 +254,10 @@ def test_bad_arguments_are_refused() -> None:
         sk.learning_rate_curve(objective, optimizer, batch_sizes=[8])
     with pytest.raises(ValueError, match="pilot"):
         sk.learning_rate_curve(objective, optimizer, pilot=2)
-    with pytest.raises(sk.UnsupportedError, match="NAdam"):
-        sk.learning_rate_curve(objective, torch.optim.NAdam(model.parameters()))
+    with pytest.raises(sk.UnsupportedError, match="Rprop has no linear rule"):
+        sk.learning_rate_curve(objective, torch.optim.Rprop(model.parameters()))
+    with pytest.raises(sk.UnsupportedError, match=r"Adamax divides gradients by does not follow.*sharpkit\.measure"):
+        sk.learning_rate_curve(objective, torch.optim.Adamax(model.parameters()))
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="holds none of the objective's parameters"):
         sk.learning_rate_curve(objective, other, batch_sizes=[8, 64], pilot=20)

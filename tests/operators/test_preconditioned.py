@@ -137,8 +137,11 @@ def test_what_cannot_be_read_from_an_optimizer_is_refused() -> None:
     problem = mlp()
     H = sk.HessianOperator(sk.Objective(problem.model, problem.batches, loss=problem.loss))
     params = list(problem.model.parameters())
-    with pytest.raises(sk.UnsupportedError, match=r"Adadelta.*diagonal="):
-        sk.PreconditionedOperator(H, torch.optim.Adadelta(params))
+    other = type("Other", (torch.optim.Optimizer,), {"step": lambda self, closure=None: None})
+    with pytest.raises(sk.UnsupportedError, match=r"the state of Other is not known.*diagonal="):
+        sk.PreconditionedOperator(H, other(params, {"lr": 0.1}))
+    with pytest.raises(sk.UnsupportedError, match=r"Rprop has no linear rule.*generalized_sharpness"):
+        sk.PreconditionedOperator(H, torch.optim.Rprop(params))
     for make in (ADAM, RMS, ADAGRAD):
         with pytest.raises(ValueError, match="first step"):
             sk.PreconditionedOperator(H, make(params))

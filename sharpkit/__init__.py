@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from sharpkit.measuring.sharpness import measure as measure
     from sharpkit.measuring.stability import StableLearningRate as StableLearningRate
     from sharpkit.measuring.stability import stable_learning_rate as stable_learning_rate
+    from sharpkit.measuring.update import UpdateCurvature as UpdateCurvature
+    from sharpkit.measuring.update import update_curvature as update_curvature
     from sharpkit.monitor import sinks as sinks
     from sharpkit.monitor.metrics import METRICS as METRICS
     from sharpkit.monitor.metrics import register_metric as register_metric
@@ -136,6 +138,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.measuring.plan": ("Plan", "plan"),
     "sharpkit.measuring.sharpness": ("Sharpness", "measure"),
     "sharpkit.measuring.stability": ("StableLearningRate", "stable_learning_rate"),
+    "sharpkit.measuring.update": ("UpdateCurvature", "update_curvature"),
     "sharpkit.monitor": ("sinks",),
     "sharpkit.monitor.metrics": ("METRICS", "register_metric"),
     "sharpkit.monitor.monitor": ("Monitor",),

@@ -130,8 +130,13 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
         half = _step_elsewhere(optimizer, layout, gradient, factor=0.5)
         rounding = 1e-12 * float(layout.current().double().norm())  # by judgement: steps are differences of parameters in float64
         if not float((step - 2 * half).norm()) <= 1e-6 * float(step.norm()) + rounding:
+            kind, instead = kind_of(optimizer), "use another optimizer"
+            if kind is not None and kind.rule is not None:
+                instead = "its stability limit is that of sharpkit.measure(objective, optimizer=optimizer)"
+            elif kind is not None and kind.geometry is not None:
+                instead = "its curvature is that of sharpkit.generalized_sharpness(objective, optimizer)"
             raise UnsupportedError(
-                f"the step of {name} is not proportional to its learning rate here, so no rate along it is critical; use another optimizer"
+                f"the step of {name} is not proportional to its learning rate here, so no rate along it is critical; {instead}"
             )
     return step / (present or 1.0)
 

@@ -38,6 +38,9 @@ _LEAST_TESTS = 5  # by judgement: leave-one-out estimates below which their spre
 _BLOCK = 32  # vectors multiplied at once at most: curvature operators gain little beyond (experiments/speed_products.py)
 _PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares: by judgement
 _FRESH = 9  # probes at least after a sketch that may have left one large eigenvalue outside: by judgement, six hold in 90 of 100 cases
+_CONTRADICTED = 4.0  # standard deviations of chance by which samples must agree too well for their images' lengths: by judgement
+_SAFETY = 1.05  # of such an error, by judgement: two of it hold 96 % of a normal distribution
+_RESOLVED = 100.0  # roundings of an image's squared length below which a difference of such squares is not believed: by judgement
 _KEPT = 16  # probes that are kept for a larger basis: by judgement, two vectors of memory each
 _PATIENCE = 3  # products spent on the leading subspace without the forecast falling (by judgement),
 _SHARE = 0.04  # or this share of it: by judgement
@@ -66,14 +69,15 @@ def trace(
 ) -> Estimate:
     """tr A from random products, until its standard error is at most ``rtol`` |tr A| (or ``atol``).
 
-    ``"auto"`` draws a few plain probes z^T A z and forecasts from their spread what the plain estimator would cost. If that is much, it
-    computes the leading subspace exactly with a Krylov basis Q, one product per vector, as long as a product spent there saves more than
-    one probe; the probes already made are reused on the complement, tr A = tr Q^T A Q + E z^T P A P z with P = 1 - Q Q^T. If n products
-    are cheaper than either, the trace is exact. ``"xnystrace"`` approximates a positive semi-definite matrix (Gauss-Newton, Fisher,
-    gradient covariance) from its products with the probes themselves, one each.
+    ``"auto"`` draws a few plain probes z^T A z and forecasts from their images' lengths what the plain estimator would cost. If that is
+    much, it computes the leading subspace exactly with a Krylov basis Q, one product per vector, as long as a product spent there saves
+    more than one probe; the probes already made are reused on the complement, tr A = tr Q^T A Q + E z^T P A P z with P = 1 - Q Q^T. If n
+    products are cheaper than either, the trace is exact. ``"xnystrace"`` approximates a positive semi-definite matrix (Gauss-Newton,
+    Fisher, gradient covariance) from its products with the probes themselves, one each.
 
-    The standard error is widened by Student's factor for the number of probes, so that the truth lies within two of them in about 95 of
-    100 cases. A matrix whose trace nearly cancels has no reachable relative error: set ``atol``. Without ``max_matvecs``, a computation
+    The variance of a plain probe is at most 2 ||A - c||_F^2 for any number c, which the lengths of the images tell. The standard error is
+    that bound's, or where the probes agree far better their own, widened for their number: the truth lies within two of them in about 95
+    of 100 cases. A matrix whose trace nearly cancels has no reachable relative error: set ``atol``. Without ``max_matvecs``, a computation
     that the forecast puts beyond reach ends early and is flagged.
 
     Args:
@@ -230,7 +234,7 @@ class AdaptiveEstimate:
 
     def _forecast(self) -> float:
         """Probes the tolerance will need in all with the present basis."""
-        value, spread = self.probes.mean_and_spread()
+        value, spread = self.probes.value(), self.probes.spread()
         target = self.target(value)
         if spread == 0.0:  # two probes that agree exactly: nothing more to learn
             return 2.0
@@ -248,14 +252,18 @@ class AdaptiveEstimate:
     def _deflate(self) -> None:
         """Grow the basis while that lowers the forecast: of the cost, or of the error where the cost is fixed."""
         probes, space, n = self.probes, self.probes.space, self.operator.size
-        made = probes.num_kept
-        best, best_at, enough, start = math.inf, 0, 0, math.inf
+        made, first, enough = probes.num_kept, len(space.expanded), 0
+        spreads: list[float] = []  # with each size of the basis
         while self.budget.allows(1 + self.pilot) and (space.pending or space.add_random(self.generator)):
             steps, needed = len(space.expanded), self._forecast()
-            score = probes.mean_and_spread()[1] ** 2 / max(1, self.limit - steps) if self.fixed else steps + needed
-            start = min(start, score) if start == math.inf else start
-            if score < _NOTICED * best and (best == math.inf or score < _WORTH * start):
-                best, best_at = score, steps
+            spreads.append(probes.spread())
+            # all by the present estimate of the trace, whose own changes are no change in what a basis is worth
+            sizes, squares = first + np.arange(len(spreads)), np.array(spreads) ** 2
+            with np.errstate(divide="ignore", invalid="ignore"):
+                scores = squares / np.maximum(1, self.limit - sizes) if self.fixed else sizes + squares / self.target(probes.value()) ** 2
+            good = np.flatnonzero(scores <= scores.min() / _NOTICED)
+            best_at = first + int(good[0]) if scores.min() < _WORTH * scores[0] else first
+            best = float(scores[best_at - first])
             patience = max(_PATIENCE, _SHARE * (self.limit if self.fixed else best))
             enough = enough + 1 if needed <= made and not self.fixed else 0
             finish = needed >= n - steps and self._can_complete()
@@ -342,6 +350,9 @@ class DeflatedProbes:
         self._drawn = 0  # at once, the last time
         self._inner = np.zeros((0, 0, 2))  # (basis row, kept probe, c and d)
         self._late: list[float] = []
+        self._energy: list[float] = []  # ||A z||^2 of kept probes, ||A P z||^2 of late ones
+        self._late_energy: list[float] = []
+        self.has_bound = not squared  # whether the images' lengths tell the spread
 
     def __len__(self) -> int:
         return len(self._plain) + len(self._late)
@@ -387,13 +398,17 @@ class DeflatedProbes:
             self._add(probe, self.space.products.in_units(product), keep=keep)
 
     def _add(self, probe: Tensor, product: Tensor, *, keep: bool) -> None:
-        value = float(self.operator.dot(product if self.squared else probe, product)) * self.space.products.unit ** (1 + self.squared)
+        unit = self.space.products.unit
+        energy = float(self.operator.dot(product, product)) * unit**2
+        value = energy if self.squared else float(self.operator.dot(probe, product)) * unit
         if not math.isfinite(value):
             raise NonFiniteError(f"a product with {self.operator!r} contains NaN or infinity; check the loss on this data")
         if not keep:
             self._late.append(value)
+            self._late_energy.append(energy)
             return
         self._plain.append(value)
+        self._energy.append(energy)
         self._kept.append((probe, product.clone()))
         inner = self.space.rows.coefficients(torch.stack([probe, product], dim=1)).cpu().double().numpy()
         inner[:, 1] *= self.space.products.unit
@@ -401,7 +416,7 @@ class DeflatedProbes:
 
     def forget(self) -> None:
         """Drop all samples, where their spread has decided how large the basis is: those that stay would be the ones that agree by luck."""
-        self._kept, self._plain, self._late = [], [], []
+        self._kept, self._plain, self._late, self._energy, self._late_energy = [], [], [], [], []
         self._inner = np.zeros((self.space.size, 0, 2))
 
     def deflate_one(self) -> None:
@@ -413,7 +428,7 @@ class DeflatedProbes:
         """Add the direction A s of a random s, and expand it: two products; False where the space is exhausted."""
         sketch = self.operator.random_vectors(1, generator=self.generator, distribution="normal")[:, 0]
         image = self.space.products(sketch)
-        known = self.space.size
+        known, self.has_bound = self.space.size, False  # a sketched basis does not know where its images lead
         if not self.space.add_start(image):
             return False
         self.space.expand(known)
@@ -423,7 +438,7 @@ class DeflatedProbes:
 
     def _record(self) -> None:
         """Inner products of the kept probes with the basis vectors that are new."""
-        self._late = []
+        self._late, self._late_energy = [], []
         kept = len(self._kept)
         if not kept:
             self._inner = np.zeros((self.space.size, 0, 2))
@@ -450,16 +465,49 @@ class DeflatedProbes:
                 early = early - 2 * (c * d[expanded]).sum(axis=0) + (c * (self.space.projected() @ c)).sum(axis=0)
         return np.concatenate([early, self._late])
 
-    def mean_and_spread(self) -> tuple[float, float]:
-        """The trace estimate and the standard deviation of one probe."""
+    def _energies(self, samples: Array) -> Array | None:
+        """||(P A P - c) z||^2 of every probe with the c that makes it least, for the present Krylov basis; None where rounding hides it."""
+        energies, expanded = np.array(self._energy), self.space.expanded
+        if expanded and len(energies):
+            d = self._inner[..., 1]
+            image = self.space.outward()[: len(d)] @ self._inner[expanded, :, 0]
+            energies = energies - 2 * (d * image).sum(axis=0) + (image**2).sum(axis=0) - ((d - image)[expanded] ** 2).sum(axis=0)
+        # of late probes ||A P z||^2, larger by what leads back into the basis
+        energies = np.concatenate([energies, self._late_energy]) - samples**2 / self.operator.size
+        least = _RESOLVED * max(self.space.eps, self.operator.rounding) * np.mean(self._energy + self._late_energy)
+        return energies if energies.mean() > least else None
+
+    def value(self) -> float:
+        """The trace."""
         samples = self.samples()
-        if len(samples) < 2:
-            return self.known + float(samples.sum()), math.inf
-        return self.known + float(samples.mean()), float(samples.std(ddof=1))
+        return self.known + float(samples.mean() if len(samples) > 1 else samples.sum())
+
+    def spread(self) -> float:
+        """The standard deviation of one probe."""
+        return self._spread_and_error()[0]
 
     def estimate(self) -> tuple[float, float]:
-        """The trace and its standard error, widened for few probes."""
-        return self.mean_and_spread()[0], probe_error(self.samples())
+        """The trace and its standard error."""
+        return self.value(), self._spread_and_error()[1]
+
+    def _spread_and_error(self) -> tuple[float, float]:
+        """Standard deviation of one probe and standard error of the mean.
+
+        The variance of z^T P A P z is twice the sum of the squares off the diagonal of P A P: at most 2 ||P A P - c||_F^2 for any number c.
+        E ||(P A P - c) z||^2 is that norm, of which one probe tells more than many samples do of their variance: luck makes no error small,
+        and none has to be widened for it. Only where the samples agree far better, as on a diagonal matrix, does their own spread count.
+        """
+        samples = self.samples()
+        if len(samples) < 2:
+            return math.inf, math.inf
+        spread, m = float(samples.std(ddof=1)), len(samples)
+        energies = self._energies(samples) if self.has_bound else None
+        if energies is not None:
+            mean, uncertain = float(energies.mean()), float(energies.std(ddof=1)) / m**0.5
+            part = 2 / (9 * (m - 1))  # Wilson and Hilferty's approximation of a chi-square quantile
+            if spread**2 > 2 * mean * max(0.0, 1 - part - _CONTRADICTED * part**0.5) ** 3:
+                return (2 * mean) ** 0.5, _SAFETY * (2 * (mean + uncertain) / m) ** 0.5
+        return spread, probe_error(samples)
 
 
 def xtrace(

@@ -308,7 +308,7 @@ def draw(rows: list[Row], figure: Any) -> None:
         axes.plot(places, [100 * row["error"] for row in chosen], ".", label=kind)
     axes.axhspan(-1, 1, alpha=0.1)
     axes.set_xticks(range(len(names)), names, rotation=75, fontsize=6)
-    axes.set_ylabel("stated limit against the real one, %")
+    axes.set_ylabel("stated / real limit - 1, %")
     axes.legend(fontsize=8)
 
 

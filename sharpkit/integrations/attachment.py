@@ -276,7 +276,7 @@ class LearnerRun(Gathering):
         settings = {**complete(given, CurvatureLearner, callback="LearnerCallback"), "total_steps": total_steps}
         checked = {name: settings[name] for name in ("interval", "budget", "safety", "warmup", "decay")}
         check_learner_settings(_LEAST_STEPS if total_steps is None else total_steps, **checked)
-        check_momentum(settings["momentum"], settings["bulk"], adaptive=False)
+        check_momentum(settings["momentum"], settings["bulk"], accelerates=True)
         real("max_lr", settings["max_lr"], above=0, infinite=True)
         flag("per_group", settings["per_group"])
         super().__init__(settings, callback="LearnerCallback")

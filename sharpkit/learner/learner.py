@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._arguments import choice, flag, real, whole
-from sharpkit._errors import SharpkitWarning
+from sharpkit._errors import SharpkitWarning, UnsupportedError
 from sharpkit._results import State
 from sharpkit.learner.gauge import BULKS, Gauge
 from sharpkit.learner.history import Decision, LearnerHistory
@@ -31,6 +31,7 @@ from sharpkit.operators.hessian import HessianOperator
 from sharpkit.optimizers import (
     check_trains,
     current_momentum,
+    has_heavy_ball,
     held_parameters,
     learning_rate,
     limit_rule,
@@ -60,11 +61,11 @@ def check_learner_settings(total_steps: int, interval: int | str, budget: float,
         choice("decay", decay, DECAYS, other="a function of the share of steps done")
 
 
-def check_momentum(momentum: str, bulk: str | float, *, adaptive: bool) -> None:
+def check_momentum(momentum: str, bulk: str | float, *, accelerates: bool) -> None:
     """Raise ValueError if a learner's choice of momentum makes no sense."""
     choice("momentum", momentum, ("keep", "polyak"))
-    if momentum == "polyak" and adaptive:
-        raise ValueError("momentum='polyak' is for SGD: Adam's beta1 averages, it does not accelerate")
+    if momentum == "polyak" and not accelerates:
+        raise ValueError("momentum='polyak' is for SGD: Adam's beta1 and a schedule-free momentum average, they do not accelerate")
     if isinstance(bulk, str):
         choice("bulk", bulk, BULKS, other="a number")
     else:
@@ -92,8 +93,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
     Call :meth:`step` after ``optimizer.step()``. Every decision is in :attr:`history`, with its reason.
 
     Args:
-        optimizer: torch.optim SGD, Adam, AdamW, RMSprop or Adagrad, or SGDScheduleFree (in train mode, with ``decay="constant"``). Groups
-            keep the ratio of their rates to the first group's.
+        optimizer: one whose limit is known: most of torch.optim's, Prodigy, or a schedule-free one (in train mode, with
+            ``decay="constant"``). Groups keep the ratio of their rates to the first group's.
         model: the model that it trains.
         loss, closure, count, params, mode, autocast, process_group: as in :class:`sharpkit.Monitor`.
         total_steps: T, optimizer steps of the whole run.
@@ -173,7 +174,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         check_trains(self.optimizer, self.model)
         adaptive = limit_rule(self.optimizer).adaptive
         check_learner_settings(total_steps, interval, budget, safety, warmup, decay)
-        check_momentum(momentum, bulk, adaptive=adaptive)
+        check_momentum(momentum, bulk, accelerates=has_heavy_ball(self.optimizer))
         total_steps, budget, safety, warmup = int(total_steps), float(budget), float(safety), float(warmup)  # of NumPy or a tensor, perhaps
         self._multiplier.rehearse(total_steps)
         self.total_steps, self.safety, self.seed = total_steps, safety, seed
@@ -253,6 +254,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             if self._per_group:  # first: the limit is that of the ratios which are then used
                 self._ratios = self._gauge.group_ratios(hessian, self._first_ratios)
             measured, rule = self._gauge.measure(hessian, self._ratios, step=self._step)
+            if not rule.gain:
+                raise UnsupportedError(f"the {rule.name} takes no steps yet, so nothing bounds its rate")
         except Exception as error:  # whatever it was, training goes on
             cause = f"{type(error).__name__}: {error}"
             reason = f"not measured ({cause}); the rate stays"
@@ -262,7 +265,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             self._warn(reason)
             self._pace.plan(self._step, settled=self._rate.settled, growing=self._rate.growing)
             return self._record(None, math.nan, reason)
-        limit = rule.max_learning_rate(max(measured.value, 1e-30))  # without positive curvature nothing bounds the rate but its growth
+        # without positive curvature nothing bounds the rate but its growth; beyond the ceiling it would change no step
+        limit = min(rule.max_learning_rate(max(measured.value, 1e-30)), rule.ceiling)
         decay = self._decay(self._step / self.total_steps)
         reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
         if self._polyak and self._rate.settled:

@@ -63,6 +63,12 @@ def is_adaptive(optimizer: Optimizer, *, unknown: bool | None = None) -> bool:
     return unknown
 
 
+def has_heavy_ball(optimizer: Optimizer) -> bool:
+    """Whether the setting "momentum" of every group is that of a heavy ball, which accelerates; that of a schedule-free method averages."""
+    rules = zip(update_rules(optimizer), unwrap_optimizer(optimizer).param_groups, strict=True)
+    return all(not rule.adaptive and rule.momentum == group.get("momentum") for rule, group in rules)
+
+
 def decoupled_decays(optimizer: Optimizer) -> list[float]:
     """Decoupled weight decay of every group; 0 where decay enters the gradient instead."""
     kind = kind_of(optimizer)

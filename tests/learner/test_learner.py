@@ -15,6 +15,7 @@ import sharpkit as sk
 from sharpkit.learner.gauge import bulk_curvature, polyak_pair
 from sharpkit.learner.rate import LearnedRate, Pace
 from sharpkit.learner.rollback import GoodPoints, LossWatch, tells_of_return
+from sharpkit.optimizers import kinds
 from sharpkit.training_run import Snapshot
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
@@ -73,8 +74,9 @@ def quadratic(curvature: list[float], optimizer: Any, *, steps: int = 200, **set
         (lambda p: torch.optim.SGD(p, lr=7.0, momentum=0.9), 3.8 / 50),
         (lambda p: torch.optim.SGD(p, lr=7.0, momentum=0.9, nesterov=True), 3.8 / 2.8 / 50),
         (lambda p: torch.optim.SGD(p, lr=7.0, weight_decay=10.0), 2 / 60),
+        (lambda p: torch.optim.ASGD(p, lr=7.0, lambd=10.0, alpha=0.0), 2 / 60),
     ],
-    ids=["SGD", "momentum", "Nesterov", "weight decay"],
+    ids=["SGD", "momentum", "Nesterov", "weight decay", "ASGD"],
 )
 @pytest.mark.parametrize("safety", [0.3, 0.6])
 def test_on_a_quadratic_the_rate_settles_at_the_asked_share_of_the_limit(optimizer: Any, limit: float, safety: float) -> None:
@@ -389,6 +391,20 @@ def test_a_failed_measurement_keeps_the_rate_is_said_once_and_stops_nothing() ->
     assert learner.lr == pytest.approx(rate) or not learner._rate.settled
 
 
+def test_a_rate_that_bounds_nothing_is_learned_up_to_its_ceiling() -> None:
+    """Adafactor's steps grow with its rate up to 1 / sqrt(t): here no rate breaks it."""
+    learner = quadratic([1.0, 1.0], lambda p: torch.optim.Adafactor(p, lr=0.1), steps=100)
+    assert all(0 < decision.lr <= 1.0 for decision in learner.history), learner.history
+
+
+def test_where_no_steps_are_taken_training_goes_on_with_the_rate_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = type("Silent", (torch.optim.SGD,), {"step": lambda self, closure=None: None})
+    monkeypatch.setitem(kinds._KINDS, silent, kinds.OptimizerKind(lambda settings: sk.UpdateRule(share=0.0)))
+    with pytest.warns(sk.SharpkitWarning, match="the Silent takes no steps yet"):
+        learner = quadratic([1.0, 1.0], lambda p: silent(p, lr=0.05), steps=100)
+    assert learner.lr == 0.05
+
+
 def test_where_nothing_can_be_measured_training_goes_on_with_the_rate_given() -> None:
     model = network()
     optimizer = sgd(model.parameters(), lr=0.05)
@@ -483,11 +499,14 @@ def test_polyak_for_adam_and_an_existing_scheduler_are_refused_with_the_remedy()
     optimizer = adamw(model.parameters())
     with pytest.raises(ValueError, match="for SGD"):
         sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=100, momentum="polyak")
+    asgd = torch.optim.ASGD(model.parameters())
+    with pytest.raises(ValueError, match="for SGD"):
+        sk.CurvatureLearner(asgd, model=model, loss=F.cross_entropy, total_steps=100, momentum="polyak")
     scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 10)
     with pytest.raises(TypeError, match="lambda o: torch"):
         sk.CurvatureLearner(optimizer, model=model, loss=F.cross_entropy, total_steps=100, schedule=scheduler)
-    with pytest.raises(sk.UnsupportedError, match="not known"):
-        sk.CurvatureLearner(torch.optim.Adamax(model.parameters()), model=model, loss=F.cross_entropy, total_steps=100)
+    with pytest.raises(sk.UnsupportedError, match="Rprop has no linear rule"):
+        sk.CurvatureLearner(torch.optim.Rprop(model.parameters()), model=model, loss=F.cross_entropy, total_steps=100)
 
 
 def test_the_pace_measures_more_in_longer_runs_and_keeps_to_its_share() -> None:

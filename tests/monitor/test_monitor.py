@@ -436,7 +436,7 @@ def test_an_optimizer_that_is_none_is_refused_and_an_unknown_one_has_no_limit() 
     model = network()
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         sk.Monitor(model, object(), loss=F.cross_entropy)  # type: ignore[arg-type]
-    optimizer = torch.optim.Adamax(model.parameters())
+    optimizer = torch.optim.Rprop(model.parameters())
     record = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["lambda_max"]).step((X, Y))
     assert record is not None and record["lambda_max"].limit is None
 

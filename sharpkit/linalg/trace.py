@@ -33,8 +33,8 @@ _SHIFT = 8.0  # roundings of a product by which XNysTrace shifts the matrix: one
 _LITTLE = 1e-3  # of a product, by judgement: what is left outside the basis is orthogonal to it to four digits in float32, or done again
 _LEAST_TESTS = 5  # by judgement: leave-one-out estimates below which their spread says nothing
 
-# With these the stated error is right in 94 or 95 of 100 cases, and the mean cost at most 1.1 times that of the cheaper of plain and
-# deflated probes on five matrices of networks out of six (experiments/trace_calibration.py); each by itself is by judgement.
+# With these the stated error is right in 94 to 96 of 100 cases, and the mean cost 0.7 to 0.8 times that of the cheaper of plain and
+# deflated probes on three matrices of networks (experiments/trace_calibration.py); each by itself is by judgement.
 _BLOCK = 32  # vectors multiplied at once at most: curvature operators gain little beyond (experiments/speed_products.py)
 _PILOT = {False: 6, True: 10}  # probes to begin with, for the trace and for the skewed squares: by judgement
 _FRESH = 9  # probes at least after a sketch that may have left one large eigenvalue outside: by judgement, six hold in 90 of 100 cases

@@ -72,7 +72,7 @@ def test_the_trace_says_how_far_it_may_be_off(dense: list[tuple[Case, torch.Tens
         assert share >= 0.90 - 3.1 * math.sqrt(0.9 * 0.1 / 60), case.name
 
 
-@pytest.mark.parametrize("number", [0, 1, pytest.param(2, marks=pytest.mark.xfail(reason=MISSED))], ids=["MLP", "GPT", "conv"])
+@pytest.mark.parametrize("number", range(3), ids=["MLP", "GPT", "conv"])
 def test_the_trace_costs_no_more_than_the_cheaper_simple_way(dense: list[tuple[Case, torch.Tensor]], number: int) -> None:
     matrix = dense[number][1]
     ours = [sk.trace(matrix, rtol=0.01, seed=seed).num_matvecs for seed in range(60)]

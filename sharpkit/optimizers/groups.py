@@ -90,7 +90,7 @@ def is_maximizing(optimizer: Optimizer) -> bool:
     """Whether any group climbs the objective (``maximize=True``): limits are about descent, and say nothing then."""
     optimizer = unwrap_optimizer(optimizer)
     # pytorch_optimizer's keep it as an attribute of their own, for all groups
-    return bool(getattr(optimizer, "maximize", False)) or any(group.get("maximize") for group in optimizer.param_groups)
+    return getattr(optimizer, "maximize", False) is True or any(group.get("maximize") for group in optimizer.param_groups)
 
 
 def check_one_way(optimizer: Optimizer, layout: ParamLayout) -> None:

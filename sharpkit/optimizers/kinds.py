@@ -96,8 +96,12 @@ _KINDS: dict[type | str, OptimizerKind] = {
     torch.optim.LBFGS: OptimizerKind(no_rule=fixed.SEARCH),
     "Lion": OptimizerKind(geometry=fixed.sign_geometry, no_rule=fixed.SIGN),
     "SGDScheduleFree": OptimizerKind(packages.free_sgd_rule),
-    "AdamWScheduleFree": OptimizerKind(packages.free_adamw_rule, packages.free_adamw_preconditioner, settled=rules.settled_root),
-    "RAdamScheduleFree": OptimizerKind(packages.free_radam_rule, packages.free_radam_preconditioner, settled=rules.settled_root),
+    "schedulefree.AdamWScheduleFree": OptimizerKind(
+        packages.free_adamw_rule, packages.free_adamw_preconditioner, settled=rules.settled_root
+    ),
+    "schedulefree.RAdamScheduleFree": OptimizerKind(
+        packages.free_radam_rule, packages.free_radam_preconditioner, settled=rules.settled_root
+    ),
     "prodigyopt.Prodigy": OptimizerKind(packages.prodigy_rule, packages.prodigy_preconditioner, shared=("betas", "use_bias_correction")),
 }
 if hasattr(torch.optim, "Muon"):  # from torch 2.9 on

@@ -19,7 +19,7 @@ from sharpkit.optimizers.torch_rules import corrected, decay_of, rectification
 def _warmup(settings: Settings) -> float:
     """The factor of the rate in the last step, or the first before it."""
     steps = settings.get("warmup_steps") or 0
-    return min(max(int(settings["k"]), 1) / steps, 1.0) if steps else 1.0
+    return min(max(int(settings.get("k", 0)), 1) / steps, 1.0) if steps else 1.0
 
 
 def free_sgd_rule(settings: Settings) -> UpdateRule:

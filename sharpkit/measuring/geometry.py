@@ -247,20 +247,27 @@ def generalized_sharpness(
     else:
         most = most or 3 * num_starts
         budget = Budget(hessian, max_matvecs=most, max_seconds=max_seconds, callback=callback)
-        gradient = objective.gradient()[1][:, None]
-        steepest = ball.furthest(gradient)
-        dual = float(hessian.dot(gradient[:, 0], steepest[:, 0]))
-        given = [] if initial is None else [ball.furthest(initial[:, None])]
-        generator = torch.Generator().manual_seed(seed)
-        randomly = hessian.random_vectors(num_starts, generator=generator)
-        starts = torch.cat([*given, steepest, ball.furthest(randomly)], dim=1)[:, : min(num_starts, max(1, most // 2))]
-        value, direction = _Search(hessian, ball, budget, generator).run(starts)
-        value = max(value, 0.0)  # 0 lies in the ball: where everything curves downwards, that is the maximum
+        num_starts = min(num_starts, max(1, most // 2))
+        value, direction, dual = sharpest(hessian, ball, objective.gradient()[1], budget, seed=seed, num_starts=num_starts, initial=initial)
         limit = None if optimizer is None or not lr else 2 * dual / lr
         stable = _quotient(2.0 if optimizer is None else 2 * dual, value)
         norm, upper = ball.norm, None if lambda_max is None else ball.reach * max(lambda_max, 0.0)
     seconds, whose = time.perf_counter() - started, None if optimizer is None else type(optimizer).__name__
     return GeneralizedSharpness(value, norm, upper, dual, direction, hessian.num_matvecs, seconds, whose, limit, stable)
+
+
+def sharpest(
+    hessian: HessianOperator, ball: Ball, gradient: Tensor, budget: Budget, *, seed: int, num_starts: int, initial: Tensor | None = None
+) -> tuple[float, Tensor, float]:
+    """The search of :func:`generalized_sharpness` over a ball: the value, its direction, and the dual norm of the gradient."""
+    steepest = ball.furthest(gradient[:, None])
+    dual = float(hessian.dot(gradient, steepest[:, 0]))
+    given = [] if initial is None else [ball.furthest(initial[:, None])]
+    generator = torch.Generator().manual_seed(seed)
+    randomly = hessian.random_vectors(num_starts, generator=generator)
+    starts = torch.cat([*given, steepest, ball.furthest(randomly)], dim=1)[:, :num_starts]
+    value, direction = _Search(hessian, ball, budget, generator).run(starts)
+    return max(value, 0.0), direction, dual  # 0 lies in the ball: where everything curves downwards, that is the maximum
 
 
 def _quotient(above: float, below: float) -> float:

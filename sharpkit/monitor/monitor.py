@@ -29,7 +29,16 @@ from sharpkit.objective.guard import refuse_reentry, unwrap
 from sharpkit.objective.loss import checked_reading
 from sharpkit.objective.objective import Closure, ObjectiveMaker, check_model, check_settings
 from sharpkit.objective.params import ParamSelector, select_params
-from sharpkit.optimizers import check_trains, held_parameters, learning_rate, learning_rates, limit_rule, rates_at_hand, unwrap_optimizer
+from sharpkit.optimizers import (
+    check_trains,
+    has_geometry,
+    held_parameters,
+    learning_rate,
+    learning_rates,
+    limit_rule,
+    rates_at_hand,
+    unwrap_optimizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -295,8 +304,12 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
     def _header(self) -> dict[str, Any]:
         from sharpkit import __version__
 
+        name = type(self.optimizer).__name__
         try:
-            condition = limit_rule(self.optimizer).condition
+            if has_geometry(self.optimizer):
+                condition = f"{name}, steps of a fixed length: max d^T H d over ||d|| <= 1 in their norm <= 2 ||g||_* / lr"
+            else:
+                condition = limit_rule(self.optimizer).condition
         except UnsupportedError as error:
             condition = f"no limit: {error}"
         header = {
@@ -305,7 +318,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             "sharpkit": __version__,
             "model": type(self.model).__name__,
             "num_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": name,
             "condition": condition,
             "budget": self.budget if self.every == "auto" else None,
             "every": self.every,

@@ -16,11 +16,12 @@ Document = Mapping[str, Any]
 RUN, RECORD, HISTORY = "monitor_run", "monitor_record", "monitor_history"
 VERSION = 1  # of the layout, counted from 1 by convention; files of a newer one are refused by sharpkit.monitor.runs
 
-# The curvature that is held against the limit, the most telling first: for an adaptive optimizer the limit is one on D^-1 H, and the batch
-# that a step is made on says more about that step than a fixed probe set.
-CURVATURES = ("preconditioned_lambda_max", "lambda_max", "probe_lambda_max")
+# The curvature that is held against the limit, the most telling first: steps of a fixed length have theirs in their own norm, for an
+# adaptive optimizer the limit is one on D^-1 H, and the batch that a step is made on says more about that step than a fixed probe set.
+CURVATURES = ("generalized_sharpness", "preconditioned_lambda_max", "lambda_max", "probe_lambda_max")
 
 WORDS = {
+    "generalized_sharpness": "sharpness in the steps' norm",
     "preconditioned_lambda_max": "preconditioned lambda_max",
     "probe_lambda_max": "lambda_max, probe set",
     "batch_sharpness": "batch sharpness",

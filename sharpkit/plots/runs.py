@@ -48,15 +48,18 @@ def panels_of(document: Document) -> list[tuple[str, list[str]]]:
     """
     records = document["records"]
     names, main = metrics_of(records), main_curvature(records)
-    # An adaptive optimizer's limit is on D^-1 H, which has no units, one of groups that differ on R H: neither shares axes with H.
-    preconditioned = main == "preconditioned_lambda_max"
+    # An adaptive optimizer's limit is on D^-1 H, which has no units, one of groups that differ on R H, one in the steps' own norm on
+    # d^T H d: none of them shares axes with H.
+    preconditioned = main in ("generalized_sharpness", "preconditioned_lambda_max")
     plain = [n for n in names if n in _PLAIN or _is_ranked(n)]
     along = [n for n in names if n in _ON_STEPS]
     first = [main] if preconditioned else [*along, *plain]
     first = sorted(first, key=lambda n: n != main) if main in first else first
     layers = [n for n in names if "/" in n]
     matrix = limit_matrix(document.get("header"))
-    panels = [(f"curvature of {matrix}" if matrix else "preconditioned curvature", first)] if preconditioned else []
+    own = f"curvature of {matrix}" if matrix else "preconditioned curvature"
+    own = "sharpness in\nthe steps' norm" if main == "generalized_sharpness" else own
+    panels = [(own, first)] if preconditioned else []
     panels = panels or [("curvature (loss / parameter²)", first)]
     panels += [("along the steps", along), ("Hessian\n(loss / parameter²)", plain)] if preconditioned else []
     panels.append(("by layer\n(loss / parameter²)", layers))

@@ -114,6 +114,74 @@ def test_the_limit_is_that_of_the_optimizer_in_use(make: Any, name: str, limit: 
     assert monitor.history[-1][name].limit == pytest.approx(limit)
 
 
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), {"lambda_max", "batch_sharpness", "critical_sharpness"}),
+        (lambda p: torch.optim.AdamW(p, lr=0.01), {"preconditioned_lambda_max", "lambda_max", "critical_sharpness"}),
+        (lambda p: Lion(p, lr=0.001), {"generalized_sharpness", "critical_sharpness"}),
+    ],
+    ids=["SGD", "AdamW", "Lion"],
+)
+def test_what_is_measured_by_default_means_something_for_the_optimizer(make: Any, names: set[str]) -> None:
+    model = network()
+    optimizer = make(model.parameters())
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1)
+    train(model, optimizer, monitor, steps=3)
+    assert set(monitor.history[-1].values) == names and not monitor.history[-1].failed
+
+
+class Lion(torch.optim.Optimizer):
+    """Signs of a mix of the gradient and its mean; known by its name."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(torch.sign(0.9 * mean + 0.1 * p.grad), alpha=group["lr"])
+                mean.lerp_(p.grad, 0.01)
+
+
+def test_steps_of_a_fixed_length_are_measured_in_their_own_norm_against_the_gradients_dual_norm() -> None:
+    model = network().double()
+    optimizer, x, y = Lion(model.parameters(), lr=1e-3), X.double(), Y
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["generalized_sharpness", "batch_sharpness"])
+    for step in range(16):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if step == 15:
+            params = list(model.parameters())
+            dual = sum(float(p.grad.abs().sum()) for p in params if p.grad is not None)
+            objective = sk.Objective(model, (x, y), loss=F.cross_entropy)
+            best = sk.generalized_sharpness(objective, optimizer, num_starts=8).value
+        monitor.step((x, y), loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    measured = monitor.history[-1]["generalized_sharpness"]
+    assert measured.limit == pytest.approx(2 * dual / 1e-3)
+    assert 0.93 * best <= measured.value <= 1.05 * best, "from the last direction, in ten products"
+    assert measured.num_matvecs <= 10 and measured.method == "lower bound in the linf norm"
+    assert monitor.history[-1]["batch_sharpness"].limit is None, "it is along the gradient, and the step goes elsewhere"
+    assert "2 ||g||_* / lr" in monitor.history.header["condition"]
+    said = monitor.history.findings()[0]
+    assert said.startswith("sharpness in the steps' norm went from"), said
+    again = sk.Monitor(model, Lion(model.parameters(), lr=1e-3), loss=F.cross_entropy, every=1, metrics=["generalized_sharpness"])
+    again.load_state_dict(monitor.state_dict())
+
+
+def test_an_optimizer_without_steps_of_a_fixed_length_has_no_sharpness_in_their_norm() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = sk.Monitor(model, optimizer, loss=F.cross_entropy, every=1, metrics=["generalized_sharpness"])
+    with pytest.warns(Warning, match="none that sharpkit knows"):
+        train(model, optimizer, monitor, steps=1)
+    assert "preconditioned_lambda_max" in monitor.history[0].failed["generalized_sharpness"]
+
+
 def test_an_adaptive_optimizers_curvature_is_that_of_its_live_state_and_comes_after_its_first_step() -> None:
     model = network().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

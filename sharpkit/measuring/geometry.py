@@ -29,7 +29,7 @@ from sharpkit.optimizers import Norm, check_trains, learning_rate, refuse_unknow
 Geometry = Norm | Mapping[str, Norm] | Optimizer
 
 _CLIMBS = 40  # steps on the model of the products made so far, which cost none: by judgement, most end after five
-_WIDE, _NARROW = 64, 8  # points climbed from on a small and on a large problem, by judgement
+_WIDE, _NARROW = 64, 8  # points climbed from: of sign vectors on a small problem, and else; by judgement
 _SMALL = 10_000  # parameters of a small problem, where single entries are turned as well: by judgement
 _PATIENCE = 3  # products without a rise that end the search: by judgement
 _RISE = 1e-3  # of the value, by judgement: less is no rise
@@ -139,13 +139,24 @@ def _furthest(part: Tensor, norm: Norm, shape: torch.Size) -> Tensor:
         return _scaled(part, 0)
     matrices = part.T.reshape(part.shape[1], shape[0], -1)  # (k, rows, columns)
     if norm == "spectral":
-        left, size, right = torch.linalg.svd(matrices, full_matrices=False)
-        floor = size[:, :1] * max(matrices.shape[1:]) * torch.finfo(part.dtype).eps
-        turned = (left * (size > floor)[:, None, :]) @ right  # what is 0 to rounding has no direction
+        turned = _orthogonal(matrices)
     else:
         turned = _scaled(matrices, 2 if norm == "rows" else 1)
     flat: Tensor = turned.reshape(part.shape[1], -1).T
     return flat
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """U V^T of each (k, rows, columns) matrix U S V^T, as (M M^T)^-1/2 M: half the time of singular values, and in float64 as exact."""
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    exact = wide.double()
+    squares, vectors = torch.linalg.eigh(exact @ exact.mT)
+    largest, entries = squares[:, -1:], max(wide.shape[1:])
+    # what is 0 to rounding, of the matrix or of its square, has no direction
+    floor = largest * max((entries * torch.finfo(wide.dtype).eps) ** 2, entries * torch.finfo(torch.float64).eps)
+    roots = torch.where(squares > floor, squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+    turned = (((vectors * roots[:, None, :]) @ vectors.mT) @ exact).to(matrices.dtype)
+    return turned.mT if wide is not matrices else turned
 
 
 def _reach(norm: Norm, shape: torch.Size) -> int:
@@ -303,7 +314,7 @@ class _Search:
         self._hessian, self._ball, self._budget, self._generator = hessian, ball, budget, generator
         self._directions, self._products = torch.empty(hessian.size, 0), torch.empty(hessian.size, 0)
         self._best: tuple[float, Tensor] | None = None
-        wide = _WIDE if hessian.size <= _SMALL else _NARROW
+        wide = _WIDE if hessian.size <= _SMALL and ball.norm == "linf" else _NARROW
         self._width = max(1, min(wide, affordable_rows(hessian) // 4))
 
     def run(self, starts: Tensor) -> tuple[float, Tensor]:

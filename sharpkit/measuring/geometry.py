@@ -29,9 +29,10 @@ from sharpkit.optimizers import Norm, check_trains, learning_rate, refuse_unknow
 Geometry = Norm | Mapping[str, Norm] | Optimizer
 
 _CLIMBS = 40  # steps on the model of the products made so far, which cost none: by judgement, most end after five
-_WIDE, _NARROW = 64, 8  # points climbed from: of sign vectors on a small problem, and else; by judgement
+_WIDE, _NARROW = 256, 8  # points climbed from at most and at least, by judgement
+_ENTRIES, _FACTORED = 2**18, 2**10  # numbers in all points, of signs, and where matrices are to be factored: by judgement
 _SMALL = 10_000  # parameters of a small problem, where single entries are turned as well: by judgement
-_PATIENCE = 3  # products without a rise that end the search: by judgement
+_PATIENCE = 5  # products without a rise that end the search: by judgement
 _RISE = 1e-3  # of the value, by judgement: less is no rise
 
 
@@ -191,8 +192,8 @@ def generalized_sharpness(
 
     Plain gradient descent is steepest descent in ``"l2"`` (S is lambda_max), sign descent (and Lion without its momentum) in ``"linf"``,
     Muon without momentum in ``"spectral"``. But for ``"l2"``, no algorithm finds S for certain: what comes back is the best of several
-    starts, a lower bound. Each start takes one step to where its product points furthest; then a model of H, made from all products so
-    far, is climbed from many points, which costs none, and the best of them is multiplied, until nothing rises.
+    starts, a lower bound. The highest start takes one step to where its product points furthest; then a model of H, made from all products
+    so far, is climbed from many points, which costs none, and the best of them is multiplied, until nothing rises.
 
     Of an optimizer it is the sharpness that its own steps feel, with the limit at its present rate. Steps that are proportional to the
     gradient, whatever it is divided by (SGD, Adam and their like), make S the largest eigenvalue of the matrix in the optimizer's rule,
@@ -205,11 +206,10 @@ def generalized_sharpness(
             patterns of parameter names to these, the first that fits a name counts; or an optimizer over the objective's parameters,
             which is only read.
         seed: seeds the random starts.
-        num_starts: directions to begin with: the given one, the steepest one, and random ones. Of sign vectors, five came within 1 % of
-            the best of all in 99 of 100 small problems of four kinds, with 15 products; four, with 12, in 53 of 60.
+        num_starts: directions to begin with: the given one, the steepest one, and random ones (experiments/geometry_search.py).
         initial: (n,) a direction near the wanted one, such as that of an earlier call.
         lambda_max: the largest eigenvalue of H, if known: an upper bound follows, which is far above S for large models.
-        max_matvecs: most products, by default 3 for each start.
+        max_matvecs: most products, by default 2 for each start and 2 more.
         max_seconds: most seconds.
         memory_limit: bytes that may be taken on the model's device.
         callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
@@ -256,7 +256,7 @@ def generalized_sharpness(
         stable = rule.max_learning_rate(value) if rule is not None else _quotient(2.0, value)
         norm, upper = "l2" if rule is None else rule.operator, None
     else:
-        most = most or 3 * num_starts
+        most = most or 2 * num_starts + 2
         budget = Budget(hessian, max_matvecs=most, max_seconds=max_seconds, callback=callback)
         num_starts = min(num_starts, max(1, most // 2))
         value, direction, dual = sharpest(hessian, ball, objective.gradient()[1], budget, seed=seed, num_starts=num_starts, initial=initial)
@@ -314,7 +314,7 @@ class _Search:
         self._hessian, self._ball, self._budget, self._generator = hessian, ball, budget, generator
         self._directions, self._products = torch.empty(hessian.size, 0), torch.empty(hessian.size, 0)
         self._best: tuple[float, Tensor] | None = None
-        wide = _WIDE if hessian.size <= _SMALL and ball.norm == "linf" else _NARROW
+        wide = max(_NARROW, min(_WIDE, (_ENTRIES if ball.norm == "linf" else _FACTORED) // hessian.size))
         self._width = max(1, min(wide, affordable_rows(hessian) // 4))
 
     def run(self, starts: Tensor) -> tuple[float, Tensor]:
@@ -322,13 +322,14 @@ class _Search:
         # of random directions; the first may be a given one
         tried, turned = starts[:, 1:] if starts.shape[1] > 1 else starts, products[:, 1:] if starts.shape[1] > 1 else products
         self._mean_curvature = float((tried * turned).sum() / tried.square().sum())
-        if self._budget.allows(starts.shape[1]):
-            self._multiply(self._ball.furthest(products))
+        if self._budget.allows():  # from the others the model leads on
+            highest = (starts * products).sum(dim=0).argmax()
+            self._multiply(self._ball.furthest(products[:, highest, None]))
         while idle < _PATIENCE and self._budget.allows():
             before = self._value
             candidate = self._candidate()
-            if candidate is None:
-                break
+            if candidate is None:  # the model has nothing new to tell: another product at random makes it a better one
+                candidate = self._ball.furthest(self._hessian.random_vectors(1, generator=self._generator))[:, 0]
             self._multiply(candidate[:, None])
             idle = 0 if self._value > before + _RISE * abs(before) else idle + 1
         assert self._best is not None

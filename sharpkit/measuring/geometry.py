@@ -32,6 +32,8 @@ _CLIMBS = 40  # steps on the model of the products made so far, which cost none:
 _WIDE, _NARROW = 256, 8  # points climbed from at most and at least, by judgement
 _ENTRIES, _FACTORED = 2**18, 2**10  # numbers in all points, of signs, and where matrices are to be factored: by judgement
 _SMALL = 10_000  # parameters of a small problem, where single entries are turned as well: by judgement
+_WORK = 2.0**33  # operations between two products, by judgement a fifth of a second on one core
+_MODEL = 60  # operations of the model of H for an entry of a vector: by judgement, six for each of ten products
 _PATIENCE = 5  # products without a rise that end the search: by judgement
 _RISE = 1e-3  # of the value, by judgement: less is no rise
 
@@ -121,12 +123,29 @@ class Ball:
         return torch.cat([_times(_furthest(part, norm, p.shape), radius) for part, norm, radius, p in every])
 
     @property
+    def work(self) -> float:
+        """Arithmetic operations of :meth:`furthest` for one vector, nearly."""
+        moving = [
+            (norm, p.shape)
+            for norm, radius, p in zip(self._norms, self._radii, self.layout.params, strict=True)
+            if isinstance(radius, Tensor) or radius
+        ]
+        return sum(_work(norm, shape) for norm, shape in moving)
+
+    @property
     def reach(self) -> float:
         """The largest ||d||_2^2 on the ball, so that the sharpness is at most so many times lambda_max."""
         if self._norms[0] == "l2":
             return 1.0
         every = zip(self._norms, self._radii, self.layout.params, strict=True)
         return sum(float(r.square().sum()) if isinstance(r, Tensor) else r**2 * _reach(norm, p.shape) for norm, r, p in every)
+
+
+def _work(norm: Norm, shape: torch.Size) -> float:
+    if norm != "spectral" or len(shape) < 2:
+        return float(shape.numel())
+    small, large = sorted((shape[0], math.prod(shape[1:])))
+    return 25.0 * small**2 * large  # of a symmetric eigenproblem and three products, by LAPACK's counts
 
 
 def _times(part: Tensor, radius: float | Tensor) -> Tensor:
@@ -156,7 +175,7 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     # what is 0 to rounding, of the matrix or of its square, has no direction
     floor = largest * max((entries * torch.finfo(wide.dtype).eps) ** 2, entries * torch.finfo(torch.float64).eps)
     roots = torch.where(squares > floor, squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
-    turned = (((vectors * roots[:, None, :]) @ vectors.mT) @ exact).to(matrices.dtype)
+    turned: Tensor = (((vectors * roots[:, None, :]) @ vectors.mT) @ exact).to(matrices.dtype)
     return turned.mT if wide is not matrices else turned
 
 
@@ -316,6 +335,8 @@ class _Search:
         self._best: tuple[float, Tensor] | None = None
         wide = max(_NARROW, min(_WIDE, (_ENTRIES if ball.norm == "linf" else _FACTORED) // hessian.size))
         self._width = max(1, min(wide, affordable_rows(hessian) // 4))
+        affordable = _WORK / (ball.work + _MODEL * hessian.size)
+        self._few = 0 if affordable >= 3 * self._width * _CLIMBS else max(2, min(_CLIMBS, int(affordable)))
 
     def run(self, starts: Tensor) -> tuple[float, Tensor]:
         products, idle = self._multiply(starts), 0
@@ -356,10 +377,14 @@ class _Search:
         apply, diagonal, image = self._model()
         mixtures = torch.randn(image.shape[1], self._width, generator=self._generator, dtype=torch.float64).to(image)
         anywhere = self._hessian.random_vectors(self._width, generator=self._generator).to(image)
-        points = torch.cat([self._ball.furthest(torch.cat([image @ mixtures, anywhere], dim=1)), self._directions], dim=1)
-        # entry by entry where that is affordable: long steps from many points end at few, and miss more
-        by_entries = self._ball.norm == "linf" and len(points) <= _SMALL
-        points = _turned(points, apply, diagonal) if by_entries else self._climbed(points, apply)
+        if self._few:  # what is large is climbed from the best direction alone, and only as far as this leads
+            assert self._best is not None
+            points = self._climbed(self._best[1][:, None], apply)
+        else:
+            points = torch.cat([self._ball.furthest(torch.cat([image @ mixtures, anywhere], dim=1)), self._directions], dim=1)
+            # entry by entry where that is affordable: long steps from many points end at few, and miss more
+            by_entries = self._ball.norm == "linf" and len(points) <= _SMALL
+            points = _turned(points, apply, diagonal) if by_entries else self._climbed(points, apply)
         heights = (points * apply(points)).sum(dim=0)
         seen = self._directions / self._directions.norm(dim=0).clamp_min(1e-30)
         for index in heights.argsort(descending=True).tolist():
@@ -392,7 +417,7 @@ class _Search:
         """Steps to where the slope points furthest; where that leads down, with a multiple of the identity added, which makes it rise."""
         slopes = apply(points)
         heights, shifts = (points * slopes).sum(dim=0), torch.zeros(points.shape[1]).to(points)
-        for _ in range(_CLIMBS):
+        for _ in range(self._few or _CLIMBS):
             tried = self._ball.furthest(slopes + shifts * points)
             new = apply(tried)
             higher = (tried * new).sum(dim=0)

@@ -162,7 +162,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     right.axhline(1.0, color="0.5", lw=0.8)
     right.set(xlabel="share of the run", ylabel="S / (2 ||g||_* / lr)", yscale="log", title="Steps of a fixed length")
     for axes in (left, right):
-        axes.legend(fontsize=5)
+        axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 if __name__ == "__main__":

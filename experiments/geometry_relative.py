@@ -90,7 +90,10 @@ def draw(rows: list[Row], figure: Any) -> None:
             right.plot([row["step"] for row in own], [row["rate"] / row["lr"] for row in own], "o-", label=f"along {along}: {name}")
     right.axhline(1.0, color="0.5", lw=0.8)
     right.set(xscale="log", yscale="symlog", xlabel="steps of AdamW on the library", ylabel="critical rate / rate in use")
-    right.legend(fontsize=5)
+    right.set_ylim(bottom=-0.2)
+    right.set_xticks(STEPS, [str(step) for step in STEPS])
+    right.minorticks_off()
+    right.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import nn
 from traces import untouched
 
 import sharpkit as sk
+from sharpkit.measuring import geometry
 from sharpkit.measuring.geometry import Ball
 from sharpkit.operators.preconditioned import optimizer_curvature
 from sharpkit.optimizers import kinds
@@ -258,6 +259,19 @@ def test_of_muon_the_ball_is_the_matrices_own(adjust: str) -> None:
     optimizer.step()
     moved = [float(torch.linalg.svdvals((p.detach() - w) / 0.02)[0]) for p, w in zip(matrices, before, strict=True)]
     assert moved == pytest.approx(lengths, rel=0.3)
+
+
+def test_large_matrices_are_factored_few_times_between_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 x 300: each factor takes as long as many products of a small batch."""
+    factored: list[int] = []
+    orthogonal = geometry._orthogonal
+    monkeypatch.setattr(geometry, "_orthogonal", lambda matrices: (factored.append(len(matrices)), orthogonal(matrices))[1])
+    monkeypatch.setattr(geometry, "_WORK", 2.0**30)
+    model = nn.Linear(300, 300)
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    made = sk.generalized_sharpness(sk.Objective(model, (x, x.tanh()), loss=nn.functional.mse_loss), "spectral", num_starts=2)
+    assert made.num_matvecs <= 6 and sum(factored) <= 2 + 1 + 3 * (1 + made.num_matvecs)
+    assert made.value > 0
 
 
 def test_a_mapping_gives_each_parameter_the_norm_of_the_first_pattern_that_fits() -> None:

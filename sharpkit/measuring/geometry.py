@@ -84,11 +84,13 @@ class GeneralizedSharpness(Result, kind="generalized_sharpness"):
         return f"{self.optimizer} is at {self.share:.2f} of its limit: it is stable up to a rate of {self.stable_lr:.3g}."
 
     def __str__(self) -> str:
-        above = "" if self.upper is None else f", at most {self.upper:.4g}"
         whose = "" if self.optimizer is None else f" of {self.optimizer}"
         edge = "" if self.limit is None else f", limit {self.limit:.4g}"
-        least = "" if self.norm.endswith(("l2", "H")) else "at least "
-        return f"{self.norm} sharpness{whose} {least}{self.value:.4g}{above}{edge} ({self.num_matvecs} products)"
+        if self.dual_norm is None:
+            matrix = "H" if self.norm == "l2" else self.norm
+            return f"sharpness{whose}, lambda_max({matrix}), {self.value:.4g}{edge} ({self.num_matvecs} products)"
+        above = "" if self.upper is None else f", at most {self.upper:.4g}"
+        return f"{self.norm} sharpness{whose} at least {self.value:.4g}{above}{edge} ({self.num_matvecs} products)"
 
 
 class Ball:

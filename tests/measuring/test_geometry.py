@@ -193,6 +193,7 @@ def test_of_gradient_descent_and_adam_it_is_the_eigenvalue_that_their_rules_are_
         assert made.share == pytest.approx(made.value / made.limit)
         assert float(made.direction @ (sk.HessianOperator(f) @ made.direction)) == pytest.approx(top, rel=1e-4), "in the parameters' space"
         assert sk.generalized_sharpness(f, optimizer, initial=made.direction).num_matvecs <= made.num_matvecs
+    assert str(made).startswith(f"sharpness of AdamW, lambda_max({made.norm}), {made.value:.4g}, limit {made.limit:.4g} (")
     assert made.finding == f"AdamW is at {made.share:.2f} of its limit: it is stable up to a rate of {made.stable_lr:.3g}."
 
 

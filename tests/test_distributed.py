@@ -82,6 +82,8 @@ def numbers(problem: Any, data: Any, loss: Any, **settings: Any) -> dict[str, An
         "targets": objective.num_targets,
         "samples": objective.num_samples,
         "values": sk.eigenpairs(sk.HessianOperator(objective), k=3, tol=1e-8).values,
+        "signs": sk.generalized_sharpness(objective, "linf", num_starts=3).value,
+        "update": sk.update_curvature(objective, torch.optim.SGD(problem.model.parameters(), lr=0.1)).curvature,
     }
 
 

@@ -42,9 +42,10 @@ def trained(make: Make, *, steps: int = 12, **settings: Any) -> tuple[sk.Objecti
     """A small network and its optimizer after some steps; RAdam adapts from the sixth on."""
     problem = mlp()
     objective, optimizer = objective_of(problem), make(list(problem.model.parameters()), **{"lr": 0.01, **settings})
+    x, y = (torch.cat(parts) for parts in zip(*problem.batches, strict=True))
     for _ in range(steps):
-        for p, g in zip(objective.layout.params, objective.layout.split(objective.gradient()[1]), strict=True):
-            p.grad = g
+        optimizer.zero_grad()
+        problem.loss(problem.model(x), y).backward()
         optimizer.step()
     return objective, optimizer
 

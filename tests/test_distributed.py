@@ -82,7 +82,7 @@ def numbers(problem: Any, data: Any, loss: Any, **settings: Any) -> dict[str, An
         "targets": objective.num_targets,
         "samples": objective.num_samples,
         "values": sk.eigenpairs(sk.HessianOperator(objective), k=3, tol=1e-8).values,
-        "signs": sk.generalized_sharpness(objective, "linf", num_starts=3).value,
+        "signs": sk.generalized_sharpness(objective, "linf", num_starts=2, max_matvecs=4).value,
         "update": sk.update_curvature(objective, torch.optim.SGD(problem.model.parameters(), lr=0.1)).curvature,
     }
 

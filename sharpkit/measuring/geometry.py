@@ -289,16 +289,27 @@ def generalized_sharpness(
 
 
 def sharpest(
-    hessian: HessianOperator, ball: Ball, gradient: Tensor, budget: Budget, *, seed: int, num_starts: int, initial: Tensor | None = None
+    hessian: HessianOperator,
+    ball: Ball,
+    gradient: Tensor,
+    budget: Budget,
+    *,
+    seed: int,
+    num_starts: int,
+    initial: Tensor | None = None,
+    thorough: bool = True,
 ) -> tuple[float, Tensor, float]:
-    """The search of :func:`generalized_sharpness` over a ball: the value, its direction, and the dual norm of the gradient."""
+    """The search of :func:`generalized_sharpness` over a ball: the value, its direction, and the dual norm of the gradient.
+
+    Unless it is ``thorough``, the model is climbed from the best direction alone, which takes no longer than a small network's products.
+    """
     steepest = ball.furthest(gradient[:, None])
     dual = float(hessian.dot(gradient, steepest[:, 0]))
     given = [] if initial is None else [ball.furthest(initial[:, None])]
     generator = torch.Generator().manual_seed(seed)
     randomly = hessian.random_vectors(num_starts, generator=generator)
     starts = torch.cat([*given, steepest, ball.furthest(randomly)], dim=1)[:, :num_starts]
-    value, direction = _Search(hessian, ball, budget, generator).run(starts)
+    value, direction = _Search(hessian, ball, budget, generator, thorough=thorough).run(starts)
     return max(value, 0.0), direction, dual  # 0 lies in the ball: where everything curves downwards, that is the maximum
 
 
@@ -331,14 +342,14 @@ def _ball(geometry: Geometry, objective: Objective) -> tuple[Ball | None, Optimi
 class _Search:
     """Directions, their products, and the best so far."""
 
-    def __init__(self, hessian: HessianOperator, ball: Ball, budget: Budget, generator: torch.Generator) -> None:
+    def __init__(self, hessian: HessianOperator, ball: Ball, budget: Budget, generator: torch.Generator, *, thorough: bool) -> None:
         self._hessian, self._ball, self._budget, self._generator = hessian, ball, budget, generator
         self._directions, self._products = torch.empty(hessian.size, 0), torch.empty(hessian.size, 0)
         self._best: tuple[float, Tensor] | None = None
         wide = max(_NARROW, min(_WIDE, (_ENTRIES if ball.norm == "linf" else _FACTORED) // hessian.size))
         self._width = max(1, min(wide, affordable_rows(hessian) // 4))
         affordable = _WORK / (ball.work + _MODEL * hessian.size)
-        self._few = 0 if affordable >= 3 * self._width * _CLIMBS else max(2, min(_CLIMBS, int(affordable)))
+        self._few = 0 if thorough and affordable >= 3 * self._width * _CLIMBS else max(2, min(_CLIMBS, int(affordable)))
 
     def run(self, starts: Tensor) -> tuple[float, Tensor]:
         products, idle = self._multiply(starts), 0

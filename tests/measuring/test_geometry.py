@@ -52,8 +52,8 @@ def symmetric(spectrum: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
 
 def test_signs_come_within_a_hundredth_of_brute_force_in_nine_of_ten_problems() -> None:
     rng, within = np.random.default_rng(0), []
-    for number in range(40):
-        n = int(rng.integers(8, 15))
+    for number in range(24):
+        n = int(rng.integers(8, 14))
         matrix = symmetric(spectra(number % 4, n, rng), rng)
         signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n)), dtype=torch.float64)
         best = float(((signs @ matrix) * signs).sum(dim=1).max())
@@ -61,7 +61,7 @@ def test_signs_come_within_a_hundredth_of_brute_force_in_nine_of_ten_problems() 
         assert made.value <= best * (1 + 1e-9) and made.num_matvecs <= 15
         assert float(made.direction @ matrix @ made.direction) == pytest.approx(made.value) and float(made.direction.abs().max()) <= 1
         within.append(made.value >= 0.99 * best)
-    assert sum(within) >= 36
+    assert sum(within) >= 22
 
 
 @pytest.mark.parametrize("norm", NORMS[1:])

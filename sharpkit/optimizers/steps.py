@@ -81,6 +81,11 @@ def copy_optimizer(optimizer: Optimizer, place: Mapping[int, nn.Parameter], *, r
         group.pop("initial_lr", None)
     if reset:
         other.state.clear()
+        for group in other.param_groups:
+            if "initial_accumulator_value" in group:  # older releases of torch make Adagrad's state with it, not at its first step
+                for p in group["params"]:
+                    start = torch.full_like(p, float(group["initial_accumulator_value"]))
+                    other.state[p] = {"step": torch.tensor(0.0), "sum": start.detach()}
     return other
 
 

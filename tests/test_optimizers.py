@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +24,7 @@ SGD, ADAM, ADAMW, RMS, ADAGRAD = (getattr(torch.optim, name) for name in ("SGD",
 NADAM = torch.optim.NAdam
 
 
-@pytest.fixture(autouse=True)
-def _table_as_it_was() -> Iterator[None]:
-    before = dict(kinds._KINDS)
-    yield
-    kinds._KINDS.clear()
-    kinds._KINDS.update(before)
+pytestmark = pytest.mark.usefixtures("optimizers_as_known")
 
 
 def weight(*values: float) -> nn.Parameter:

@@ -28,9 +28,8 @@ _PILOT, _PILOT_SHARE = 8, 8  # probes that decide whether a Krylov basis pays, o
 _WORTH, _BASIS_SHARE = 0.7, 4
 _ENTRIES = 2**22  # numbers of each table made at a time, 32 MB in float64: by judgement
 _SAMPLED = 2**13  # entries that choose the shift: by judgement, the spread summed over them is known to a few percent
-_SHARED = (
-    0.5  # by judgement: the errors of nine spectra of 100 to 1500 rows were 1.0 to 1.2 times their spread, 1.05 at most below 0.1 rows
-)
+# By judgement: the errors of nine spectra of 100 to 1500 rows were 1.0 to 1.2 times their spread, 1.05 at most below 0.1 rows.
+_SHARED = 0.5
 _EXHAUSTED = 1e-5  # of an image, what is left outside the basis: by judgement, a hundred roundings of float32
 
 

@@ -23,7 +23,7 @@ from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import ParamLayout
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
-from sharpkit.operators.preconditioned import optimizer_curvature
+from sharpkit.operators.preconditioned import turned_curvature
 from sharpkit.optimizers import Norm, check_trains, learning_rate, refuse_unknown, step_geometry, step_matrix, unwrap_optimizer
 
 Geometry = Norm | Mapping[str, Norm] | Optimizer
@@ -265,8 +265,8 @@ def generalized_sharpness(
         matrix: SymmetricOperator = hessian
         rule, scale = None, None
         if optimizer is not None:
-            matrix, rule = optimizer_curvature(hessian, optimizer)
-            scale = step_matrix(optimizer, objective.layout).scale
+            turned = step_matrix(optimizer, objective.layout)
+            matrix, rule, scale = turned_curvature(hessian, turned), turned.rule, turned.scale
         if scale is not None:
             scale = scale.to(hessian.dtype)
             initial = None if initial is None else torch.where(scale > 0, initial / scale, 0.0)

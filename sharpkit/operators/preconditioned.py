@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharpkit.objective.params import ParamLayout
 from sharpkit.operators.base import SymmetricOperator, _DerivedOperator, check_operator, real_tensor, scale_rows
-from sharpkit.optimizers import UpdateRule, preconditioner_scale, step_matrix
+from sharpkit.optimizers import StepMatrix, UpdateRule, preconditioner_scale, step_matrix
 
 
 @runtime_checkable
@@ -109,10 +109,15 @@ def optimizer_curvature(
         optimizer, ratios, diagonal: as in :func:`sharpkit.optimizers.limits.step_matrix`, which names the errors too.
     """
     turned = step_matrix(optimizer, layout_of(base), ratios=ratios, diagonal=diagonal)
+    return turned_curvature(base, turned), turned.rule
+
+
+def turned_curvature(base: SymmetricOperator, turned: StepMatrix) -> SymmetricOperator:
+    """The matrix of :func:`optimizer_curvature`, what it is made of being known."""
     matrix = _shifted(base, turned.decay)
     if turned.scale is not None:
         matrix = _DiagonalScaling(matrix, turned.scale)
-    return _shifted(matrix, turned.shift), turned.rule
+    return _shifted(matrix, turned.shift)
 
 
 def _shifted(base: SymmetricOperator, shift: Tensor | float) -> SymmetricOperator:

@@ -16,7 +16,6 @@ import sharpkit as sk
 from sharpkit.measuring import geometry
 from sharpkit.measuring.geometry import Ball
 from sharpkit.operators.preconditioned import optimizer_curvature
-from sharpkit.optimizers import kinds
 
 NORMS = ("linf", "spectral", "blocks", "rows", "columns")
 
@@ -164,8 +163,7 @@ class Lion(SignDescent):
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+def registered(optimizers_as_known: None) -> None:
     sk.register_optimizer(SignDescent, geometry="linf")
 
 

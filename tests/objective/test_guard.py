@@ -539,7 +539,7 @@ def test_models_in_torchscript_are_measured_and_left_as_they_were(made: str) -> 
     try:
         compiled = torch.jit.script(model.eval()) if made == "script" else torch.jit.trace(model.eval(), x)
     except Exception as error:
-        pytest.skip(f"this PyTorch does not make it: {error}")
+        pytest.skip(f"this PyTorch does not make it: {error}")  # TorchScript is deprecated, and not there for every Python
     expected = sk.HessianOperator(sk.Objective(model, (x, y), loss=F.cross_entropy)).to_dense()
     buffers = {name: b.clone() for name, b in compiled.named_buffers()}
     operator = sk.HessianOperator(sk.Objective(compiled, (x, y), loss=F.cross_entropy))

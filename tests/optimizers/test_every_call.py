@@ -54,7 +54,7 @@ def run_of(name: str) -> Run:
     package, _, cls = name.rpartition(".")
     module = pytest.importorskip(package) if package else torch.optim
     if not hasattr(module, cls):
-        pytest.skip(f"this release has no {cls}")
+        pytest.skip(f"this release has no {cls}")  # torch's Muon came with 2.9, packages drop and add classes
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 1, bias=False)).double()

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from sharpkit.linalg.results import SpectralDensity as SpectralDensity
     from sharpkit.linalg.slq import spectral_density as spectral_density
     from sharpkit.linalg.trace import trace as trace
+    from sharpkit.measuring.comparison import OptimizerComparison as OptimizerComparison
+    from sharpkit.measuring.comparison import compare_optimizers as compare_optimizers
     from sharpkit.measuring.critical import CriticalLearningRate as CriticalLearningRate
     from sharpkit.measuring.critical import RelativeCriticalRates as RelativeCriticalRates
     from sharpkit.measuring.critical import critical_learning_rate as critical_learning_rate
@@ -129,6 +131,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.linalg.results": ("Eigenpairs", "Estimate", "SpectralDensity"),
     "sharpkit.linalg.slq": ("spectral_density",),
     "sharpkit.linalg.trace": ("trace",),
+    "sharpkit.measuring.comparison": ("OptimizerComparison", "compare_optimizers"),
     "sharpkit.measuring.critical": ("CriticalLearningRate", "RelativeCriticalRates", "critical_learning_rate", "relative_critical_rates"),
     "sharpkit.measuring.directional": ("batch_sharpness", "directional_sharpness", "gradient_noise_interaction"),
     "sharpkit.measuring.doctor": ("Diagnosis", "examine"),

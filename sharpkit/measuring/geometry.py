@@ -24,7 +24,7 @@ from sharpkit.objective.params import ParamLayout
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import turned_curvature
-from sharpkit.optimizers import Norm, check_trains, learning_rate, refuse_unknown, step_geometry, step_matrix, unwrap_optimizer
+from sharpkit.optimizers import Norm, check_trains, is_adaptive, learning_rate, refuse_unknown, step_geometry, step_matrix, unwrap_optimizer
 
 Geometry = Norm | Mapping[str, Norm] | Optimizer
 
@@ -204,6 +204,7 @@ def generalized_sharpness(
     num_starts: int = 5,
     initial: Tensor | None = None,
     lambda_max: float | None = None,
+    diagonal: Tensor | None = None,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
     memory_limit: float | None = None,
@@ -230,6 +231,7 @@ def generalized_sharpness(
         num_starts: directions to begin with: the given one, the steepest one, and random ones (experiments/geometry_search.py).
         initial: (n,) a direction near the wanted one, such as that of an earlier call.
         lambda_max: the largest eigenvalue of H, if known: an upper bound follows, which is far above S for large models.
+        diagonal: (n,) positive, what an optimizer divides its gradients by, where its state is not the one meant.
         max_matvecs: most products, by default 2 for each start and 2 more.
         max_seconds: most seconds.
         memory_limit: bytes that may be taken on the model's device.
@@ -261,11 +263,17 @@ def generalized_sharpness(
     initial = None if initial is None else objective.layout.checked(initial, "initial")
     ball, optimizer, lr = _ball(geometry, objective)
     seed = as_seed(seed)
+    if diagonal is not None:
+        objective.layout.checked(diagonal, "diagonal")  # in its own type: small second moments lose digits in float32
+        if optimizer is None or ball is not None or not is_adaptive(optimizer):
+            raise ValueError("diagonal says what an optimizer divides its gradients by: pass one that does, such as Adam")
+        if not bool((diagonal > 0).all()):
+            raise ValueError("the diagonal must be positive everywhere")
     if ball is None:
         matrix: SymmetricOperator = hessian
         rule, scale = None, None
         if optimizer is not None:
-            turned = step_matrix(optimizer, objective.layout)
+            turned = step_matrix(optimizer, objective.layout, diagonal=diagonal)
             matrix, rule, scale = turned_curvature(hessian, turned), turned.rule, turned.scale
         if scale is not None:
             scale = scale.to(hessian.dtype)

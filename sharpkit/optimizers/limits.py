@@ -238,7 +238,7 @@ def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], 
     groups = {id(p): (group, weight) for group, weight in zip(live, weights, strict=True) for p in group["params"]}
     if not any(id(p) in groups for p in layout.params):
         raise ValueError(_NONE_HELD)
-    if divide is not None and not any(map(_has_stepped, optimizer.state.values())):
+    if divide is not None and not has_stepped(optimizer):
         raise ValueError(f"{type(optimizer).__name__} has no state yet: measure after its first step")
     pieces: list[Tensor | None] = []
     for name, p in zip(layout.names, layout.params, strict=True):
@@ -265,6 +265,11 @@ def _check_state(optimizer: Optimizer, state: State, p: Tensor) -> None:
                 f"{type(optimizer).__name__} keeps {name} as {str(value.dtype).removeprefix('torch.')}, a code whose meaning is not "
                 "known: pass diagonal= with what it divides gradients by, or use the optimizer that keeps its state in floating point"
             )
+
+
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Whether any parameter has a state from a step."""
+    return any(map(_has_stepped, optimizer.state.values()))
 
 
 def _has_stepped(state: State) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.objective.objective import Closure
 from sharpkit.transfer.fits import Slope, log_slope
-from sharpkit.transfer.observing import Observations, TensorTrack, Track, Values, at, geometric_mean, observe, over_steps
+from sharpkit.transfer.observing import Observations, TensorTrack, Values, at, geometric_mean, observe, over_steps
 from sharpkit.transfer.setup import Build, Family, MakeOptimizer, check_sizes
 
 # The mildest broken rule shifts an exponent by 1/2, and widths of 64 to 512 of a correct network show up to about 0.15: half way
@@ -23,6 +23,10 @@ MINIMAL_EXPONENT = 0.25
 MINIMAL_ERRORS = 4.0
 # Times both, for a single tensor among many of its role, by judgement: there are dozens of them, so that some are off by chance.
 _STRICT = 2.0
+_GENTLE = 1 / 8  # of the rates, by judgement
+_EXACT = 1e-9  # error of an exponent that was read and not measured, with rounding
+# Of the gradient, by judgement: eps below a tenth of it changes a step little, while coupled decay stays when gradients fall in training.
+_SHARES = {"weight decay": 0.01, "epsilon": 0.1}
 _ROUNDING = 1e-5  # of a coordinate, by judgement: the change that rounding makes in single precision, with room above
 _CONTRADICTION = 0.1  # by judgement: updates off by less in the other direction are no evidence against the logits at initialisation
 
@@ -30,6 +34,8 @@ RULES = {
     "hidden initialisation": "variance 1/fan_in",
     "input initialisation": "outputs of one size at every width",
     "readout initialisation": "logits that fall as width^-1/2 or faster",
+    "hidden multiplier": "multiplier^2 x variance x fan_in constant, and the same of multiplier x rate x fan_in under Adam",
+    "input multiplier": "outputs, and what a step changes in them, of one size at every width",
     "readout multiplier": "logits multiplied by 1/fan_in (or, equivalently, variance 1/fan_in^2 and a rate by 1/fan_in)",
     "attention scale": "q.k/d, not q.k/sqrt(d)",
     "hidden learning rate": "by 1/fan_in under Adam, constant under SGD",
@@ -37,7 +43,8 @@ RULES = {
     "readout learning rate": "with a 1/fan_in multiplier constant under Adam, by fan_in under SGD",
     "vector learning rate": "biases and gains: constant under Adam, by fan_out under SGD",
     "fixed learning rate": "constant",
-    "weight decay": "decoupled decay: learning rate x weight decay constant",
+    "weight decay": "decoupled, and under SGD: learning rate x weight decay constant; in Adam's gradient: decay x RMS(w) / RMS(g) constant",
+    "epsilon": "by 1/width, as gradients under muP, or far below them",
     "depth multiplier": "residual branches by depth^-1/2",
     "depth learning rate": "inside the blocks by depth^-1/2 under Adam, constant under SGD",
 }
@@ -118,7 +125,19 @@ def find_culprits(
     """
     family = Family(build, optimizer, data, loss=loss, closure=closure, dimension=dimension)
     sizes = check_sizes(widths, dimension=dimension, least=3)
-    return culprits_of(observe(family, sizes, steps=steps, seeds=seeds, effects=True, callback=callback))
+    return culprits_in(family, observe(family, sizes, steps=steps, seeds=seeds, effects=True, callback=callback), seeds=seeds)
+
+
+def culprits_in(family: Family, seen: Observations, *, seeds: int | Sequence[int]) -> tuple[Culprit, ...]:
+    """The broken rules in observations made with effects; from gentler steps where those were rough, and a rule is broken.
+
+    The rules are about exponents, which no factor on all rates changes. In a network that its first steps saturate, everything is off.
+    """
+    named = culprits_of(seen)
+    if not (named and seen.rough):
+        return named
+    gentle = observe(family, seen.sizes, steps=seen.num_steps, seeds=seeds, effects=True, lr_factor=_GENTLE)
+    return culprits_of(gentle) or named
 
 
 def culprits_of(seen: Observations) -> tuple[Culprit, ...]:
@@ -178,14 +197,29 @@ def _unexplained(broken: list[Evidence]) -> list[Evidence]:
     if start and rate and rate.excess > 0:  # too large from the beginning and in its updates: not the rate
         broken = [e for e in broken if e not in (start, rate)]
         broken.append(Evidence("readout multiplier", rate.where, rate.slope, rate.expected))
+    for role in ("hidden", "input"):
+        start, rate = rules.get(f"{role} initialisation"), rules.get(f"{role} learning rate")
+        # a multiplier does the same to what a weight is and to what its steps are: which of the factors is wrong cannot be told
+        if start and rate and abs(start.excess - rate.excess) < MINIMAL_EXPONENT:
+            broken = [e for e in broken if e not in (start, rate)]
+            broken.append(Evidence(f"{role} multiplier", start.where, start.slope, start.expected))
+            rules = {e.rule: e for e in broken}
     attention = rules.get("attention scale")
     if attention:  # queries and keys of another size explain logits of another size, their rates those without a start
-        causes = ["hidden initialisation"] if attention.expected else ["hidden initialisation", "hidden learning rate"]
+        causes = ["hidden initialisation", "hidden multiplier", *([] if attention.expected else ["hidden learning rate"])]
         if any(c in rules and rules[c].excess * attention.excess > 0 for c in causes):
             broken = [e for e in broken if e.rule != "attention scale"]
+    # decay or eps that outweighs gradients makes steps smaller and turns them: not the rate
+    beside = {name for e in broken if e.rule == "epsilon" or _is_measured_decay(e) for name in e.where}
+    broken = [e for e in broken if not (e.rule.endswith("learning rate") and e.excess < 0 and beside.intersection(e.where))]
     if "depth multiplier" in rules:  # larger branches change the output more at any rate
         broken = [e for e in broken if e.rule != "depth learning rate"]
     return broken
+
+
+def _is_measured_decay(e: Evidence) -> bool:
+    """Whether it is decay in an adaptive optimizer's gradient; the exponent of the other kind is read."""
+    return e.rule == "weight decay" and e.slope.stderr > _EXACT
 
 
 def _in_words(e: Evidence, size: str) -> str:
@@ -193,12 +227,16 @@ def _in_words(e: Evidence, size: str) -> str:
     grows = f"{grow} as {size}^{e.slope}"
     expected = f"where {f'{size}^{e.expected:g}' if e.expected else f'no change with {size}'} is expected"
     role = _ROLES.get(e.rule.partition(" ")[0], "")
-    if e.rule.endswith("initialisation"):
-        text = f"at initialisation the outputs of {role}{many} {grows}, {expected}"
+    if e.rule.endswith("initialisation") or e.rule in ("hidden multiplier", "input multiplier"):
+        alike = ", and so do the changes that updates make in them" if e.rule.endswith("multiplier") else ""
+        text = f"at initialisation the outputs of {role}{many} {grows}{alike}, {expected}"
     elif e.rule == "readout multiplier":
         text = f"logits are too large from the start, and the changes that the readout's updates make in them {grows}"
     elif e.rule == "attention scale":
         text = f"{'attention logits at initialisation' if e.expected else 'changes of attention logits'}{many} {grows}, {expected}"
+    elif e.rule == "epsilon" or _is_measured_decay(e):
+        what = "eps" if e.rule == "epsilon" else "coupled weight decay"
+        text = f"the share of {what} in the gradients of {len(e.where)} tensors{many} {grow}s as {size}^{e.slope}"
     elif e.rule == "weight decay":
         text = f"learning rate x weight decay of {len(e.where)} tensors{many} {grow}s as {size}^{e.slope}"
     elif e.rule == "depth multiplier":
@@ -247,7 +285,8 @@ def role_of(tensor: TensorTrack) -> str:
         return "input"
     if len(growing) > 1:
         return "hidden"
-    return "input" if 0 in growing or _grows(tensor.entries.values()) else "readout"
+    # by the result, as some layouts are (in, out); by the dimension where the result is not the tensor's own
+    return "input" if _grows(tensor.entries.values()) or (0 in growing and not tensor.own) else "readout"
 
 
 def _grows(values: Iterable[int | None]) -> bool:
@@ -265,48 +304,17 @@ def _matrix(tensor: TensorTrack) -> bool:
     return len(next(iter(tensor.shapes.values()))) > 1
 
 
-def _own(tensor: TensorTrack) -> bool:
-    """Whether its change shows first in an output of the module that owns it."""
-    owner = tensor.name.rpartition(".")[0] or "output"
-    return tensor.shown_in == owner or tensor.shown_in.startswith((f"{owner}[", f"{owner} (", f"{owner}."))
-
-
-def _features(seen: Observations, name: str) -> Track | None:
-    """What a readout reads, before any multiplier: the last growing output of a module with parameters that is computed before it.
-
-    The input of the readout's own module would hide a multiplier applied to it, as in ``head(x / width)``.
-    """
-    owned = {t.shown_in for t in seen.tensors.values() if _own(t)}
-    features = None
-    for track in seen.coordinates.values():
-        if track.name == name:
-            return features
-        if track.name in owned and _grows(track.entries.values()):
-            features = track
-    return None
-
-
 # -- the rules ----------------------------------------------------------------------------------------------------------------
 def _initialisations(seen: Observations) -> list[Evidence]:
     evidence = []
     for role, exponent in {"hidden": 0.0, "input": 0.0, "readout": -0.5}.items():
-        # by outputs and not by entries of the weights, whose spread says little behind a norm or a multiplier;
-        # the outputs in which a change of this role's matrices shows first
-        names = [t.shown_in for t in seen.tensors.values() if role_of(t) == role and _matrix(t) and (role == "readout" or _own(t))]
-        tracks = [seen.coordinates[name] for name in dict.fromkeys(names) if name in seen.coordinates]
-        gains = {t.name: _gain(t, _features(seen, t.name) if role == "readout" else None) for t in tracks if _positive(t.spread)}
+        # by what they make of their input and not by their entries, whose spread says little behind a norm or a multiplier; a weight that
+        # enters in another way than by a product (a mask, positions that are added) is not judged
+        chosen = [seen.products[t.name] for t in seen.tensors.values() if t.name in seen.products and role_of(t) == role and _matrix(t)]
+        gains = {product.name: product.gain for product in chosen if _positive(product.gain)}
         if gains:
             evidence += _pooled(f"{role} initialisation", gains, exponent, above_only=role == "readout")
     return evidence
-
-
-def _gain(track: Track, features: Track | None) -> Values:
-    """Output over input (or over the features given) at step 0; the output itself where there is no floating input.
-
-    The output's deviations from its mean over samples, that is: a bias of constant size would hide that logits fall.
-    """
-    out, into = track.spread, at(track.input_rms if features is None else features.rms, 0)
-    return {s: [o / i if math.isfinite(i) and i > 0 else o for o, i in zip(out[s], into[s], strict=True)] for s in out}
 
 
 def _positive(values: Values) -> bool:
@@ -317,10 +325,7 @@ def _learning_rates(seen: Observations) -> list[Evidence]:
     by_role: dict[str, dict[str, Values]] = {}
     for t in seen.tensors.values():
         if not _idle(t):
-            role = role_of(t)
-            features = _features(seen, t.shown_in) if role == "readout" else None
-            inputs = t.input_rms if features is None else at(features.rms, seen.num_steps)
-            by_role.setdefault(role, {})[t.name] = relative_effect(t, inputs, adaptive=seen.adaptive)
+            by_role.setdefault(role_of(t), {})[t.name] = relative_effect(t, t.input_rms, adaptive=seen.adaptive)
     return [e for role, effects in by_role.items() for e in _pooled(f"{role} learning rate", effects, 0.0)]
 
 
@@ -361,7 +366,7 @@ def _attention(seen: Observations) -> list[Evidence]:
 
 
 def _decay(seen: Observations) -> list[Evidence]:
-    """Exact: read from the optimizer."""
+    """Exact where a step subtracts lr decay w: read from the optimizer. Measured where decay and eps stand beside the gradient."""
     names: dict[float, list[str]] = {}
     slopes: dict[float, Slope] = {}
     for tensor in seen.tensors.values():
@@ -371,4 +376,19 @@ def _decay(seen: Observations) -> list[Evidence]:
             key = round(slope.value, 2)
             names.setdefault(key, []).append(tensor.name)
             slopes[key] = slope
-    return [Evidence("weight decay", tuple(where), slopes[key]) for key, where in names.items()]
+    exact = [Evidence("weight decay", tuple(where), slopes[key]) for key, where in names.items()]
+    return [*exact, *_beside_gradients(seen)]
+
+
+def _beside_gradients(seen: Observations) -> list[Evidence]:
+    """Coupled decay and eps of adaptive optimizers, whose share of the step must not grow as gradients fall with the width."""
+    evidence = []
+    for rule, kind in (("weight decay", "decay_share"), ("epsilon", "eps_share")):
+        by_role: dict[str, dict[str, Values]] = {}
+        for tensor in seen.tensors.values():
+            shares: Values = getattr(tensor, kind)
+            # what is a small part of the step at every size does nothing yet; a bias may have a gradient of rounding noise alone
+            if _matrix(tensor) and not _idle(tensor) and _positive(shares) and max(max(v) for v in shares.values()) > _SHARES[rule]:
+                by_role.setdefault(role_of(tensor), {})[tensor.name] = shares
+        evidence += [e for values in by_role.values() for e in _pooled(rule, values, 0.0, above_only=rule == "epsilon")]
+    return evidence

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from sharpkit.objective.guard import undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.loss import call_model
 from sharpkit.objective.mistakes import telling
-from sharpkit.optimizers import decoupled_decays, held_parameters, is_adaptive, learning_rates
+from sharpkit.optimizers import decoupled_decays, gradient_decays, held_parameters, is_adaptive, learning_rates
 from sharpkit.training_run import as_seeds
+from sharpkit.transfer.products import Product, ProductWatch
 from sharpkit.transfer.setup import Family, FamilyRun, RunProgress
 
 Numbers = dict[int, list[list[float]]]  # size -> a list for each seed: one number for each step 0 .. num_steps
@@ -30,7 +32,11 @@ Values = dict[int, list[float]]  # size -> one number for each seed
 
 ATTENTION = ": attention logits"
 INPUT = ": input"
+PRODUCT = ": product"  # of a weight that no module's output shows
+SCALED = " x multiplier"  # a module's output times the scalar behind it
+_ROUNDED = 1e-3  # by judgement: a multiplier nearer to 1 is rounding
 MOST_SAMPLES = 64  # of the fixed batch, by judgement: sizes are means over all its entries, thousands in the narrowest layer
+_ROUGH = 5.0  # times the first loss, by judgement: more than batches and good rates do
 # the operators of a softmax and of the products around it, as attention is decomposed into
 _PRODUCTS = ("aten::bmm", "aten::baddbmm")
 _SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
@@ -59,16 +65,27 @@ class TensorTrack:
     name: str  # its place in the model; a tied tensor has several
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by size
     table: bool = False  # whether it is looked up (nn.Embedding)
+    own: bool = False  # whether the coordinate is what the tensor itself makes together with data
     shown_in: str = ""  # the first coordinate in which its change shows
     effect: Values = field(default_factory=dict)  # RMS of the change of that coordinate when the tensor is put back to its initial value
     level: Values = field(default_factory=dict)  # RMS of that coordinate
-    # of the module that owns the tensor; 1 if the coordinate is not its own output, or it has no floating input
+    # of the data it multiplies, before multipliers of its own; 1 if it multiplies none, or its place is not known
     input_rms: Values = field(default_factory=dict)
     entries: dict[int, int] = field(default_factory=dict)  # number of entries of that coordinate, by size
     # RMS of the loss's gradient by the coordinate while training (geometric mean over steps); NaN for adaptive optimizers
     signal: Values = field(default_factory=dict)
-    lr: dict[int, float] = field(default_factory=dict)  # of its parameter group, by size; decay only if decoupled
+    lr: dict[int, float] = field(default_factory=dict)  # of its parameter group, by size; decay only if a step subtracts lr decay w
     weight_decay: dict[int, float] = field(default_factory=dict)
+    decay_share: Values = field(default_factory=dict)  # RMS of decay w over that of g, where both are divided by D; 0 without decay
+    eps_share: Values = field(default_factory=dict)  # eps over the RMS of g, of optimizers that add eps to their root of g^2; else 0
+
+
+@dataclass
+class ProductTrack:
+    """What a weight makes of its input at initialisation, over sizes and seeds."""
+
+    name: str  # of the module whose output it is, or of the tensor
+    gain: Values = field(default_factory=dict)  # spread of the result, multipliers included, for an input of size one
 
 
 @dataclass
@@ -81,9 +98,11 @@ class Observations:
     dimension: str
     coordinates: dict[str, Track] = field(default_factory=dict)  # by name, in the order of computing; only those that every size has
     tensors: dict[str, TensorTrack] = field(default_factory=dict)  # by name; empty unless effects were asked for
+    products: dict[str, ProductTrack] = field(default_factory=dict)  # by name of the tensor, of those that multiply; likewise
     stream: Values = field(default_factory=dict)  # for depths, RMS at initialisation of what all blocks together add to the residual stream
     blocks: Values = field(default_factory=dict)  # for depths, RMS of the output's change when all tensors of the blocks are put back
     adaptive: bool = True  # whether the optimizer's step does not grow with the gradient
+    rough: bool = False  # whether a loss rose far above the first one: sizes are then those of a saturated network
     diverged: list[tuple[int, int]] = field(default_factory=list)  # (size, seed) of runs whose loss became NaN or infinite
 
 
@@ -134,7 +153,8 @@ class Activation:
     # (call 2)", "block[0]", "model.logits"; the model itself is "output"
     name: str
     # "module", "output" (the model's, or a module's that is the model's too), "before output" (of the last module, changed afterwards
-    # into the model's output), "attention logits", "input" (of a module, if asked for)
+    # into the model's output), "before multiplier" (of a module, by which a scalar is multiplied afterwards), "attention logits",
+    # "input" (of a module, if asked for)
     kind: str
     tensor: Tensor  # its values, any shape; masked attention logits left out
     owner: str  # name of the module
@@ -168,10 +188,17 @@ def record(model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collectio
 
     Containers that hand on a child's output unchanged are left out, except the model itself; so are integers and single numbers (a loss).
     """
-    watch = _Watch(inputs_of)
+    return record_products(model, forward, inputs_of=inputs_of)[0]
+
+
+def record_products(
+    model: nn.Module, forward: Callable[[], Any], *, inputs_of: Collection[str] = ()
+) -> tuple[dict[str, Activation], dict[str, Product]]:
+    """The same, and what each parameter makes together with data, by the parameter's name."""
+    watch = _Watch(inputs_of, ProductWatch(model))
     with Whole(_watched(model, watch)):
         forward()
-        return watch.finish()
+        return watch.finish(), watch.products.products
 
 
 @contextmanager
@@ -191,8 +218,8 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
 class _Watch:
     """Collects outputs through hooks; ``place`` is the stack of modules being computed."""
 
-    def __init__(self, inputs_of: Collection[str]) -> None:
-        self._inputs_of = inputs_of
+    def __init__(self, inputs_of: Collection[str], products: ProductWatch) -> None:
+        self._inputs_of, self.products = inputs_of, products
         self.place: list[str] = [""]
         self.seen: list[tuple[Activation, Tensor]] = []  # with the very tensor, which keeps its storage from being used again
         self._calls: dict[str, int] = {}
@@ -213,6 +240,7 @@ class _Watch:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.place.pop()
             size = self._inputs.pop()
+            self.products.leave(name, output)
             known = {id(t) for _, t in self.seen}
             label, kind = self._call(name or "output"), "module" if name else "output"
             for where, tensor in _tensors(output):
@@ -234,7 +262,8 @@ class _Watch:
 
     def finish(self) -> dict[str, Activation]:
         """What is also the model's output is called so, and what is turned into it outside of any module is marked."""
-        outputs = [t for a, t in self.seen if a.kind == "output"]
+        outputs_at = [i for i, (a, _) in enumerate(self.seen) if a.kind == "output"]
+        outputs = [self.seen[i][1] for i in outputs_at]
         # by storage and not by object: the last module's output, reshaped, is the same numbers
         storages = {t.untyped_storage().data_ptr() for t in outputs}
         last = next((i for i in range(len(self.seen) - 1, -1, -1) if self.seen[i][0].kind == "module"), -1)
@@ -246,7 +275,22 @@ class _Watch:
             elif i == last and not direct and any(t.numel() == o.numel() for o in outputs):
                 a = dataclasses.replace(a, kind="before output")
             marked[a.name] = a
+        # what the function sees of a module is behind its multiplier; a product that is no module's output is a coordinate of its own
+        for product in self._added(self.seen[i][1] for i in outputs_at):
+            name = product.exits
+            if name is None:
+                name = f"{product.names[-1]}{PRODUCT}"
+            elif name in marked:
+                marked[name] = dataclasses.replace(marked[name], kind="before multiplier")
+                name += SCALED
+            marked.setdefault(name, Activation(name, "module", product.value, product.place, product.input_rms))
         return marked
+
+    def _added(self, outputs: Iterable[Tensor]) -> list[Product]:
+        """Linear products that no module's output shows as they are."""
+        final = list(outputs)
+        every = {id(p): p for p in self.products.products.values() if p.linear and not self.products.is_in(p, final)}
+        return [p for p in every.values() if p.exits is None or abs(p.scale - 1) > _ROUNDED]
 
 
 class _SoftmaxWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -266,6 +310,7 @@ class _SoftmaxWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _PRODUCTS:
             self._confirm(args)
         result = func(*args, **(kwargs or {}))
+        self._watch.products.see(name, args, kwargs, result, self._watch.place[-1])
         if name in _PRODUCTS:
             self._product = (result.numel(), args[-2].shape[-1])
         elif name in _SOFTMAX and args[0].ndim > 2 and args[1] in (-1, args[0].ndim - 1):
@@ -356,9 +401,18 @@ class Stacks:
 
 # -- the runs -----------------------------------------------------------------------------------------------------------------
 def observe(
-    family: Family, sizes: Sequence[int], *, steps: int, seeds: int | Sequence[int], effects: bool, callback: ProgressCallback | None = None
+    family: Family,
+    sizes: Sequence[int],
+    *,
+    steps: int,
+    seeds: int | Sequence[int],
+    effects: bool,
+    lr_factor: float = 1.0,
+    callback: ProgressCallback | None = None,
 ) -> Observations:
     """Train and note, one run after another; with ``effects``, also put back each tensor in turn, one forward pass each.
+
+    ``lr_factor`` multiplies all rates.
 
     Raises:
         ValueError, TypeError: steps or seeds that are no positive whole numbers.
@@ -372,12 +426,22 @@ def observe(
     stacks = Stacks.of({size: unwrap(family.start(size).model) for size in sizes}) if deep else Stacks()
     for size in sizes:
         for seed in chosen:
-            _Observer(seen, family.start(size, seed=seed), stacks).observe(effects=effects)
+            _Observer(seen, family.start(size, seed=seed, lr_factor=lr_factor), stacks).observe(effects=effects)
             progress.tell(f"{family.dimension} {size}, seed {seed}", runs=1)
     # what not every size has, as a layer that only wide networks get, has no exponent
     seen.coordinates = {n: t for n, t in seen.coordinates.items() if len(t.rms) == len(sizes)}
     seen.tensors = {n: t for n, t in seen.tensors.items() if len(t.shapes) == len(sizes)}
+    seen.products = {n: t for n, t in seen.products.items() if len(t.gain) == len(sizes)}
     return seen
+
+
+class Effect(NamedTuple):
+    """What putting one tensor back changes, as in :class:`TensorTrack`."""
+
+    change: float
+    level: float
+    input_rms: float
+    signal: float
 
 
 class _Observer:
@@ -389,33 +453,40 @@ class _Observer:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.probe = to_device(probe_batch(run.family), device)
         self.signals: dict[str, list[float]] = {}
+        self.gradients: dict[int, list[tuple[float, float]]] = {}  # RMS of the gradient and of the parameter at each step
         seen.adaptive = is_adaptive(run.optimizer, unknown=True)
 
     def observe(self, *, effects: bool) -> None:
         # by identity, since a tied tensor has several names
         start = {id(p): p.detach().clone() for p in self.model.parameters()}
-        first = self._record()
+        first, products = self._record()
         self._note(first, first)
         # the depth multiplier shows before any step: what all branches together add must not grow with their number
         if self.stacks.names:
             self.seen.stream.setdefault(self.size, []).append(self._added(first))
+        if effects and not self.stacks.names:
+            self._note_products(products)
         now = first
         for _ in range(self.seen.num_steps):
             # an adaptive step does not grow with the gradient, so that only under SGD its size at each output is needed
             with self._signals_heard() if effects and not self.seen.adaptive else nullcontext():
                 self.training.step()
-            now = self._record()
+            now, products = self._record()
             self._note(now, first)
+            self._note_gradients()
+        losses = self.training.losses
+        self.seen.rough |= not max(losses) <= _ROUGH * abs(losses[0])
         if self.training.diverged:
             self.seen.diverged.append((self.size, self.training.seed))
         if effects:
-            self._put_back_each(start, now)
+            self._put_back_each(start, now, products)
 
-    def _record(self, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Activation]:
-        """Activations on the fixed batch, with some parameters replaced for the while."""
+    def _record(self, replaced: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Activation], dict[str, Product]]:
+        """Activations and products on the fixed batch, with some parameters replaced for the while."""
         begin = self.stacks.ends(self.size)[0]
         with _replaced(self.model, replaced or {}):
-            return record(self.model, lambda: forward(self.training.family, self.model, self.probe), inputs_of=[begin] if begin else [])
+            call = partial(forward, self.training.family, self.model, self.probe)
+            return record_products(self.model, call, inputs_of=[begin] if begin else [])
 
     def _note(self, now: dict[str, Activation], first: dict[str, Activation]) -> None:
         for raw, a in now.items():
@@ -442,10 +513,7 @@ class _Observer:
         return math.nan if into is None or out is None else out.change(into)
 
     # -- what each tensor's change does ---------------------------------------------------------------------------------------
-    def _put_back_each(self, start: dict[int, Tensor], now: dict[str, Activation]) -> None:
-        optimizer = self.training.optimizer
-        groups = zip(held_parameters(optimizer), learning_rates(optimizer), decoupled_decays(optimizer), strict=True)
-        settings = {id(p): (lr, decay) for params, lr, decay in groups for p in params}
+    def _put_back_each(self, start: dict[int, Tensor], now: dict[str, Activation], products: dict[str, Product]) -> None:
         inside = {}
         # a tied tensor at each of its places, since it may have another role at each
         for raw, p in self.model.named_parameters(remove_duplicate=False):
@@ -455,38 +523,94 @@ class _Observer:
                 inside[raw] = start[id(p)]
             names = self.stacks.aliases(raw, self.size)
             if names:
-                back = self._record({raw: start[id(p)]})
+                back, again = self._record({raw: start[id(p)]})
                 named = [(a, back.get(a.name)) for a in now.values() if a.kind not in ("attention logits", "input")]
                 changed = (a for a, before in named if a.change(before) > 0)  # lazily: the first one is found early
                 shown = next(changed, None)
                 if shown is not None and shown.kind == "before output":  # a multiplier outside of the module is part of the readout
                     shown = next((a for a in changed if a.kind == "output"), shown)
+                made = self._contribution(raw, products, again)
                 for name in names:
-                    self._note_effect(name, raw, p, shown, back)
-                    track = self.seen.tensors[name]
-                    # an optimizer need not hold every parameter that requires gradients
-                    track.lr[self.size], track.weight_decay[self.size] = settings.get(id(p), (math.nan, 0.0))
+                    if made is not None:
+                        self._note_effect(name, raw, p, *made)
+                        self.seen.tensors[name].own = True
+                    else:
+                        self._note_elsewhere(name, raw, p, shown, back)
+                    self._note_settings(name, p)
         # all blocks at once: each one's share shrinks with the depth in any parametrisation
         if inside:
-            change = now["output"].change(self._record(inside).get("output")) if "output" in now else math.nan
+            change = now["output"].change(self._record(inside)[0].get("output")) if "output" in now else math.nan
             self.seen.blocks.setdefault(self.size, []).append(math.nan if self.training.diverged else change)
 
-    def _note_effect(self, name: str, raw: str, p: Tensor, shown: Activation | None, back: dict[str, Activation]) -> None:
-        owner = raw.rpartition(".")[0]
+    def _contribution(self, raw: str, now: dict[str, Product], back: dict[str, Product]) -> tuple[Effect, str, int] | None:
+        """What the change of a parameter makes of its own product; None where it has none, as where it is used in an unknown way."""
+        product, before = now.get(raw), back.get(raw)
+        if product is None or before is None or product.value.shape != before.value.shape:
+            return None
+        change = root_mean_square(product.value - before.value)
+        # the gradient at a module's output is that at the product only if the module gives the product
+        heard = geometric_mean(self.signals.get(product.exits, [])) if product.exits is not None else math.nan
+        signal = heard / product.scale if product.scale > 0 else math.nan
+        scale = 1.0 if product.input_rms is None or not product.matrix else product.input_rms
+        shown = raw + PRODUCT if product.exits is None else product.exits or "output"
+        return Effect(change, root_mean_square(product.value), scale, signal), shown, product.value.numel()
+
+    def _note_elsewhere(self, name: str, raw: str, p: Tensor, shown: Activation | None, back: dict[str, Activation]) -> None:
+        """By the first coordinate that changes."""
+        if shown is None:
+            return self._note_effect(name, raw, p, None, "", None)
+        signal = geometric_mean(self.signals.get(shown.owner, []))
+        # a tensor used outside of its module shows elsewhere, where this input says nothing about it
+        scale = shown.input_rms if shown.owner == raw.rpartition(".")[0] and shown.input_rms is not None else 1.0
+        effect = Effect(shown.change(back.get(shown.name)), shown.rms, scale, signal)
+        self._note_effect(name, raw, p, effect, shown.name, shown.tensor.numel())
+
+    def _note_effect(self, name: str, raw: str, p: Tensor, effect: Effect | None, shown_in: str, entries: int | None) -> None:
         track = self.seen.tensors.setdefault(name, TensorTrack(name))
         track.shapes[self.size] = tuple(p.shape)
-        track.table = isinstance(self.model.get_submodule(owner), nn.Embedding)
-        effect = level = signal = math.nan
-        scale = 1.0
-        if shown is not None and not self.training.diverged:
-            effect, level = shown.change(back.get(shown.name)), shown.rms
-            track.shown_in, track.entries[self.size] = shown.name, shown.tensor.numel()
-            signal = geometric_mean(self.signals.get(shown.owner, []))
-            # a tensor used outside of its module shows elsewhere, where this input says nothing about it
-            if shown.owner == owner and shown.input_rms is not None:
-                scale = shown.input_rms
-        for values, value in ((track.effect, effect), (track.level, level), (track.input_rms, scale), (track.signal, signal)):
-            values.setdefault(self.size, []).append(value)
+        track.table = isinstance(self.model.get_submodule(raw.rpartition(".")[0]), nn.Embedding)
+        if effect is None or self.training.diverged:
+            effect = Effect(math.nan, math.nan, 1.0, math.nan)
+        elif entries is not None:
+            track.shown_in, track.entries[self.size] = shown_in, entries
+        values = (track.effect, track.level, track.input_rms, track.signal)
+        for kept, value in zip(values, effect, strict=True):
+            kept.setdefault(self.size, []).append(value)
+
+    def _note_gradients(self) -> None:
+        """Against which coupled decay and eps are small or large."""
+        for p in self.model.parameters():
+            if p.grad is not None and self.seen.adaptive:
+                self.gradients.setdefault(id(p), []).append((root_mean_square(p.grad), root_mean_square(p)))
+
+    def _note_settings(self, name: str, p: Tensor) -> None:
+        """Rate, decay and eps of its group; an optimizer need not hold every parameter that requires gradients."""
+        optimizer, track = self.training.optimizer, self.seen.tensors[name]
+        at = next((i for i, held in enumerate(held_parameters(optimizer)) if any(q is p for q in held)), None)
+        if at is None:
+            rate, decay, coupled, eps = math.nan, 0.0, 0.0, 0.0
+        else:
+            group = optimizer.param_groups[at]
+            rate, decay, coupled = learning_rates(optimizer)[at], decoupled_decays(optimizer)[at], gradient_decays(optimizer)[at]
+            if not self.seen.adaptive:
+                decay, coupled = float(group.get("weight_decay", 0.0)), 0.0
+            eps = group.get("eps", 0.0) if self.seen.adaptive else 0.0
+        track.lr[self.size], track.weight_decay[self.size] = rate, decay
+        seen = self.gradients.get(id(p), [])
+        for kept, factor, over in ((track.decay_share, coupled, 1), (track.eps_share, eps, 0)):
+            ratios = [(w if over else 1.0) / g for g, w in seen if g > 0]
+            kept.setdefault(self.size, []).append(factor * geometric_mean(ratios) if factor and isinstance(factor, (int, float)) else 0.0)
+
+    def _note_products(self, products: dict[str, Product]) -> None:
+        """At initialisation: what each parameter contributes, for an input of its size."""
+        for name, product in products.items():
+            if product.linear:
+                track = self.seen.products.setdefault(name, ProductTrack(product.exits or name))
+                # over samples, without what biases add
+                result = product.value
+                spread = root_mean_square(result - result.mean(0) if len(result) > 1 else result)
+                gain = spread / product.input_rms if product.input_rms else spread
+                track.gain.setdefault(self.size, []).append(gain)
 
     @contextmanager
     def _signals_heard(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from sharpkit._arguments import choice
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.coordinates import CoordinateCheck, check_of
-from sharpkit.transfer.culprits import MINIMAL_ERRORS, MINIMAL_EXPONENT, Culprit, culprits_of
+from sharpkit.transfer.culprits import MINIMAL_ERRORS, MINIMAL_EXPONENT, Culprit, culprits_in
 from sharpkit.transfer.learning_rates import PRECISION, TOLERANCE, LearningRateTransfer, RunStore, expected_runs, learning_rate_transfer
 from sharpkit.transfer.observing import observe
 from sharpkit.transfer.setup import Family, RunProgress, check_sizes, duration
@@ -261,7 +261,7 @@ def diagnose(
         # both from the same short runs
         seen = observe(family, sizes, steps=PROXY_STEPS, seeds=chosen, effects=True)
         checks.append(check_of(seen))
-        named = culprits_of(seen)
+        named = culprits_in(family, seen, seeds=chosen)
         culprits += named
         passes = "pass" if checks[-1].passed else "do not pass"
         text = f"coordinates over {family.dimension}s: {passes}; broken rules: {', '.join(c.rule for c in named) or 'none'}"

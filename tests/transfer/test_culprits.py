@@ -101,6 +101,53 @@ def test_microsofts_package_has_no_culprit(kind: str) -> None:
     assert find_culprits(build, WIDTHS, optimizer=optimizer, data=DATA, loss=F.cross_entropy, steps=3) == ()
 
 
+class Unit(nn.Module):
+    """Weights of unit variance with their multipliers in the forward pass, which stand at one of several places."""
+
+    def __init__(self, width: int, place: str, hidden: float) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Parameter(torch.randn(s)) for s in ((width, 12), (width, width), (4, width)))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.place, self.scales = place, (12**-0.5, hidden * width**-0.5, 0.2 * BASE**0.5 / width)
+        if place == "module":
+            self.layer = nn.Linear(width, width)
+            del self.w2
+
+    def product(self, x: Tensor, w: Tensor, scale: float) -> Tensor:
+        if self.place == "weight":
+            return F.linear(x, scale * w)
+        return x @ w.T * scale if self.place == "after" else F.linear(scale * x, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.product(x, self.w1, self.scales[0]) + self.bias)
+        if self.place == "module":
+            h = F.relu(self.scales[1] * self.layer(h))
+        else:
+            h = F.relu(self.product(h, self.w2, self.scales[1]))
+        return self.product(h, self.w3, self.scales[2])
+
+
+@pytest.mark.parametrize("place", ["weight", "after", "before", "module"])
+def test_a_multiplier_is_judged_by_what_it_does_wherever_it_is_written(place: str) -> None:
+    def build(right: bool) -> Any:
+        def make(width: int) -> nn.Module:
+            model = Unit(width, place, 1.0 if right else (width / BASE) ** 0.5)
+            if place == "module":
+                nn.init.normal_(model.layer.weight)
+            return model
+
+        return make
+
+    def adam(model: Unit, width: int) -> torch.optim.Optimizer:
+        hidden = model.layer.weight if place == "module" else model.w2
+        others = [p for p in model.parameters() if p is not hidden]
+        return torch.optim.Adam([{"params": hidden, "lr": 0.1 * (BASE / width) ** 0.5}, {"params": others, "lr": 0.02}], eps=1e-12)
+
+    arguments: dict[str, Any] = {"optimizer": adam, "data": DATA, "loss": F.cross_entropy, "steps": 3}
+    assert find_culprits(build(True), WIDTHS, **arguments) == ()
+    assert [c.rule for c in find_culprits(build(False), WIDTHS, **arguments)] == ["hidden multiplier"]
+
+
 class Attentive(nn.Module):
     """Attention alone, over a head dimension that is the width; keys have a bias, whose gradient is rounding noise."""
 
@@ -260,6 +307,74 @@ def test_a_culprit_says_what_where_and_how_to_mend_it() -> None:
     assert "too large at large widths" in culprit.evidence and RULES["hidden learning rate"] in culprit.evidence
     document = json.loads(to_json(culprit.to_dict()))
     assert document["kind"] == "culprit" and document["rule"] == "hidden learning rate"
+
+
+def coupled(power: float) -> Any:
+    """Adam with its decay in the gradient, times the power that keeps the decay's share where gradients fall as 1/width."""
+
+    def make(model: Net, width: int) -> torch.optim.Optimizer:
+        m = width / BASE
+        groups = [(model.hidden.weight, 1 / m, m**-0.5), (model.input.weight, 1.0, 1 / m), (model.head.weight, 1.0, 1 / m)]
+        chosen = [{"params": p, "lr": 0.004 * rate, "weight_decay": 0.01 * right**power} for p, rate, right in groups]
+        biases = [p for p in model.parameters() if p.ndim == 1]
+        return torch.optim.Adam([*chosen, {"params": biases, "lr": 0.004, "weight_decay": 0.0}], eps=1e-12)
+
+    return make
+
+
+def test_decay_in_adams_gradient_must_keep_its_share() -> None:
+    assert named("adam", None, optimizer=coupled(1.0)) == ()
+    found = find_culprits(lambda width: Net(width, None), WIDTHS, optimizer=coupled(0.0), data=DATA, loss=F.cross_entropy, steps=3)
+    assert found[0].rule == "weight decay" and {c.rule for c in found} == {"weight decay"}
+    slopes = {name: c.slope.value for c in found for name in c.where}
+    # weights of size 1 and fan_in^-1/2 beside gradients that fall as 1/width
+    assert slopes["input.weight"] == pytest.approx(1.0, abs=0.2) and slopes["hidden.weight"] == pytest.approx(0.5, abs=0.2)
+    assert "share of coupled weight decay" in found[0].evidence
+
+
+def test_an_eps_that_gradients_fall_below_is_named() -> None:
+    adam = make_optimizer("adam", None)
+
+    def with_eps(scaled: bool) -> Any:
+        def make(model: Net, width: int) -> torch.optim.Optimizer:
+            made = adam(model, width)
+            for group in made.param_groups:
+                group["eps"] = 1e-3 * (BASE / width if scaled else 1.0)
+            return made
+
+        return make
+
+    assert named("adam", None, optimizer=with_eps(True)) == ()
+    assert "epsilon" in named("adam", None, optimizer=with_eps(False))
+
+
+@pytest.mark.parametrize("fault", [None, "readout learning rate", "readout multiplier"])
+def test_a_readout_laid_out_by_input_and_output_is_a_readout(fault: str | None) -> None:
+    class Transposed(nn.Module):
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight.T.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    def build(width: int) -> nn.Module:
+        model = Net(width, fault)
+        model.head = Transposed(model.head.weight)  # type: ignore[assignment]
+        return model
+
+    found = find_culprits(build, WIDTHS, optimizer=make_optimizer("adam", fault), data=DATA, loss=F.cross_entropy, steps=3)
+    assert [c.rule for c in found] == ([fault] if fault else [])
+
+
+def test_a_readout_without_its_multiplier_is_named_at_a_rate_that_saturates_the_network_too() -> None:
+    def fast(model: Net, width: int) -> torch.optim.Optimizer:
+        made = make_optimizer("sgd", None)(model, width)
+        for group in made.param_groups:
+            group["lr"] *= 40
+        return made
+
+    assert named("sgd", "readout multiplier", optimizer=fast)[0] == "readout multiplier"
 
 
 def test_two_widths_are_too_few_to_name_anything() -> None:

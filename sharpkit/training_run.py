@@ -17,7 +17,7 @@ from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit._results import State
 from sharpkit.objective.batches import Batch, BatchSource, to_device
 from sharpkit.objective.counting import LossWatch
-from sharpkit.objective.guard import grad_mode_kept, random_states_kept
+from sharpkit.objective.guard import grad_mode_kept, random_states_kept, seed_everything
 from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, check_loss_form, own_loss, recognise_loss
 from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
 from sharpkit.objective.objective import Closure, Objective
@@ -123,7 +123,7 @@ class ShuffledBatches:
         """With the global random state as it was afterwards."""
         self._model.train()
         with random_states_kept():
-            torch.manual_seed(self._seed + _MASK_STRIDE * number)  # dropout masks
+            seed_everything(self._seed + _MASK_STRIDE * number, self._device)  # dropout masks
             with LossWatch(batch) if number == 0 else contextlib.nullcontext():
                 loss = self._loss_of(self._model, batch)
             params = [p for p in self._model.parameters() if p.requires_grad]

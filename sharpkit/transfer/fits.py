@@ -252,6 +252,53 @@ def _parabola(x: Array, y: Array, ceiling: float) -> tuple[float, float, float]:
     return low, float(min(a * low**2 + b * low + c, y[at])), float(a)
 
 
+def penalty_between(small: Curve, large: Curve, *, seeds: int | Sequence[int], seed: int = 0) -> tuple[float, float, float]:
+    """Loss at the large size with the small size's best factor, over the lowest loss there, minus 1: (value, lower, upper).
+
+    95 % by resampling seeds, the same at both sizes: they share data and its order. One seed: the small size's optimum half an octave off
+    to either side. NaN where a loss is not positive.
+    """
+    everyone = as_seeds(seeds)
+    here, there = _Bowl(small, everyone), _Bowl(large, everyone)
+    if not (here.positive and there.positive):
+        return math.nan, math.nan, math.nan
+    whole = np.arange(len(everyone))
+    best = here.lowest(whole)
+    value = there.above(best, whole)
+    if len(everyone) == 1:
+        sides = [there.above(best + shift, whole) for shift in (-FINE, FINE)]
+        return value, 0.0 if min(sides) <= value else value, max(value, *sides)
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(everyone), size=len(everyone)) for _ in range(_RESAMPLES)]
+    low, high = (float(q) for q in np.quantile([there.above(here.lowest(drawn), drawn) for drawn in draws], [0.025, 0.975]))
+    widened = math.sqrt(len(everyone) / (len(everyone) - 1))  # resampling n values scatters by (n - 1) / n too little
+    return value, max(value - widened * max(value - low, 0.0), 0.0), value + widened * max(high - value, 0.0)
+
+
+class _Bowl:
+    """The points of one curve around its best, by seed, and the parabola through any resampling of the seeds."""
+
+    def __init__(self, curve: Curve, seeds: tuple[int, ...]) -> None:
+        self.curve = curve
+        at = curve.best(seeds)
+        window = [x for x in curve.points(seeds) if abs(x - at) <= _WINDOW + 1e-9]
+        values = np.array([[curve.losses[x][s] for x in window] for s in seeds])  # (seeds, points)
+        self.x = np.array(window)
+        self.positive = bool((values > 0).all()) and curve.start_loss > 0
+        if self.positive:
+            self.logs, self.ceiling = np.log(values), math.log(curve.start_loss)
+
+    def lowest(self, drawn: Array) -> float:
+        return _parabola(self.x, self.logs[drawn].mean(0), self.ceiling)[0]
+
+    def above(self, x: float, drawn: Array) -> float:
+        """Relative loss above the lowest: by the parabola within an octave of it, between the points that were run further off."""
+        low, bottom, bend = _parabola(self.x, self.logs[drawn].mean(0), self.ceiling)
+        if abs(x - low) <= 1.0 and bend > 0:
+            return math.expm1(bend * (x - low) ** 2)
+        return max(loss_at(self.curve, x) / math.exp(bottom) - 1, 0.0)
+
+
 def loss_at(curve: Curve, x: float) -> float:
     """Mean loss at any factor, linear in its log2 between the points that were run; beyond them, that of the last.
 

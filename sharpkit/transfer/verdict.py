@@ -47,11 +47,12 @@ class _Amounts(NamedTuple):
 # steps of the experiments behind that page and more.
 _AMOUNTS = {"quick": _Amounts(40, 4, 60, True), "full": _Amounts(200, 10, 150, False)}
 
+_COST = "carrying the smallest size's best rate to the largest"
 RULE = (
     f"does not transfer: a rule of the parametrisation is broken (its exponent is off by more than {MINIMAL_EXPONENT} and by more than "
-    f"{MINIMAL_ERRORS:g} standard errors), or the whole 95 % interval of the drift lies beyond {TOLERANCE} octaves per doubling; "
-    f"transfers: the coordinate check passes and the drift is at most {TOLERANCE}, its interval within {PRECISION}; "
-    "anything else is undecided"
+    f"{MINIMAL_ERRORS:g} standard errors), or {_COST} costs more than {TOLERANCE:.0%} of the loss there by its whole 95 % interval, and "
+    f"the best rate drifts over three sizes or more; transfers: the coordinate check passes and {_COST} costs at most {TOLERANCE:.0%}, by "
+    f"its interval at most {PRECISION:.0%}; anything else is undecided, as are data that the networks fit"
 )
 
 
@@ -149,7 +150,9 @@ class Verdict(
         if self.depths:
             over += f" and depth {self.depths[0]} to {self.depths[-1]}"
         if self.passed is None:
-            return f"UNDECIDED whether hyperparameters transfer {over}."
+            undetermined = any(rates.undetermined for rates in self.rates)
+            why = ": this task does not determine a best rate" if undetermined and not self.culprits else ""
+            return f"UNDECIDED whether hyperparameters transfer {over}{why}."
         if self.passed:
             return f"Hyperparameters TRANSFER {over}."
         why = "; ".join(dict.fromkeys(culprit.rule for culprit in self.culprits)) or "the best learning rate drifts"
@@ -213,8 +216,8 @@ def diagnose(
 
     First the cheap coordinate check and the search for broken rules, a few steps at each size. Quick mode ends there if a rule is broken.
     Then sharpness along training; then learning rates: quick mode measures the smallest and the largest width and the others only until
-    the drift is decided; full mode measures all, longer, whatever came before. If the interval of a drift is too wide to decide, it is
-    measured once more with twice the seeds.
+    it is decided what carrying the best rate over costs; full mode measures all, longer, whatever came before. If that interval is too wide
+    to decide, it is measured once more with twice the seeds; where the data are fitted there is nothing to decide.
 
     Args:
         build: width -> freshly initialised model; with ``depths``, also ``build(width, depth=...)``.
@@ -287,7 +290,8 @@ def diagnose(
         runs = RunStore(store)
         rates = [_rates(family, sizes, amounts, chosen, runs, progress) for family, sizes in swept]
         if len(rates[0].sizes) < len(across):
-            ended = f"Learning rates were measured at widths {', '.join(map(str, rates[0].sizes))} only: they decided the drift."
+            what = "no further one determines a best rate" if rates[0].undetermined else "they decided"
+            ended = f"Learning rates were measured at width {', '.join(map(str, rates[0].sizes))} only: {what}."
     # over depths nothing is claimed: no experiment has followed a drift that far
     reaches = reach(rates[0]) if rates else None
     return Verdict(across, deep, mode, tuple(checks), tuple(culprits), sharpness, tuple(rates), reaches, ended, progress.seconds)
@@ -296,13 +300,13 @@ def diagnose(
 def _rates(
     family: Family, sizes: tuple[int, ...], amounts: _Amounts, seeds: tuple[int, ...], store: RunStore, progress: RunProgress
 ) -> LearningRateTransfer:
-    """If the interval of the drift is too wide to decide, again with twice the seeds, whose first half is in the store."""
+    """If the interval of the cost is too wide to decide, again with twice the seeds, whose first half is in the store."""
     # numbers that were not given, so that no run is counted twice
     more = tuple(range(max(seeds) + 1, max(seeds) + 1 + len(seeds)))
     for chosen in (seeds, seeds + more):
         if chosen is not seeds:
             progress.expected += sum(expected_runs(len(sizes), len(chosen)))
-            progress.tell(f"the interval of the drift over {family.dimension}s is too wide: {len(chosen)} seeds")
+            progress.tell(f"the interval of the cost over {family.dimension}s is too wide: {len(chosen)} seeds")
         rates = learning_rate_transfer(
             family.build,
             sizes,
@@ -318,7 +322,7 @@ def _rates(
             callback=progress.part(),
         )
         # once is enough: an interval that twice the seeds leave too wide needs longer runs or further sizes instead
-        if rates.passed is not None:
+        if rates.passed is not None or rates.undetermined:
             break
     return rates
 

@@ -57,8 +57,8 @@ def _check_parts(model: nn.Module) -> None:
 def seed_everything(seed: int, device: torch.device) -> None:
     """Seed every generator that a model may draw from; to be called under :func:`undisturbed`, which puts their states back.
 
-    On the CPU, unlike ``torch.manual_seed``, it leaves no seeds behind for devices without a context: torch notes each with a traceback, which
-    took a third of a small network's training step.
+    On the CPU, unlike ``torch.manual_seed``, it leaves no seeds behind for devices without a context: torch notes each with a traceback,
+    which took a third of a small network's training step.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)

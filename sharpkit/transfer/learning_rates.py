@@ -183,8 +183,8 @@ def learning_rate_transfer(
         factors: run these factors with every seed and no others.
         store: file to which every finished run is added; a killed sweep called again continues where it stopped.
         dimension: ``"depth"`` if the sizes are depths.
-        until_certain: smallest and largest width first, then those between, and stop once :attr:`LearningRateTransfer.passed` is
-            decided, or the data are fitted.
+        until_certain: smallest and largest width first, then those between while they may decide :attr:`LearningRateTransfer.passed`; one
+            width alone where the data are fitted.
         max_runs: stop after so many new runs; what was measured until then is returned with ``complete=False``.
         callback: called with a :class:`sharpkit.Progress`: a forecast of the cost first, then a sentence for each width.
 
@@ -234,8 +234,8 @@ def learning_rate_transfer(
         if until_certain and len(order) > i + 1 and is_fitted(sweep.curves[size], best):
             progress.tell(f"the data are fitted, no best rate is determined {left_out}")
             break
-        if until_certain and i and len(order) > i + 1 and sweep.decided:
-            progress.tell(f"the cost of carrying the rate over is decided {left_out}")
+        if until_certain and i and len(order) > i + 1 and sweep.settled:
+            progress.tell(f"further {dimension}s would not decide what carrying the rate over costs {left_out}")
             break
     return sweep.result(progress)
 
@@ -343,10 +343,11 @@ class _Sweep:
         return log_slope({size: [2**x for x in o.per_seed] for size, o in self.optima.items()})
 
     @property
-    def decided(self) -> bool:
-        """Whether further sizes would change nothing."""
+    def settled(self) -> bool:
+        """Whether sizes between would change nothing: they tell a cost that is certain from a drift, and do not narrow its interval."""
         optima = [self.optima[s] for s in sorted(self.optima)]
-        return decide(self._penalty(optima[0], optima[-1]), self.drift, optima) is not None
+        penalty = self._penalty(optima[0], optima[-1])
+        return not penalty[1] > TOLERANCE or decide(penalty, self.drift, optima) is not None
 
     def _penalty(self, small: Optimum, large: Optimum) -> tuple[float, float, float]:
         """What the small size's rate costs at the large one, whose curve gets a point there if it has none near."""

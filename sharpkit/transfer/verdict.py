@@ -290,7 +290,7 @@ def diagnose(
         runs = RunStore(store)
         rates = [_rates(family, sizes, amounts, chosen, runs, progress) for family, sizes in swept]
         if len(rates[0].sizes) < len(across):
-            what = "no further one determines a best rate" if rates[0].undetermined else "they decided"
+            what = "no further one determines a best rate" if rates[0].undetermined else "those between would not change the verdict"
             ended = f"Learning rates were measured at width {', '.join(map(str, rates[0].sizes))} only: {what}."
     # over depths nothing is claimed: no experiment has followed a drift that far
     reaches = reach(rates[0]) if rates else None

@@ -356,7 +356,7 @@ def test_until_certain_leaves_out_sizes_between() -> None:
     found = measure(lambda width: width / 64, [64, 128, 256, 512], until_certain=True, seeds=3, callback=said.append)
     assert found.sizes == (64, 128, 512)  # two are no line, and of those between the nearest to the middle comes first
     assert found.passed is False
-    assert "runs of 4 steps" in said[0].text and "decided after 3 of 4" in said[-1].text
+    assert "runs of 4 steps" in said[0].text and "after 3 of 4" in said[-1].text
     assert said[0].done == 0 and said[-1].done == found.num_runs and {p.unit for p in said} == {"runs"}
 
 

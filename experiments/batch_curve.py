@@ -148,6 +148,15 @@ def draw(curves: list[Row], comparisons: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": f"python -m experiments.{NAME}"})
 
 
+def write(path: Path, head: Row, curves: dict[tuple[str, str], Row], repeats: dict[tuple[str, str], Row]) -> tuple[list[Row], list[Row]]:
+    """The curves in order and how they compare, written to the results."""
+    ordered = [curves[m, o] for m in PROBLEMS for o in OPTIMIZERS if (m, o) in curves]
+    comparisons = [compare(row) for row in ordered]
+    head["seconds"] = sum(row["seconds"] for row in ordered)
+    path.write_text("".join(json.dumps(rounded(row)) + "\n" for row in [head, *ordered, *comparisons, *repeats.values()]))
+    return ordered, comparisons
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="one pair, into a temporary folder")
@@ -166,18 +175,16 @@ def main() -> None:
     curves = {(row["model"], row["optimizer"]): row for row in known if row["kind"] == "curve"}
     repeats = {(row["model"], row["optimizer"]): row for row in known if row["kind"] == "repeat"}
     pairs = [("mlp", "SGD")] if options.quick else [(m, o) for m in options.models for o in OPTIMIZERS]
+    if options.figure_only:
+        head = json.loads(results.read_text().splitlines()[0])
     for pair in [] if options.figure_only else pairs:
         if options.repeat:
             repeats[pair] = {**compare(predict(*pair, seed=REPEAT_SEED)), "kind": "repeat"}
         else:
             curves[pair] = predict(*pair)
         print(json.dumps(rounded(repeats[pair] if options.repeat else compare(curves[pair]))), flush=True)
-    ordered = [curves[m, o] for m in PROBLEMS for o in OPTIMIZERS if (m, o) in curves]
-    comparisons = [compare(row) for row in ordered]
-    if options.figure_only:
-        head = json.loads(results.read_text().splitlines()[0])
-    head["seconds"] = sum(row["seconds"] for row in ordered)
-    results.write_text("".join(json.dumps(rounded(row)) + "\n" for row in [head, *ordered, *comparisons, *repeats.values()]))
+        write(results, head, curves, repeats)  # as they come
+    ordered, comparisons = write(results, head, curves, repeats)
     draw(ordered, comparisons, figure)
 
 

@@ -146,8 +146,10 @@ class TrainingRun:
         curve: (gradients spent, batch loss) of every step outside trials.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, source: GradientSource, *, halts: bool = True) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, source: GradientSource, *, halts: bool = True, reference: float = 0.0
+    ) -> None:
+        self.model, self.optimizer, self._reference = model, optimizer, reference
         # With halts, a run that diverged stays where it is, so that what is measured on it is not NaN throughout. A race's runs go on: the
         # learner may go back to an earlier point.
         self._source, self._halts, self._in_trial = source, halts, False
@@ -158,9 +160,9 @@ class TrainingRun:
 
     @property
     def diverged(self) -> bool:
-        """Whether the last loss is NaN, infinite, or more than a thousand times the first."""
+        """Whether the last loss is NaN, infinite, or more than a thousand times the first, or a higher reference that was given."""
         # written with `not ... <=` so that NaN counts; the floor is for a first loss of 0, at a point that was fitted already
-        return bool(self.losses) and not self.losses[-1] <= _DIVERGED * max(abs(self.losses[0]), 1e-12)
+        return bool(self.losses) and not self.losses[-1] <= _DIVERGED * max(abs(self.losses[0]), self._reference, 1e-12)
 
     def set_rate(self, rate: float) -> None:
         """Multiply the rates that the optimizer was made with, which keeps the ratios of its groups."""

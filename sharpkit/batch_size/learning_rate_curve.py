@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from sharpkit._arguments import as_seed, check_callback, whole, wholes
+from sharpkit._arguments import as_seed, check_callback, real, whole, wholes
+from sharpkit._errors import ObjectiveError, SharpkitWarning
 from sharpkit._results import Bounded, Progress, ProgressCallback, Result
+from sharpkit.batch_size.calibration import plans_for
 from sharpkit.batch_size.curvature import BatchCurvature
+from sharpkit.batch_size.law import RateLaw, search_errors
 from sharpkit.batch_size.limits import limits_for
-from sharpkit.batch_size.pilot import Trainer
+from sharpkit.batch_size.pilot import Anchor, Ledger, Settled, TimeIsUp, Trainer
 from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.optimizers import UpdateRule, check_settles, check_trains, learning_rate, limit_rule, unwrap_optimizer
@@ -28,73 +31,43 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# -- reading the law
-_HALF_STEP = 2**0.25  # half of the factor sqrt(2) between the largest rate that trained and the next, in log: by definition of the search
 _MODEL_SPREAD = 1.5  # by judgement: what a rate read off curvature alone may be off by where curvature does not move in training
-# Standard deviation of an anchor's log rate about the law, by chance and because the law is no more than that. With it all measured rates
-# of experiments/batch_curve.py lay within the intervals, from both initialisations.
-_SCATTER = 0.25
-_FIRST_BEND = 0.1  # the law may bend anywhere from this batch size to N, every octave alike: by judgement, below 1 it is flat throughout
+_FORETOLD = 0.15  # of a log rate, by judgement: where the law says the largest batch adds less than that, no search is made there
+_MISSED = 0.1  # root mean square of log rates, by judgement, from which on it is said that the searches miss the law
 
 # -- what is measured and trained
 _MAX_POOL = 4096  # samples, by judgement: it bounds what a full-data gradient costs
 # Batch size of the pilot: an eighth of the data, within these bounds, by judgement; half of what it was before, to make curves cheaper.
 _PILOT_BATCH, _PILOT_SHARE = (16, 128), 8
-_LEAST_PILOT = 10  # steps, by judgement: fewer show neither a settled sharpness nor what breaks
-_RUNS, _MORE_RUNS = 7, 2.5  # runs that a search took and each repeat added, about, in experiments/batch_curve.py: for the forecast
-_MEASURING = 70  # full-data gradients for curvature and its noise, about, in experiments/batch_curve.py as well
-# Calibrate at every eighth batch size up to N / 28, since runs at large batches cost most, and once more at N / 16: with these
-# experiments/batch_curve.py was 50 times cheaper than the sweep. Parts of the data used whole instead of N / 16 scattered by a factor of 2.
-_ANCHOR_STRIDE, _ANCHOR_SHARE, _LAST_SHARE = 8, 28, 16
-_MAX_LENGTH = 3.0  # times the pilot's steps, at the smallest batch sizes, by judgement: small batches need more to show what breaks
-_REPEATS = (4, 3)  # searches at each batch size and at the last: one scatters by a factor of 1.5 to 2 (docs/batch_size.md)
-
-
-@dataclass(frozen=True)
-class Anchor(Result):
-    """Where training really broke at one batch size, by short runs; geometric means where the search was repeated.
-
-    Attributes:
-        batch_size: B.
-        trained: largest rate that trained.
-        broke: smallest rate above it that did not.
-        repeats: searches with other orders of the data.
-    """
-
-    batch_size: int
-    trained: float
-    broke: float
-    repeats: int = 1
-
-    @property
-    def rate(self) -> float:
-        """Geometric middle of the two."""
-        return math.sqrt(self.trained * self.broke)
+_LEAST_STEPS = 10  # of a pilot or a run, by judgement: fewer show neither a settled sharpness nor what breaks
+_STEPS = 100  # of a run where there is no pilot
+_MEASURING = 100  # full-data gradients for curvature and its noise, about, in experiments/batch_curve.py: for the forecast
 
 
 # What a document holds first.
-_READINGS = ("optimizer", "condition=rule.condition", "exponent", "rows", "crossover", "rule_holds_to", "curvature", "anchors")
+_READINGS = ("optimizer", "condition=rule.condition", "matrix", "point", "exponent", "rows", "crossover", "rule_holds_to", "curvature")
+_SAVED = ("anchors", "one_start", "misfit", "sharpness_at_start", "sharpness_after_pilot", "pilot_steps", "lr", "num_samples")
 
 
 @dataclass(frozen=True)
-class LearningRateCurve(
-    Result,
-    kind="learning_rate_curve",
-    saved=(*_READINGS, "sharpness_at_start", "sharpness_after_pilot", "lr", "num_samples", "gradients", "seconds", "findings"),
-):
+class LearningRateCurve(Result, kind="learning_rate_curve", saved=(*_READINGS, *_SAVED, "gradients", "seconds", "converged", "findings")):
     """The largest stable learning rate and the batch curvature against the batch size.
 
     Attributes:
         batch_sizes: those asked for, ascending.
         optimizer: name of its class.
         rule: by which curvature bounds its rate.
-        curvature: full-data curvature and its noise (preconditioned for an adaptive optimizer, at the smallest batch size).
-        limits: (batch size, rate) by the mean-square condition on the curvature measured, on a fine grid.
-        anchors: short runs that fix the level; empty without.
+        curvature: full-data curvature and its noise at :attr:`point`; preconditioned for an adaptive optimizer, at the smallest batch size.
+        limits: (batch size, rate) by the mean-square condition on the curvature measured, on a fine grid; empty where batch statistics tie
+            samples together.
+        anchors: short runs from the present parameters that fix the level; empty without.
         sharpness: lambda_max at the starting point and after the pilot, of H for an adaptive optimizer, else of the matrix of its limit.
         lr: the optimizer's present rate.
         num_samples: N.
         gradients, seconds: cost in full-data gradients (products count two), and wall time.
+        pilot_steps: steps between the present parameters and the point where curvature was measured.
+        one_start: why repeated searches began at the present parameters and not at other initialisations too; empty if they did not.
+        converged: whether all searches ended before ``max_seconds``.
     """
 
     batch_sizes: tuple[int, ...]
@@ -108,6 +81,9 @@ class LearningRateCurve(
     num_samples: int
     gradients: float
     seconds: float
+    pilot_steps: int = 0
+    one_start: str = ""
+    converged: bool = True
 
     @property
     def sharpness_at_start(self) -> float:
@@ -116,8 +92,18 @@ class LearningRateCurve(
 
     @property
     def sharpness_after_pilot(self) -> float:
-        """lambda_max after the pilot."""
+        """lambda_max after the pilot; that of the starting point without one."""
         return self.sharpness[1]
+
+    @property
+    def point(self) -> str:
+        """Where the curvature was measured, in words."""
+        return f"after a pilot of {self.pilot_steps} steps" if self.pilot_steps else "at the present parameters"
+
+    @property
+    def matrix(self) -> str:
+        """Name of the matrix whose lambda_max :meth:`lambda_max` is, of a batch."""
+        return self.rule.operator.replace("H", "H_B")
 
     # -- reading it -------------------------------------------------------------------------------------------------------
     def lambda_max(self, batch_size: float) -> Bounded:
@@ -129,43 +115,46 @@ class LearningRateCurve(
         return self.curvature.lambda_min_of(self._checked(batch_size))
 
     def by_curvature(self, batch_size: float) -> float:
-        """The mean-square limit on the curvature measured, without calibrating runs; below the sizes measured by the simple rule."""
-        x, y = (np.log([point[j] for point in self.limits]) for j in (0, 1))
+        """The mean-square limit on the curvature measured, without calibrating runs; below the sizes measured by the simple rule.
+
+        NaN where batch statistics tie samples together, for which no such limit is known.
+        """
         at = math.log(self._checked(batch_size))
+        if not self.limits:
+            return math.nan
+        x, y = (np.log([point[j] for point in self.limits]) for j in (0, 1))
         # noise decides there, so that the limit falls on as the rule says; above, it rises no further than where it was measured
         return float(np.exp(np.interp(at, x, y) + self.exponent * min(at - x[0], 0.0)))
 
     def max_lr(self, batch_size: float) -> Bounded:
         """The largest stable learning rate at a batch size, with an interval.
 
-        The mean-square condition makes 1 / rate linear in 1 / b (adaptive optimizers, whose small-batch rates go as sqrt(B): 1 / rate^2).
-        That law's two constants, a level and the batch size c where it bends, are fitted to the rates at which short runs broke: the rate
-        is the geometric mean over all c up to N, weighted by how well they fit. Real curves bend more sharply: beyond the largest batch
-        size calibrated, the rate may stay as it is there or follow the law, which weigh alike. The interval takes in the spread of all.
+        The mean-square condition makes 1 / rate linear in 1 / b (adaptive optimizers, whose small-batch rates go as sqrt(B): 1 / rate^2):
+        rate = r (1 + c / b)^-p with p = 1 (1/2). The level r, the batch size c where it bends and the power p, near that one, are fitted to
+        the rates at which short runs broke: the rate is the geometric mean over all c up to N and p, weighted by how well they fit. What
+        the runs miss of that by more than their scatter is added, interpolated between them, and widens the interval.
+
+        Warns:
+            SharpkitWarning: outside of the batch sizes asked for, where the curve is extrapolated.
         """
+        first, last = self.batch_sizes[0], self.batch_sizes[-1]
+        if not first <= self._checked(batch_size) <= last:
+            text = f"B = {batch_size:g} lies outside of the batch sizes measured, {first} to {last}: the curve is extrapolated there"
+            warnings.warn(f"{text}; measure it with batch_sizes= that reach so far", SharpkitWarning, stacklevel=2)
         theory = self.by_curvature(batch_size)
-        if not self.anchors:
+        if self._law is None:
             return Bounded(theory, theory / _MODEL_SPREAD, theory * _MODEL_SPREAD)
-        bends, levels, weights = self._laws
-        # (bends,) log rate if the law goes on, and if the rate stays as it is at the largest anchor. Held there alone, heavy-ball rates
-        # were too low at the full batch; the law alone bends less sharply than real curves do
-        logs = levels - self.exponent * np.log1p(bends / self.curvature.effective(batch_size))
-        held = levels - self.exponent * np.log1p(bends / self.curvature.effective(min(batch_size, self.anchors[-1].batch_size)))
-        mean = float(weights @ (logs + held) / 2)
-        own = _SCATTER**2 / len(self.anchors)  # of the level, whatever c
-        spread = 1.96 * math.sqrt(float(weights @ ((logs - mean) ** 2 + (held - mean) ** 2) / 2) + own) + math.log(_HALF_STEP)
-        return Bounded(math.exp(mean), math.exp(mean - spread), math.exp(mean + spread))
+        mean, deviation = self._law.at(batch_size, 1 / self.curvature.effective(batch_size))
+        return Bounded(math.exp(mean), math.exp(mean - 1.96 * deviation), math.exp(mean + 1.96 * deviation))
 
     @cached_property
-    def _laws(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """(c, log r, weight) of the laws rate = r (1 + c / b)^-exponent: for each c the best r, weighted by the anchors' likelihood."""
-        x = np.array([1 / self.curvature.effective(a.batch_size) for a in self.anchors])
-        rates = np.log([a.rate for a in self.anchors])
-        bends = np.geomspace(_FIRST_BEND, self.num_samples, 400)
-        levels = rates + self.exponent * np.log1p(bends[:, None] * x)  # as each anchor has it
-        misfit = levels.var(axis=1) * len(rates)
-        weights = np.exp(-(misfit - misfit.min()) / (2 * _SCATTER**2))
-        return bends, levels.mean(axis=1), weights / weights.sum()
+    def _law(self) -> RateLaw | None:
+        return _law_of(self.anchors, power=self.exponent, num_samples=self.num_samples) if self.anchors else None
+
+    @property
+    def misfit(self) -> float:
+        """Root mean square of the log rates that the law misses of the searches, beyond their scatter; 0 without searches."""
+        return self._law.misfit if self._law is not None else 0.0
 
     @property
     def exponent(self) -> float:
@@ -216,9 +205,12 @@ class LearningRateCurve(
 
     def table(self) -> str:
         """The curve as text."""
-        lines = [f"{'batch':>7}  {'lambda_max(H_B)':>24}  {'largest stable lr':>26}  {'by curvature alone':>18}"]
+        name = f"lambda_max({self.matrix})"
+        lines = [f"{'batch':>7}  {name:>24}  {'largest stable lr':>26}  {'by curvature alone':>18}"]
         lines += [f"{b:>7}  {self.lambda_max(b)!s:>24}  {self.max_lr(b)!s:>26}  {self.by_curvature(b):>18.3g}" for b in self.batch_sizes]
-        return "\n".join(lines)
+        start = "from the present parameters on" if self.one_start else "from the present parameters and other initialisations on"
+        ground = f"by short runs {start}" if self.anchors else f"by curvature {self.point}"
+        return "\n".join([*lines, f"lambda_max and the rate by curvature alone: {self.point}; largest stable lr: {ground}."])
 
     def findings(self) -> list[str]:
         """What the curve says, in sentences."""
@@ -229,17 +221,40 @@ class LearningRateCurve(
         if cross < last:
             reached = f"{name} reaches the plateau at B = {float(cross):.0f} ({cross.lower:.0f}-{cross.upper:.0f})"
             shape = f"{reached}; at B = {last} the limit is {plateau}."
-        before, after = self.sharpness
-        level = "No calibrating runs were made: rates are those at which training from the measured point is stable, not from scratch."
-        if self.anchors:
-            level = f"The level is calibrated by short training runs at B = {', '.join(str(a.batch_size) for a in self.anchors)}."
         picked = sorted({first, self.batch_sizes[len(self.batch_sizes) // 2], last})  # both ends and the middle say the shape
         return [
             f"{self.optimizer}: {shape} From B = {first}, it is off by more than 10 % beyond B = {self.rule_holds_to():.0f}.",
             "; ".join(f"at B = {b} stay below {self.max_lr(b)}" for b in picked) + ".",
-            f"lambda_max is {before:.3g} at the start and {after:.3g} after the pilot. For batches: {self.curvature.choose()[1]}.",
-            level,
+            self._said_of_curvature(),
+            *self._said_of_runs(),
         ]
+
+    def _said_of_curvature(self) -> str:
+        before, after = self.sharpness
+        where = f"lambda_max is {before:.3g} at the present parameters"
+        where += f" and {after:.3g} after the pilot of {self.pilot_steps} steps" if self.pilot_steps else ""
+        said = f"{where}. For batches ({self.matrix}, {self.point}): {self.curvature.choose()[1]}."
+        if not self.limits:
+            said += " Batch statistics tie the samples of a batch together: the rates come from runs alone, in train mode."
+        return said
+
+    def _said_of_runs(self) -> list[str]:
+        ended = [] if self.converged else ["max_seconds ended the calibrating runs early: fewer searches than planned fix the rates."]
+        if not self.anchors:
+            where = f"rates are those at which training from the point measured ({self.point}) is stable, not from scratch"
+            return [f"No calibrating runs were made: {where}.", *ended]
+        sizes = ", ".join(str(a.batch_size) for a in self.anchors)
+        said = [f"The level is calibrated by short training runs from the present parameters at B = {sizes}."]
+        if any(a.repeats > 1 for a in self.anchors):
+            other = f"with other orders of the data alone, since {self.one_start}" if self.one_start else ""
+            said += [f"Searches were repeated {other or 'from other initialisations as well, whose scatter is in the interval'}."]
+        if kept := [str(a.batch_size) for a in self.anchors if a.keeps]:
+            rule = "a rate counts as stable if a run loses nothing: it stays finite and ends no more than a tenth above where it began"
+            said += [f"Little is left to improve from this trained point at B = {', '.join(kept)}: there {rule}."]
+        if self.misfit > _MISSED:
+            factor = f"{math.exp(self.misfit):.2g}"
+            said += [f"The searches miss the law by a factor of {factor} beyond their scatter: the curve follows them and is wider."]
+        return said + ended
 
     def __str__(self) -> str:
         return "\n".join(self.findings())
@@ -257,8 +272,10 @@ def learning_rate_curve(
     *,
     batch_sizes: Sequence[int] | None = None,
     pilot: int = 100,
+    steps: int | None = None,
     calibrate: bool | Sequence[int] = True,
     max_samples: int = _MAX_POOL,
+    max_seconds: float | None = None,
     seed: int = 0,
     callback: ProgressCallback | None = None,
 ) -> LearningRateCurve:
@@ -267,24 +284,31 @@ def learning_rate_curve(
     A pilot run on a private copy reaches settled curvature; there the spectrum, its mini-batch noise and lambda_max of drawn batches are
     measured, which gives the mean-square limit of the optimizer's kind at every batch size. Sharpness grows until it meets the limit of
     whatever rate is used, so that says how the limit depends on the batch size, but not the rate at which training from the present point
-    breaks: both constants of the limit are fitted to short runs at a few batch sizes up to a sixteenth of the data, repeated with other
-    orders of the data. A run counts as trained if it makes at least half of the best improvement over the untrained baseline, the lower of
-    the initial loss and the best constant output's.
+    breaks: the constants of the limit are fitted to short runs at a few batch sizes, repeated with other orders of the data, and from
+    other initialisations where the present point is one that the modules' ``reset_parameters`` draw. A run counts as trained if it makes at
+    least half of the best improvement over the untrained baseline, the lower of the initial loss and the best constant output's. From a
+    trained point where no run halves the loss, it is one that loses nothing: it ends no more than a tenth above where it began.
+
+    Batch norm in train mode (``Objective(..., mode="train")``) ties samples together, so no limit by curvature is known: the curve is that
+    of runs alone, and lambda_max that of drawn batches in train mode.
 
     Args:
-        objective: at the point to train from, usually freshly initialised. Only read.
+        objective: at the point to train from, freshly initialised or trained. Only read.
         optimizer: SGD (with momentum), Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad or ASGD, over the objective's parameters; only read.
-            Of its rates the groups' ratios count.
+            Of its rates the groups' ratios count. Runs start with an empty state.
         batch_sizes: where to evaluate; by default powers of two from 4 to all samples.
-        pilot: steps of the pilot and of each calibrating run.
+        pilot: steps of the pilot; 0 measures curvature at the present parameters. A pilot that diverges begins anew at a lower rate.
+        steps: of each calibrating run; by default as many as the pilot's, without one 100.
         calibrate: whether to make calibrating runs, or the batch sizes to make them at (the cost grows with them).
         max_samples: use at most so many samples, drawn at random.
+        max_seconds: ends the pilot and the calibrating runs early; measuring curvature is not cut short. The result says so
+            (``converged=False``).
         seed: seeds the draws and the random probes.
-        callback: called with a :class:`sharpkit.Progress` in full-data gradients before each stage.
+        callback: called with a :class:`sharpkit.Progress` in full-data gradients before each stage and after each run.
 
     Raises:
-        ValueError: batch sizes out of range, pilot shorter than 10 steps.
-        ObjectiveError: the loss is no mean or sum over samples, or no run trains.
+        ValueError: batch sizes out of range, pilot or runs shorter than 10 steps.
+        ObjectiveError: the loss is no mean or sum over samples, or no run trains; batch norm in train mode without calibrating runs.
         UnsupportedError: an optimizer whose limit is not known, or whose divisor does not follow from the gradient's moments.
 
     References:
@@ -294,46 +318,106 @@ def learning_rate_curve(
     check_objective(objective, "learning_rate_curve")
     optimizer = unwrap_optimizer(optimizer)
     check_trains(optimizer, objective.model)
-    pilot, max_samples, seed = whole("pilot", pilot, least=_LEAST_PILOT), whole("max_samples", max_samples, least=2), as_seed(seed)
+    pilot, max_samples, seed = _checked_steps("pilot", pilot, zero=True), whole("max_samples", max_samples, least=2), as_seed(seed)
+    steps = (pilot or _STEPS) if steps is None else _checked_steps("steps", steps)
+    budget = math.inf if max_seconds is None else real("max_seconds", max_seconds, above=0, infinite=True)
     check_callback(callback)
     rule = limit_rule(optimizer, objective.layout)
     check_settles(optimizer)
-    pool = SamplePool(objective).limited(max_samples, seed=seed)
+    pool = SamplePool(objective, coupled=True).limited(max_samples, seed=seed)
     sizes = _checked_sizes(batch_sizes, pool.size)
-    at = _anchor_sizes(calibrate, sizes, pool.size)
-    plans = [_Plan.at(size, pilot, last=size == at[-1]) for size in at]
-    trainer = Trainer(pool, optimizer, seed)
+    if objective.couples_samples and sizes[0] < 2:
+        raise ValueError("batch norm in train mode has no statistics of a batch of 1: give batch_sizes of 2 or more")
+    plans, largest = plans_for(calibrate, sizes, pool.size, steps=steps)
+    if not plans and objective.couples_samples:
+        remedy = "leave calibrate=True, or make the Objective with mode='eval'"
+        raise ObjectiveError(f"with batch norm in train mode rates come from runs alone: {remedy}")
     size = min(max(pool.size // _PILOT_SHARE, _PILOT_BATCH[0]), _PILOT_BATCH[1], pool.size)
-    forecast = _MEASURING + (pilot * size + sum(plan.runs * plan.batch_size * plan.steps for plan in plans)) / pool.size
+    searches = [*plans, *([largest] if largest is not None else [])]
+    forecast = _MEASURING + (pilot * size + sum(plan.samples for plan in searches)) / pool.size
+    stage = f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some "
+    stage += f"{sum(plan.runs for plan in searches) + bool(pilot):.0f} short runs"
 
-    def say(text: str) -> None:
-        done, elapsed = trainer.ledger.samples / pool.size, time.perf_counter() - started
+    ledger, available = Ledger(deadline=started + budget), pool.size  # all that is told: a trainer in it would be a cycle
+
+    def say() -> None:
+        done, elapsed = ledger.samples / available, time.perf_counter() - started
         expected = max(forecast, done)
         left = elapsed / done * (expected - done) if done else math.nan
-        progress = Progress(round(done), round(expected), elapsed, left, text, unit="gradients")
+        progress = Progress(round(done), round(expected), elapsed, left, stage, unit="gradients")
         callback(progress) if callback is not None else logger.info("%s", progress)
 
-    runs = sum(plan.runs for plan in plans) + 1
-    say(f"learning-rate curve over {pool.size} samples: about {forecast:.0f} full-data gradients, in some {runs:.0f} short runs")
-    settled, rate, (before, after) = trainer.settle(steps=pilot, batch_size=size, rule=rule)
-    say(f"pilot done (loss {settled.losses[0]:.3g} -> {settled.losses[-1]:.3g}); measuring curvature and its noise")
-    curvature, limits = limits_for(SamplePool(settled.objective), settled.optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
-    anchors: list[Anchor] = []
-    for plan in plans:
-        say(f"calibrating at B = {plan.batch_size}")
-        # begin at the last anchor's rate, which is a safe guess for the next larger size; first at the pilot's, scaled by sqrt(B)
-        begin = anchors[-1].trained if anchors else rate * (plan.batch_size / size) ** 0.5
-        anchors.append(plan.search(trainer, begin))
+    trainer = Trainer(pool, optimizer, seed, ledger, say)
+    say()
+    settled = trainer.settle(steps=pilot, batch_size=size, rule=rule)
+    stage = f"{_pilot_in_words(settled)}; measuring curvature and its noise"
+    say()
+    there = SamplePool(settled.run.objective, coupled=True)
+    curvature, limits = limits_for(there, settled.run.optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
+    anchors, converged = list[Anchor](), pilot in (0, settled.steps) or settled.attempts > 0
+    exponent = 0.5 if rule.adaptive else 1.0
+    try:
+        for plan in searches:
+            if plan is largest and _is_foretold(anchors, plan.batch_size, power=exponent, num_samples=pool.size):
+                continue
+            stage = f"calibrating at B = {plan.batch_size}"
+            say()
+            # begin at the last anchor's rate, which is a safe guess for the next larger size; first at the pilot's, scaled by sqrt(B)
+            begin = anchors[-1].trained if anchors else settled.rate * (plan.batch_size / size) ** 0.5
+            anchors.append(plan.search(trainer, begin))
+            converged = converged and anchors[-1].repeats == plan.repeats
+    except TimeIsUp:
+        converged = False
+    if not anchors and not limits:
+        raise ObjectiveError("max_seconds ended before the first search, and with batch norm in train mode rates come from runs: raise it")
     readings = (
         curvature,
         limits,
         tuple(anchors),
-        (before, after if rule.adaptive else curvature.lambda_max),
+        _sharpness(settled, rule, curvature.lambda_max),
         learning_rate(optimizer, objective.layout),
         pool.size,
     )
     cost = (trainer.ledger.samples / pool.size, time.perf_counter() - started)
-    return LearningRateCurve(sizes, type(optimizer).__name__, rule, *readings, *cost)
+    one_start = trainer.one_start if anchors else ""
+    return LearningRateCurve(sizes, type(optimizer).__name__, rule, *readings, *cost, settled.steps, one_start, converged)
+
+
+def _sharpness(settled: Settled, rule: UpdateRule, measured: float) -> tuple[float, float]:
+    """lambda_max at the present parameters and after the pilot; of an adaptive optimizer the matrix measured anyway is not H."""
+    if rule.adaptive:
+        return settled.before, settled.after
+    return (settled.before, measured) if settled.steps else (measured, measured)
+
+
+def _pilot_in_words(settled: Settled) -> str:
+    losses = settled.run.losses
+    if not losses:
+        return "no pilot held: the point is the present one" if settled.attempts else "no pilot"
+    again = f", after {settled.attempts} that went astray at higher rates" if settled.attempts else ""
+    return f"pilot done (loss {losses[0]:.3g} -> {losses[-1]:.3g}{again})"
+
+
+def _law_of(anchors: Sequence[Anchor], *, power: float, num_samples: int) -> RateLaw:
+    sizes = np.array([a.batch_size for a in anchors], dtype=float)
+    scatters, repeats = (np.array([getattr(a, name) for a in anchors], dtype=float) for name in ("scatter", "repeats"))
+    errors = search_errors(scatters, repeats, keeping=any(a.keeps for a in anchors))
+    inverse, rates = 1 / sizes - 1 / num_samples, np.log([a.rate for a in anchors])
+    return RateLaw.fit(sizes, inverse, rates, errors, power=power, num_samples=num_samples)
+
+
+def _is_foretold(anchors: Sequence[Anchor], batch_size: int, *, power: float, num_samples: int) -> bool:
+    """Whether the law through the anchors says that the rate at a larger batch size is that of the last."""
+    law, last = _law_of(anchors, power=power, num_samples=num_samples), anchors[-1].batch_size
+    (here, _), (there, _) = (law.at(b, 1 / b - 1 / num_samples) for b in (last, batch_size))
+    return abs(there - here) < _FORETOLD
+
+
+def _checked_steps(name: str, value: int, *, zero: bool = False) -> int:
+    steps = whole(name, value, least=0)
+    if steps < _LEAST_STEPS and not (zero and steps == 0):
+        raise ValueError(f"{name} must be {'0 or ' if zero else ''}at least {_LEAST_STEPS} steps, got {steps}: fewer show nothing")
+    return steps
 
 
 def _checked_sizes(batch_sizes: Sequence[int] | None, available: int) -> tuple[int, ...]:
@@ -346,38 +430,3 @@ def _checked_sizes(batch_sizes: Sequence[int] | None, available: int) -> tuple[i
         too_large = f"batch size {sizes[-1]} is larger than the objective's {available} samples"
         raise ValueError(f"{too_large}; give more data or smaller batch_sizes")
     return sizes
-
-
-def _anchor_sizes(calibrate: bool | Sequence[int], sizes: tuple[int, ...], available: int) -> list[int]:
-    if calibrate is False:
-        return []
-    if calibrate is not True:
-        return sorted({int(b) for b in calibrate})
-    cap = max(sizes[-1] // _ANCHOR_SHARE, sizes[0])
-    wanted = [size for size in (sizes[0] * _ANCHOR_STRIDE**j for j in range(31)) if size <= cap and size < available]
-    last = wanted[-1] if wanted else sizes[0]
-    return [*wanted, min(max(available // _LAST_SHARE, 2 * last), available)]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A search for the rate that breaks training at one batch size, by runs of so many steps, repeated."""
-
-    batch_size: int
-    steps: int
-    repeats: int
-
-    @classmethod
-    def at(cls, batch_size: int, pilot: int, *, last: bool) -> _Plan:
-        # the last anchor is at a large batch, where a step costs most and shows what breaks soonest; small batches need more of them
-        steps = pilot if last else round(pilot * min(max(math.sqrt(64 / batch_size), 1.0), _MAX_LENGTH))
-        return cls(batch_size, steps, _REPEATS[last])
-
-    @property
-    def runs(self) -> float:
-        """About so many."""
-        return _RUNS + _MORE_RUNS * (self.repeats - 1)
-
-    def search(self, trainer: Trainer, begin: float) -> Anchor:
-        trained, broke = trainer.largest_stable_rate(begin, batch_size=self.batch_size, steps=self.steps, repeats=self.repeats)
-        return Anchor(self.batch_size, trained, broke, self.repeats)

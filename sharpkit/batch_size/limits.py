@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.batch_size.curvature import BatchCurvature, Wrap, measure_batch_curvature, top_and_noise
+from sharpkit.batch_size.curvature import BatchCurvature, Wrap, measure_batch_curvature, measure_coupled_curvature, top_and_noise
 from sharpkit.batch_size.pilot import Ledger
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.base import SymmetricOperator
@@ -19,9 +19,11 @@ from sharpkit.optimizers import UpdateRule, settled_preconditioner
 # By judgement, within the cost that docs/batch_size.md counts (50 times below a sweep):
 _GRID = 24  # batch sizes at which the limit is written down, by judgement; it is smooth, and interpolated between them
 _GROUPS = 64  # whose gradients give each coordinate's variance, by judgement: known to 18 %, and D takes its root
-# lambda_max of drawn batches is measured up to this part of the data: beyond, by theory, the excess is small and goes as 1 / b.
-_DIRECT_SHARE = 16
-_DIRECT_SIZES = 4  # batch sizes at which it is, by judgement
+# lambda_max of drawn batches is measured up to this part of the data: beyond, by theory, the excess is small and goes as 1 / b. Up to a
+# sixteenth it missed trained networks by .61 to .88 above that.
+_DIRECT_SHARE = 4
+_DIRECT_SIZES = 5  # batch sizes at which it is, by judgement
+_COUPLED_GROUP = 16  # samples whose batch statistics an adaptive optimizer's gradients have there, by judgement
 _FULL_SIZES = 3  # batch sizes at which an adaptive optimizer's matrix is measured anew, by judgement: both ends and the middle
 _PART, _PART_SHARE = (128, 512), 4  # samples for that but at the smallest, by judgement: a quarter of the data, within these bounds
 _ADAPTIVE_REPEATS = 3  # drawn batches a size, by judgement: half of what SGD has, whose curvature serves every batch size
@@ -36,6 +38,12 @@ def limits_for(
     var / B per coordinate; its matrix is measured at a few batch sizes and the limit interpolated between them.
     """
     direct = _spread([size for size in sizes if size <= pool.size // _DIRECT_SHARE] or sizes[:1], _DIRECT_SIZES)
+    if not pool.parent.may_separate:  # batch statistics: no noise of single samples, hence no limit
+        wrap = as_seen_by(optimizer)
+        if rule.adaptive:
+            moments = gradient_moments(pool, seed=seed, ledger=ledger, least=min(_COUPLED_GROUP, pool.size // 2))
+            wrap = preconditioner(*moments, sizes[0], optimizer)
+        return measure_coupled_curvature(pool, sizes=direct, seed=seed, ledger=ledger, wrap=wrap), ()
 
     def limit(size: float, top: float, noise: float) -> tuple[float, float]:
         # Averaging momentum is a heavy ball whose rate is smaller by 1 - dampening. Nesterov's and NAdam's look ahead and decay bound the
@@ -65,9 +73,9 @@ def _spread(sizes: Sequence[int], count: int) -> list[int]:
     return sorted({int(sizes[int(np.argmin(np.abs(logs - w)))]) for w in wanted})
 
 
-def gradient_moments(pool: SamplePool, *, seed: int, ledger: Ledger) -> tuple[Tensor, Tensor]:
-    """Mean and single-sample variance of the gradient per coordinate, (n,) each in float64, from disjoint groups."""
-    size = max(1, pool.size // _GROUPS)
+def gradient_moments(pool: SamplePool, *, seed: int, ledger: Ledger, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and single-sample variance of the gradient per coordinate, (n,) each in float64, from disjoint groups of ``least`` or more."""
+    size = max(least, pool.size // _GROUPS)
     groups = pool.groups(size, generator=torch.Generator().manual_seed(seed + 2))
     gradients = torch.stack([group.gradient()[1] for group in groups]).double()
     ledger.spend(size * len(groups))

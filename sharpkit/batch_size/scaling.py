@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharpkit._arguments import real, reals, shown
 from sharpkit._errors import SharpkitWarning
+from sharpkit.objective.guard import silenced
 
 if TYPE_CHECKING:
     from sharpkit.batch_size.learning_rate_curve import LearningRateCurve
@@ -133,7 +134,8 @@ def _by_curve(
             f"B = {' and '.join(outside)} lies outside of the batch sizes measured, {first} to {last}: the curve is extrapolated there; "
             "measure it with batch_sizes= that reach so far"
         )
-    old, new = curve.max_lr(batch_size), curve.max_lr(new_batch_size)
+    with silenced(SharpkitWarning):  # which says the same for each of the two
+        old, new = curve.max_lr(batch_size), curve.max_lr(new_batch_size)
     factor = float(new) / float(old)
     scaled = lr * factor
     if scaled > new.upper:

@@ -82,7 +82,9 @@ def run_batch_command(arguments: argparse.Namespace) -> Answer:
         optimizer,
         batch_sizes=arguments.batch_sizes,
         pilot=arguments.pilot,
+        steps=arguments.steps,
         calibrate=not arguments.no_calibration,
+        max_seconds=arguments.max_seconds,
         seed=arguments.seed,
         callback=None if arguments.quiet else tell,
     )

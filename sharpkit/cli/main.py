@@ -170,6 +170,10 @@ def _size(text: str) -> float:
     return size
 
 
+def _steps(text: str) -> int:
+    return 0 if text.strip() == "0" else int(_count(text))
+
+
 def _sizes(text: str) -> list[int]:
     return [int(_count(part.strip())) for part in text.split(",")]
 
@@ -187,8 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = _command(subparsers, "doctor", run_doctor_command, "can measurements of this model, loss and data be trusted?")
     batch = _command(subparsers, "batch", run_batch_command, "the largest stable learning rate for every batch size")
     batch.add_argument("--batch-sizes", type=_count, nargs="+", metavar="B", help="where to evaluate (default: powers of two from 4 on)")
-    what = "steps of the pilot run and of each short run (default: %(default)s)"
-    batch.add_argument("--pilot", type=_count, default=100, metavar="STEPS", help=what)
+    what = "steps of the pilot run; 0 measures curvature at the present parameters (default: %(default)s)"
+    batch.add_argument("--pilot", type=_steps, default=100, metavar="STEPS", help=what)
+    batch.add_argument("--steps", type=_count, help="of each short run (default: as many as the pilot's, 100 without one)")
+    batch.add_argument("--max-seconds", type=_amount, help="ends the short runs early; the result says so")
     batch.add_argument("--no-calibration", action="store_true", help="curvature only: no short training runs")
     for command in (measure, spectrum, doctor, batch):
         command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")

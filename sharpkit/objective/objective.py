@@ -292,6 +292,11 @@ class Objective:
         return self._survey.additive and not self.couples_samples
 
     @property
+    def may_draw(self) -> bool:
+        """Whether mini-batches can be drawn as training draws them: it is a mean or sum over samples but for batch statistics."""
+        return self._survey.additive
+
+    @property
     def draws_random_numbers(self) -> bool:
         """Whether the loss draws random numbers, as dropout does in train mode."""
         return self._survey.draws
@@ -625,15 +630,19 @@ class Objective:
 
         def local() -> tuple[float, Tensor]:
             with self.undisturbed():
-                total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-                for piece in self.pieces(join=True):
-                    loss = self.evaluate(piece)
-                    total += float(loss.detach()) * piece.weight
-                    self.layout.add_flat_(flat, torch.autograd.grad(loss, self.layout.params, allow_unused=True), piece.weight)
-            return total, flat
+                return self.own_gradient()
 
         total, flat = self.ranks.run_together(local, device=self.device)
         return self.ranks.sum_numbers([total], device=self.device)[0], self.ranks.sum_(flat)
+
+    def own_gradient(self) -> tuple[float, Tensor]:
+        """This process's part of :meth:`gradient`. To be called under :meth:`undisturbed`."""
+        total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        for piece in self.pieces(join=True):
+            loss = self.evaluate(piece)
+            total += float(loss.detach()) * piece.weight
+            self.layout.add_flat_(flat, torch.autograd.grad(loss, self.layout.params, allow_unused=True), piece.weight)
+        return total, flat
 
 
 class ObjectiveMaker:

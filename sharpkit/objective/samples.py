@@ -19,21 +19,22 @@ class SamplePool:
 
     Args:
         objective: a mean or sum over samples.
+        coupled: draw also where batch statistics tie the samples of a batch together, as training does: each batch has its own.
 
     Raises:
         ObjectiveError: its loss is not a mean or sum over samples.
         UnsupportedError: its data lies on several processes.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, *, coupled: bool = False) -> None:
         check_objective(objective, "this measurement")
-        if not objective.may_separate:
+        if not (objective.may_separate or (coupled and objective.may_draw)):
             raise ObjectiveError(
                 "mini-batches can only be drawn where the loss is a mean or sum over samples; use mode='eval', or another loss"
             )
         if objective.ranks.size > 1:
             raise UnsupportedError("drawing mini-batches works on one process: make the Objective with process_group=False")
-        self.parent = objective
+        self.parent, self._coupled = objective, coupled
         counts = objective.batch_counts
         batches = [to_device(batch, objective.device) for batch, count in zip(objective.batches(), counts, strict=True) if count]
         lengths = [length for length, count in zip(objective.batch_lengths, counts, strict=True) if count]
@@ -55,7 +56,8 @@ class SamplePool:
         """This pool, or ``max_samples`` samples drawn from it at random if it is larger."""
         if self.size <= max_samples:
             return self
-        return SamplePool(self.objective(torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))[:max_samples]))
+        part = self.objective(torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))[:max_samples])
+        return SamplePool(part, coupled=self._coupled)
 
     def objective(self, indices: Tensor) -> Objective:
         """The same loss over some samples only.

@@ -177,7 +177,9 @@ def plot_learning_rate_curve(document: Mapping[str, Any], *, ax: Axes | None = N
     rates, lower, upper, theory = (np.array([row[name] for row in rows], dtype=float) for name in names)
     ax.fill_between(sizes, lower, upper, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval")
     ax.plot(sizes, rates, color=BLUE, linewidth=1.8, marker="o", markersize=3.5, label=f"largest stable rate, {document['optimizer']}")
-    ax.plot(sizes, theory, color=GREY, linestyle=":", linewidth=1.4, label="mean-square limit at the pilot's end")
+    if np.isfinite(theory).any():  # with batch norm in train mode there is none
+        label = f"mean-square limit {document.get('point', 'after the pilot')}"
+        ax.plot(sizes, theory, color=GREY, linestyle=":", linewidth=1.4, label=label)
     for anchor in document["anchors"]:
         ax.vlines(anchor["batch_size"], anchor["trained"], anchor["broke"], color=GREEN, linewidth=4, alpha=0.7)
     if document["anchors"]:

@@ -215,19 +215,25 @@ def _diagnosis_section(document: Document) -> Section:
 def _curve_section(document: Document) -> Section:
     from sharpkit.plots.spectrum import plot_learning_rate_curve
 
+    # what earlier documents do not say
+    point, matrix = document.get("point", "after the pilot"), document.get("matrix", "H_B")
     section = Section(
         f"Largest learning rate against batch size, {document['optimizer']}",
-        f"{document['condition']}. lambda_max of H {document['sharpness_at_start']:.3g} at the start, "
-        f"{document['sharpness_after_pilot']:.3g} after the pilot.",
+        f"{document['condition']}. lambda_max of H {document['sharpness_at_start']:.3g} at the present parameters, "
+        f"{document['sharpness_after_pilot']:.3g} {point}.",
         draw=lambda ax: plot_learning_rate_curve(document, ax=ax),
         figure_label="Largest stable learning rate against batch size",
         cost=f"{document['gradients']:.0f} full-data gradients, {document['seconds']:.3g} s",
-        columns=["batch size", "largest stable rate (interval)", "by curvature alone", "lambda_max of H_B (interval)", "lambda_min of H_B"],
+        columns=[
+            *("batch size", "largest stable rate (interval)", f"by curvature alone, {point}"),
+            *(f"lambda_max of {matrix} (interval)", f"lambda_min of {matrix}"),
+        ],
     )
     for row in document["rows"]:
         rate = f"{row['max_lr']:.3g} ({row['max_lr_lower']:.3g} - {row['max_lr_upper']:.3g})"
         top = f"{row['lambda_max']:.3g} ({row['lambda_max_lower']:.3g} - {row['lambda_max_upper']:.3g})"
-        section.rows.append([str(row["batch_size"]), rate, f"{row['by_curvature']:.3g}", top, f"{row['lambda_min']:.3g}"])
+        alone = "-" if row["by_curvature"] is None or math.isnan(row["by_curvature"]) else f"{row['by_curvature']:.3g}"
+        section.rows.append([str(row["batch_size"]), rate, alone, top, f"{row['lambda_min']:.3g}"])
     return section
 
 

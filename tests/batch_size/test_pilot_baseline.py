@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import sharpkit as sk
-from sharpkit.batch_size.pilot import Trainer, _Search, constant_loss
+from sharpkit.batch_size import pilot as pilot_module
+from sharpkit.batch_size.baseline import constant_loss
+from sharpkit.batch_size.pilot import Ledger, TimeIsUp, Trainer
+from sharpkit.batch_size.search import RateSearch
 from sharpkit.objective.samples import SamplePool
 from sharpkit.optimizers import update_rule
 
@@ -77,25 +80,25 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_getting_the_frequencies_right_is_not_training() -> None:
     """Losses of a network on text: 4.7 before training, 1.0 at best, 2.8 by character frequencies, which any rate up to 2^3 reaches."""
     losses = {-4: 1.4, -2: 1.0, 0: 1.5, 1: 1.9, 2: 2.1, 4: 2.7, 5: 2.8, 6: 2.8, 7: 30.0, 8: 40.0}
-    with_constant = _Search(lambda power: losses[power], initial=4.7, constant=2.8)
-    without = _Search(lambda power: losses[power], initial=4.7, constant=math.nan)
+    with_constant = RateSearch(lambda power: losses[power], initial=4.7, constant=2.8)
+    without = RateSearch(lambda power: losses[power], initial=4.7, constant=math.nan)
     assert with_constant.from_below() == 1
     assert without.from_below() == 6
 
 
 def test_runs_no_better_than_a_constant_are_judged_by_the_first_loss() -> None:
     losses = {power: 3.0 + 0.1 * abs(power + 2) for power in range(-20, 3)} | dict.fromkeys(range(3, 9), 9.0)
-    search = _Search(lambda power: losses[power], initial=4.7, constant=2.8)
+    search = RateSearch(lambda power: losses[power], initial=4.7, constant=2.8)
     assert search.from_below() == 2
     assert min(search.losses) == -8, "it looks a factor of 8 below the best for a better one, no further"
 
 
 def test_a_repeat_that_knows_the_best_loss_finds_the_same_in_a_few_runs() -> None:
     losses = {power: 0.5 + 0.02 * power**2 if power < 6 else 4.0 for power in range(-20, 20)}
-    full = _Search(lambda power: losses[power], initial=2.3, constant=2.3)
+    full = RateSearch(lambda power: losses[power], initial=2.3, constant=2.3)
     assert full.from_below() == 5
     for start in (3, 5, 8):
-        again = _Search(lambda power, start=start: losses[start + power], initial=2.3, constant=2.3, known=0.5)
+        again = RateSearch(lambda power, start=start: losses[start + power], initial=2.3, constant=2.3, known=0.5)
         assert start + (again.near() or 0) == 5 and len(again.losses) <= 4
 
 
@@ -115,8 +118,8 @@ def test_the_groups_of_an_optimizer_keep_their_ratio_in_the_pilot() -> None:
     objective = sk.Objective(model, (x, x.sum(1, keepdim=True)), loss=F.mse_loss)
     optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.05}], lr=0.1)
     trainer = Trainer(SamplePool(objective), optimizer)
-    pilot, rate, _ = trainer.settle(steps=11, batch_size=16, rule=update_rule(optimizer))  # the last step is one with a look
-    assert [group["lr"] for group in pilot.optimizer.param_groups] == pytest.approx([rate, rate / 2])
+    settled = trainer.settle(steps=11, batch_size=16, rule=update_rule(optimizer))  # the last step is one with a look
+    assert [group["lr"] for group in settled.run.optimizer.param_groups] == pytest.approx([settled.rate, settled.rate / 2])
 
 
 def test_the_pilot_compares_lambda_max_of_the_hessian_before_and_after_also_for_an_adaptive_optimizer() -> None:
@@ -126,6 +129,84 @@ def test_the_pilot_compares_lambda_max_of_the_hessian_before_and_after_also_for_
     objective = sk.Objective(model, (x, torch.zeros(64, 1, dtype=torch.float64)), loss=F.mse_loss)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     trainer = Trainer(SamplePool(objective), optimizer)
-    _, _, (before, after) = trainer.settle(steps=20, batch_size=16, rule=update_rule(optimizer))
-    assert after == pytest.approx(before, rel=0.03)
-    assert before == pytest.approx(float(torch.linalg.eigvalsh(2 * x.T @ x / 64)[-1]), rel=0.03)
+    settled = trainer.settle(steps=20, batch_size=16, rule=update_rule(optimizer))
+    assert settled.after == pytest.approx(settled.before, rel=0.03)
+    assert settled.before == pytest.approx(float(torch.linalg.eigvalsh(2 * x.T @ x / 64)[-1]), rel=0.03)
+
+
+# -- from a trained point ---------------------------------------------------------------------------------------------------------
+def test_from_a_trained_point_a_rate_trains_that_loses_nothing() -> None:
+    """No run halves the loss of .1: half of the best improvement, .095, would be noise; .11 is the bar."""
+    losses = dict.fromkeys(range(-30, -3), 0.1) | {-3: 0.097, -2: 0.096, -1: 0.1, 0: 0.105, 1: 0.108, 2: 0.2, 3: 0.5, 4: math.inf}
+    search = RateSearch(lambda power: losses[power], initial=0.1, constant=0.7)
+    assert search.from_below() == 1 and search.keeping
+    higher = RateSearch(lambda power: losses.get(power + 4, math.inf), initial=0.1, constant=0.7)
+    assert higher.from_below() == -3, "from a guess that diverges it walks down until nothing is lost"
+
+
+def test_where_every_rate_loses_a_trained_points_noise_floor_the_search_ends_at_rates_that_change_nothing() -> None:
+    losses = {power: 0.1 * (1 + 2.0 ** (power / 2)) for power in range(-40, 20)}
+    search = RateSearch(lambda power: losses[power], initial=0.1, constant=0.7)
+    low = search.from_below()
+    assert low == -7 and losses[-7] <= 0.11 < losses[-6] and len(search.losses) < 12
+
+
+def test_from_a_trained_point_that_still_improves_half_the_improvement_counts() -> None:
+    losses = {power: 0.02 + 0.005 * abs(power + 2) if power < 1 else 0.3 for power in range(-30, 20)}
+    search = RateSearch(lambda power: losses[power], initial=0.1, constant=0.7)
+    assert search.from_below() == 0 and not search.keeping
+
+
+def test_from_scratch_nothing_gained_is_no_training() -> None:
+    search = RateSearch(lambda power: 0.72, initial=0.7, constant=0.7)
+    assert search.from_below() is None
+
+
+# -- pilots that go astray --------------------------------------------------------------------------------------------------------
+def _least_squares() -> tuple[sk.Objective, torch.optim.Optimizer]:
+    x = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(4, 1, bias=False).double()
+    return sk.Objective(model, (x, x.sum(1, keepdim=True)), loss=F.mse_loss), torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_a_pilot_that_diverges_begins_anew_at_a_quarter_of_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot_module, "_PILOT_SHARE", 8.0)  # of the limit: a quarter and a sixteenth of that are 2 and .5
+    objective, optimizer = _least_squares()
+    settled = Trainer(SamplePool(objective), optimizer).settle(steps=100, batch_size=64, rule=update_rule(optimizer))
+    assert (settled.attempts, settled.steps) == (2, 100)
+    assert settled.run.objective.value() < objective.value()
+    limit = 2 / float(torch.linalg.eigvalsh(sk.HessianOperator(objective).to_dense())[-1])
+    assert settled.rate == pytest.approx(0.5 * limit, rel=0.1)
+
+
+def test_where_no_pilot_holds_the_point_is_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot_module, "_PILOT_SHARE", 1e9)
+    objective, optimizer = _least_squares()
+    settled = Trainer(SamplePool(objective), optimizer).settle(steps=20, batch_size=64, rule=update_rule(optimizer))
+    assert settled.steps == 0 and settled.attempts > 0
+    assert settled.run.objective.value() == objective.value()
+
+
+def test_at_a_fitted_point_a_pilot_is_not_astray_because_batches_differ() -> None:
+    """The first batch's loss is 0, so that any other is infinitely more."""
+    x = torch.eye(32, dtype=torch.float64)
+    model = nn.Linear(32, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.weight[0, 0] = 1e-3
+    target = torch.zeros(32, 1, dtype=torch.float64)
+    target[16:] = 1.0
+    with torch.no_grad():
+        model.weight[0, 16:] = 1.0
+    objective = sk.Objective(model, (x, target), loss=F.mse_loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settled = Trainer(SamplePool(objective), optimizer).settle(steps=40, batch_size=8, rule=update_rule(optimizer))
+    assert (settled.attempts, settled.steps) == (0, 40)
+
+
+def test_after_the_deadline_no_run_goes_on() -> None:
+    objective, optimizer = _least_squares()
+    trainer = Trainer(SamplePool(objective), optimizer, ledger=Ledger(deadline=0.0))
+    with pytest.raises(TimeIsUp):
+        trainer.final_loss(0.1, batch_size=8, steps=20)
+    assert trainer.settle(steps=20, batch_size=8, rule=update_rule(optimizer)).steps == 0

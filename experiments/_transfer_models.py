@@ -35,6 +35,7 @@ FAULTS = (
     "weight_decay",
     "vector_lr",
     "depth_multiplier",
+    "depth_lr",
 )
 READOUT = 0.25  # initial logits this small at the base width: there they are the part that depends on width
 DEFAULT_LR = {"sgd": 0.05, "adam": 4e-3, "adamw": 4e-3}
@@ -111,7 +112,7 @@ class Rules:
             role, inside = role_of(name, p), name.startswith("blocks.")
             factor = self.lr_factor(role, m)
             decay = self.weight_decay * (1.0 if self.broken("weight_decay") or not self.mup else 1 / factor)
-            if inside and self.mup and self.optimizer != "sgd":
+            if inside and self.mup and self.optimizer != "sgd" and not self.broken("depth_lr"):
                 factor *= (self.base_depth / depth) ** 0.5
                 decay *= (depth / self.base_depth) ** 0.5
             group = groups.setdefault((role, inside), {"params": [], "lr": rate * factor, "weight_decay": decay})

@@ -178,6 +178,11 @@ class NormMLP(nn.Module):
         return self.head(self.norm2(h + F.relu(self.hidden(h))) * self.multiplier)
 
 
+def words() -> list[tuple[Tensor, Tensor]]:
+    """Characters, in batches of 16 windows."""
+    return text_batches(windows=16, count=64)
+
+
 def fitted_batches() -> list[tuple[Tensor, Tensor]]:
     """256 samples of five classes by a random teacher: fitted within a few dozen steps."""
     generator = torch.Generator().manual_seed(0)
@@ -211,7 +216,7 @@ def family(build: Any, optimizer: Any, batches: Any) -> Family:
 
 
 def _tied(*, functional: bool) -> Family:
-    return family(lambda w: TiedTransformer(w, Rules(), functional=functional), adam(tied_groups), text_batches())
+    return family(lambda w: TiedTransformer(w, Rules(), functional=functional), adam(tied_groups), words())
 
 
 def microsofts() -> Family:
@@ -228,8 +233,8 @@ CORRECT: dict[str, Callable[[], Family]] = {
     "MLP, fitted data": lambda: family(NormMLP, adam(linear_groups()), fitted_batches()),
     "conv net, Conv1d readout": lambda: family(lambda w: ConvNet(w, readout="conv1d"), adam(conv_groups()), digit_batches()),
     "conv net, (in, out) readout": lambda: family(lambda w: ConvNet(w, readout="transposed"), adam(conv_groups()), digit_batches()),
-    "transformer, muP table": lambda: transformer_family(optimizer="adam"),
-    "transformer, unit-scaled": lambda: family(UnitTransformer, adam(unit_transformer_groups), text_batches()),
+    "transformer, muP table": lambda: transformer_family(optimizer="adam", batches=words()),
+    "transformer, unit-scaled": lambda: family(UnitTransformer, adam(unit_transformer_groups), words()),
     "transformer, tied": lambda: _tied(functional=False),
     "transformer, tied by F.linear": lambda: _tied(functional=True),
 }

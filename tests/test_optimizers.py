@@ -249,8 +249,9 @@ def test_rates_from_before_a_warmup_are_restored() -> None:
         (lambda g: ADAGRAD(g, weight_decay=0.3), 0.0, 0.3),
         (lambda g: NADAM(g, weight_decay=0.3, decoupled_weight_decay=True), 0.3, 0.0),
         (lambda g: NADAM(g, weight_decay=0.3), 0.0, 0.3),
+        (lambda g: getattr(torch.optim, "Muon", ADAMW)([torch.nn.Parameter(torch.ones(2, 2))], weight_decay=0.3), 0.3, 0.0),
     ],
-    ids=["sgd", "adam", "adamw", "rmsprop", "adagrad", "nadam decoupled", "nadam"],
+    ids=["sgd", "adam", "adamw", "rmsprop", "adagrad", "nadam decoupled", "nadam", "muon"],
 )
 def test_decay_is_counted_once_either_in_the_rule_or_in_the_matrix(make: Any, decoupled: float, in_gradient: float) -> None:
     optimizer = make([weight()])

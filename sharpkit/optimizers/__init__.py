@@ -45,20 +45,25 @@ from sharpkit.optimizers.limits import (
 )
 from sharpkit.optimizers.rules import UpdateRule, operator_in
 from sharpkit.optimizers.steps import copy_optimizer, gradient_descent, has_linear_step, line_search_minimizer, linear_step, next_update
+from sharpkit.optimizers.width import GroupFactors, StepKind, check_fresh, eps_beside_gradients, split_groups, step_kind, subtracted_decays
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
 __all__ = [
+    "GroupFactors",
     "Norm",
     "OptimizerKind",
+    "StepKind",
     "StepMatrix",
     "UpdateRule",
     "averaging",
+    "check_fresh",
     "check_one_way",
     "check_settles",
     "check_trains",
     "copy_optimizer",
     "current_momentum",
     "decoupled_decays",
+    "eps_beside_gradients",
     "gradient_decays",
     "gradient_descent",
     "groups_agree",
@@ -88,8 +93,11 @@ __all__ = [
     "set_learning_rates",
     "set_momentum",
     "settled_preconditioner",
+    "split_groups",
     "step_geometry",
+    "step_kind",
     "step_matrix",
+    "subtracted_decays",
     "unwrap_optimizer",
     "update_rule",
     "update_rules",

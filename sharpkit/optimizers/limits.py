@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.params import ParamLayout
 from sharpkit.optimizers.groups import _NONE_HELD, _holding, _reference, is_maximizing, learning_rates, relative_rates
-from sharpkit.optimizers.kinds import _no_rule, _unknown, kind_of
-from sharpkit.optimizers.rules import State, UpdateRule
+from sharpkit.optimizers.kinds import OptimizerKind, _no_rule, _unknown, kind_of
+from sharpkit.optimizers.rules import Settings, State, UpdateRule
 from sharpkit.optimizers.torch_rules import decay_of, settled_root
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
@@ -73,8 +73,13 @@ def decoupled_decays(optimizer: Optimizer) -> list[float]:
     """Decoupled weight decay of every group; 0 where decay enters the gradient instead."""
     kind = kind_of(optimizer)
     if kind is None or kind.rule is None:
-        return [decay_of(group) if group.get("decoupled_weight_decay") else 0.0 for group in optimizer.param_groups]
+        return [decay_of(group) if _is_beside(kind, group) else 0.0 for group in optimizer.param_groups]
     return [rule.weight_decay if rule.decoupled else 0.0 for rule in kind.rules(optimizer)]
+
+
+def _is_beside(kind: OptimizerKind | None, group: Settings) -> bool:
+    """Whether decay stands beside a step without a rule, as it does beside those of fixed length (Lion, Muon)."""
+    return bool(group.get("decoupled_weight_decay")) or (kind is not None and kind.geometry is not None)
 
 
 def gradient_decays(optimizer: Optimizer) -> list[float]:
@@ -84,7 +89,7 @@ def gradient_decays(optimizer: Optimizer) -> list[float]:
     """
     kind = kind_of(optimizer)
     if kind is None or kind.rule is None:
-        return [0.0 if group.get("decoupled_weight_decay") else decay_of(group) for group in optimizer.param_groups]
+        return [0.0 if _is_beside(kind, group) else decay_of(group) for group in optimizer.param_groups]
     rules = zip(kind.rules(optimizer), optimizer.param_groups, strict=True)
     # torch adds coupled decay to g before g enters the second moment and is divided by D, as if the loss had 0.5 decay |w|^2 more
     return [decay_of(group) if rule.adaptive and not rule.weight_decay else 0.0 for rule, group in rules]

@@ -22,7 +22,7 @@ from sharpkit.objective.guard import undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.loss import call_model
 from sharpkit.objective.mistakes import telling
-from sharpkit.optimizers import decoupled_decays, gradient_decays, held_parameters, is_adaptive, learning_rates
+from sharpkit.optimizers import eps_beside_gradients, gradient_decays, held_parameters, is_adaptive, learning_rates, subtracted_decays
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.products import Product, ProductWatch
 from sharpkit.transfer.setup import Family, FamilyRun, RunProgress
@@ -590,16 +590,13 @@ class _Observer:
         if at is None:
             rate, decay, coupled, eps = math.nan, 0.0, 0.0, 0.0
         else:
-            group = optimizer.param_groups[at]
-            rate, decay, coupled = learning_rates(optimizer)[at], decoupled_decays(optimizer)[at], gradient_decays(optimizer)[at]
-            if not self.seen.adaptive:
-                decay, coupled = float(group.get("weight_decay", 0.0)), 0.0
-            eps = group.get("eps", 0.0) if self.seen.adaptive else 0.0
+            read = (learning_rates, subtracted_decays, gradient_decays, eps_beside_gradients)
+            rate, decay, coupled, eps = (of(optimizer)[at] for of in read)
         track.lr[self.size], track.weight_decay[self.size] = rate, decay
         seen = self.gradients.get(id(p), [])
         for kept, factor, over in ((track.decay_share, coupled, 1), (track.eps_share, eps, 0)):
             ratios = [(w if over else 1.0) / g for g, w in seen if g > 0]
-            kept.setdefault(self.size, []).append(factor * geometric_mean(ratios) if factor and isinstance(factor, (int, float)) else 0.0)
+            kept.setdefault(self.size, []).append(factor * geometric_mean(ratios) if factor else 0.0)
 
     def _note_products(self, products: dict[str, Product]) -> None:
         """At initialisation: what each parameter contributes, for an input of its size."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -15,14 +15,20 @@ from sharpkit._arguments import choice, shown
 from sharpkit._errors import UnsupportedError
 from sharpkit._results import Result
 from sharpkit.objective.guard import unwrap
-from sharpkit.optimizers import decoupled_decays, gradient_decays, kind_of
+from sharpkit.optimizers import (
+    GroupFactors,
+    StepKind,
+    check_fresh,
+    eps_beside_gradients,
+    gradient_decays,
+    held_parameters,
+    split_groups,
+    step_kind,
+)
 from sharpkit.transfer.base_shapes import Base, Role, Shape, as_base
 
 # of the standard deviation asked for, by judgement: samples of a thousand entries scatter by 2 %, and an own law is worth keeping as it is
 _SAMPLED = 0.1
-_KEY = "transfer_factor"  # in parameter groups: the factor on the rate, and the sign that it was applied
-# Their steps are scaled by the parameter's own size, by past steps, or not divided at first: the table's powers are not theirs.
-_OWN_SCALE = ("Adafactor", "Adadelta", "RAdam", "RAdamScheduleFree", "Prodigy", "Rprop")
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,9 @@ def parametrize(
     narrow = as_base(base)
     optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
     for each in optimizers:
-        _check_fresh(each)
+        if not isinstance(each, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer of the model, or several, got {shown(each)}")
+        check_fresh(each)
     named = dict(net.named_parameters())
     shapes = {name: narrow.shape(name, tuple(p.shape)) for name, p in narrow.matched(named).items()}
     given = dict(roles or {})
@@ -139,7 +147,7 @@ def parametrize(
     for name, p in named.items():
         scale = scales[name]
         tied = name in ties
-        lr, decay, eps = rules.get(name, (1.0, 1.0, 1.0))
+        lr, decay, eps = rules.get(name, GroupFactors(1.0, 1.0, 1.0))
         init = _initialise(p, narrow.std(name), scale)
         multiplier = 1 / scale.width if tied else 1.0
         done.append(TensorRule(name, scale.role, tuple(p.shape), shapes[name], init, lr, decay, eps, multiplier))
@@ -150,7 +158,7 @@ def parametrize(
     for module, value in attention.values():
         module.scaling = value
     for each in optimizers:
-        _regroup(each, places, rules)
+        split_groups(each, {place: rules[name] for place, name in places.items() if name in rules})
     return Parametrization(tuple(type(o).__name__ for o in optimizers), tuple(done), tuple(attention), tuple(notes))
 
 
@@ -271,15 +279,12 @@ def _attention(model: nn.Module, base: Base) -> tuple[dict[str, tuple[Any, float
 
 
 # -- factors ------------------------------------------------------------------------------------------------------------------
-Factors = tuple[float, float, float]  # on the rate, the weight decay and eps
-
-
-def _factors(optimizer: Optimizer, places: Mapping[int, str], scales: Mapping[str, _Scale]) -> dict[str, Factors]:
+def _factors(optimizer: Optimizer, places: Mapping[int, str], scales: Mapping[str, _Scale]) -> dict[str, GroupFactors]:
     """Of each tensor that the optimizer holds."""
-    decoupled, coupled = decoupled_decays(optimizer), gradient_decays(optimizer)
+    coupled, eps = gradient_decays(optimizer), eps_beside_gradients(optimizer)
     factors = {}
-    for group, beside, inside in zip(optimizer.param_groups, decoupled, coupled, strict=True):
-        for p in group["params"]:
+    for i, params in enumerate(held_parameters(optimizer)):
+        for p in params:
             name = places.get(id(p))
             if name is None:
                 raise ValueError(
@@ -287,35 +292,22 @@ def _factors(optimizer: Optimizer, places: Mapping[int, str], scales: Mapping[st
                     "the model that is passed"
                 )
             scale = scales[name]
-            kind, lr = _rate(optimizer, group, scale)
-            decay = 1 / lr  # lr times decay is what shrinks a weight in a step, unless decay is divided together with the gradient
-            if kind == "adaptive" and inside and not beside:
-                decay = scale.gradient / scale.std
-            eps = scale.gradient if kind == "adaptive" and "eps" in group else 1.0
-            factors[name] = (lr, decay, eps)
+            kind, length = step_kind(optimizer, i, scale.shape, scale.base)
+            lr = _rate(kind, scale) / length
+            # lr times decay is what shrinks a weight in a step, unless decay is divided together with the gradient
+            decay = scale.gradient / scale.std if coupled[i] else 1 / lr
+            factors[name] = GroupFactors(lr, decay, scale.gradient if eps[i] else 1.0)
     return factors
 
 
-def _rate(optimizer: Optimizer, group: Mapping[str, Any], scale: _Scale) -> tuple[str, float]:
-    """The kind of steps, and the factor on the rate."""
-    kind, name = kind_of(optimizer), type(optimizer).__name__
-    geometry = None
-    if kind is not None and kind.rule is None and kind.geometry is not None and name not in _OWN_SCALE:
-        made, base = (torch.empty(s, device="meta") for s in (scale.shape, scale.base))
-        geometry, length = kind.geometry({}, dict(group), made)
-        if geometry == "spectral":
-            before = kind.geometry({}, dict(group), base)[1]
-            return geometry, math.sqrt(scale.out / scale.into) * float(before) / float(length)
-    if kind is None or name in _OWN_SCALE or (kind.rule is None and geometry != "linf"):
-        raise UnsupportedError(
-            f"how the rates of {name} must change with width is not known: use SGD, Adam, AdamW or another of the same kind, Lion or Muon"
-        )
-    if geometry == "linf" or kind.rules(optimizer)[0].adaptive:
-        return "adaptive", 1 / scale.into if scale.role in ("hidden", "readout") else 1.0
+def _rate(kind: StepKind, scale: _Scale) -> float:
+    """The factor on the rate for steps whose length the rate alone sets, in their norm."""
+    if kind == "spectral":
+        return math.sqrt(scale.out / scale.into)
+    if kind == "entrywise":
+        return 1 / scale.into if scale.role in ("hidden", "readout") else 1.0
     # a gradient's entries: 1/fan_out behind inputs, so that the rate makes up for it, and 1 in readouts, whose steps must be 1/fan_in
-    return "linear", {"input": scale.out, "vector": scale.out, "hidden": scale.out / scale.into, "readout": 1 / scale.into}.get(
-        scale.role, 1.0
-    )
+    return {"input": scale.out, "vector": scale.out, "hidden": scale.out / scale.into, "readout": 1 / scale.into}.get(scale.role, 1.0)
 
 
 def _initialise(p: Tensor, base: float | None, scale: _Scale) -> float:
@@ -333,36 +325,3 @@ def _initialise(p: Tensor, base: float | None, scale: _Scale) -> float:
         with torch.no_grad():
             p.mul_(factor)
     return factor
-
-
-# -- the optimizer ------------------------------------------------------------------------------------------------------------
-def _check_fresh(optimizer: Any) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch optimizer of the model, or several, got {shown(optimizer)}")
-    if any(_KEY in group for group in optimizer.param_groups):
-        raise ValueError(f"this {type(optimizer).__name__} was parametrized before: make a new one from the model")
-    if any(optimizer.state.values()):
-        raise ValueError(f"this {type(optimizer).__name__} has stepped already: parametrize it when model and optimizer are new")
-
-
-def _regroup(optimizer: Optimizer, places: Mapping[int, str], rules: Mapping[str, Factors]) -> None:
-    """Split every group by the factors of its tensors, in the order of first appearance."""
-    groups: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
-        parts: dict[Factors, dict[str, Any]] = {}
-        names: Iterable[Any] = group.get("param_names") or [None] * len(group["params"])
-        for p, name in zip(group["params"], names, strict=True):
-            factors = rules[places[id(p)]]
-            lr, decay, eps = factors
-            if factors not in parts:
-                part = {**group, "params": [], "lr": group["lr"] * lr, _KEY: lr}
-                part |= {"param_names": []} if name is not None else {}
-                for key, factor in (("initial_lr", lr), ("weight_decay", decay), ("eps", eps)):
-                    if isinstance(group.get(key), (int, float)):
-                        part[key] = group[key] * factor
-                parts[factors] = part
-            parts[factors]["params"].append(p)
-            if name is not None:
-                parts[factors]["param_names"].append(name)
-        groups += parts.values()
-    optimizer.param_groups[:] = groups

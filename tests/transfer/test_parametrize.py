@@ -114,6 +114,27 @@ def test_muons_steps_keep_their_spectral_norm_and_the_rest_has_another_optimizer
         adam = torch.optim.Adam([p for p in model.parameters() if p.ndim < 2], lr=1e-3)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@pytest.mark.parametrize(("parametrized", "rules"), [(True, []), (False, ["readout multiplier", "hidden learning rate"])])
+def test_muons_rules_are_told_apart(parametrized: bool, rules: list[str]) -> None:
+    def build(width: int) -> nn.Module:
+        model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in ((12, width), (width, width), (width, 4))))
+        with torch.no_grad():
+            model[2].weight.mul_(0.3)
+        return model
+
+    def muon(model: nn.Module, width: int) -> torch.optim.Optimizer:
+        # a step in which every entry has one size whatever the shape, as Adam's; its own decay of 0.1 beside the step is checked too
+        made = torch.optim.Muon(model.parameters(), lr=0.01, weight_decay=0.1 if parametrized else 0.0, adjust_lr_fn="match_rms_adamw")
+        if parametrized:
+            torch.manual_seed(0)
+            parametrize(model, build(BASE), made)
+        return made
+
+    found = sk.transfer.find_culprits(build, WIDTHS, optimizer=muon, data=DATA, loss=F.cross_entropy, steps=3)
+    assert [c.rule for c in found] == rules
+
+
 class Tied(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

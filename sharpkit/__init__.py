@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from sharpkit.learner.race import RaceResult as RaceResult
     from sharpkit.learner.race import race as race
     from sharpkit.learner.schedules import refined_schedule as refined_schedule
+    from sharpkit.learner.suggest import SuggestedLearningRate as SuggestedLearningRate
+    from sharpkit.learner.suggest import suggest_learning_rate as suggest_learning_rate
     from sharpkit.linalg.diagonal import DiagonalEstimate as DiagonalEstimate
     from sharpkit.linalg.diagonal import diagonal as diagonal
     from sharpkit.linalg.diagonal import frobenius_norm as frobenius_norm
@@ -125,6 +127,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.learner.learner": ("CurvatureLearner",),
     "sharpkit.learner.race": ("RaceResult", "race"),
     "sharpkit.learner.schedules": ("refined_schedule",),
+    "sharpkit.learner.suggest": ("SuggestedLearningRate", "suggest_learning_rate"),
     "sharpkit.linalg.diagonal": ("DiagonalEstimate", "diagonal", "frobenius_norm"),
     "sharpkit.linalg.lanczos": ("eigenpairs",),
     "sharpkit.linalg.power": ("power_iteration",),

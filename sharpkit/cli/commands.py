@@ -93,6 +93,26 @@ def run_batch_command(arguments: argparse.Namespace) -> Answer:
     return documents, extra, code
 
 
+def run_lr_command(arguments: argparse.Namespace) -> Answer:
+    """``sharpkit lr``: one learning rate to train with."""
+    objective, optimizer = _objective(arguments, forecast=False)
+    if optimizer is None:
+        raise UsageError(f"{arguments.target} returned no optimizer, and the rate depends on its kind: return (objective, optimizer)")
+    rate = sk.suggest_learning_rate(
+        objective,
+        optimizer,
+        batch_size=arguments.batch_size,
+        steps=arguments.steps,
+        schedule=arguments.schedule,
+        budget=arguments.budget,
+        seed=arguments.seed,
+        callback=None if arguments.quiet else tell,
+    )
+    documents, extra, code = _finish(arguments, [rate])
+    extra["text"] = "\n".join(rate.findings())
+    return documents, extra, code
+
+
 def run_report_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit report``: a page from saved results, a run file or a target."""
     sources = [Path(name) for name in arguments.sources]

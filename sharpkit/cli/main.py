@@ -1,4 +1,4 @@
-"""The command line: ``sharpkit demo | measure | spectrum | batch | doctor | report | watch | transfer | race``.
+"""The command line: ``sharpkit demo | measure | spectrum | batch | lr | doctor | report | watch | transfer | race``.
 
 Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
 reach its tolerance, or hyperparameters do not transfer; 130 interrupted.
@@ -28,6 +28,7 @@ from sharpkit.cli.commands import (
     run_batch_command,
     run_demo_command,
     run_doctor_command,
+    run_lr_command,
     run_measure_command,
     run_race_command,
     run_report_command,
@@ -196,7 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--steps", type=_count, help="of each short run (default: as many as the pilot's, 100 without one)")
     batch.add_argument("--max-seconds", type=_amount, help="ends the short runs early; the result says so")
     batch.add_argument("--no-calibration", action="store_true", help="curvature only: no short training runs")
-    for command in (measure, spectrum, doctor, batch):
+    rate = _command(subparsers, "lr", run_lr_command, "one learning rate to train with, from two short runs on a copy")
+    rate.add_argument("--batch-size", type=_count, required=True, metavar="B", help="samples in a batch")
+    rate.add_argument("--steps", type=_count, required=True, metavar="T", help="of the run that the rate is for")
+    rate.add_argument("--schedule", default="linear", choices=("linear", "cosine", "constant", "wsd"), help="(default: %(default)s)")
+    what = "share of the run's gradients that may be spent, at least 100 of them (default: %(default)s)"
+    rate.add_argument("--budget", type=_amount, default=0.1, metavar="SHARE", help=what)
+    for command in (measure, spectrum, doctor, batch, rate):
         command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")
         _add_common(command)
     spectrum.add_argument("--k", type=_count, default=10, help="how many of the largest eigenvalues (default: %(default)s)")

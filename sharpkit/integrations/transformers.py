@@ -222,7 +222,7 @@ class TrainerHooks(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def trained_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of one micro-batch, as it is trained."""
         inputs, scale = without_scale(batch)
-        return (own_loss(model, inputs) if self._trainer is None else _trained_loss(self._trainer, model, inputs)) * scale
+        return (own_loss(model, inputs) if self._trainer is None else trained_loss(self._trainer, model, inputs)) * scale
 
     def watch(self, model: nn.Module, args: Any) -> None:
         """Begin to note batches."""
@@ -288,7 +288,7 @@ def _check_unattached(args: Any, *, derives_loss: bool, callback: str) -> None:
         raise ValueError(f"{reason}: use {callback}(...).attach(trainer) instead of Trainer(callbacks=[...])")
 
 
-def _trained_loss(trainer: Any, model: nn.Module, batch: Batch) -> Tensor:
+def trained_loss(trainer: Any, model: nn.Module, batch: Batch) -> Tensor:
     """By the Trainer's compute_loss, run on a shallow copy that logs nothing and has lists and dicts of its own."""
     twin = copy.copy(trainer)
     own_containers(twin)

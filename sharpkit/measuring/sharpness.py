@@ -87,7 +87,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         estimates = [(label, getattr(self, name)) for label, name in zip(shown, names, strict=True) if getattr(self, name) is not None]
         rows = [(label, f"{estimate}{'' if estimate.converged else '  (not converged)'}") for label, estimate in estimates]
         rows += [("loss", f"{self.loss:.5g}"), ("gradient norm", f"{self.grad_norm:.4g}")]
-        rows += [("stable lr", f"{self.stable_lr}   [{self.stable_lr.rule}]")]
+        rows += [("stable lr", f"{self.stable_lr}   [here, full batch: {self.stable_lr.rule}]")]
         rows += [("present lr", f"{self.lr:.4g}")] if self.lr is not None else []
         head = f"Sharpness of {self.num_parameters:,} parameters on {self.num_samples:,} samples, {self.mode} mode"
         cost = f"  {self.num_matvecs} Hessian products, {self.seconds:.1f} s"

@@ -44,7 +44,15 @@ from sharpkit.optimizers.limits import (
     update_rules,
 )
 from sharpkit.optimizers.rules import UpdateRule, operator_in
-from sharpkit.optimizers.steps import copy_optimizer, gradient_descent, has_linear_step, line_search_minimizer, linear_step, next_update
+from sharpkit.optimizers.steps import (
+    copy_optimizer,
+    gradient_descent,
+    has_linear_step,
+    line_search_minimizer,
+    linear_step,
+    needs_closure,
+    next_update,
+)
 from sharpkit.optimizers.width import GroupFactors, StepKind, check_fresh, eps_beside_gradients, split_groups, step_kind, subtracted_decays
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
@@ -81,6 +89,7 @@ __all__ = [
     "limit_rule",
     "line_search_minimizer",
     "linear_step",
+    "needs_closure",
     "next_update",
     "operator_in",
     "plain_settings",

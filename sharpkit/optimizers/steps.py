@@ -123,7 +123,7 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     """
     optimizer = unwrap_optimizer(optimizer)
     name = type(optimizer).__name__
-    if _needs_closure(optimizer):
+    if needs_closure(optimizer):
         raise UnsupportedError(f"{name} evaluates the loss several times in a step, so it has no next update to look at; use another one")
     if not any(_holding(optimizer, layout)):
         raise ValueError(_NONE_HELD)
@@ -178,7 +178,8 @@ def _step_elsewhere(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor,
     return layout.flatten([before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params])
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether a step evaluates the loss itself, by a closure that must be given."""
     # LBFGS alone of torch's optimizers asks for a closure; a method of the same kind elsewhere does so too
     arguments = inspect.signature(type(optimizer).step).parameters
     return "closure" in arguments and arguments["closure"].default is inspect.Parameter.empty

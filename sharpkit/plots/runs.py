@@ -1,4 +1,4 @@
-"""Pictures of runs: a monitored run, a learner's run, a race."""
+"""Pictures of runs: a monitored run, a learner's run, a race, the runs behind a suggested rate."""
 
 from __future__ import annotations
 
@@ -318,3 +318,27 @@ def _range(finishes: Any) -> tuple[float, float]:
         return 0.0, 1.0
     # a search averages over rates that diverge: 3 times the lowest first loss is no start, by judgement
     return min(map(min, curves)), max(curve[0] for curve in curves if curve[0] <= 3 * min(c[0] for c in curves))
+
+
+def plot_suggestion(document: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+    """What a growing rate did to the loss, with the rate at which it was lost, the suggested rate and its interval.
+
+    Example:
+        >>> ends = {"value": 0.1, "lower": 0.02, "upper": 0.5, "limit": 1.0, "present": 0.01, "optimizer": "SGD"}
+        >>> plot_suggestion({**ends, "ramp": [[0.01, -0.1], [0.1, -0.5], [1.0, 3.0]]}).get_xscale()
+        'log'
+    """
+    ax = axes_for(ax)
+    points = [(number(x), number(y)) for x, y in document["ramp"] if math.isfinite(number(y))]
+    rates, gains = zip(*points, strict=True)
+    ax.axvspan(document["lower"], document["upper"], color=GREEN, alpha=0.12, linewidth=0, label="interval of the best rate")
+    ax.plot(rates, gains, color=BLUE, linewidth=1.6, marker="o", markersize=3, label="batch loss, less the starting point's")
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.axvline(document["limit"], color=ORANGE, linestyle="--", linewidth=1.4, label=f"lost at {document['limit']:.3g}")
+    ax.axvline(document["value"], color=GREEN, linewidth=2, label=f"suggested: {document['value']:.3g}")
+    if document["present"] > 0:
+        ax.axvline(document["present"], color=GREY, linestyle=":", linewidth=1.2, label=f"the optimizer's own: {document['present']:.3g}")
+    ax.set_xscale("log")
+    deepest = min(gains)
+    ax.set_ylim(1.15 * deepest if deepest < 0 else -1.0, -0.8 * deepest if deepest < 0 else 1.0)  # by judgement: what is lost is far above
+    return finish(ax, x=f"learning rate, {document['optimizer']}, growing from step to step", y="loss won (running mean)")

@@ -148,9 +148,9 @@ def _sharpness_section(document: Document) -> Section:
     rate, low, high = (number(stable[name]) for name in ("value", "lower", "upper"))
     if math.isfinite(rate):
         span = f"{low:.4g} to {high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else ""  # compared as shown: "5 to 5" says nothing
-        section.tiles.append(("largest stable learning rate", f"{rate:.4g}", span))
+        section.tiles.append(("largest stable rate, here, full batch", f"{rate:.4g}", span))
     else:
-        section.tiles.append(("largest stable learning rate", "unbounded", "no positive curvature"))
+        section.tiles.append(("largest stable rate, here, full batch", "unbounded", "no positive curvature"))
     lr = number(document["lr"]) if document["lr"] is not None else None
     if lr is not None:
         section.tiles.append(("learning rate in use", f"{lr:.4g}", f"{percent(lr / rate)} of the limit" if math.isfinite(rate) else ""))
@@ -235,6 +235,24 @@ def _curve_section(document: Document) -> Section:
         alone = "-" if row["by_curvature"] is None or math.isnan(row["by_curvature"]) else f"{row['by_curvature']:.3g}"
         section.rows.append([str(row["batch_size"]), rate, alone, top, f"{row['lambda_min']:.3g}"])
     return section
+
+
+def _suggestion_section(document: Document) -> Section:
+    from sharpkit.plots.runs import plot_suggestion
+
+    return Section(
+        f"The learning rate to train with, {document['optimizer']}",
+        f"Peak of the rate for {document['steps']} steps at batch size {document['batch_size']}, {document['schedule']}.",
+        tiles=[
+            ("suggested rate", f"{document['value']:.3g}", f"{document['lower']:.3g} to {document['upper']:.3g}"),
+            ("lost at", f"{document['limit']:.3g}", "where a growing rate loses what it had trained"),
+            ("the optimizer's own", f"{document['present']:.3g}", ""),
+        ],
+        draw=lambda ax: plot_suggestion(document, ax=ax),
+        figure_label="Loss against a growing learning rate, with the suggested rate and its interval",
+        findings=[document["reason"]],
+        cost=f"{document['gradients']:.0f} gradients for a run of {document['steps']}; {document['seconds']:.3g} s",
+    )
 
 
 # -- a monitored run, a learner's run, a race -------------------------------------------------------------------------------------
@@ -520,6 +538,7 @@ _SECTIONS: dict[str, Callable[[Document], Section]] = {
     "layer_sharpness": _layers_section,
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
+    "suggested_learning_rate": _suggestion_section,
     HISTORY: _monitor_section,
     "learner_history": _learner_section,
     "learning_rate_race": _race_section,

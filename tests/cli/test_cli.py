@@ -39,6 +39,15 @@ def with_optimizer():
 def returns_a_model():
     return build()[0]
 
+def digits():
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    inputs, targets = torch.tensor(data.data / 16).float(), torch.tensor(data.target)
+    objective = sk.Objective(model, (inputs, targets), loss=torch.nn.functional.cross_entropy)
+    return objective, torch.optim.AdamW(model.parameters())
+
 def needs_arguments(width):
     return build()[1]
 
@@ -156,6 +165,18 @@ def test_a_budget_that_ends_too_early_gives_exit_code_3(target: Path, capsys: py
     assert not all(document["results"][0]["converged"])
 
 
+def test_lr_names_one_rate_and_says_where_it_comes_from(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["lr", f"{target}:digits", "--batch-size", "32", "--steps", "1000", "--schedule", "cosine"]
+    assert main(arguments) == 0
+    first, reason, cost = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("AdamW, batch size 32, 1000 steps, cosine schedule: train with a peak rate of 0.0")
+    assert reason.startswith("Short runs train best at about") and cost.endswith("of the run.")
+    code, document, _ = run_json(capsys, *arguments)
+    assert code == 0 and f"{document['results'][0]['value']:.3g}" in first and document["results"][0]["gradients"] <= 100
+    assert main(["lr", f"{target}:objective", "--batch-size", "4", "--steps", "1000"]) == 2
+    assert "returned no optimizer" in capsys.readouterr().err
+
+
 def test_doctor_passes_a_sound_objective(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document, _ = run_json(capsys, "doctor", f"{target}:objective")
     assert (code, document["results"][0]["passed"]) == (0, True)
@@ -172,7 +193,7 @@ def test_doctor_gives_exit_code_1_where_no_function_is_defined(target: Path, cap
 @pytest.mark.parametrize(
     ("suffix", "fragment"),
     [
-        (":nothing", "has no function 'nothing'; it defines build, fails, needs_arguments, objective"),
+        (":nothing", "has no function 'nothing'; it defines build, digits, fails, needs_arguments, objective"),
         (":number", "is a int, not a function"),
         (":needs_arguments", "needs the arguments width"),
         (":returns_a_model", "returned Sequential; expected an sk.Objective, or a tuple"),

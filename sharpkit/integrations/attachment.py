@@ -71,6 +71,7 @@ class LearnerSettings(ObjectiveSettings, total=False):
     bulk: str | float
     per_group: bool
     max_lr: float
+    peak: float | None
 
 
 def complete(settings: Mapping[str, Any], made: type, *, callback: str) -> dict[str, Any]:
@@ -278,6 +279,8 @@ class LearnerRun(Gathering):
         check_learner_settings(_LEAST_STEPS if total_steps is None else total_steps, **checked)
         check_momentum(settings["momentum"], settings["bulk"], accelerates=True)
         real("max_lr", settings["max_lr"], above=0, infinite=True)
+        if settings["peak"] is not None:
+            real("peak", settings["peak"], above=0)
         flag("per_group", settings["per_group"])
         super().__init__(settings, callback="LearnerCallback")
         self._log: Log | None = None

@@ -210,7 +210,7 @@ class LearnerCallback(BatchHooks):
         loss, closure: as in :class:`SharpnessCallback`; without both, the loss is that of the module's own ``training_step``.
         optimizer: number of the optimizer to set, where the module has several. It may make one step a batch at most.
         settings: every other argument of :class:`sharpkit.CurvatureLearner`: count, params, interval, budget, safety, warmup, decay,
-            schedule, momentum, bulk, per_group, max_lr, mode, autocast, process_group, seed.
+            schedule, momentum, bulk, per_group, max_lr, peak, mode, autocast, process_group, seed.
 
     Raises:
         TypeError: a setting that does not exist.

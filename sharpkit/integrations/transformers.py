@@ -331,8 +331,8 @@ class LearnerCallback(TrainerHooks):
         total_steps: optimizer steps of the whole training; by default ``state.max_steps``.
         resume_from: folder of the checkpoint whose learner to continue, where it is not ``output_dir/checkpoint-<step>``.
         settings: every other argument of :class:`sharpkit.CurvatureLearner`: loss, closure, count, params, interval, budget, safety,
-            warmup, decay, schedule, momentum, bulk, per_group, max_lr, mode, autocast, process_group, seed. Without loss and closure, the
-            loss is the trained one.
+            warmup, decay, schedule, momentum, bulk, per_group, max_lr, peak, mode, autocast, process_group, seed. Without loss and
+            closure, the loss is the trained one.
 
     Raises:
         TypeError: a setting that does not exist.

@@ -11,19 +11,23 @@ from typing import Any
 
 import torch
 
+from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.learner.learner import CurvatureLearner
 from sharpkit.learner.schedules import DECAYS, Schedule
+from sharpkit.learner.suggest import suggest_learning_rate
 from sharpkit.objective.guard import random_states_kept, silenced
+from sharpkit.objective.objective import Objective
 from sharpkit.optimizers import averaging, is_adaptive, weight_decay
 from sharpkit.training_run import MakeOptimizer, RaceProblem, RaceRun
 
-LEARNER = "learner"
+LEARNER, SUGGESTED = "learner", "suggested rate, then learner"
 MISSING = "not installed: pip install 'sharpkit[race]'"
 _SHARE = 0.05  # of its steps that the learner may spend on measuring; by judgement, the default of CurvatureLearner
 # Nothing in the methods says how much of a run a good rate is worth.
 _RAMP = 0.1  # of the gradients for a range test; by judgement
 _SEARCH = 0.5  # of the gradients for trials; by judgement
 _LEAST_RAMP = 20  # steps of a range test, by judgement: fewer have no slope
+_LEAST_SUGGESTED = 300  # gradients of a run, by judgement: a suggestion takes 100
 _STAGES, _TRIALS, _LEAST_TRIAL = 3, 10, 8  # ten trials as in AutoLRS; stages, and the least steps of a trial, by judgement
 
 
@@ -40,7 +44,7 @@ class Entrant:
 
 def entrants(problem: RaceProblem, rates: Sequence[float]) -> tuple[list[Entrant], dict[str, str]]:
     """All that can start at the rates of an increasing grid, and why others cannot; the problem's optimizer decides between variants."""
-    starting = [Entrant(LEARNER, learn)]
+    starting = [Entrant(LEARNER, learn), Entrant(SUGGESTED, suggested)]
     for name in ("constant", "cosine"):
         starting += [Entrant(f"{name}, lr {rate:.3g}", partial(_given, rate=rate, schedule=DECAYS[name]), given=True) for rate in rates]
     starting.append(Entrant("grid search, then cosine", partial(grid_search, rates=rates)))
@@ -59,20 +63,22 @@ def entrants(problem: RaceProblem, rates: Sequence[float]) -> tuple[list[Entrant
     return starting, skipped
 
 
-def learn(run: RaceRun) -> float:
+def learn(run: RaceRun, *, peak: float | None = None) -> float:
     """sharpkit's learner; a measurement is charged one gradient for its graph and two for each product."""
+    begun = run.spent
 
     def decay(_: float) -> float:  # by gradients, not by steps: how many steps its measurements leave is not known before
-        return max(0.0, 1 - run.spent / run.max_gradients)
+        return max(0.0, 1 - (run.spent - begun) / (run.max_gradients - begun))
 
     learner = CurvatureLearner(
         run.optimizer,
         model=run.model,
         loss=run.problem.loss,
         closure=run.problem.closure,
-        total_steps=max(20, round(run.max_gradients / (1 + _SHARE))),
+        total_steps=max(20, round(run.remaining / (1 + _SHARE))),
         budget=_SHARE,
         decay=decay,
+        peak=peak,
         process_group=False,
         seed=run.seed,
     )
@@ -82,6 +88,21 @@ def learn(run: RaceRun) -> float:
         if decision is not None and decision.num_matvecs:
             run.charge(1 + 2 * decision.num_matvecs)
     return learner.lr
+
+
+def suggested(run: RaceRun) -> float:
+    """The learner, to a peak that a tenth of the gradients suggested; by curvature alone where the run is short or none is suggested."""
+    problem = run.problem
+    if run.max_gradients < _LEAST_SUGGESTED:
+        return learn(run)
+    try:
+        objective = Objective(run.model, problem.batches, loss=problem.loss, closure=problem.closure, process_group=False)
+        size = max(1, round(sum(objective.batch_lengths) / objective.num_batches))
+        found = suggest_learning_rate(objective, run.optimizer, batch_size=size, steps=run.max_gradients, seed=run.seed)
+    except (ObjectiveError, UnsupportedError):
+        return learn(run)
+    run.charge(math.ceil(found.gradients))
+    return learn(run, peak=float(found))
 
 
 def _given(run: RaceRun, *, rate: float, schedule: Schedule) -> float:

@@ -112,6 +112,9 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             ``"mean"`` of a quadrature, at 20 gradients each time.
         per_group: measure each group's own block and give it its own rate.
         max_lr: upper bound of the rate.
+        peak: a rate to grow to instead of a share of the limit, such as :func:`sharpkit.suggest_learning_rate` gives for this schedule: the
+            curvature of a few batches cannot tell where over-fitting begins, nor Adam's limit before its moments have formed. The stability
+            limit (but for adaptive optimizers) and lost runs still lower it.
         seed: seeds the random probes and dropout masks.
 
     Raises:
@@ -160,6 +163,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         bulk: str | float = 1e3,
         per_group: bool = False,
         max_lr: float = math.inf,
+        peak: float | None = None,
         mode: str = "train",
         autocast: torch.dtype | None = None,
         process_group: Any = None,
@@ -168,6 +172,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         check_model(model)
         check_settings(loss=loss, closure=closure, count=count, mode=mode, autocast=autocast, seed=seed)
         max_lr, per_group = real("max_lr", max_lr, above=0, infinite=True), flag("per_group", per_group)
+        peak = None if peak is None else real("peak", peak, above=0)
         find_ranks(process_group)
         self.optimizer, self.model, self._multiplier = unwrap_optimizer(optimizer), unwrap(model), Multiplier(schedule)
         select_params(self.model, params)
@@ -192,7 +197,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         self._points, self._recent = GoodPoints(), []
         self._blamed = -1  # step of the point gone back to last: what is lost from there again is the rate's fault
         self._step, self._batch_size, self._last_size, self._rollbacks = 0, 0, 0, 0
-        self._rate = LearnedRate(self._pace, safety=safety, max_lr=max_lr)
+        self._rate = LearnedRate(self._pace, safety=safety, max_lr=max_lr, peak=peak, keeps_limit=not adaptive)
         self._warned: set[str] = set()
         self.history = LearnerHistory()
         self._apply()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, ClassVar
 
 from sharpkit._arguments import check_callback, reals, shown, whole
 from sharpkit._results import Progress, ProgressCallback, Result, format_with_error
-from sharpkit.learner.baselines import LEARNER, Entrant, entrants, has_adaptive_optimizer
+from sharpkit.learner.baselines import LEARNER, SUGGESTED, Entrant, entrants, has_adaptive_optimizer
 from sharpkit.training_run import RaceProblem, RaceRun, as_seeds
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ COUNTING = (
 )
 # First and last rate of the default grid for adaptive and other optimizers; by judgement: two decades to either side of common choices.
 _RATES = {True: (1e-5, 1e-1), False: (1e-3, 10.0)}
+_OURS = (LEARNER, SUGGESTED)
 _CURVE_POINTS = 60  # of a curve in a result, by judgement: as many as a figure shows
 _LEAST_GRADIENTS = 100  # by judgement: a search for a rate in fewer says nothing
 
@@ -40,6 +41,7 @@ class Finish(Result):
     spent: list[int]  # gradients spent, for each seed; fewer than allowed if the run diverged
     searched: list[int]  # how many of them were spent on finding the rate
     curve: list[tuple[float, float]]  # (gradients spent, batch loss) of the first seed, averaged over stretches
+    spikes: list[float] = field(default_factory=list)  # highest batch loss of the second half over the first of all, for each seed
 
     @property
     def train_loss(self) -> float:
@@ -50,6 +52,11 @@ class Finish(Result):
     def test_loss(self) -> float:
         """Mean over seeds; NaN without test data."""
         return fmean(self.test_losses) if self.test_losses else math.nan
+
+    @property
+    def ranked_by(self) -> float:
+        """The test loss, without test data the training loss."""
+        return self.test_loss if self.test_losses else self.train_loss
 
     @property
     def lost(self) -> int:
@@ -66,7 +73,8 @@ class Finish(Result):
         """A row of the table, in the order of :attr:`RaceResult.columns`."""
         searched = "the rate was given" if self.given else f"{fmean(self.searched or [0]):.0f}"
         results = [self.name, _with_error(self.train_losses), _with_error(self.test_losses), f"{self.typical_rate:.3g}"]
-        return [*results, f"{fmean(self.spent or [0]):.0f}", searched, f"{self.lost} lost" if self.lost else ""]
+        spike = f"{max(self.spikes):.2g}" if self.spikes else ""
+        return [*results, f"{fmean(self.spent or [0]):.0f}", searched, spike, f"{self.lost} lost" if self.lost else ""]
 
 
 _SAVED = ("budget=max_gradients", "seeds", "skipped", "seconds", "finishes", "findings")
@@ -76,13 +84,22 @@ _SAVED = ("budget=max_gradients", "seeds", "skipped", "seconds", "finishes", "fi
 class RaceResult(Result, kind="learning_rate_race", saved=_SAVED):
     """Who trained how far with the same number of gradients."""
 
-    finishes: list[Finish]  # results of the entrants by training loss, the lowest first
+    finishes: list[Finish]  # results of the entrants by test loss, without test data by training loss, the lowest first
     max_gradients: int  # gradients that each could spend, for each seed
     seeds: list[int]  # seeds of the runs
     skipped: dict[str, str]  # why an entrant did not start, by its name
     seconds: float  # time that all took
 
-    columns: ClassVar[tuple[str, ...]] = ("entrant", "training loss", "test loss", "rate", "gradients", "of them searching", "")
+    columns: ClassVar[tuple[str, ...]] = (
+        "entrant",
+        "training loss",
+        "test loss",
+        "rate",
+        "gradients",
+        "of them searching",
+        "late spike",
+        "",
+    )
 
     def __getitem__(self, name: str) -> Finish:
         """The entrant of this name.
@@ -97,24 +114,28 @@ class RaceResult(Result, kind="learning_rate_race", saved=_SAVED):
 
     def findings(self) -> list[str]:
         """What came out, in sentences."""
-        best, rivals = self.finishes[0], [f for f in self.finishes if not f.given and f.name != LEARNER]
-        said = [f"Lowest training loss: {best.name}, {_with_error(best.train_losses)}{' (its rate was given)' if best.given else ''}."]
+        best, rivals = self.finishes[0], [f for f in self.finishes if not f.given and f.name not in _OURS]
+        tested = [f for f in self.finishes if f.test_losses]
+        kind, losses = ("test", best.test_losses) if tested else ("training", best.train_losses)
+        said = [f"Lowest {kind} loss: {best.name}, {_with_error(losses)}{' (its rate was given)' if best.given else ''}."]
         mine = next((f for f in self.finishes if f.name == LEARNER), None)
         if mine is None:
             return said
-        given = [f.train_loss for f in self.finishes if f.given]
+        given = [f.ranked_by for f in self.finishes if f.given]
         if given:
             said.append(
-                f"The learner's training loss is {_times(mine.train_loss, min(given))} the best of {len(given)} given rates and "
-                f"{_times(mine.train_loss, median(given))} their median."
+                f"The learner's {kind} loss is {_times(mine.ranked_by, min(given))} the best of {len(given)} given rates and "
+                f"{_times(mine.ranked_by, median(given))} their median."
             )
         if rivals:
-            rival = min(rivals, key=lambda f: f.train_loss)
-            ratio = _times(mine.train_loss, rival.train_loss)
+            rival = min(rivals, key=lambda f: f.ranked_by)
+            ratio = _times(mine.ranked_by, rival.ranked_by)
             said.append(f"Of the others that were given no rate, {rival.name} did best: the learner's loss is {ratio} that.")
-        if tested := [f for f in self.finishes if f.test_losses]:
-            winner = min(tested, key=lambda f: f.test_loss)
-            said.append(f"Lowest test loss: {winner.name}, {_with_error(winner.test_losses)}; the learner's is {mine.test_loss:.3g}.")
+        if tested:
+            winner = min(tested, key=lambda f: f.train_loss)
+            said.append(f"Lowest training loss: {winner.name}, {_with_error(winner.train_losses)}; the learner's is {mine.train_loss:.3g}.")
+        if mine.spikes and max(mine.spikes) > 1:
+            said.append(f"In the second half of a run the learner's batch loss rose to {max(mine.spikes):.2g} times the first.")
         return said
 
     def __str__(self) -> str:
@@ -144,9 +165,9 @@ def race(
 ) -> RaceResult:
     """Train the same problem from scratch in every way, each with ``max_gradients`` gradients including what finding the rate costs.
 
-    Entrants: :class:`sharpkit.CurvatureLearner`; constant and cosine at each rate of the grid (whose rate is given: finding it costs the
-    other runs); a grid search in short trials; an LR range test by two rules; Bayesian search in stages as in AutoLRS (needs optuna);
-    schedule-free and Prodigy where their packages are installed.
+    Entrants: :class:`sharpkit.CurvatureLearner`, by curvature alone and, from 300 gradients on, to a suggested peak; constant and cosine at
+    each rate of the grid (whose rate is given: finding it costs the other runs); a grid search in short trials; an LR range test by two
+    rules; Bayesian search in stages as in AutoLRS (needs optuna); schedule-free and Prodigy where their packages are installed.
 
     Args:
         problem: what to train.
@@ -192,7 +213,7 @@ def race(
             text = f"{entrant.name}: training loss {_with_error(finish.train_losses)}"
             elapsed, each = time.perf_counter() - began, len(chosen_seeds)
             callback(Progress(done * each, len(started) * each, elapsed, elapsed * (len(started) / done - 1), text, unit="runs"))
-    finishes.sort(key=lambda f: (f.train_loss, f.name))  # the name decides between those that all diverged
+    finishes.sort(key=lambda f: (f.ranked_by, f.name))  # the name decides between those that all diverged
     return RaceResult(finishes, max_gradients, list(chosen_seeds), skipped, time.perf_counter() - began)
 
 
@@ -222,6 +243,8 @@ def _finish(problem: RaceProblem, entrant: Entrant, *, max_gradients: int, seeds
             finish.test_losses.append(math.inf if diverged else run.final_loss(problem.test_data))
         finish.spent.append(run.spent)
         finish.searched.append(run.searched)
+        late = [loss for spent, loss in run.curve if spent > max_gradients / 2]
+        finish.spikes.append(max(late) / run.curve[0][1] if late and run.curve[0][1] > 0 else math.nan)
         if seed == seeds[0]:  # a mean over seeds would hide the spikes that a curve is looked at for
             finish.curve.extend(_thinned(run.curve))
     return finish

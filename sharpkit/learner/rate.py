@@ -85,25 +85,36 @@ _STEP = 1.4  # a rate this near to its target has met it, and rises by no more i
 _STEEPEST_CUT = 0.5  # of the rate, in one decision once it has settled; by judgement: one batch's limit is off by a factor of two
 
 
-_NUMBERS = ("value", "settled", "cap=_cap", "grows_since=_grows_since", "target=_target", "before=_before", "good=_good")
+_NUMBERS = ("value", "settled", "cap=_cap", "grows_since=_grows_since", "target=_target", "before=_before", "good=_good", "peak=_peak")
 
 
 class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace=_pace")):
     """The peak rate of the first group, and the reasons for its moves.
 
     Attributes:
-        value: the rate; 0 before the first limit is known.
+        value: the rate; 0 before the first limit is known, unless a peak is given.
         settled: whether it has been decided.
+
+    Args:
+        pace: of growth.
+        safety: share of the limit to settle at.
+        max_lr: upper bound.
+        peak: a rate to settle at instead.
+        keeps_limit: whether the limit lowers a rate that grew to a peak.
     """
 
     start_share = _START
+    _peak: float | None
     _limits: list[float]  # the last two while growing
     _pool: list[float]  # all since the rate met its share of one
 
-    def __init__(self, pace: Pace, *, safety: float, max_lr: float) -> None:
-        self.value, self.settled = 0.0, False
-        self._pace, self._safety, self._max_lr = pace, safety, max_lr
-        self._cap, self._grows_since, self._target = math.inf, 0, math.inf  # the cap is a batch rule's, after a change of the size
+    def __init__(self, pace: Pace, *, safety: float, max_lr: float, peak: float | None = None, keeps_limit: bool = True) -> None:
+        self._pace, self._safety, self._max_lr, self._keeps_limit = pace, safety, max_lr, keeps_limit
+        self._peak = None if peak is None else min(peak, max_lr)
+        # a rate that short runs found says more than the curvature of the first steps, so that none is waited for
+        self.value, self.settled = 0.0 if self._peak is None else _START * self._peak, False
+        self._cap, self._grows_since = math.inf, 0  # the cap is a batch rule's, after a change of the size
+        self._target = math.inf if self._peak is None else self._peak
         self._before, self._good = 0.0, 0.0  # the rate before it met its limit, and at the point to go back to
         self._limits, self._pool = [], []
 
@@ -128,7 +139,10 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
         self._limits = [*self._limits, limit][-2:]
         # one batch says little, so two are averaged, but a fall of the limit counts at once
         typical = min(limit, _geometric_mean(self._limits))
-        target = self._target = min(self._safety * typical, self._max_lr)
+        if changed:
+            self._peak = None  # it was for another batch size
+        share = self._safety * typical if self._peak is None else self._peak
+        target = self._target = min(share, self._max_lr)
         if self.value == 0:
             self.value, self._grows_since = _START * target, step
             return f"starts at {_START:.0%} of the target {target:.3g}"
@@ -137,14 +151,17 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
             return f"the batch size changed to {batch_size}: goes on from {self.value:.3g} towards {min(target, self._cap):.3g}"
         if not self.settled:
             return self._meet(target, limit, step, losses)
-        if self.value * decay > typical:
+        if self.value * decay > typical and (self._peak is None or self._keeps_limit):
             before = self.value
-            self.value = max(_STEEPEST_CUT * before, target / decay)
+            self.value = max(_STEEPEST_CUT * before, min(target, self._safety * typical) / decay)
             return f"the rate in use was above the limit {typical:.3g}: {before:.3g} -> {self.value:.3g}"
         return f"stays; the limit is {typical:.3g}"
 
     def _meet(self, target: float, limit: float, step: int, losses: LossWatch) -> str:
         """Whether a growing rate has grown enough."""
+        if self._peak is not None and self.value * _STEP >= target:
+            self.value, self.settled = min(target, self._cap), True
+            return f"reached the peak given: settles at {self.value:.3g}; the limit is {limit:.3g}"
         if self.value * _STEP >= target:
             self._before, self.value, self._pool = self.value, min(target, self._cap), [limit]
             losses.forget()  # those of a rate that was too high for a moment
@@ -152,7 +169,7 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
         self.settled = True
         if self.value >= self._cap:
             return f"capped after the change of the batch size; fixed at {self.value:.3g}, below its share {target:.3g} of the limit"
-        if math.isinf(self._cap) and losses.mean < _MOSTLY_DONE * losses.first:
+        if self._peak is None and math.isinf(self._cap) and losses.mean < _MOSTLY_DONE * losses.first:
             return f"the loss has fallen to {losses.mean:.3g} from {losses.first:.3g}: settles at {self.value:.3g}"
         if step - self._grows_since >= self._pace.longest_growth:
             grown = step - self._grows_since

@@ -407,11 +407,12 @@ def _race_section(document: Document) -> Section:
     section.columns = list(result.columns)
     section.rows = [finish.cells() for finish in result.finishes]
     best = result.finishes[0]  # they are sorted
-    section.tiles = [("lowest training loss", f"{best.train_loss:.3g}", best.name)]
+    kind = "test" if best.test_losses else "training"
+    section.tiles = [(f"lowest {kind} loss", f"{best.ranked_by:.3g}", best.name)]
     mine = [f for f in result.finishes if f.name == LEARNER]  # a diverged learner has no place worth a tile
     if mine and math.isfinite(mine[0].train_loss):
         place = result.finishes.index(mine[0]) + 1
-        section.tiles.append(("the learner", f"{mine[0].train_loss:.3g}", f"place {place} of {len(result.finishes)}"))
+        section.tiles.append(("the learner", f"{mine[0].ranked_by:.3g}", f"place {place} of {len(result.finishes)}"))
     section.draw, section.figure_label = lambda ax: result.plot(ax=ax), "Training loss against gradients spent"
     section.wide, section.figure_size = True, (9.0, 4.6)
     section.cost = f"{number(document['seconds']):.3g} s"

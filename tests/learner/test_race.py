@@ -57,6 +57,9 @@ def classification(optimizer: Any = sgd) -> RaceProblem:
     return RaceProblem(network, optimizer, batches, nn.functional.cross_entropy, test_data=[(X[64:], Y[64:])])
 
 
+OURS = (baselines.LEARNER, baselines.SUGGESTED)
+
+
 @pytest.fixture(scope="module")
 def result() -> RaceResult:
     torch.manual_seed(5)
@@ -86,7 +89,7 @@ def counted(problem: RaceProblem) -> tuple[RaceProblem, list[int]]:
 def test_every_entrant_spends_the_same_gradients(result: RaceResult) -> None:
     a_measurement = 1 + 2 * 6  # the learner's last may begin with one gradient left
     for finish in result.finishes:
-        most = STEPS + (a_measurement if finish.name == baselines.LEARNER else 0)
+        most = STEPS + (a_measurement if finish.name in OURS else 0)
         assert all(spent <= most for spent in finish.spent), finish.name
         if not finish.lost:
             assert all(spent >= STEPS for spent in finish.spent), finish.name
@@ -101,10 +104,20 @@ def test_the_gradients_counted_are_those_made() -> None:
         run = RaceRun(problem, seed=0, max_gradients=STEPS, optimizer=entrant.optimizer)
         passes[0] = 0
         entrant.run(run)
-        if entrant.name == baselines.LEARNER:  # a product passes twice, once for the gradient's graph and once through it
+        if entrant.name in OURS:  # a product passes twice, once for the gradient's graph and once through it
             assert STEPS * 0.5 < passes[0] <= 1.3 * run.spent
         else:
             assert passes[0] == run.spent, entrant.name
+
+
+def test_a_suggested_rate_is_paid_for_and_trained_to() -> None:
+    problem, passes = counted(classification())
+    run = RaceRun(problem, seed=0, max_gradients=400)
+    assert run.optimizer.param_groups[0]["lr"] == 1.0
+    rate = baselines.suggested(run)
+    assert run.searched >= 90 and 400 <= run.spent <= 400 + 1 + 2 * 6
+    assert max(loss for _, loss in run.curve[-20:]) < run.curve[0][1] and run.curve[0][0] > 80, "nothing was trained before"
+    assert 0 < rate < 10 and 0.5 < passes[0] / run.spent <= 1.3
 
 
 # -- rates -----------------------------------------------------------------------------------------------------------------------
@@ -153,8 +166,13 @@ def test_a_race_is_deterministic(result: RaceResult) -> None:
 
 
 def test_the_table_is_sorted_and_comes_back_from_json(result: RaceResult) -> None:
-    losses = [f.train_loss for f in result.finishes]
-    assert losses == sorted(losses)
+    losses = [f.test_loss for f in result.finishes]
+    assert losses == sorted(losses) and result.findings()[0].startswith(f"Lowest test loss: {result.finishes[0].name}")
+    curve = result[baselines.LEARNER].curve
+    assert (
+        len(result[baselines.LEARNER].spikes) == 2
+        and 0 < result[baselines.LEARNER].spikes[0] <= 1.2 * max(y for _, y in curve) / curve[0][1]
+    )
     back = RaceResult.from_dict(json.loads(to_json(result.to_dict())))
     assert back.finishes == result.finishes and back.findings() == result.findings() and str(back) == str(result)
     lines = str(result).splitlines()

@@ -27,8 +27,10 @@ def watch(first: float = 1.0, now: float = 1.0) -> LossWatch:
 class Rate(LearnedRate):
     """With a shorter way to decide."""
 
-    def __init__(self, *, safety: float = 0.25, max_lr: float = math.inf, total: int = 1000, **changes: Any) -> None:
-        super().__init__(pace(total, **changes), safety=safety, max_lr=max_lr)
+    def __init__(
+        self, *, safety: float = 0.25, max_lr: float = math.inf, total: int = 1000, peak: float | None = None, **changes: Any
+    ) -> None:
+        super().__init__(pace(total, **changes), safety=safety, max_lr=max_lr, peak=peak, keeps_limit=not changes.get("adaptive"))
 
     def see(self, limit: float, **changes: Any) -> str:
         about: dict[str, Any] = {"step": 30, "decay": 1.0, "losses": watch(), "batch_size": 8, "changed": False}
@@ -419,3 +421,24 @@ def test_a_saved_pace_goes_on() -> None:
         == {"next": 11 + made._settled_every, "grown": 10, "made": 12, "settled_every": made._settled_every}
     )
     assert other.growth == made.growth and other.num_confirming == made.num_confirming
+
+
+def test_a_given_peak_is_grown_to_whatever_the_first_limits_say() -> None:
+    """As with Adam and a readout of zeros, whose first limit is a thousand times too low."""
+    rate = Rate(peak=0.1)
+    assert rate.value == pytest.approx(0.002), "from the first step on"
+    assert "grows towards 0.1" in rate.see(1e-4, step=5)
+    assert grown(rate) == 0.1
+    assert "reached the peak given: settles at 0.1" in rate.see(0.3, step=101) and rate.settled
+    assert "was above the limit" in rate.see(0.05, step=200) and rate.value < 0.1, "what is not stable is still lowered"
+    adaptive = Rate(peak=0.1, adaptive=True)
+    grown(adaptive)
+    adaptive.see(0.3)
+    assert "stays" in adaptive.see(0.05) and adaptive.value == 0.1, "Adam's limit by a few batches is too low by any factor"
+    assert Rate(peak=0.1, max_lr=0.05).value == pytest.approx(0.001)
+    other = Rate(peak=0.1)
+    grown(other)
+    other.see(0.3)
+    other.grow_anew(0.25, step=50)
+    other.see(0.2, changed=True, batch_size=2)
+    assert other._target == pytest.approx(0.05), "of another batch size the peak says nothing: a share of its limit"

@@ -67,9 +67,9 @@ _PLATEAUS = 3.0  # divisor up to which a plateau counts as well, by judgement: a
 _SEEN_OFTEN = 160  # epochs over the divisor, by judgement: experiments/suggestion.py has tasks on either side
 _RISE = 0.01  # of the held-out loss over its minimum, by judgement: less is no rise
 # experiments/suggestion.py: the ramp's loss is lowest at twice the rate that trains well for longer, times a power of the steps that
-# momentum remembers; and schedules that do not end low take less, since their noise stays.
+# momentum remembers.
 _RAMP_LEAD, _REMEMBERED, _AVERAGED = 2.0, 0.5, 0.25
-_CONSTANT = 0.6
+_CONSTANT = 0.6  # of that rate for schedules that do not end low, whose noise stays: chosen on the tasks seen by experiments/suggestion.py
 _LONG_FROM = 0.1  # of its last rate that the long run begins with, by judgement: what turns early is seen while steps are short
 _ENDS_LOW = 0.2  # of the peak, by judgement
 # Factors to the ends of the interval, from experiments/suggestion.py: below where the data is seen often, below otherwise, above.

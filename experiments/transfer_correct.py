@@ -1,6 +1,6 @@
 """Correct parametrisations, which must never be called broken, and faults that hide, the planted one to be named first.
 
-Checks first: coordinates and culprits, three trials each; then the verdict of ``diagnose`` on every correct parametrisation.
+Checks first: coordinates and culprits, two trials each; then the verdict of ``diagnose`` on every correct parametrisation.
 Each row is written when it is done, into a temporary folder; a run that was interrupted goes on after its last row.
 """
 
@@ -24,7 +24,7 @@ from sharpkit.transfer.setup import Family
 from sharpkit.transfer.verdict import diagnose
 
 NAME = "transfer_correct"
-TRIALS = 3  # of each correct parametrisation and fault, each of its own seeds
+TRIALS = 2  # of each correct parametrisation and fault, each of its own seeds
 
 
 def _digits(build: Any, groups: Any, **options: Any) -> Family:

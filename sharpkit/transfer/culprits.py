@@ -184,7 +184,7 @@ def gather(seen: Observations) -> list[Evidence]:
     """Every rule that can be tested on what was seen, broken or not."""
     if seen.dimension == "depth":
         # each rule by one number a run: with depths the roles of single tensors do not change
-        tests = (("depth multiplier", "residual stream", seen.stream), ("depth learning rate", "output", seen.blocks))
+        tests = (("depth multiplier", "residual stream", seen.stream), ("depth learning rate", "residual stream", seen.blocks))
         return [Evidence(rule, (where,), log_slope(values)) for rule, where, values in tests if values]
     return [*_initialisations(seen), *_attention(seen), *_learning_rates(seen), *_decay(seen)]
 
@@ -242,7 +242,7 @@ def _in_words(e: Evidence, size: str) -> str:
     elif e.rule == "depth multiplier":
         text = f"what the blocks add to the residual stream at initialisation {grow}s as {size}^{e.slope}"
     elif e.rule == "depth learning rate":
-        text = f"the changes that the blocks' updates make in the output {grows}"
+        text = f"the changes that the blocks' updates make in the residual stream {grows}"
     else:
         verdict = f"too large at large {size}s" if e.excess > 0 else f"too small at large {size}s: in the limit they do not learn"
         text = f"the changes that updates of {role}{many} make in their outputs {grows}: the rate is {verdict}"

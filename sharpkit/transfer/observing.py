@@ -100,7 +100,7 @@ class Observations:
     tensors: dict[str, TensorTrack] = field(default_factory=dict)  # by name; empty unless effects were asked for
     products: dict[str, ProductTrack] = field(default_factory=dict)  # by name of the tensor, of those that multiply; likewise
     stream: Values = field(default_factory=dict)  # for depths, RMS at initialisation of what all blocks together add to the residual stream
-    blocks: Values = field(default_factory=dict)  # for depths, RMS of the output's change when all tensors of the blocks are put back
+    blocks: Values = field(default_factory=dict)  # for depths, RMS of the last block's change when all tensors of the blocks are put back
     adaptive: bool = True  # whether the optimizer's step does not grow with the gradient
     rough: bool = False  # whether a loss rose far above the first one: sizes are then those of a saturated network
     diverged: list[tuple[int, int]] = field(default_factory=list)  # (size, seed) of runs whose loss became NaN or infinite
@@ -539,7 +539,10 @@ class _Observer:
                     self._note_settings(name, p)
         # all blocks at once: each one's share shrinks with the depth in any parametrisation
         if inside:
-            change = now["output"].change(self._record(inside)[0].get("output")) if "output" in now else math.nan
+            # at the end of the stack: a norm behind it would hide that the changes grow
+            end = self.stacks.ends(self.size)[1]
+            name = next((n for n in (end, f"{end}[0]", "output") if n in now), "")
+            change = now[name].change(self._record(inside)[0].get(name)) if name else math.nan
             self.seen.blocks.setdefault(self.size, []).append(math.nan if self.training.diverged else change)
 
     def _contribution(self, raw: str, now: dict[str, Product], back: dict[str, Product]) -> tuple[Effect, str, int] | None:

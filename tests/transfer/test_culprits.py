@@ -202,11 +202,15 @@ class Branch(nn.Module):
         return x + self.multiplier * torch.tanh(self.inner(self.norm(x)))
 
 
-@pytest.mark.parametrize(("multiplied", "expected"), [(True, ()), (False, ("depth multiplier",))])
-def test_residual_branches_without_their_multiplier_are_named(multiplied: bool, expected: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("multiplied", "power", "expected"),
+    [(True, -0.5, ()), (False, -0.5, ("depth multiplier",)), (True, 0.0, ("depth learning rate",))],
+    ids=["correct", "no multiplier", "one rate"],
+)
+def test_residual_branches_without_their_multiplier_or_rate_are_named(multiplied: bool, power: float, expected: tuple[str, ...]) -> None:
     def adam(model: Residual, depth: int) -> torch.optim.Optimizer:
         outside = [*model.embed.parameters(), *model.head.parameters()]
-        return torch.optim.Adam([{"params": model.blocks.parameters(), "lr": 0.004 * depth**-0.5}, {"params": outside, "lr": 0.004}])
+        return torch.optim.Adam([{"params": model.blocks.parameters(), "lr": 0.004 * depth**power}, {"params": outside, "lr": 0.004}])
 
     found = find_culprits(
         lambda depth: Residual(depth, multiplied),

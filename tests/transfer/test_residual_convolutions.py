@@ -8,7 +8,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import sharpkit as sk
+from sharpkit.transfer.coordinates import check_of
+from sharpkit.transfer.culprits import culprits_in
+from sharpkit.transfer.observing import observe
+from sharpkit.transfer.setup import Family
 
 WIDTHS, BASE, RATE = [16, 32, 64, 128], 16, 3e-3
 
@@ -50,9 +53,10 @@ def test_residual_convolutions_are_judged_and_the_broken_rule_is_named(correct: 
         groups = [{"params": others, "lr": RATE}, {"params": hidden, "lr": RATE * (BASE / width if correct else 1.0)}]
         return torch.optim.Adam(groups, lr=RATE)
 
-    build = lambda width: ResNet(width, multiplier=BASE / width)  # noqa: E731
-    check = sk.transfer.coordinate_check(build, WIDTHS, optimizer=optimizer, data=data(), loss=F.cross_entropy, seeds=2)
-    found = sk.transfer.find_culprits(build, WIDTHS, optimizer=optimizer, data=data(), loss=F.cross_entropy, seeds=3)
+    # both answers from the same runs, as the verdict has them
+    family = Family(lambda width: ResNet(width, multiplier=BASE / width), optimizer, data(), loss=F.cross_entropy)
+    seen = observe(family, WIDTHS, steps=4, seeds=3, effects=True)
+    check, found = check_of(seen), culprits_in(family, seen, seeds=3)
     assert check.passed == correct, check
     if correct:
         assert not found, found

@@ -273,7 +273,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         # without positive curvature nothing bounds the rate but its growth; beyond the ceiling it would change no step
         limit = min(rule.max_learning_rate(max(measured.value, 1e-30)), rule.ceiling)
         decay = self._decay(self._step / self.total_steps)
-        reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed)
+        loss = float(self._recent[-1][1])
+        reason = self._rate.decide(limit, step=self._step, decay=decay, losses=self._losses, batch_size=samples, changed=changed, loss=loss)
         if self._polyak and self._rate.settled:
             reason += self._set_momentum(hessian, measured.value)
         self._remember_if_good()

@@ -132,10 +132,18 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
         if self.value > 0 and self.growing:
             self.value = max(self.value, min(self.value * self._pace.growth, self._target, self._cap))
 
-    def decide(self, limit: float, *, step: int, decay: float, losses: LossWatch, batch_size: int, changed: bool) -> str:
-        """Move the rate by the limit of a batch just measured, with the schedule at the factor ``decay``; returns the reason in words."""
+    def decide(
+        self, limit: float, *, step: int, decay: float, losses: LossWatch, batch_size: int, changed: bool, loss: float = math.nan
+    ) -> str:
+        """Move the rate by the limit of a batch just measured, with the schedule at the factor ``decay``; returns the reason in words.
+
+        ``loss`` is that of the batch: the curvature of one that is fitted bounds nothing.
+        """
+        fitted = loss < _MOSTLY_DONE * losses.start
         if self._pool and not changed:
-            return self._confirm(limit, losses)
+            return self._confirm(limit, losses, fitted=fitted)
+        if fitted and self._limits and not changed:  # what it allows is no reason to grow further
+            limit = min(limit, _geometric_mean(self._limits))
         self._limits = [*self._limits, limit][-2:]
         # one batch says little, so two are averaged, but a fall of the limit counts at once
         typical = min(limit, _geometric_mean(self._limits))
@@ -177,11 +185,13 @@ class LearnedRate(State, saved=(*_NUMBERS, "limits=_limits", "pool=_pool", "pace
         self.settled = False
         return f"grows towards {target:.3g}"
 
-    def _confirm(self, limit: float, losses: LossWatch) -> str:
+    def _confirm(self, limit: float, losses: LossWatch, *, fitted: bool) -> str:
         """One batch's limit is off by a factor of two either way: go by the mean curvature of several, the harmonic mean of their limits.
 
         Training at a higher rate lowers the curvature further, so the rise is bounded; after a change of the batch size there is none.
         """
+        if fitted:  # what it allows is no reason to rise
+            limit = min(limit, len(self._pool) / sum(1 / other for other in self._pool))
         self._pool.append(limit)
         count, typical = len(self._pool), len(self._pool) / sum(1 / limit for limit in self._pool)
         target = self._target = min(self._safety * typical, self._max_lr, self._cap)

@@ -16,6 +16,9 @@ from sharpkit.training_run import Snapshot
 _WINDOW = 16  # losses whose mean is the present level; by judgement
 _LOST_SHARE = 0.5  # of the improvement so far; by judgement
 _SCATTER = 5.0  # standard errors of the recent mean: many, since the best mean is the lowest of many; by judgement
+_BEGINNING, _SUDDEN = 4, 5  # losses whose mean is the start, and whose median tells of a sudden end: by judgement
+_BLOWN, _BLOWN_EARLY = 3.0, 10.0  # times the first loss, once it is known and before; by judgement
+_NEAR_WON = 0.25  # of the improvement so far, by judgement: half of it is lost
 _NEAR_BEST, _WITHIN = 0.1, 2.0  # of the best mean, and standard errors of the recent one: a good mean is near it; by judgement
 _KEEP_EVERY = 16  # steps between two points to go back to, by judgement: a copy costs less than a step, and little is lost by going back
 
@@ -25,14 +28,15 @@ def tells_of_return(reason: str) -> bool:
     return reason.startswith(("the loss rose", "the loss was"))
 
 
-class LossWatch(State, saved=("first", "best", "broken", "recent=_recent")):
+class LossWatch(State, saved=("first", "best", "broken", "recent=_recent", "beginning=_beginning")):
     """The mean of the last losses against the first and the best.
 
-    A run is lost when its loss is not finite, or when the recent mean has given back half of the best improvement, or rose by half of the
-    first loss where nothing has improved yet; in each case beyond the scatter of the losses.
+    A run is lost when its loss is not finite; when the recent mean has given back half of the best improvement, or rose by half of the
+    first loss where nothing has improved yet, beyond the scatter of the losses; or when most of the last five are far above the first, as
+    the scatter of a run that blows up is as large as its losses.
 
     Attributes:
-        first: mean of the first window; NaN before it is full.
+        first: mean of the first window, or of its first four losses if that is higher; NaN before the window is full.
         best: lowest recent mean so far.
         broken: the last loss, with its step, if it was not finite.
     """
@@ -43,6 +47,7 @@ class LossWatch(State, saved=("first", "best", "broken", "recent=_recent")):
         self.first, self.best = math.nan, math.inf
         self.broken = None
         self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._beginning: list[float] = []  # the first losses, before a fast run has fallen
 
     def add(self, loss: float, *, step: int = 0) -> None:
         """One step's loss; one that is not finite counts only while it is the last (a gradient scaler may skip such a step)."""
@@ -50,10 +55,17 @@ class LossWatch(State, saved=("first", "best", "broken", "recent=_recent")):
         if self.broken is not None:
             return
         self._recent.append(loss)
+        if len(self._beginning) < _BEGINNING:
+            self._beginning.append(loss)
         if len(self._recent) == _WINDOW:
             if math.isnan(self.first):
-                self.first = self.mean
+                self.first = max(self.mean, self.start)
             self.best = min(self.best, self.mean)
+
+    @property
+    def start(self) -> float:
+        """Mean of the first four losses; NaN before there is one."""
+        return sum(self._beginning) / len(self._beginning) if self._beginning else math.nan
 
     @property
     def mean(self) -> float:
@@ -63,13 +75,20 @@ class LossWatch(State, saved=("first", "best", "broken", "recent=_recent")):
     @property
     def is_lost(self) -> bool:
         """Whether the run should go back."""
-        if self.broken is not None:
+        if self.broken is not None or self._has_blown_up:
             return True
         if len(self._recent) < _WINDOW or math.isnan(self.first) or math.isinf(self.best):
             return False
         # a run that has hardly improved has little to lose: there half of the first loss counts
         slack = max(_LOST_SHARE * (self.first - self.best), 0.0 if self.best < 0.9 * self.first else 0.5 * abs(self.first))
         return self.mean > self.best + max(slack, _SCATTER * self._error)
+
+    @property
+    def _has_blown_up(self) -> bool:
+        """Most of the last five losses are far above the first ones; further where few are known to tell how much they vary."""
+        last, unknown = list(self._recent)[-_SUDDEN:], math.isnan(self.first)
+        level = _BLOWN_EARLY * self.start if unknown else _BLOWN * self.first
+        return len(last) == _SUDDEN and statistics.median(last) > level > 0
 
     @property
     def _error(self) -> float:
@@ -86,8 +105,11 @@ class LossWatch(State, saved=("first", "best", "broken", "recent=_recent")):
         """The same of the last finite losses: what follows suddenly is the data's fault rather than the rate's."""
         if not self._recent:
             return False
-        near = max(_NEAR_BEST * abs(self.best), _WITHIN * self._error)
-        return math.isnan(self.first) or (math.isfinite(self.best) and self.mean <= self.best + near)
+        if math.isnan(self.first):
+            return True
+        # where losses blow up their scatter does too: near is no further than a share of what has been won
+        near = max(_NEAR_BEST * abs(self.best), min(_WITHIN * self._error, _NEAR_WON * max(self.first - self.best, 0.0)))
+        return math.isfinite(self.best) and self.mean <= self.best + near
 
     def forget(self) -> None:
         """Drop the recent losses: they no longer count."""
@@ -103,6 +125,7 @@ class LossWatch(State, saved=("first", "best", "broken", "recent=_recent")):
         """Begin anew: the losses to come are not comparable, as after a change of the batch size."""
         self.come_back()
         self.first = math.nan
+        self._beginning = []
 
 
 class GoodPoints(State, saved=("step", "rate", "point=_point", "next_step=_next_step", "next_rate=_next_rate", "next=_next")):

@@ -332,7 +332,7 @@ def plot_suggestion(document: Mapping[str, Any], *, ax: Axes | None = None) -> A
     points = [(number(x), number(y)) for x, y in document["ramp"] if math.isfinite(number(y))]
     rates, gains = zip(*points, strict=True)
     ax.axvspan(document["lower"], document["upper"], color=GREEN, alpha=0.12, linewidth=0, label="interval of the best rate")
-    ax.plot(rates, gains, color=BLUE, linewidth=1.6, marker="o", markersize=3, label="batch loss, less the starting point's")
+    ax.plot(rates, gains, color=BLUE, linewidth=1.6, marker="o", markersize=3, label="loss of a batch, less the starting point's")
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.axvline(document["limit"], color=ORANGE, linestyle="--", linewidth=1.4, label=f"lost at {document['limit']:.3g}")
     ax.axvline(document["value"], color=GREEN, linewidth=2, label=f"suggested: {document['value']:.3g}")
@@ -341,4 +341,4 @@ def plot_suggestion(document: Mapping[str, Any], *, ax: Axes | None = None) -> A
     ax.set_xscale("log")
     deepest = min(gains)
     ax.set_ylim(1.15 * deepest if deepest < 0 else -1.0, -0.8 * deepest if deepest < 0 else 1.0)  # by judgement: what is lost is far above
-    return finish(ax, x=f"learning rate, {document['optimizer']}, growing from step to step", y="loss won (running mean)")
+    return finish(ax, x=f"learning rate, {document['optimizer']}, growing from step to step", y="change of the loss (running mean)")

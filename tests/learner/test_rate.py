@@ -442,3 +442,41 @@ def test_a_given_peak_is_grown_to_whatever_the_first_limits_say() -> None:
     other.grow_anew(0.25, step=50)
     other.see(0.2, changed=True, batch_size=2)
     assert other._target == pytest.approx(0.05), "of another batch size the peak says nothing: a share of its limit"
+
+
+# -- fitted batches, and runs that blow up -----------------------------------------------------------------------------------------
+def test_a_fitted_batch_never_raises_a_rate() -> None:
+    """On 128 wines a batch of loss 1e-8 allowed 6e4, and the rate grew until the next batch was lost."""
+    growing = Rate()
+    growing.see(2.0)
+    target = growing._target
+    growing.see(6e4, loss=1e-8)
+    assert growing._target == pytest.approx(target)
+    growing.see(6e4, loss=0.9)
+    assert growing._target > 10 * target, "a batch that is not fitted may"
+    held = Rate()
+    held.see(1.0)
+    held.value = held._target
+    held.see(1.0)
+    before = held.value
+    held.see(45.0, loss=1e-3)
+    assert held.value <= before * (1 + 1e-9)
+    held.see(0.1, loss=1e-3)
+    assert held.value < before, "it may lower one"
+
+
+def test_a_run_that_blows_up_is_lost_and_no_point_to_go_back_to() -> None:
+    losses = watch(now=0.3)
+    for loss in (0.1, 1.8, 61.0):
+        losses.add(loss)
+    assert not losses.is_lost and not losses.was_good, "two bad batches may be chance; the point is not good"
+    for loss in (1e4, 880.0):
+        losses.add(loss)
+    assert losses.is_lost, "although the scatter is as large as the losses"
+    early = LossWatch()
+    for loss in (1.0, 1.1, 0.9, 1.0, 5.0, 5.0, 5.0, 5.0, 5.0):
+        early.add(loss)
+    assert not early.is_lost, "few losses say little of how much they vary"
+    for _ in range(3):
+        early.add(50.0)
+    assert early.is_lost

@@ -17,7 +17,7 @@ from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
 from sharpkit._results import Result
 from sharpkit.batch_size.baseline import constant_loss
 from sharpkit.batch_size.initialisation import may_redraw, redraw
-from sharpkit.batch_size.search import STRIDE, RateSearch
+from sharpkit.batch_size.search import STRIDE, RateSearch, is_trained
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.objective.guard import grad_mode_kept, silenced
 from sharpkit.objective.objective import Objective
@@ -41,7 +41,9 @@ _LOOK_SAMPLES, _LOOK_SHARE = (64, 256), 8  # a look takes an eighth of the data,
 _ADAPTIVE_RATE = 1e-3  # of the pilot of an adaptive optimizer, whose steps have a scale of their own: Adam's default by convention
 _BACK_OFF, _ATTEMPTS = 0.25, 5  # what a pilot that went astray is begun anew at, and how often, by judgement: down to 1 / 256
 _ASTRAY = 100.0  # times the loss before training, by judgement: sharpness measured after that is not the user's network's
-_WORSE = 1.1  # times the loss before training or a constant output's, by judgement: a pilot that ends above has unlearned
+# Times the loss before training or a constant output's, and, from a trained point, times the loss before training alone: a pilot that ends
+# above has unlearned. By judgement; within a factor of 2, batches of another size than the user's change the noise in the loss.
+_WORSE, _UNLEARNED = 1.1, 2.0
 
 
 class TimeIsUp(Exception):
@@ -265,7 +267,9 @@ class Trainer:
     def _went_astray(self, run: PilotRun) -> bool:
         if run.diverged or not max(run.losses) <= _ASTRAY * self.reference:
             return True
-        return not self._judge(run) <= _WORSE * self.reference
+        initial, constant = self.yardsticks
+        worst = _UNLEARNED * initial if is_trained(initial, constant) else _WORSE * self.reference
+        return not self._judge(run) <= worst
 
     # -- runs that are judged -------------------------------------------------------------------------------------------------
     def final_loss(self, lr: float, *, batch_size: int, steps: int, order: int = 0, draw: int = 0) -> float:
@@ -323,7 +327,7 @@ class Trainer:
 
             search = RateSearch(loss_after, *self._yardsticks_of(draw, batch_size), best)  # repeats know the best loss already
             try:
-                low = search.near() if rates else search.from_below()
+                low = search.near() if rates and not keeps else search.from_below()
             except TimeIsUp:
                 if rates:
                     break

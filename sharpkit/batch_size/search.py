@@ -17,6 +17,11 @@ _NOISE = 0.1  # how far above the first loss a run may end that lost nothing, of
 _STILL = 0.05  # of the first loss, by judgement: at a rate that changes less, lower ones show nothing new
 
 
+def is_trained(initial: float, constant: float) -> bool:
+    """Whether a loss is far below the best constant output's; False where that is NaN."""
+    return 0 < initial < _TRAINED * constant
+
+
 @dataclass
 class RateSearch:
     """Rates by powers of sqrt(2), each run made once and remembered.
@@ -60,7 +65,7 @@ class RateSearch:
         """Whether a rate trains if it loses nothing, since little is left to improve from this trained point."""
         if math.isnan(self.constant):  # whether this is a trained point is not known: it is where no rate tried lowers the loss
             return self.best_loss >= self.initial
-        return 0 < self.initial < _TRAINED * self.constant and self.best_loss > 0.5 * self.initial
+        return is_trained(self.initial, self.constant) and self.best_loss > 0.5 * self.initial
 
     @property
     def bar(self) -> float:
@@ -81,9 +86,10 @@ class RateSearch:
         self.at(0)
         while len(self.losses) < _MAX_RUNS and self._must_go_down():
             self.at(min(self.losses) - 2)
-        low = self.best
         if self._hopeless():
             return None
+        # where noise decides whether anything is lost, the first loss from below: from the best run on, answers came out twice as high
+        low = min(power for power in self.losses if self.trained(power)) if self.keeping else self.best
         # Upwards by 2 as well: by single steps the search ended at its bound for Adam, whose range of rates is wide.
         while self.trained(low + 2):
             low += 2

@@ -204,6 +204,19 @@ def test_at_a_fitted_point_a_pilot_is_not_astray_because_batches_differ() -> Non
     assert (settled.attempts, settled.steps) == (0, 40)
 
 
+def test_a_pilot_that_unlearns_a_trained_point_begins_anew() -> None:
+    """A loss of .01 that ends at .3 is still far below the constant output's 1."""
+    objective, optimizer = _least_squares()
+    trainer = Trainer(SamplePool(objective), optimizer)
+    trainer.__dict__["yardsticks"] = (0.01, 1.0)
+    run = trainer.start(8)
+    run.losses.append(0.01)
+    for end, astray in ((0.015, False), (0.3, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_judge", lambda self, _, end=end: end)
+            assert trainer._went_astray(run) is astray
+
+
 def test_after_the_deadline_no_run_goes_on() -> None:
     objective, optimizer = _least_squares()
     trainer = Trainer(SamplePool(objective), optimizer, ledger=Ledger(deadline=0.0))

@@ -16,7 +16,18 @@ from typing import Any
 
 from experiments._common import Row, rounded, run_as_script, threads
 from experiments._transfer_models import depth_family, digit_batches, mlp_family
-from experiments._transfer_unusual import CORRECT, ConvNet, NormMLP, RootUnitMLP, adam, conv_groups, family, linear_groups, unit_groups
+from experiments._transfer_unusual import (
+    CORRECT,
+    ConvNet,
+    NormMLP,
+    RootUnitMLP,
+    adam,
+    conv_groups,
+    family,
+    linear_groups,
+    unit_groups,
+    words,
+)
 from sharpkit.transfer.coordinates import check_of
 from sharpkit.transfer.culprits import culprits_in
 from sharpkit.transfer.observing import observe
@@ -24,6 +35,9 @@ from sharpkit.transfer.setup import Family
 from sharpkit.transfer.verdict import diagnose
 
 NAME = "transfer_correct"
+TWIN = "conv net, (in, out) readout"  # the same function as with Conv1d: one verdict, of some minutes, is enough
+# Whose seeds 6000 to 6102 a rule has seen (one half-certain test joins a certain one; the depth's rate at the stack's end): others since.
+SEEN = ("Conv1d readout without multiplier", "depth rate constant")
 TRIALS = 2  # of each correct parametrisation and fault, each of its own seeds
 
 
@@ -65,30 +79,27 @@ FAULTS: dict[str, tuple[str, Callable[[], Family]]] = {
     ),
     "readout rate constant at .3, SGD": ("readout learning rate", lambda: mlp_family(optimizer="sgd", fault="readout_lr", lr=0.3)),
     "depth multiplier missing": ("depth multiplier", lambda: depth_family(fault="depth_multiplier")),
-    "depth rate constant": ("depth learning rate", lambda: depth_family(fault="depth_lr")),
+    "depth rate constant": ("depth learning rate", lambda: depth_family(fault="depth_lr", batches=words())),
 }
 
 
 def sizes_of(name: str) -> tuple[int, ...]:
     if name.startswith("depth"):
         return 1, 2, 4, 8
-    return (
-        (32, 64, 128)
-        if "conv net" in name or "Conv1d" in name or "(in, out)" in name
-        else (64, 128, 256)
-        if "transformer" in name
-        else (64, 128, 256, 512)
-    )
+    if name.startswith("conv net"):
+        return 32, 64, 128  # as wide as a verdict has time for
+    return (64, 128, 256) if "transformer" in name or "Conv1d" in name or "(in, out)" in name else (64, 128, 256, 512)
 
 
 def trial(name: str, planted: str | None, make: Callable[[], Family], number: int) -> Row:
     """One check of its own seeds; of a correct parametrisation's first trial the whole verdict too."""
     began = time.process_time()
     made, sizes = make(), sizes_of(name)
-    seeds = range(6000 + 100 * number, 6003 + 100 * number)
+    first = (7000 if name in SEEN else 6000) + 100 * number
+    seeds = range(first, first + 3)
     seen = observe(made, sizes, steps=4, seeds=seeds, effects=True)
     named = [culprit.rule for culprit in culprits_in(made, seen, seeds=seeds)]
-    row: Row = {"name": name, "planted": planted, "trial": number, "sizes": list(sizes), "named": named}
+    row: Row = {"name": name, "planted": planted, "trial": number, "first_seed": first, "sizes": list(sizes), "named": named}
     row["right"] = named[:1] == [planted] if planted else not named
     row["check"] = [c.name for c in check_of(seen).failed]
     row["cpu_seconds"] = time.process_time() - began
@@ -114,7 +125,9 @@ def measure(quick: bool) -> list[Row]:
     work: list[tuple[str, Any, Callable[[], Row]]] = []
     for number in range(1 if quick else TRIALS):
         work += [(name, number, partial(trial, name, planted, make, number)) for name, planted, make in cases[: 2 if quick else None]]
-    work += [(name, "verdict", partial(verdict, name, make)) for name, make in list(CORRECT.items())[: 1 if quick else None]]
+    work += [
+        (name, "verdict", partial(verdict, name, make)) for name, make in list(CORRECT.items())[: 1 if quick else None] if name != TWIN
+    ]
     with threads(1):
         for name, number, make_row in work:
             if (name, number) not in done:

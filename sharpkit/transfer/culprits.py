@@ -142,7 +142,7 @@ def culprits_in(family: Family, seen: Observations, *, seeds: int | Sequence[int
 
 def culprits_of(seen: Observations) -> tuple[Culprit, ...]:
     """The broken rules in observations made with effects."""
-    broken = sorted(_unexplained([e for e in gather(seen) if e.broken]), key=lambda e: -abs(e.excess))
+    broken = sorted(_unexplained(gather(seen)), key=lambda e: -abs(e.excess))
     return tuple(Culprit(e.rule, e.where, e.slope, e.expected, _in_words(e, seen.dimension), e.confidence) for e in broken)
 
 
@@ -189,12 +189,15 @@ def gather(seen: Observations) -> list[Evidence]:
     return [*_initialisations(seen), *_attention(seen), *_learning_rates(seen), *_decay(seen)]
 
 
-def _unexplained(broken: list[Evidence]) -> list[Evidence]:
-    """One name for what has one cause."""
+def _unexplained(every: list[Evidence]) -> list[Evidence]:
+    """What is broken, with one name for what has one cause."""
+    broken = [e for e in every if e.broken]
     rules = {e.rule: e for e in broken}
-    # a multiplier that is missing shows in both tests of the readout, a wrong rate in one
-    start, rate = rules.get("readout initialisation"), rules.get("readout learning rate")
-    if start and rate and rate.excess > 0:  # too large from the beginning and in its updates: not the rate
+    # A multiplier that is missing shows in both tests of the readout, a wrong rate or start in one. Once one of them is certain the other
+    # one only has to tell these causes apart: half way between their exponents, without the errors that a finding of its own takes.
+    tested = {e.rule: e for e in every if e.rule.startswith("readout ")} | rules
+    start, rate = tested.get("readout initialisation"), tested.get("readout learning rate")
+    if start and rate and (start.broken or rate.broken) and min(start.excess, rate.excess) > MINIMAL_EXPONENT:
         broken = [e for e in broken if e not in (start, rate)]
         broken.append(Evidence("readout multiplier", rate.where, rate.slope, rate.expected))
     for role in ("hidden", "input"):

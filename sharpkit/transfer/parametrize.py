@@ -154,7 +154,7 @@ def parametrize(
     # after everything was checked: a refusal leaves model and optimizers as they were
     for name, heads in ties.items():
         for head in heads if scales[name].width != 1 else ():
-            head.register_forward_pre_hook(_Multiplied(1 / scales[name].width))
+            head.register_forward_pre_hook(_Multiplied(1 / scales[name].width), with_kwargs=True)
     for module, value in attention.values():
         module.scaling = value
     for each in optimizers:
@@ -246,8 +246,10 @@ class _Multiplied:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] * self.factor, *args[1:])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (args[0] * self.factor, *args[1:]), kwargs
+        return args, {name: value * self.factor for name, value in kwargs.items()}  # nn.Linear has one argument
 
 
 def _attention(model: nn.Module, base: Base) -> tuple[dict[str, tuple[Any, float]], list[str]]:

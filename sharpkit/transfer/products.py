@@ -50,9 +50,9 @@ class Product:
         """What multipliers make of it after it has left its module."""
         return _rms(self.value) / self.exit_rms if self.exit_rms > 0 else 1.0
 
-    def revert(self) -> Tensor | None:
-        """The last multiplier belongs to what follows; what it made is returned, None if there was none."""
-        return self.values.pop() if len(self.values) > 1 else None
+    def revert(self, count: int = 1) -> None:
+        """The last so many multipliers belong to what follows."""
+        del self.values[max(len(self.values) - count, 1) :]
 
 
 class ProductWatch:
@@ -183,8 +183,7 @@ class ProductWatch:
         if any(p.linear for p in products) and not (place and where == place):
             return _rms(data)
         for product in products:
-            while product.revert() is not None:
-                pass
+            product.revert(len(product.values))
         return size
 
     def _at(self, key: int, place: str) -> list[str]:

@@ -204,6 +204,8 @@ def draw(rows: list[Row], path: Path) -> None:
                 ax.plot([p["batch_size"]] * 2, p["range"], color=color, linewidth=1)
                 ax.plot(p["batch_size"], p["measured"], "o", color=color, markersize=4)
         ax.set(xscale="log", yscale="log", xlabel="batch size", ylabel="largest stable rate", title=f"{task}, from {start}")
+        ax.set_xticks(sizes, [str(size) for size in sizes])
+        ax.set_xticks([], minor=True)
         ax.legend(fontsize=7)
     figure.savefig(path, dpi=100, metadata={"Software": f"python -m experiments.{NAME}"})
 

@@ -25,15 +25,14 @@ from sharpkit.objective.guard import grad_mode_kept, modules_in_eval, random_sta
 from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.optimizers import (
+    check_takes_rate,
     check_trains,
     copy_optimizer,
     current_momentum,
     has_heavy_ball,
     has_stepped,
-    is_maximizing,
     known_rule,
     learning_rate,
-    needs_closure,
     relative_rates,
     set_learning_rates,
     unwrap_optimizer,
@@ -217,7 +216,7 @@ def suggest_learning_rate(
     name, shape = _schedule(schedule)
     inner = unwrap_optimizer(optimizer)
     check_trains(inner, objective.model)
-    _check_takes_a_rate(inner)
+    check_takes_rate(inner)
     work = _Work(SamplePool(objective.by_samples()), inner, batch_size, max(_LEAST_BUDGET, budget * steps), seed, callback, began)
     size = work.pool.size if num_samples is None else whole("num_samples", num_samples, least=work.pool.size)
     ramp = work.ramp()
@@ -252,20 +251,6 @@ def suggest_learning_rate(
         gradients=work.spent,
         seconds=time.perf_counter() - began,
     )
-
-
-def _check_takes_a_rate(optimizer: torch.optim.Optimizer) -> None:
-    name = type(optimizer).__name__
-    if is_maximizing(optimizer):
-        raise UnsupportedError(f"{name} maximizes, and the loss of an objective is to fall: minimize the negative loss instead")
-    if needs_closure(optimizer):
-        raise UnsupportedError(
-            f"{name} evaluates the loss itself, several times a step, so that its rate cannot be tried out in short runs"
-        )
-    if isinstance(optimizer, torch.optim.Rprop):
-        raise UnsupportedError(f"the rate of {name} is only the length of its first step: leave it, and set step_sizes")
-    if "d" in optimizer.param_groups[0]:  # Prodigy and the methods of D-adaptation keep their own rate there, which takes long to grow
-        raise UnsupportedError(f"{name} finds its own rate while it trains, and lr is a factor of that: leave it at 1")
 
 
 def _lead(optimizer: torch.optim.Optimizer) -> float:

@@ -45,12 +45,12 @@ from sharpkit.optimizers.limits import (
 )
 from sharpkit.optimizers.rules import UpdateRule, operator_in
 from sharpkit.optimizers.steps import (
+    check_takes_rate,
     copy_optimizer,
     gradient_descent,
     has_linear_step,
     line_search_minimizer,
     linear_step,
-    needs_closure,
     next_update,
 )
 from sharpkit.optimizers.width import GroupFactors, StepKind, check_fresh, eps_beside_gradients, split_groups, step_kind, subtracted_decays
@@ -67,6 +67,7 @@ __all__ = [
     "check_fresh",
     "check_one_way",
     "check_settles",
+    "check_takes_rate",
     "check_trains",
     "copy_optimizer",
     "current_momentum",
@@ -89,7 +90,6 @@ __all__ = [
     "limit_rule",
     "line_search_minimizer",
     "linear_step",
-    "needs_closure",
     "next_update",
     "operator_in",
     "plain_settings",

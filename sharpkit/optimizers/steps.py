@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.params import ParamLayout
-from sharpkit.optimizers.groups import _NONE_HELD, _holding, held_parameters, learning_rate, learning_rates, relative_rates
+from sharpkit.optimizers.groups import _NONE_HELD, _holding, held_parameters, is_maximizing, learning_rate, learning_rates, relative_rates
 from sharpkit.optimizers.kinds import _own_step, kind_of
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
@@ -123,7 +123,7 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     """
     optimizer = unwrap_optimizer(optimizer)
     name = type(optimizer).__name__
-    if needs_closure(optimizer):
+    if _needs_closure(optimizer):
         raise UnsupportedError(f"{name} evaluates the loss several times in a step, so it has no next update to look at; use another one")
     if not any(_holding(optimizer, layout)):
         raise ValueError(_NONE_HELD)
@@ -178,11 +178,26 @@ def _step_elsewhere(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor,
     return layout.flatten([before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params])
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
+def _needs_closure(optimizer: Optimizer) -> bool:
     """Whether a step evaluates the loss itself, by a closure that must be given."""
     # LBFGS alone of torch's optimizers asks for a closure; a method of the same kind elsewhere does so too
     arguments = inspect.signature(type(optimizer).step).parameters
     return "closure" in arguments and arguments["closure"].default is inspect.Parameter.empty
+
+
+def check_takes_rate(optimizer: Optimizer) -> None:
+    """Raise UnsupportedError where short runs at several rates would say nothing of the rate to train with."""
+    name = type(optimizer).__name__
+    if is_maximizing(optimizer):
+        raise UnsupportedError(f"{name} maximizes, and the loss of an objective is to fall: minimize the negative loss instead")
+    if _needs_closure(optimizer):
+        raise UnsupportedError(
+            f"{name} evaluates the loss itself, several times a step, so that its rate cannot be tried out in short runs"
+        )
+    if isinstance(optimizer, torch.optim.Rprop):
+        raise UnsupportedError(f"the rate of {name} is only the length of its first step: leave it, and set step_sizes")
+    if "d" in optimizer.param_groups[0]:  # Prodigy and the methods of D-adaptation keep their own rate there, which takes long to grow
+        raise UnsupportedError(f"{name} finds its own rate while it trains, and lr is a factor of that: leave it at 1")
 
 
 def gradient_descent(params: Iterable[nn.Parameter], lr: float) -> Optimizer:

@@ -132,7 +132,7 @@ def draw(rows: list[Row], path: Path) -> None:
     ax.set(yscale="log", ylabel="test loss / best of 13 rates")
     ax.set_yticks([0.5, 1, 2, 4], labels=["0.5", "1", "2", "4"])
     ax.minorticks_off()
-    ax.set_xticks(range(len(kinds)), labels=[f"{task}\n{optimizer}" for task, optimizer in kinds], fontsize=7)
+    ax.set_xticks(range(len(kinds)), labels=["\n".join([*task.split(", "), optimizer]) for task, optimizer in kinds], fontsize=7)
     ax.legend(fontsize=8, frameon=False)
     canvas.savefig(path, dpi=120, metadata={"Software": f"python -m experiments.{NAME}"})
 

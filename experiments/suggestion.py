@@ -38,7 +38,7 @@ TASKS: dict[str, tuple[int, int, bool]] = {
     "wine": (32, 3, True),
     "breast cancer": (32, 3, True),
     "diabetes": (32, 3, True),
-    "mnist1d": (64, 1, False),
+    "mnist1d": (64, 1, True),
     "fashion, batch norm": (64, 1, False),
     "digits MLP": (32, 3, True),
     "image MLP": (64, 3, True),

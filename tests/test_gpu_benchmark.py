@@ -64,6 +64,7 @@ def test_want_of_memory_is_noted_and_the_rest_goes_on(small: Subject, tmp_path: 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(gpu_benchmark.Bench, "_bare_product", too_large)
+    monkeypatch.setattr(gpu_benchmark, "TRACE_RTOL", 2.0)  # what is measured besides is looked at above
     code, _, rows = run(tmp_path, "--max-seconds", "300")
     assert code == 0
     assert all(row["failed"] == {"bare": "out of memory"} and row["trace_products"] for row in rows)

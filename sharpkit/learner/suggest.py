@@ -61,7 +61,10 @@ _LOOKS = 10  # looks at the held-out loss, by judgement
 _LEAST_LONG = 12  # steps, by judgement
 _RETREAT = 3.0  # factor by which a rate that does not train is lowered, by judgement
 _KEEPS = 1.2  # times the first loss, by judgement: a trained model that stays below has lost nothing
-_ROUGHER = 1.1  # times the batch loss of the lowest look, by judgement: above, it has risen
+# Times the batch loss of the lowest look, below which it has fallen on: over-fitting was .02 to .76 of it in experiments/suggestion.py, and
+# where steps had become too long it was 0.97 and more.
+_FITS_ON = 0.9
+_FALLS_ON = 0.5  # times the batch loss where a plateau begins, by judgement
 _PLATEAUS = 3.0  # divisor up to which a plateau counts as well, by judgement: a run on a small part comes to one of its own
 _SEEN_OFTEN = 160  # epochs over the divisor, by judgement: experiments/suggestion.py has tasks on either side
 _RISE = 0.01  # of the held-out loss over its minimum, by judgement: less is no rise
@@ -486,7 +489,8 @@ class _Work:
 def _turn(looks: Sequence[_Look], *, plateaus: bool) -> float | None:
     """The sum of rates at which the held-out loss has come to its lowest, within a standard error; None where it does not turn.
 
-    With ``plateaus``, it need not rise again.
+    With ``plateaus``, it need not rise again, if meanwhile the loss of the batches falls on: where neither moves, training itself is at a
+    plateau, which says nothing of over-fitting.
     """
     means = [float(look.held_out.mean()) for look in looks]
     lowest = min(range(len(means)), key=means.__getitem__)
@@ -497,9 +501,8 @@ def _turn(looks: Sequence[_Look], *, plateaus: bool) -> float | None:
         return float(gap.mean()) <= error
 
     first = next(index for index in range(len(looks)) if as_low(index))
-    # where the loss of the batches rises too, steps have become too long
-    if not looks[-1].trained <= _ROUGHER * looks[lowest].trained:
-        return None
-    # one look may be high by chance
+    # one look may be high by chance; over-fitting lowers the loss of the batches, and where that rises too, steps have become too long
     turned = len(means) - lowest >= 3 and min(means[lowest + 1 :]) > means[lowest] and means[-1] > (1 + _RISE) * means[lowest]
-    return looks[first].total if turned or (plateaus and len(means) - first >= 3) else None
+    turned = turned and looks[-1].trained <= _FITS_ON * looks[lowest].trained
+    level = plateaus and len(means) - first >= 3 and looks[-1].trained <= _FALLS_ON * looks[first].trained
+    return looks[first].total if turned or level else None

@@ -289,6 +289,7 @@ def test_ctrl_c_exits_130_without_a_traceback(target: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow  # the commands around the suite make the quick demo anyway, twice; this looks at what it says
 def test_quick_demo_meets_the_stability_limit_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     code, document, err = run_json(capsys, "demo", "--quick", "--out", str(tmp_path / "demo.html"))

@@ -126,14 +126,18 @@ def test_a_trained_model_is_judged_by_samples_it_does_not_know_or_not_at_all() -
 def test_turns_are_told_from_noise() -> None:
     def looks(losses: list[float], trained: list[float] | None = None) -> list[suggest._Look]:
         spread = torch.tensor([-0.002, 0.002, 0.0, 0.0]).numpy()
-        return [suggest._Look(float(i + 1), (trained or [1.0] * 9)[i], v + spread * (-1) ** i) for i, v in enumerate(losses)]
+        return [
+            suggest._Look(float(i + 1), (trained or [3.0, 1.5, 1.0, 0.8, 0.6])[i], v + spread * (-1) ** i) for i, v in enumerate(losses)
+        ]
 
     assert suggest._turn(looks([3.0, 2.0, 1.0, 1.2, 1.5]), plateaus=False) == 3.0
     assert suggest._turn(looks([3.0, 1.001, 1.0, 1.2, 1.5]), plateaus=False) == 2.0, "as low, by a standard error, comes first"
     assert suggest._turn(looks([3.0, 2.0, 1.5, 1.0, 1.2]), plateaus=False) is None, "one look may be chance"
     assert suggest._turn(looks([3.0, 2.0, 1.0, 1.2, 1.5], [3.0, 2.0, 1.0, 1.2, 1.4]), plateaus=False) is None, "steps too long"
     flat = [3.0, 1.001, 1.001, 1.001, 1.0]
-    assert suggest._turn(looks(flat), plateaus=False) is None and suggest._turn(looks(flat), plateaus=True) == 2.0
+    falling = [3.0, 1.0, 0.8, 0.6, 0.4]
+    assert suggest._turn(looks(flat, falling), plateaus=False) is None and suggest._turn(looks(flat, falling), plateaus=True) == 2.0
+    assert suggest._turn(looks(flat, [1.0] * 5), plateaus=True) is None, "training itself is at a plateau"
 
 
 def test_it_is_a_number_with_a_picture_and_a_page(tmp_path: object) -> None:

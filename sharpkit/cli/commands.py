@@ -74,9 +74,7 @@ def run_doctor_command(arguments: argparse.Namespace) -> Answer:
 
 def run_batch_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit batch``: the largest stable learning rate at every batch size."""
-    objective, optimizer = _objective(arguments, forecast=False)
-    if optimizer is None:
-        raise UsageError(f"{arguments.target} returned no optimizer, and the limit depends on its kind: return (objective, optimizer)")
+    objective, optimizer = _objective_and_optimizer(arguments, "the limit")
     curve = sk.learning_rate_curve(
         objective,
         optimizer,
@@ -95,9 +93,7 @@ def run_batch_command(arguments: argparse.Namespace) -> Answer:
 
 def run_lr_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit lr``: one learning rate to train with."""
-    objective, optimizer = _objective(arguments, forecast=False)
-    if optimizer is None:
-        raise UsageError(f"{arguments.target} returned no optimizer, and the rate depends on its kind: return (objective, optimizer)")
+    objective, optimizer = _objective_and_optimizer(arguments, "the rate")
     rate = sk.suggest_learning_rate(
         objective,
         optimizer,
@@ -173,6 +169,14 @@ def run_demo_command(arguments: argparse.Namespace) -> Answer:
 
 
 # -- parts the commands share ----------------------------------------------------------------------------------------------------
+
+
+def _objective_and_optimizer(arguments: argparse.Namespace, what: str) -> tuple[sk.Objective, Any]:
+    """Those of a target that must bring both; ``what`` depends on the kind of optimizer."""
+    objective, optimizer = _objective(arguments, forecast=False)
+    if optimizer is None:
+        raise UsageError(f"{arguments.target} returned no optimizer, and {what} depends on its kind: return (objective, optimizer)")
+    return objective, optimizer
 
 
 def _objective(arguments: argparse.Namespace, *, expected_matvecs: int | None = None, forecast: bool = True) -> tuple[sk.Objective, Any]:

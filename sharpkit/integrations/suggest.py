@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from sharpkit._arguments import whole
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.learner.suggest import SuggestedLearningRate, suggest_learning_rate
 from sharpkit.objective.counting import samples_in
@@ -46,9 +45,9 @@ def for_lightning(
     """
     from sharpkit.integrations.lightning import check_training_step, chosen_optimizer, training_step_loss
 
-    check_training_step(module, callback="sharpkit.suggest_learning_rate, its objective")
+    check_training_step(module, callback="sk.Objective")
     made = chosen_optimizer(_optimizers(module.configure_optimizers()), optimizer, callback="for_lightning")
-    batches, size, total = _first_batches(loader, pair=False)
+    batches, size, total = _first_batches(loader)
     settings = {"batch_size": size, "num_samples": total, **settings}
     objective = Objective(module, batches, closure=lambda model, batch: training_step_loss(model, batch, 0), process_group=False)
     return suggest_learning_rate(objective, made, steps=steps, schedule=schedule, **settings)
@@ -78,7 +77,7 @@ def for_trainer(trainer: Any, *, schedule: str | None = None, **settings: Any) -
         schedule = _SCHEDULES[kind]
     with random_states_kept():  # a shuffling sampler draws its seed from the global state
         loader = trainer.get_train_dataloader()
-        batches, size, total = _first_batches(loader, pair=False)
+        batches, size, total = _first_batches(loader)
     accumulated = int(arguments.gradient_accumulation_steps)
     epoch = max(1, math.ceil(total / (size * accumulated)))
     steps = int(arguments.max_steps) if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * epoch)
@@ -104,14 +103,14 @@ def _optimizers(configured: Any) -> list[torch.optim.Optimizer]:
     raise ObjectiveError(f"configure_optimizers returned {type(configured).__name__}, no optimizer: there is nothing to suggest a rate for")
 
 
-def _first_batches(loader: Iterable[Any], *, pair: bool) -> tuple[list[Any], int, int]:
+def _first_batches(loader: Iterable[Any]) -> tuple[list[Any], int, int]:
     """Batches of up to 4096 samples, the samples of a batch, and of all the data as far as it says how many they are."""
     batches, count, size = [], 0, 0
     with random_states_kept():
         for batch in loader:
             batches.append(batch)
-            size = max(size, samples_in(batch, pair))
-            count += samples_in(batch, pair)
+            size = max(size, samples_in(batch, False))
+            count += samples_in(batch, False)
             if count >= _MOST:
                 break
     if not batches:
@@ -120,4 +119,4 @@ def _first_batches(loader: Iterable[Any], *, pair: bool) -> tuple[list[Any], int
         total = len(loader.dataset)  # type: ignore[attr-defined]
     except (AttributeError, TypeError):  # a stream does not say
         total = count
-    return batches, whole("batch_size", size), max(total, count)
+    return batches, size, max(total, count)

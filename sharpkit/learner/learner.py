@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 8  # steps between looks at the losses, each of which waits for the device; by judgement
 _MAX_ROLLBACKS = 8  # by judgement: a run that is lost more often has another cause than the rate
-_STATE_VERSION = 3  # of the layout, counted by convention; 3 since good points are kept by steps, and given ratios with them
+_STATE_VERSION = 4  # of the layout, counted by convention; 4 since a given peak and the first losses are kept
 _MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given; by judgement
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -41,8 +40,6 @@ from sharpkit.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-logger = logging.getLogger(__name__)
 
 # -- what is spent
 _LEAST_BUDGET = 100.0  # gradients, by judgement: with fewer, neither run says anything
@@ -92,14 +89,15 @@ class SuggestedLearningRate(
     """A learning rate to train with (usable as a plain number): the peak of the schedule, for the first group that trains.
 
     Attributes:
-        lower, upper: between them lies the best rate, as far as short runs tell; losses between are often alike.
+        lower, upper: between them lay the best of a grid's rates for 88 % of the suggestions of experiments/suggestion.py; losses between
+            are often alike.
         optimizer: name of its class.
         bound: what keeps the rate from being larger: ``"stability"``, or ``"generalization"`` where the held-out loss turns first.
         limit: the rate at which the ramp lost what it had trained.
         present: the optimizer's rate.
         batch_size, steps, schedule: the run that it is for.
         num_samples: of the data that is trained on.
-        ramp: (rate, running mean of the batch loss) of the ramp.
+        ramp: (rate, running mean of the batch loss less that of the starting point) of the ramp.
         run_rate: the last and largest rate of the long run.
         part: samples that the long run was made on.
         held_out: (sum of the rates so far, held-out loss) of the long run.
@@ -177,7 +175,8 @@ def suggest_learning_rate(
     little below its lowest point lies the rate that trains best in few steps. Then a run at that rate on a part of the data, judged on
     samples that it does not see. Where their loss turns, training longer over-fits: as long as no step is too long, what a run does depends
     on the sum of its rates, and the sum at which it turns is in proportion to the samples, so that the rate follows at which the whole run
-    ends at its turn. Where it does not turn, the rate is the one of the ramp, lowered for what a longer run meets.
+    ends at its turn. Where it does not turn, stability decides: the rate is the ramp's, lowered where that run has not come as far as the
+    whole one will.
 
     Args:
         objective: the loss on the training data, at the point to train from. Only read; the copies train in train mode, in the order and

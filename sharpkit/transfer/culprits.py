@@ -202,7 +202,7 @@ def _unexplained(every: list[Evidence]) -> list[Evidence]:
         broken.append(Evidence("readout multiplier", rate.where, rate.slope, rate.expected))
     for role in ("hidden", "input"):
         start, rate = rules.get(f"{role} initialisation"), rules.get(f"{role} learning rate")
-        # a multiplier does the same to what a weight is and to what its steps are: which of the factors is wrong cannot be told
+        # a multiplier does the same to what a weight is and to what its steps are: which of the factors is wrong cannot be determined
         if start and rate and abs(start.excess - rate.excess) < MINIMAL_EXPONENT:
             broken = [e for e in broken if e not in (start, rate)]
             broken.append(Evidence(f"{role} multiplier", start.where, start.slope, start.expected))

@@ -104,7 +104,7 @@ def parametrize(
 
     Raises:
         ValueError: other names or numbers of dimensions than the base's, another depth, an optimizer that has stepped or was changed.
-        UnsupportedError: a tensor whose role cannot be told, an optimizer without a known rule, nn.MultiheadAttention with larger heads.
+        UnsupportedError: a tensor whose role cannot be determined, an unknown optimizer, nn.MultiheadAttention with larger heads.
 
     Example:
         >>> import torch
@@ -198,7 +198,7 @@ class _Scale:
         layout = _layout(owner, name.rpartition(".")[2], shape)
         if layout is None and len(wide) == 1 and given is None:
             raise UnsupportedError(
-                f"which role {name} {shape} has cannot be told: {type(owner).__name__} does not say which dimension is the input's. "
+                f"which role {name} {shape} has cannot be determined: {type(owner).__name__} does not say which dimension is the input's. "
                 f"Say so: roles={{{name!r}: 'input'}} (or 'hidden', 'readout', 'vector', 'fixed')"
             )
         if layout == ():

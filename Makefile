@@ -18,7 +18,7 @@ INSTALLED = $(VENV)/.installed
 help:
 	@echo "make demo       train two small networks on real images, measure their curvature, write demo.html"
 	@echo "make test       the default test suite (a few minutes)"
-	@echo "make lint       ruff        make types      mypy --strict        make contracts  import layers"
+	@echo "make lint       ruff        make types      mypy --strict, and what a user's mypy sees        make contracts  import layers"
 	@echo "make house      modules by layer with their sizes, and what breaks the architecture's rules; brings docs/architecture.md up to date"
 	@echo "make mutants    do the tests notice a changed line of the numerical core? (20 minutes) MUTANTS=\"--seed 1\" takes another sample"
 	@echo "make bench      comparisons with other libraries        make wheel      dist/*.whl        make clean"
@@ -33,8 +33,8 @@ test: $(INSTALLED)-test
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(INSTALLED)-dev
-	$(BIN)/mypy
+types: $(INSTALLED)-dev $(INSTALLED)-test
+	$(BIN)/mypy && $(BIN)/python -m pytest -q -m slow tests/test_types.py
 
 contracts: $(INSTALLED)-dev
 	$(BIN)/lint-imports

@@ -29,6 +29,7 @@ WORLD = 2
 
 def _worker(rank: int, folder: str, task: str) -> None:
     torch.set_num_threads(1)
+    os.environ["SHARPKIT_TEST_FOLDER"] = folder  # here, since the process was forked from one that is older than the test
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD, timeout=timedelta(seconds=40))
     try:
         result: Any = {name: _outcome(part, rank) for name, part in TASKS[task]().items()}
@@ -47,11 +48,20 @@ def _outcome(part: Callable[[int], Any], rank: int) -> Any:
         return f"{type(error).__name__}: {error}", traceback.format_exc()
 
 
+@functools.cache
+def _method() -> str:
+    """How processes are started: forked from one that has imported everything once, where the system can."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return "spawn"
+    mp.set_forkserver_preload(["torch", "sharpkit", "sharpkit.linalg.lanczos", __name__])
+    return "forkserver"
+
+
 def on_two_ranks(folder: Path, task: str) -> list[dict[str, Any]]:
     folder.mkdir(exist_ok=True)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    mp.spawn(_worker, (str(folder), task), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    mp.start_processes(_worker, (str(folder), task), nprocs=WORLD, start_method=_method())  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -419,7 +429,7 @@ def test_processes_that_disagree_all_say_so(tmp_path: Path) -> None:
 
 
 def _without_a_result(folder: Path, task: str) -> None:
-    context = mp.get_context("spawn")
+    context = mp.get_context(_method())
     processes = [context.Process(target=_worker, args=(rank, str(folder), task)) for rank in range(WORLD)]
     for process in processes:
         process.start()
@@ -427,9 +437,8 @@ def _without_a_result(folder: Path, task: str) -> None:
         process.join(120)
 
 
-def test_a_process_that_does_not_come_is_an_error_on_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_come_is_an_error_on_the_other(tmp_path: Path) -> None:
     assert timedelta(seconds=30) >= distributed._PATIENCE, "by default"
-    monkeypatch.setenv("SHARPKIT_TEST_FOLDER", str(tmp_path))
     _without_a_result(tmp_path, "absent")
     said, seconds = torch.load(tmp_path / "said0.pt", weights_only=False)
     assert said.startswith("SharpkitError: a process did not come to a new call within 3 s: it raised an error, ended, makes other calls,")
@@ -451,8 +460,7 @@ def test_processes_joined_by_nccl_need_the_model_on_a_gpu() -> None:
         ranks.sum_numbers([1.0], device=torch.device("cpu"))
 
 
-def test_a_process_that_is_killed_is_an_error_on_the_other_within_half_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHARPKIT_TEST_FOLDER", str(tmp_path))
+def test_a_process_that_is_killed_is_an_error_on_the_other_within_half_a_minute(tmp_path: Path) -> None:
     _without_a_result(tmp_path, "lost")
     (said, _), seconds = torch.load(tmp_path / "said.pt", weights_only=False)
     assert said.startswith("SharpkitError: ")

@@ -9,6 +9,7 @@ import pytest
 
 import sharpkit as sk
 
+pytestmark = pytest.mark.slow  # `make types` runs it, where the type checker has looked at everything already
 mypy = pytest.importorskip("mypy.api", reason="the type checker is not installed here")
 
 ROOT = Path(__file__).parents[1]

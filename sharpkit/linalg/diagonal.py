@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, real, whole
+from sharpkit._checkpoint import resumable
 from sharpkit._results import ProgressCallback, Result, student_factor
 from sharpkit.linalg.krylov import KrylovSpace, affordable_rows
 from sharpkit.linalg.leave_one_out import LeaveOneOut
 from sharpkit.linalg.results import HALF, Budget, Estimate, warn_unconverged
 from sharpkit.linalg.trace import DEFAULT_MATVECS, AdaptiveEstimate, Tolerance, block_size, rademacher
 from sharpkit.objective.memory import keeps_memory_limit
-from sharpkit.operators.base import SymmetricOperator, as_operator
+from sharpkit.operators.base import SymmetricOperator, as_operator, operator_call
 
 _WORKING = 8  # vectors besides, of products made at once and of means: by judgement
 _LEAST = 16  # probes below which nothing is approximated: by judgement, the spread of fewer tells too little of what that is worth
@@ -62,6 +64,7 @@ class DiagonalEstimate(Result, kind="diagonal"):
 
 
 @keeps_memory_limit
+@resumable(operator_call)
 def diagonal(
     operator: Any,
     *,
@@ -70,6 +73,7 @@ def diagonal(
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
     memory_limit: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> DiagonalEstimate:
     """The diagonal of A as the mean of z * (A z) over Rademacher probes z.
@@ -85,6 +89,8 @@ def diagonal(
         seed: seeds the probes.
         max_matvecs, max_seconds: most products and seconds.
         memory_limit: bytes that may be taken where the vectors live; by default half of what is free.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
+            a vector of disk for each product.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Raises:
@@ -287,6 +293,7 @@ def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, bud
 
 
 @keeps_memory_limit
+@resumable(operator_call)
 def frobenius_norm(
     operator: Any,
     *,
@@ -295,6 +302,7 @@ def frobenius_norm(
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
     memory_limit: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> Estimate:
     """||A||_F to a relative standard error of ``rtol``.
@@ -308,6 +316,8 @@ def frobenius_norm(
         seed: seeds the probes.
         max_matvecs, max_seconds: most products, by default 2000, and seconds.
         memory_limit: bytes that may be taken where the vectors live; by default half of what is free.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
+            a vector of disk for each product.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_path
+from sharpkit._checkpoint import step
 from sharpkit._errors import NonFiniteError, NotSymmetricError, OutOfMemoryError
 from sharpkit.linalg.results import Array, Budget
 from sharpkit.objective.memory import Promise, human_bytes, is_limited
@@ -48,7 +49,12 @@ def affordable_rows(operator: SymmetricOperator, *, host: bool = False) -> int:
 
     That is half of what is free, or most of what a ``memory_limit`` leaves.
     """
-    return int(operator.agree(_share(operator, host=host) * _available(operator, host=host) / row_bytes(operator)))
+    where = "in host memory" if host else "there"
+
+    def fitting() -> int:
+        return int(operator.agree(_share(operator, host=host) * _available(operator, host=host) / row_bytes(operator)))
+
+    return step(f"vectors that fit {where}", fitting)
 
 
 def row_bytes(operator: SymmetricOperator) -> int:

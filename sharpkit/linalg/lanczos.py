@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, choice, real, whole
+from sharpkit._checkpoint import resumable
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, Offload, Ritz, affordable_rows, checked_offload, lanczos_run, place_for, where
 from sharpkit.linalg.results import Array, Budget, Eigenpairs, warn_unconverged
 from sharpkit.objective.memory import keeps_memory_limit
-from sharpkit.operators.base import SymmetricOperator, as_operator, real_tensor
+from sharpkit.operators.base import SymmetricOperator, as_operator, operator_call, real_tensor
 
 Which = Literal["largest", "smallest", "magnitude"]
 
@@ -35,6 +37,7 @@ _WARM_NOISE = 0.2  # share of noise in a warm start: less leaves the start in a 
 
 
 @keeps_memory_limit
+@resumable(operator_call)
 def eigenpairs(
     operator: Any,
     k: int = 1,
@@ -48,6 +51,7 @@ def eigenpairs(
     memory_limit: float | None = None,
     basis_size: int | None = None,
     offload: Offload = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> Eigenpairs:
     """The k extreme eigenpairs of a symmetric operator, multiplicities included.
@@ -70,6 +74,8 @@ def eigenpairs(
         memory_limit: bytes that may be taken where the vectors live, for graphs and basis; by default half of what is free for each.
         basis_size: most basis vectors kept, at least k + 10 or n; by default max(2 k + 20, 80) or what the memory holds.
         offload: True keeps the basis in host memory, the path of a folder in a file there.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
+            a vector of disk for each product.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
@@ -81,6 +87,7 @@ def eigenpairs(
         NonFiniteError: a product is not finite.
         NotSymmetricError: the products contradict each other.
         OutOfMemoryError: k + 10 vectors do not fit.
+        DocumentError: the checkpoint is of another call, or of other parameters or data.
 
     References:
         Paige, "Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem" (1980);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 
 from sharpkit._arguments import as_seed, real, whole
+from sharpkit._checkpoint import counted_step, resumable
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import KrylovSpace, Offload, Ritz, checked_offload
 from sharpkit.linalg.results import Budget, Eigenpairs, Estimate, SpectralDensity, warn_unconverged
-from sharpkit.linalg.slq import ProbeRuns, Probes
+from sharpkit.linalg.slq import Outcome, ProbeRuns, Probes
 from sharpkit.objective.memory import keeps_memory_limit
-from sharpkit.operators.base import as_operator
+from sharpkit.operators.base import as_operator, operator_call
 
 # Times num_steps: how long the first run may go on until both ends have converged, each to its own size. The demo's digits, with
 # -0.024 beside 20, take 133 products for 32 steps; 6 by judgement.
@@ -49,6 +51,7 @@ class SpectralOverview:
 
 
 @keeps_memory_limit
+@resumable(operator_call)
 def spectral_overview(
     operator: Any,
     *,
@@ -60,6 +63,7 @@ def spectral_overview(
     max_seconds: float | None = None,
     memory_limit: float | None = None,
     offload: Offload = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> SpectralOverview:
     """Both extreme eigenpairs, spectral density, trace and Frobenius norm from one set of Lanczos runs.
@@ -75,6 +79,7 @@ def spectral_overview(
         seed: seeds the probes.
         max_matvecs, max_seconds: if one is exhausted, the partial result is returned with ``converged=False``.
         memory_limit, offload: as for :func:`sharpkit.spectral_density`.
+        checkpoint: as for :func:`sharpkit.spectral_density`.
         callback: called after each product, or several made at once.
 
     Raises:
@@ -130,9 +135,15 @@ def both_ends(operator: Any, *, tol: float = 1e-3, seed: int = 0, num_steps: int
 def _ends_of_first(runs: ProbeRuns, budget: Budget, tol: float, steps: int, most: int = 0) -> tuple[Eigenpairs, Eigenpairs]:
     """The largest and the smallest eigenpair from the first run; its basis is freed."""
     most = max(most, _FIRST_RUN_LIMIT * steps)
-    space = runs.run_first(_ends_converged(steps, tol, most), most=most, text="both ends of the spectrum")
-    ritz = space.ritz()
-    return _extreme(space, ritz, "largest", tol, budget), _extreme(space, ritz, "smallest", tol, budget)
+
+    def run() -> tuple[Eigenpairs, Eigenpairs, Outcome]:
+        space, outcome = runs.run_first(_ends_converged(steps, tol, most), most=most, text="both ends of the spectrum")
+        ritz = space.ritz()
+        return _extreme(space, ritz, "largest", tol, budget), _extreme(space, ritz, "smallest", tol, budget), outcome
+
+    largest, smallest, outcome = counted_step(runs.operator, "both ends", run)
+    runs.add(outcome)
+    return largest, smallest
 
 
 def _ends_converged(steps: int, tol: float, most: int) -> Callable[[KrylovSpace], bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import called, check_callable, check_callback, real, reals, shown, whole
+from sharpkit._checkpoint import clock, step, without_steps
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ErrorKind, Progress, ProgressCallback, Result, format_with_error, standard_error
 from sharpkit.objective.memory import human_bytes
@@ -83,7 +83,7 @@ class Budget:
         self._max_seconds = None if max_seconds is None else real("max_seconds", max_seconds, above=0, infinite=True)
         self.vectors, self.place = 0, ""
         self._first_matvec = operator.num_matvecs
-        self._start = time.perf_counter()
+        self._start = clock()
 
     @property
     def is_timed(self) -> bool:
@@ -102,15 +102,16 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """Seconds since this budget was opened."""
-        return time.perf_counter() - self._start
+        """Seconds since this budget was opened, with those that kept steps had taken."""
+        return clock() - self._start
 
     def allows(self, matvecs: int = 1) -> bool:
         """Whether so many more products fit into the product budget and the time is not up."""
         if matvecs > self.matvecs_left:
             return False
         # the first process's clock decides, so that all processes of a distributed run stop at the same product
-        return self._max_seconds is None or self._operator.agree(self.seconds) < self._max_seconds
+        limit = self._max_seconds
+        return limit is None or step("whether time is left", lambda: self._operator.agree(self.seconds) < limit)
 
     def report(self, expected_matvecs: int, text: str) -> None:
         """Tell the callback, if there is one."""
@@ -119,7 +120,8 @@ class Budget:
             # never more than the budget allows, never less than has been spent
             expected = max(done, expected_matvecs if self._max_matvecs is None else min(expected_matvecs, self._max_matvecs))
             left = elapsed / done * (expected - done) if done else math.nan
-            self._callback(Progress(done, expected, elapsed, left, text, peak_bytes=self._peak_bytes(), choices=self._choices()))
+            with without_steps():
+                self._callback(Progress(done, expected, elapsed, left, text, peak_bytes=self._peak_bytes(), choices=self._choices()))
 
     def _vector_bytes(self) -> float:
         # recurrences run in float32 at least

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, whole
+from sharpkit._checkpoint import counted_step, resumable
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import (
     KrylovSpace,
@@ -24,7 +26,7 @@ from sharpkit.linalg.krylov import (
 )
 from sharpkit.linalg.results import OUTLIER_RESIDUAL, Array, Budget, SpectralDensity, warn_unconverged
 from sharpkit.objective.memory import keeps_memory_limit
-from sharpkit.operators.base import SymmetricOperator, as_operator
+from sharpkit.operators.base import SymmetricOperator, as_operator, operator_call
 
 _OUTLIER_GAP = 3.0  # an outlier stands this many times the bulk's own node spacing apart: by judgement, a bulk shows none (tested)
 _CONTROL_RESIDUAL = 1e-2  # relative to the scale: a Ritz pair this good may serve as a control; by judgement
@@ -34,6 +36,7 @@ _AGREEMENT = 0.9  # share of the probes that must see an outlier: by judgement, 
 
 
 @keeps_memory_limit
+@resumable(operator_call)
 def spectral_density(
     operator: Any,
     *,
@@ -45,6 +48,7 @@ def spectral_density(
     max_seconds: float | None = None,
     memory_limit: float | None = None,
     offload: Offload = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> SpectralDensity:
     """The eigenvalue density of a symmetric operator, from ``num_probes`` Lanczos runs of ``num_steps`` products each.
@@ -64,6 +68,8 @@ def spectral_density(
         memory_limit: bytes that may be taken where the vectors live; by default half of what is free holds num_steps + 1 vectors, or
             several times as many, for runs abreast.
         offload: True keeps the vectors in host memory, the path of a folder in a file there.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
+            a vector of disk for each product of the runs under way.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Ritz vectors found by one probe tell how much of them is in the others by chance: a dominating eigenvalue adds no noise to the sums.
@@ -76,6 +82,7 @@ def spectral_density(
         NonFiniteError: a product is not finite.
         NotSymmetricError: the products contradict each other.
         OutOfMemoryError: num_steps + 1 vectors fit nowhere.
+        DocumentError: the checkpoint is of another call, or of other parameters or data.
 
     References:
         Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017);
@@ -108,6 +115,22 @@ class Quadrature(NamedTuple):
     nodes: Array
     weights: Array
     residuals: Array
+
+
+class Outcome(NamedTuple):
+    """What a probe's run tells.
+
+    Attributes:
+        quadrature: Gauss quadrature of the probe's spectral measure.
+        values: of the good Ritz pairs, (c,), largest magnitude first.
+        shares: of their vectors in the other probes, (c,) by number.
+        complete: False if the budget ended it.
+    """
+
+    quadrature: Quadrature
+    values: Array
+    shares: dict[int, Array]
+    complete: bool
 
 
 class Probes:
@@ -155,9 +178,6 @@ class ProbeRun:
     Attributes:
         space: grown from the probe.
         complete: False if the budget ended it.
-        quadrature: Gauss quadrature of the probe's spectral measure.
-        values: of the good Ritz pairs, (c,), largest magnitude first.
-        shares: of their vectors in the other probes, (c,) by number.
     """
 
     def __init__(
@@ -168,6 +188,13 @@ class ProbeRun:
         self._probes, self._others = probes, others
         self.quadrature: Quadrature | None = None
         self.values, self.shares = np.zeros(0), dict[int, Array]()
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it has told."""
+        self.record()
+        assert self.quadrature is not None
+        return Outcome(self.quadrature, self.values, self.shares, self.complete)
 
     def record(self) -> None:
         """Take down what the space tells, once: when it has ended, or before it is restarted and forgets."""
@@ -206,7 +233,7 @@ class ProbeRuns:
     """
 
     def __init__(self, probes: Probes, budget: Budget, num_probes: int, *, steps: int, offload: Offload = False) -> None:
-        self._probes, self._operator, self._budget = probes, probes.operator, budget
+        self._probes, self.operator, self._budget = probes, probes.operator, budget
         self._num_probes, self._steps, self._offload = num_probes, steps, offload
         self.rules: list[Quadrature] = []
         self._runs: list[tuple[Array, dict[int, Array]]] = []  # values and shares, of complete runs
@@ -222,15 +249,15 @@ class ProbeRuns:
         """Products of all runs."""
         return self._num_probes * self._steps
 
-    def run_first(self, enough: Callable[[KrylovSpace], bool], *, most: int, text: str) -> KrylovSpace:
-        """The first run, which goes on until it is enough; restarted from both ends of the spectrum where memory is full.
+    def run_first(self, enough: Callable[[KrylovSpace], bool], *, most: int, text: str) -> tuple[KrylovSpace, Outcome]:
+        """The first run, to be added; it goes on until it is enough, restarted from both ends of the spectrum where memory is full.
 
         Args:
             enough: asked after each product, whether to stop.
             most: products at most, and vectors to keep.
             text: what is being done, for the callback.
         """
-        operator, rows = self._operator, min(self._operator.size, self._steps + 1)
+        operator, rows = self.operator, min(self.operator.size, self._steps + 1)
         place = place_for(operator, rows, self._offload)
         if isinstance(place, bool):  # half of what the basis may take holds it, if not the steps alone need more
             rows = max(rows, min(operator.size, most + 1, affordable_rows(operator, host=place) // 2))
@@ -248,8 +275,7 @@ class ProbeRuns:
             return space.pending[0]
 
         run.complete = lanczos_run(space, self._budget, lambda: enough(space), lambda: (self.expected, text), choose=choose, least=1)
-        self._add(run)
-        return space
+        return space, run.outcome
 
     def go_on(self) -> None:
         """All other runs, as many abreast as memory and budget allow; the first one makes a product at least."""
@@ -257,31 +283,38 @@ class ProbeRuns:
             # runs abreast all end late: if time is limited, they go one after another
             width = 1 if self._budget.is_timed else int(min(self._num_probes - self._done, self._budget.matvecs_left / self._steps))
             if width > 1:
-                width = 1 if self._offload else min(width, abreast(self._operator, self._steps + 1))
+                width = 1 if self._offload else min(width, abreast(self.operator, self._steps + 1))
             if not (self._run_abreast(width) if width > 1 else self._run_alone()):
                 return
 
     def _run_alone(self) -> bool:
-        rows, number = min(self._operator.size, self._steps + 1), self._done
-        place = place_for(self._operator, rows, self._offload)
+        outcome = counted_step(self.operator, f"probe {self._done}", self._alone)
+        self.add(outcome)
+        return outcome.complete
+
+    def _alone(self) -> Outcome:
+        rows, number = min(self.operator.size, self._steps + 1), self._done
+        place = place_for(self.operator, rows, self._offload)
         run = ProbeRun(self._probes, number, self._others(number), rows=rows, offload=place)
         self._budget.vectors, self._budget.place = max(self._budget.vectors, rows), where(place)
         text = f"probe {number + 1} of {self._num_probes}"
         run.complete = lanczos_run(
             run.space, self._budget, lambda: len(run.space.expanded) >= self._steps, lambda: (self.expected, text), least=1
         )
-        self._add(run)
-        return run.complete
+        return run.outcome
 
     def _run_abreast(self, width: int) -> bool:
+        for outcome in counted_step(self.operator, f"probes {self._done} and {width - 1} more", lambda: self._abreast(width)):
+            self.add(outcome)
+        return True
+
+    def _abreast(self, width: int) -> list[Outcome]:
         numbers = range(self._done, self._done + width)
         runs = [ProbeRun(self._probes, number, self._others(number), rows=self._steps + 1) for number in numbers]
         self._budget.vectors = max(self._budget.vectors, width * (self._steps + 3))  # and the one that is multiplied, and its product
         text = f"probes {numbers[0] + 1} to {numbers[-1] + 1} of {self._num_probes}"
         lanczos_abreast([run.space for run in runs], self._budget, self._steps, (self.expected, text))
-        for run in runs:
-            self._add(run)
-        return True
+        return [run.outcome for run in runs]
 
     def _others(self, number: int) -> Callable[[], Iterable[int]]:
         """The probes with which a run's vectors are to be compared."""
@@ -291,20 +324,19 @@ class ProbeRuns:
         """All but the first, as far as the budget will come."""
         return range(1, int(min(self._num_probes, 2 + self._budget.matvecs_left / self._steps)))
 
-    def _add(self, run: ProbeRun) -> None:
-        run.record()
-        assert run.quadrature is not None
-        if run.complete or not self.rules:  # part of a run is better than nothing
-            self.rules.append(run.quadrature)
-        if run.complete:
+    def add(self, outcome: Outcome) -> None:
+        """Count a run in."""
+        if outcome.complete or not self.rules:  # part of a run is better than nothing
+            self.rules.append(outcome.quadrature)
+        if outcome.complete:
             self._done += 1
-            self._runs.append((run.values, run.shares))
+            self._runs.append((outcome.values, outcome.shares))
 
     def density(self) -> SpectralDensity:
         """The density of all runs so far."""
         steps = max(self._steps, *(len(rule.nodes) for rule in self.rules))
-        tables, rounding = self._controls(), self._operator.rounding
-        return density_from(self.rules, steps, self._operator.size, self._budget, self.complete, tables, rounding=rounding)
+        tables, rounding = self._controls(), self.operator.rounding
+        return density_from(self.rules, steps, self.operator.size, self._budget, self.complete, tables, rounding=rounding)
 
     def _controls(self) -> tuple[Tensor, Tensor] | None:
         """Values and shares of control vectors, (probes, c) each; None of a single probe, where there are none."""

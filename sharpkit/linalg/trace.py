@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, choice, real, whole
+from sharpkit._checkpoint import counted_step, resumable
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import BasisRows, KrylovSpace, Products, affordable_rows, lanczos_run
 from sharpkit.linalg.results import HALF, Array, Budget, Estimate, probe_error, warn_unconverged
 from sharpkit.objective.memory import keeps_memory_limit
-from sharpkit.operators.base import SymmetricOperator, as_operator
+from sharpkit.operators.base import SymmetricOperator, as_operator, operator_call
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"]
 
@@ -54,6 +56,7 @@ _HOPELESS_AFTER = 100  # and so many probes have been drawn, whose spread is kno
 
 
 @keeps_memory_limit
+@resumable(operator_call)
 def trace(
     operator: Any,
     *,
@@ -65,6 +68,7 @@ def trace(
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
     memory_limit: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> Estimate:
     """tr A from random products, until its standard error is at most ``rtol`` |tr A| (or ``atol``).
@@ -89,6 +93,8 @@ def trace(
         num_matvecs: spend this many products instead of stopping at a tolerance.
         max_matvecs, max_seconds: most products, by default 2000, and seconds.
         memory_limit: bytes that may be taken where the vectors live; by default the basis takes half of what is free at most.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
+            a vector of disk for each product of the pilot and the basis.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
 
     Returns:
@@ -387,26 +393,46 @@ class DeflatedProbes:
             keep: hold on to the probes, because the basis may still grow.
         """
         self._drawn = count
+        if keep:
+            for probe, product in self._multiplied(rademacher(self.operator, self.generator, count).to(self.space.dtype)):
+                self._keep(probe, product)
+            return
+        # of probes that are not kept, numbers alone are needed, and the generator after them
+        made = counted_step(
+            self.operator, f"{count} probes beside the basis", lambda: (self._draw_late(count), self.generator.get_state()), whole=True
+        )
+        samples, state = made
+        self.generator.set_state(state)
+        for value, energy in samples:
+            self._late.append(value)
+            self._late_energy.append(energy)
+
+    def _draw_late(self, count: int) -> list[tuple[float, float]]:
+        """Value and squared length of the image of each probe of the complement."""
         probes = rademacher(self.operator, self.generator, count).to(self.space.dtype)
-        if self.space.expanded and not keep:
+        if self.space.expanded:
             coefficients = self.space.rows.coefficients(probes)
             inside = torch.zeros_like(coefficients)
             inside[self.space.expanded] = coefficients[self.space.expanded]
             self.space.rows.subtract_(probes, inside)
+        return [self._sample(probe, product) for probe, product in self._multiplied(probes)]
+
+    def _multiplied(self, probes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each probe with its product."""
         products = self.operator.multiply(probes.to(self.operator.dtype))
         for probe, product in zip(probes.T, products.T, strict=True):
-            self._add(probe, self.space.products.in_units(product), keep=keep)
+            yield probe, self.space.products.in_units(product)
 
-    def _add(self, probe: Tensor, product: Tensor, *, keep: bool) -> None:
+    def _sample(self, probe: Tensor, product: Tensor) -> tuple[float, float]:
         unit = self.space.products.unit
         energy = float(self.operator.dot(product, product)) * unit**2
         value = energy if self.squared else float(self.operator.dot(probe, product)) * unit
         if not math.isfinite(value):
             raise NonFiniteError(f"a product with {self.operator!r} contains NaN or infinity; check the loss on this data")
-        if not keep:
-            self._late.append(value)
-            self._late_energy.append(energy)
-            return
+        return value, energy
+
+    def _keep(self, probe: Tensor, product: Tensor) -> None:
+        value, energy = self._sample(probe, product)
         self._plain.append(value)
         self._energy.append(energy)
         self._kept.append((probe, product.clone()))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharpkit._arguments import choice
+from sharpkit._arguments import as_path, choice
 from sharpkit._results import Progress, Result
 from sharpkit.linalg.diagonal import diagonal, frobenius_norm
 from sharpkit.linalg.lanczos import eigenpairs
@@ -20,6 +20,7 @@ from sharpkit.linalg.trace import trace
 from sharpkit.measuring.sharpness import measure
 from sharpkit.objective.memory import human_bytes
 from sharpkit.objective.objective import Objective
+from sharpkit.operators.base import as_operator
 from sharpkit.operators.hessian import HessianOperator
 
 _CALLS: dict[str, Callable[..., Any]] = {
@@ -39,7 +40,8 @@ class Plan(Result, kind="plan"):
         num_matvecs: products in all; where a tolerance decides, what the first ones forecast.
         seconds: in all, by what the first products took.
         peak_bytes: memory taken at most where the vectors live, besides model and data; of the products made so far.
-        choices: how the work is done, in words by what was chosen: ``"graphs"``, ``"batches"``, ``"products"``, ``"basis"``.
+        choices: how the work is done, in words by what was chosen: ``"graphs"``, ``"batches"``, ``"products"``, ``"basis"``,
+            ``"checkpoint"``.
         tried: products made to find this out.
     """
 
@@ -89,6 +91,7 @@ def plan(objective: Any, call: str, **arguments: Any) -> Plan:
             raise TypeError(f"{call} has no argument {name!r} to plan with; it has {', '.join(names[1:])}")
     if isinstance(objective, Objective) and function is not measure:
         objective = HessianOperator(objective)
+    kept = arguments.pop("checkpoint", None)  # nothing is written for a plan
 
     def watch(progress: Progress) -> None:
         steps.append(progress)
@@ -111,4 +114,9 @@ def plan(objective: Any, call: str, **arguments: Any) -> Plan:
     done, expected = last.done, max(last.expected, last.done)
     each = (last.elapsed - first.elapsed) / (done - first.done) if done > first.done else last.elapsed / max(1, done)
     peak, left = max(step.peak_bytes for step in steps), each * (expected - done)
-    return Plan(call, expected, elapsed + (left if math.isfinite(left) else 0.0), peak, dict(last.choices), done)
+    choices = dict(last.choices)
+    if kept is not None:
+        operator = HessianOperator(objective) if isinstance(objective, Objective) else as_operator(objective, check=False)
+        disk = human_bytes(expected * operator.size * operator.dtype.itemsize)
+        choices["checkpoint"] = f"up to {disk} in {as_path('checkpoint', kept)!r}"
+    return Plan(call, expected, elapsed + (left if math.isfinite(left) else 0.0), peak, choices, done)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sharpkit._arguments import as_seed
+from sharpkit._checkpoint import clock, resumable, step
 from sharpkit._results import ProgressCallback, Result, percent
 from sharpkit.linalg.krylov import Offload
 from sharpkit.linalg.lanczos import eigenpairs
@@ -17,7 +18,7 @@ from sharpkit.linalg.overview import SpectralOverview, spectral_overview
 from sharpkit.linalg.results import Eigenpairs, Estimate, SpectralDensity
 from sharpkit.measuring.stability import StableLearningRate, rate_under
 from sharpkit.objective.memory import keeps_memory_limit
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, objective_call
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import optimizer_curvature
@@ -149,6 +150,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
 
 
 @keeps_memory_limit
+@resumable(objective_call)
 def measure(
     objective: Objective,
     *,
@@ -161,6 +163,7 @@ def measure(
     max_seconds: float | None = None,
     memory_limit: float | None = None,
     offload: Offload = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> Sharpness:
     """Measure the sharpness of an objective: one shared pass of about num_probes x num_steps Hessian products.
@@ -180,6 +183,8 @@ def measure(
         memory_limit: bytes that may be taken on the model's device, besides model and data; by default half of what is free for graphs and
             half for vectors. num_steps + 1 vectors of the model's size must fit; :func:`sharpkit.plan` tells what a call takes.
         offload: True keeps the vectors in host memory, the path of a folder in a file there.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
+            a vector of disk for each product of the runs under way.
         callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
 
     Raises:
@@ -187,6 +192,7 @@ def measure(
         OutOfMemoryError: a single sample, or num_steps + 1 vectors, do not fit.
         UnsupportedError: an optimizer whose stability limit is not known, or which trains more than the objective's model.
         ValueError: an optimizer of another model.
+        DocumentError: the checkpoint is of another call, or of other parameters or data.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -196,20 +202,20 @@ def measure(
         >>> round(s.lambda_max.value, 4), round(s.stable_lr, 4)
         (1.0, 2.0)
     """
-    start = time.perf_counter()
+    start = clock()
     hessian, rule, seed = HessianOperator(objective), UpdateRule(), as_seed(seed)
     matrix: SymmetricOperator = hessian
     if optimizer is not None:
         check_trains(optimizer, objective.model)
         matrix, rule = optimizer_curvature(hessian, optimizer)
-    loss, grad_norm = _loss_and_norm(objective, hessian)
+    loss, grad_norm = step("loss and gradient", lambda: _loss_and_norm(objective, hessian))
     budget: Any = {"max_matvecs": max_matvecs, "max_seconds": max_seconds, "callback": callback, "offload": offload}
     # ends, trace, norm and density come from the same products
     overview = spectral_overview(hessian, num_probes=num_probes, num_steps=num_steps, tol=tol, seed=seed, **budget)
     top, preconditioned = end_of(overview.largest), None
     if matrix is not hessian:  # a matrix with a spectrum of its own: D^-1 H, or H scaled by the groups' rates
         # what is left of the time, at least a moment: an estimate flagged as unconverged is worth more than none
-        left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - start), 1e-3)
+        left = None if max_seconds is None else step("time left", lambda: max(max_seconds - clock() + start, 1e-3))
         preconditioned = end_of(eigenpairs(matrix, k=1, tol=tol, seed=seed, max_seconds=left, offload=offload, callback=callback))
     return Sharpness(
         lambda_max=top,
@@ -230,7 +236,7 @@ def measure(
         num_samples=objective.num_samples,
         mode=objective.mode,
         num_matvecs=hessian.num_matvecs,
-        seconds=time.perf_counter() - start,
+        seconds=clock() - start,
         seed=seed,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._arguments import as_seed, choice, flag, real, shown, whole
+from sharpkit._checkpoint import Subject, checksum, known_again
 from sharpkit._errors import ObjectiveError, SharpkitError
 from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
 from sharpkit.objective.counting import CountRule, LossWatch, samples_in
@@ -24,7 +25,7 @@ from sharpkit.objective.logits import Chunked, Chunking
 from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, own_loss, recognise_loss
 from sharpkit.objective.memory import available_memory, is_out_of_memory
 from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, telling
-from sharpkit.objective.params import ParamSelector, select_params
+from sharpkit.objective.params import ModelTensors, ParamSelector, select_params
 from sharpkit.objective.reduction import Look, Piece, Samples, Survey, check_batch, conclude, cut_batches, join_pieces, look_at
 from sharpkit.objective.second_order import Replaced, SecondOrder, Watch, coarsest_rounding
 from sharpkit.objective.trials import Evaluator, Measured, Watched, atol, rtol
@@ -219,6 +220,18 @@ class Objective:
         return "the loss of a batch is not the mean or sum over its samples"
 
     # -- what it is ---------------------------------------------------------------------------------------------------
+    def identity(self) -> dict[str, str]:
+        """What tells this function from others, in words by name, besides its loss."""
+        return {
+            "objective": f"{self.num_samples} samples, {self.num_targets:g} targets, {self.mode} mode, {self.autocast}",
+            "selected parameters": f"{len(self.layout.names)} tensors, {self.num_parameters} numbers",
+            "parameters and buffers": f"check sum {checksum(ModelTensors(self.model).now())}",
+        }
+
+    def subject(self) -> Subject:
+        """This function as the subject of a call that may be resumed: known again by its loss."""
+        return Subject(self.identity(), {"the loss": [self.value()]}, known_again(self.rounding), self.ranks, self.device)
+
     @property
     def num_parameters(self) -> int:
         """Length of the flat parameter vector."""
@@ -796,6 +809,13 @@ def check_settings(
     flag("check", check)
     if micro_batch_size is not None and not (isinstance(micro_batch_size, str) and micro_batch_size == "auto"):
         whole("micro_batch_size", micro_batch_size, other="'auto', None")
+
+
+def objective_call(call: str, objective: Any, arguments: Mapping[str, Any]) -> tuple[Objective, Subject]:
+    """What a call on an objective is about, for :func:`sharpkit._checkpoint.resumable`; costs one pass for the loss."""
+    check_objective(objective, call)
+    objective.ranks.check_alike(call, {name: value for name, value in arguments.items() if name != "callback"})
+    return objective, objective.subject()
 
 
 def check_objective(value: Any, taker: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import choice, flag, real, shown, whole
+from sharpkit._checkpoint import Processes, Subject, known_again, product_step
 from sharpkit._errors import NonFiniteError, NotSymmetricError
 from sharpkit.objective.memory import available_memory
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _DISTRIBUTIONS = ("normal", "rademacher")
+_LOOKS, _LOOKS_SEED = 3, 20_26  # random vectors that a product is seen along, by judgement, and what draws them
 _REAL_FORM = "A Hermitian n x n matrix is the real 2n x 2n one [[Re, -Im], [Im, Re]]."
 
 
@@ -59,6 +61,7 @@ class SymmetricOperator(ABC):
             raise ValueError(f"an operator multiplies real vectors, so its dtype must be a floating-point type; got {came}. {_REAL_FORM}")
         self.dtype, self.device = dtype, _device(device)
         self.num_matvecs = 0
+        self.processes: Processes | None = None  # that make each product together
         self.rounding = float(torch.finfo(dtype).eps)  # of a product, relative; larger where it is computed in a less exact type
 
     @property
@@ -95,7 +98,7 @@ class SymmetricOperator(ABC):
         vectors = vectors.detach()  # a graph that reaches into the vector would grow with every product
         single = vectors.ndim == 1
         self.num_matvecs += 1 if single else vectors.shape[1]
-        return self._accepted(self.matvec(vectors) if single else self.matmat(vectors), vectors)
+        return product_step(self, vectors, lambda: self._accepted(self.matvec(vectors) if single else self.matmat(vectors), vectors))
 
     def _accepted(self, product: Tensor, vectors: Tensor) -> Tensor:
         """What a subclass returned, checked, as a tensor that algorithms may write to: it shares no memory with the vectors."""
@@ -167,6 +170,39 @@ class SymmetricOperator(ABC):
     def choices(self) -> Mapping[str, str]:
         """How products are made, in words by what was chosen; nothing by default."""
         return {}
+
+    # -- what a checkpoint asks ---------------------------------------------------------------------------------------------
+    def made_of(self) -> tuple[SymmetricOperator, ...]:
+        """The operators that each product multiplies once with."""
+        return ()
+
+    def skip(self, columns: int) -> None:
+        """Count products of the operators inside that were not made, since this one's was at hand."""
+        for inner in self.made_of():
+            inner.num_matvecs += columns
+            inner.skip(columns)
+
+    def way(self) -> dict[str, Any]:
+        """How products are made where that was chosen by time or memory, to be taken up again by :meth:`take_way`: sums round by it."""
+        return {}
+
+    def take_way(self, way: Mapping[str, Any]) -> None:
+        """Make products as another process has."""
+        return None
+
+    def identity(self) -> dict[str, str]:
+        """What tells this matrix from others, in words by name, besides its products."""
+        return {"matrix": f"{type(self).__name__} of {self.size} rows, {self.dtype}"}
+
+    def subject(self) -> Subject:
+        """This matrix as the subject of a call that may be resumed: known again by one product, which is not counted."""
+        looks = self.random_vectors(_LOOKS, generator=torch.Generator().manual_seed(_LOOKS_SEED))
+        product = self @ looks[:, 0].contiguous()
+        self.num_matvecs -= 1
+        self.skip(-1)
+        seen = [float(self.dot(product, product)) ** 0.5, *self.dot(looks, product).tolist()]
+        rounding = known_again(max(self.rounding, float(torch.finfo(self.dtype).eps)))
+        return Subject(self.identity(), {"a product": seen}, rounding, self.processes, self.device)
 
     def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
         """Independent random probes of shape (n, k), drawn on the CPU so that a seed means the same on every device.
@@ -314,7 +350,7 @@ class _DerivedOperator(SymmetricOperator):
     def __init__(self, base: SymmetricOperator) -> None:
         check_operator(base)
         super().__init__(base.size, dtype=base.dtype, device=base.device)
-        self.base, self.rounding = base, base.rounding
+        self.base, self.rounding, self.processes = base, base.rounding, base.processes
 
     def matmat(self, vectors: Tensor) -> Tensor:
         return self.matvec(vectors)  # written for (n,) and (n, k) alike, so that a base with a cheap matmat is asked for k at once
@@ -324,6 +360,19 @@ class _DerivedOperator(SymmetricOperator):
 
     def agree(self, value: float) -> float:
         return self.base.agree(value)
+
+    def made_of(self) -> tuple[SymmetricOperator, ...]:
+        return (self.base,)
+
+    def way(self) -> dict[str, Any]:
+        return self.base.way()
+
+    def take_way(self, way: Mapping[str, Any]) -> None:
+        self.base.take_way(way)
+
+    def identity(self) -> dict[str, str]:
+        inner = self.base.identity()
+        return {**inner, "matrix": f"{type(self).__name__} of {inner['matrix']}"}
 
     def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
         self.base.check_alike(call, settings)
@@ -366,6 +415,9 @@ class SumOperator(_DerivedOperator):
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.base.multiply(vector) + self.second.multiply(vector)
+
+    def made_of(self) -> tuple[SymmetricOperator, ...]:
+        return (self.base, self.second)
 
     def block(self, pattern: str | Callable[[str, Tensor], bool]) -> SymmetricOperator:
         return SumOperator(self.base.block(pattern), self.second.block(pattern))
@@ -452,6 +504,13 @@ def as_operator(
         check_symmetric(operator)
         operator.num_matvecs = 0  # the check is no part of what a user counts
     return operator
+
+
+def operator_call(call: str, matrix: Any, arguments: Mapping[str, Any]) -> tuple[SymmetricOperator, Subject]:
+    """What a call on a matrix is about, for :func:`sharpkit._checkpoint.resumable`."""
+    operator = as_operator(matrix)
+    operator.check_alike(call, arguments)  # before the product that is made to know it again
+    return operator, operator.subject()
 
 
 def _checked_matrix(matrix: Tensor, size: int | None, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:

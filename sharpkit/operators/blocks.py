@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,14 @@ class Blocks:
     def width(self) -> int:
         """Products made at once; 1 until it is known to be worth it."""
         return self._widest or 1 if self._tries >= _TRIES else 1
+
+    def known(self) -> list[Any]:
+        """What has been found out so far, for :meth:`take`."""
+        return [self._widest, self._tries, self._seconds[False], self._seconds[True]]
+
+    def take(self, known: Sequence[Any]) -> None:
+        """Go on from what another process has found out."""
+        self._widest, self._tries, self._seconds[False], self._seconds[True] = known
 
     def add_(self, total: Tensor, product: PieceProduct, vectors: Tensor, *, plain: bool, free_memory: Callable[[], float]) -> None:
         """``total += weight * products``, (n, k) each.

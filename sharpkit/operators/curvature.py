@@ -91,7 +91,7 @@ class CurvatureOperator(SymmetricOperator):
             raise ValueError(f"retain must be True, False or 'auto', got {retain!r}")
         memory_limit = None if memory_limit is None else real("memory_limit", memory_limit, least=0, infinite=True, hint="it is in bytes")
         super().__init__(objective.num_parameters, dtype=objective.dtype, device=objective.device)
-        self.objective, self.rounding = objective, objective.rounding
+        self.objective, self.rounding, self.processes = objective, objective.rounding, objective.ranks
         self.layout = objective.layout
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}  # by the pieces' keys
@@ -229,6 +229,21 @@ class CurvatureOperator(SymmetricOperator):
         width = self.blocks.width
         told = {"batches": batches, "graphs": kept, "products": f"{width} at once" if width > 1 else "one by one"}
         return {**told, "logits": "of some tokens at a time"} if self.objective.chunking.in_use else told
+
+    def way(self) -> dict[str, Any]:
+        return {"cut": self.objective.micro_batch_size, "joined": self.objective.joining.size, "at_once": self.blocks.known()}
+
+    def take_way(self, way: Mapping[str, Any]) -> None:
+        if (way["cut"], way["joined"]) != self._sizes():
+            self.forget_graphs()
+            self.objective.micro_batch_size, self.objective.joining.size = way["cut"], None
+            if way["joined"] is not None:
+                with self.objective.undisturbed():
+                    self.objective.join_up_to(way["joined"])
+        self.blocks.take(way["at_once"])
+
+    def identity(self) -> dict[str, str]:
+        return {**super().identity(), **self.objective.identity()}
 
     def bytes_kept(self) -> int:
         """Memory that the retained graphs hold, as far as it is known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,10 @@ def test_the_first_progress_of_a_long_call_tells_its_memory_and_choices() -> Non
     sk.measure(f, callback=seen.append)
     assert seen[0].peak_bytes > 33 * f.num_parameters * 4 and set(seen[0].choices) == {"batches", "graphs", "products", "basis"}
     assert seen[0].expected == 192
+
+
+def test_a_checkpoint_is_planned_with_its_disk_and_not_written(tmp_path: Path) -> None:
+    matrix = torch.diag(torch.linspace(0, 1, 500).double())
+    planned = sk.plan(matrix, "spectral_density", num_probes=4, num_steps=20, checkpoint=tmp_path / "kept")
+    assert planned.choices["checkpoint"] == f"up to 312 KiB in {str(tmp_path / 'kept')!r}"  # 80 products of 500 numbers
+    assert not (tmp_path / "kept").exists()

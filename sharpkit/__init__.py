@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from sharpkit.measuring.geometry import GeneralizedSharpness as GeneralizedSharpness
     from sharpkit.measuring.geometry import generalized_sharpness as generalized_sharpness
     from sharpkit.measuring.history import CurvatureHistory as CurvatureHistory
+    from sharpkit.measuring.landscape import Landscape as Landscape
+    from sharpkit.measuring.landscape import landscape as landscape
     from sharpkit.measuring.layers import LayerSharpness as LayerSharpness
     from sharpkit.measuring.layers import per_layer as per_layer
     from sharpkit.measuring.plan import Plan as Plan
@@ -140,6 +142,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.measuring.doctor": ("Diagnosis", "examine"),
     "sharpkit.measuring.geometry": ("GeneralizedSharpness", "generalized_sharpness"),
     "sharpkit.measuring.history": ("CurvatureHistory",),
+    "sharpkit.measuring.landscape": ("Landscape", "landscape"),
     "sharpkit.measuring.layers": ("LayerSharpness", "per_layer"),
     "sharpkit.measuring.plan": ("Plan", "plan"),
     "sharpkit.measuring.sharpness": ("Sharpness", "measure"),

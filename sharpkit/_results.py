@@ -161,7 +161,7 @@ class Progress:
         elapsed: seconds so far.
         remaining: seconds the rest may take, from the cost of a unit so far; NaN if it cannot be determined.
         text: what is being done, in a few words.
-        unit: what is counted: ``"products"``, ``"gradients"``, ``"runs"``, ``"samples"``, ``"checks"``.
+        unit: what is counted: ``"products"``, ``"gradients"``, ``"runs"``, ``"samples"``, ``"checks"``, ``"points"``.
         peak_bytes: memory that the call will take at most where its vectors live, besides model and data; 0 where it is not told.
         choices: how the work is done, in words by what was chosen: ``"graphs"``, ``"batches"``, ``"products"``, ``"basis"``.
 

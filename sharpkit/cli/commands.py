@@ -109,6 +109,26 @@ def run_lr_command(arguments: argparse.Namespace) -> Answer:
     return documents, extra, code
 
 
+def run_landscape_command(arguments: argparse.Namespace) -> Answer:
+    """``sharpkit landscape``: the loss on a line or a plane through the present parameters."""
+    objective, optimizer = _objective(arguments, forecast=False)
+    with ProgressBar(quiet=arguments.quiet) as bar:
+        shown = sk.landscape(
+            objective,
+            arguments.checkpoints or arguments.directions,
+            dimensions=arguments.dimensions,
+            optimizer=optimizer,
+            span=arguments.span,
+            points=arguments.points,
+            seed=arguments.seed,
+            max_seconds=arguments.max_seconds,
+            callback=bar,
+        )
+    documents, extra, code = _finish(arguments, [shown])
+    extra["text"] = "\n".join([str(shown), *shown.findings()])
+    return documents, extra, code
+
+
 def run_report_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit report``: a page from saved results, a run file or a target."""
     sources = [Path(name) for name in arguments.sources]

@@ -28,6 +28,7 @@ from sharpkit.cli.commands import (
     run_batch_command,
     run_demo_command,
     run_doctor_command,
+    run_landscape_command,
     run_lr_command,
     run_measure_command,
     run_race_command,
@@ -203,7 +204,18 @@ def _parser() -> argparse.ArgumentParser:
     rate.add_argument("--schedule", default="linear", choices=("linear", "cosine", "constant", "wsd"), help="(default: %(default)s)")
     what = "share of the run's gradients that may be spent, at least 100 of them (default: %(default)s)"
     rate.add_argument("--budget", type=_amount, default=0.1, metavar="SHARE", help=what)
-    for command in (measure, spectrum, doctor, batch, rate):
+    shown = _command(subparsers, "landscape", run_landscape_command, "the loss on a line or a plane through the present parameters")
+    kinds = ("eigenvectors", "filter", "gradient", "update")
+    shown.add_argument("--directions", default="eigenvectors", choices=kinds, help="(default: %(default)s)")
+    what = "files of state dicts, in the order of training: their path instead"
+    shown.add_argument("--checkpoints", nargs="+", metavar="FILE", help=what)
+    shown.add_argument("--dimensions", type=int, default=2, choices=(1, 2), help="a line or a plane (default: %(default)s)")
+    shown.add_argument(
+        "--span", type=_amount, help="half the length of an axis, in lengths of its direction (default: where the loss doubles)"
+    )
+    shown.add_argument("--points", type=_count, help="on each axis (default: 41 on a line, 21 on a plane)")
+    shown.add_argument("--max-seconds", type=_amount, help="stop after so many seconds; points that are missing are left out")
+    for command in (measure, spectrum, doctor, batch, rate, shown):
         command.add_argument("target", metavar="TARGET", help="file.py:function that returns an sk.Objective, or (objective, optimizer)")
         _add_common(command)
     spectrum.add_argument("--k", type=_count, default=10, help="how many of the largest eigenvalues (default: %(default)s)")

@@ -19,6 +19,7 @@ from sharpkit.learner.race import COUNTING, RaceResult
 from sharpkit.learner.rollback import tells_of_return
 from sharpkit.linalg.results import Estimate, SpectralDensity
 from sharpkit.measuring.history import CurvatureHistory
+from sharpkit.measuring.landscape import Landscape
 from sharpkit.measuring.layers import LayerSharpness
 from sharpkit.monitor.findings import run_findings
 from sharpkit.monitor.schema import HISTORY, Reading, in_words, main_curvature, reading
@@ -253,6 +254,24 @@ def _suggestion_section(document: Document) -> Section:
         findings=[document["reason"]],
         cost=f"{document['gradients']:.0f} gradients for a run of {document['steps']}; {document['seconds']:.3g} s",
     )
+
+
+def _landscape_section(document: Document) -> Section:
+    from sharpkit.plots.landscape import plot_landscape
+
+    shown = Landscape.from_dict(document)
+    kind = "line" if len(shown.axes) == 1 else "plane"
+    section = Section(f"Loss landscape: a {kind} through the present parameters", f"Along {' and '.join(shown.names)}.")
+    section.draw, section.findings = lambda ax: plot_landscape(shown, ax=ax), shown.findings()
+    section.figure_label = f"The loss on a {kind} through the present parameters, with its quadratic model"
+    section.figure_size = (5.8, 3.6 if kind == "line" else 5.0)  # by judgement: a plane is near to a square
+    section.columns = ["direction", "length", "slope", "curvature", "largest stable curvature"]
+    for i, name in enumerate(shown.names):
+        limit = "-" if shown.limits is None else f"{shown.limits[i]:.4g}"
+        numbers = (f"{float(x):.4g}" for x in (shown.norms[i], shown.slope[i], shown.curvature[i, i]))
+        section.rows.append([name, *numbers, limit])
+    section.cost = f"{shown.num_evaluations} evaluations, {shown.num_matvecs} matrix-vector products, {shown.seconds:.3g} s"
+    return section
 
 
 # -- a monitored run, a learner's run, a race -------------------------------------------------------------------------------------
@@ -540,6 +559,7 @@ _SECTIONS: dict[str, Callable[[Document], Section]] = {
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
     "suggested_learning_rate": _suggestion_section,
+    "landscape": _landscape_section,
     HISTORY: _monitor_section,
     "learner_history": _learner_section,
     "learning_rate_race": _race_section,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from sharpkit._arguments import as_seed, check_callback, choice, shown, whole
 from sharpkit._arguments import real as real_number
+from sharpkit._checkpoint import checksum, clock, resumable, step
 from sharpkit._errors import NonFiniteError, UnsupportedError
 from sharpkit._results import Progress, ProgressCallback, Result, percent
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.objective.objective import Objective, check_objective
+from sharpkit.objective.objective import Objective, check_objective, objective_call
 from sharpkit.objective.params import ParamLayout, moved
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.optimizers import check_trains, learning_rate, next_update, step_matrix, unwrap_optimizer
@@ -99,10 +99,10 @@ class Landscape(Result, kind="landscape", saved=(
         rounding = 1e-6 * float(known.max()) if len(known) else 0.0  # by judgement, where the loss is again that of the middle
         holds = (line - modelled).abs() <= _HOLDS * rise + rounding
         middle, reach = len(axis) // 2, 0.0
-        for step in range(1, middle + 1):
-            if not (bool(holds[middle - step]) and bool(holds[middle + step])):
+        for away in range(1, middle + 1):
+            if not (bool(holds[middle - away]) and bool(holds[middle + away])):
                 break
-            reach = float(axis[middle + step])
+            reach = float(axis[middle + away])
         return reach * float(self.norms[0])
 
     def findings(self) -> list[str]:
@@ -154,6 +154,7 @@ class Landscape(Result, kind="landscape", saved=(
         return plot_landscape(self, ax=ax, surface=surface)
 
 
+@resumable(objective_call)
 def landscape(
     objective: Objective,
     directions: Any = "eigenvectors",
@@ -164,6 +165,7 @@ def landscape(
     points: int | None = None,
     seed: int = 0,
     max_seconds: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> Landscape:
     """Evaluate the loss on a line or a plane through the present parameters.
@@ -183,6 +185,7 @@ def landscape(
         points: on each axis, made odd so that the present parameters are one; by default 41 on a line and 21 on a plane.
         seed: of random directions and of the search for eigenvectors.
         max_seconds: stop then; points that are missing are NaN.
+        checkpoint: a folder, to go on from where the same call was killed.
         callback: called with a :class:`sharpkit.Progress` after each point, with a forecast.
 
     Raises:
@@ -203,7 +206,7 @@ def landscape(
         Goodfellow, Vinyals and Saxe (2015), arXiv 1412.6544, for lines; Li, Xu, Taylor, Studer and Goldstein (2018), arXiv 1712.09913, for
         filter normalisation and paths.
     """
-    began = time.perf_counter()
+    began = clock()
     check_objective(objective, "landscape")
     dimensions, seed = whole("dimensions", dimensions, least=1), as_seed(seed)
     if dimensions > 2:
@@ -219,7 +222,7 @@ def landscape(
     if not math.isfinite(loss) or not bool(torch.isfinite(gradient).all()):
         raise NonFiniteError(f"the loss here is {loss}, and its gradient may not be finite: there is no landscape to show around it")
     chosen = _directions(directions, hessian, gradient, dimensions, optimizer, seed)
-    vectors = chosen.vectors
+    vectors = chosen.vectors.T.contiguous().T  # one layout, so that a call that goes on rounds as it did
     products = torch.stack([hessian @ d for d in vectors.T.contiguous()], dim=1)
     curvature = hessian.dot(vectors, products).double().cpu()
     curvature = (curvature + curvature.T) / 2
@@ -246,7 +249,7 @@ def landscape(
         batch_norm=any(hasattr(module, "running_mean") for module in objective.model.modules()),
         num_evaluations=grid.num_evaluations,
         num_matvecs=hessian.num_matvecs,
-        seconds=time.perf_counter() - began,
+        seconds=clock() - began,
     )
 
 
@@ -412,21 +415,22 @@ class _Grid:
         self, objective: Objective, layout: ParamLayout, vectors: Tensor, axes: Sequence[Tensor], *, began: float, max_seconds: float,
         callback: ProgressCallback | None,
     ) -> None:  # fmt: skip
-        self._objective, self._layout, self._vectors, self._axes = objective, layout, vectors, axes
+        self._objective, self._layout, self._columns, self._axes = objective, layout, list(vectors.T), axes
         self._began, self._until, self._callback = began, began + max_seconds, callback
+        self._name = f"loss near {checksum([vectors])}"  # other directions are another course
         self.num_evaluations = 0
 
     def fill(self) -> Tensor:
         """The whole grid."""
         coordinates = torch.cartesian_prod(*self._axes).view(-1, len(self._axes)).tolist()
-        losses, started = torch.full((len(coordinates),), math.nan, dtype=torch.float64), time.perf_counter()
+        losses, started = torch.full((len(coordinates),), math.nan, dtype=torch.float64), clock()
         for index, at in enumerate(coordinates):
-            if self._objective.ranks.agree(float(time.perf_counter() > self._until), device=self._objective.device):
+            if self._objective.ranks.agree(float(clock() > self._until), device=self._objective.device):
                 break
-            losses[index] = self._loss(self._vectors @ torch.tensor(at, dtype=self._vectors.dtype, device=self._vectors.device))
+            losses[index] = self._loss(sum((a * d for a, d in zip(at, self._columns, strict=True)), torch.zeros_like(self._columns[0])))
             if self._callback is not None:
-                each = (time.perf_counter() - started) / (index + 1)
-                left, elapsed = each * (len(coordinates) - index - 1), time.perf_counter() - self._began
+                each = (clock() - started) / (index + 1)
+                left, elapsed = each * (len(coordinates) - index - 1), clock() - self._began
                 self._callback(Progress(index + 1, len(coordinates), elapsed, left, "points of the landscape", "points"))
         return losses.view(*(len(axis) for axis in self._axes))
 
@@ -436,6 +440,9 @@ class _Grid:
 
     def _loss(self, difference: Tensor) -> float:
         self.num_evaluations += 1
+        return step(self._name, lambda: self._evaluated(difference))
+
+    def _evaluated(self, difference: Tensor) -> float:
         with moved(self._layout, self._layout.split(difference), 1.0):
             try:
                 return self._objective.value()

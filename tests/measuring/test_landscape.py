@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sharpkit as sk
+from sharpkit import _checkpoint
 
 
 def quadratic(curvatures: tuple[float, ...] = (4.0, 1.0, 0.25)) -> tuple[nn.Module, sk.Objective]:
@@ -218,3 +219,38 @@ def test_what_makes_no_sense_is_refused(directions: Any, settings: dict[str, Any
     _, objective = quadratic()
     with pytest.raises(error, match=says):
         sk.landscape(objective, directions, **settings)
+
+
+def test_a_landscape_that_was_killed_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checkpoint, "_SHARE", 1e9)  # everything is written at once
+    problem, evaluated, value = mlp(), 0, sk.Objective.value
+
+    def counted(self: sk.Objective) -> float:
+        nonlocal evaluated
+        evaluated += 1
+        return value(self)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(progress: sk.Progress) -> None:
+        if progress.unit == "points" and progress.done == 10:
+            raise Killed
+
+    def call(**given: Any) -> sk.Landscape:
+        objective = sk.Objective(problem.model, problem.batches, loss=problem.loss)
+        return sk.landscape(objective, points=5, **given)
+
+    plain = call()
+    with pytest.raises(Killed):
+        call(checkpoint=tmp_path / "kept", callback=kill)
+    monkeypatch.setattr(sk.Objective, "value", counted)
+    resumed = call(checkpoint=tmp_path / "kept")
+    assert torch.allclose(resumed.losses, plain.losses, rtol=1e-14, atol=0)  # batches may be merged at another point
+    assert torch.equal(resumed.curvature, plain.curvature)
+    assert evaluated <= 25 - 10 + 1  # and the one that the call is known by
+    problem = mlp()
+    with torch.no_grad():
+        next(problem.model.parameters()).add_(1e-3)
+    with pytest.raises(sk.DocumentError, match="parameters"):
+        call(checkpoint=tmp_path / "kept")

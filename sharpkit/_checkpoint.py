@@ -47,6 +47,7 @@ _HEAD, _LOCK, _FILE = "checkpoint.json", "lock", "steps-{:06d}.npz"
 _SHARE = 0.05  # of the time of a call may go into writing: by judgement, what nobody notices
 _LATENCY, _PER_BYTE = 0.01, 1 / 200e6  # seconds of a write and of a byte before one was timed: by judgement, a slow disk
 _SMALL = 2**20  # bytes from which on a write tells the disk's speed, below its latency: by judgement
+_WORTH = 2e-4  # seconds of a product from which on it is kept: by judgement, twice what keeping takes beside writing
 _WAITING = 2**26  # bytes of steps that may wait in memory to be written together, 64 MB: by judgement
 # A loss or product is known again to within a thousand roundings: by judgement, what another number of processes or another device leaves
 # of one, and far below what a step of training changes; in half precision a twentieth, where check sums of the parameters tell more.
@@ -144,6 +145,11 @@ def product_step(operator: Counted, vectors: Tensor, compute: Callable[[], Tenso
     return compute() if checkpoint is None else checkpoint.product(operator, vectors, compute)
 
 
+def keeps_steps() -> bool:
+    """Whether there is a checkpoint that keeps steps."""
+    return _current.get() is not None
+
+
 @contextlib.contextmanager
 def without_steps() -> Iterator[None]:
     """Inside, nothing is kept: for what belongs to the user, as a callback does."""
@@ -181,7 +187,7 @@ def resumable(describe: Callable[..., tuple[Any, Subject]]) -> Callable[[Callabl
             where = Path(as_path("checkpoint", folder))
             (first, subject), *rest = bound.arguments.items()
             bound.arguments[first], about = describe(name, subject, dict(rest))
-            said = {key: _said(value) for key, value in rest if key not in _FREE}
+            said = {key: in_words(value) for key, value in rest if key not in _FREE}
             with _opened(where, name, said, about):
                 return _step_about(bound.arguments[first], name, lambda: function(*bound.args, **bound.kwargs))
 
@@ -194,20 +200,26 @@ def _step_about(subject: Any, name: str, compute: Callable[[], T]) -> T:
     return counted_step(subject, name, compute) if hasattr(subject, "num_matvecs") else step(name, compute)
 
 
-_FREE = ("checkpoint", "callback", "memory_limit", "offload")  # arguments that change no number
+_FREE = ("checkpoint", "callback", "memory_limit", "offload", "store")  # arguments that change no number
 
 
-def _said(value: Any) -> str:
+def in_words(value: Any) -> str:
     """An argument in words that another process would use too."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} with the check sum {checksum([value])}"
     if isinstance(value, torch.optim.Optimizer):
         tensors = [t for state in value.state.values() for t in state.values() if isinstance(t, Tensor)]
-        groups = [{key: item for key, item in group.items() if key != "params"} for group in value.param_groups]
-        return f"{type(value).__name__} {groups!r} with the check sum {checksum(tensors)}"
+        groups = [{key: in_words(item) for key, item in group.items() if key != "params"} for group in value.param_groups]
+        return f"{type(value).__name__} {groups!r}" + (f" with the check sum {checksum(tensors)}" if tensors else "")
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
-    return repr(value) if isinstance(value, (type(None), bool, int, float, str, tuple, list, range)) else type(value).__qualname__
+    return repr(value) if _is_plain(value) else type(value).__qualname__
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (type(None), bool, int, float, str, range))
 
 
 def known_again(rounding: float) -> float:
@@ -259,7 +271,7 @@ class _Folder:
 
     def __init__(self, path: Path, call: str, arguments: Mapping[str, str], subject: Subject) -> None:
         self.path, self.index = path, dict[Key, tuple[str, _Entry]]()  # file and entry
-        self._number, self._waiting, self._broken = 0, dict[Key, _Waiting](), False
+        self._number, self._waiting, self._bytes, self._broken = 0, dict[Key, _Waiting](), 0, False
         try:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -358,16 +370,22 @@ class _Folder:
     def add(self, key: Key, name: str, seconds: float, value: Any, *, last: bool = False) -> None:
         """Keep an entry: at once where writing has cost little so far, else it waits, or is left out where it is too large for that."""
         arrays: list[Tensor] = []
-        entry = _Entry(name, seconds, _encoded(value, arrays), arrays)
+        try:
+            entry = _Entry(name, seconds, _encoded(value, arrays), arrays)
+        except TypeError as error:  # it will be computed again
+            logger.warning("the step %r of checkpoint=%r is not kept: %s", name, str(self.path), error)
+            return
         nbytes = sum(t.numel() * t.element_size() for t in arrays)
-        total = nbytes + sum(waiting.nbytes for waiting in self._waiting.values())
+        total = nbytes + self._bytes
         now = last or self._may_write(total)
         if not now:
             if total > _WAITING:
                 return
             arrays[:] = [t.detach().clone() for t in arrays]  # the call may go on to change them
-        self._waiting = {other: waiting for other, waiting in self._waiting.items() if other[: len(key)] != key}
+        while self._waiting and (other := next(reversed(self._waiting)))[: len(key)] == key:  # those inside came last
+            self._bytes -= self._waiting.pop(other).nbytes
         self._waiting[key] = _Waiting(entry, nbytes)
+        self._bytes += nbytes
         if now:
             self.flush()
 
@@ -394,7 +412,7 @@ class _Folder:
             text = f"checkpoint={str(self.path)!r} cannot be written ({error.strerror or error}): the call goes on without"
             warnings.warn(text, SharpkitWarning, stacklevel=2)
             return
-        self._waiting, self._number = {}, self._number + 1
+        self._waiting, self._bytes, self._number = {}, 0, self._number + 1
         self._drop([key for key in self.index if any(key[: len(done)] == done for done, _ in listed)])
         self.index.update({key: (name, entry) for key, entry in listed})
         took = time.perf_counter() - began
@@ -500,10 +518,11 @@ class Checkpoint:
         began = time.perf_counter()
         with without_steps():
             value = compute()
+        seconds = time.perf_counter() - began
         # several at once are made in ways that each process has timed for itself
         ways = [operator.way()] if self._processes is None or columns == 1 else self._processes.gather(operator.way())
-        if self._folder is not None:
-            self._folder.add(key, name, time.perf_counter() - began, {"of": looked_at, "product": value, "ways": ways})
+        if self._folder is not None and seconds >= _WORTH:
+            self._folder.add(key, name, seconds, {"of": looked_at, "product": value, "ways": ways})
         return value
 
     def _next(self) -> Key:
@@ -605,11 +624,21 @@ def _encoded(value: Any, tensors: list[Tensor]) -> Any:
         held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
     elif isinstance(value, tuple) and hasattr(value, "_asdict"):
         held = value._asdict()
-    elif isinstance(value, (tuple, list)):
+    elif isinstance(value, (tuple, list, set)):
         return {kind.__name__: [_encoded(item, tensors) for item in value]}
     else:
-        raise TypeError(f"a {kind.__name__} cannot be kept in a checkpoint")
+        raise TypeError(f"a {kind.__name__} is no result that can be written")
+    if not _is_own(kind.__module__):
+        raise TypeError(f"a {kind.__name__} of {kind.__module__} is no result of this package")
     return {"object": [kind.__module__, kind.__qualname__, {name: _encoded(item, tensors) for name, item in held.items()}]}
+
+
+def _is_own(module: str) -> bool:
+    """Whether objects of a module may be made: those of this package alone."""
+    return module.partition(".")[0] == __name__.partition(".")[0]
+
+
+_SEVERAL: dict[str, Callable[[Iterator[Any]], Any]] = {"tuple": tuple, "list": list, "set": set}
 
 
 def _decoded(tree: Any, arrays: list[Any], device: torch.device) -> Any:
@@ -624,13 +653,12 @@ def _decoded(tree: Any, arrays: list[Any], device: torch.device) -> Any:
         t = t.view(torch.bfloat16) if dtype == "bfloat16" else t
         t = t.to(device) if where == "device" else t
         return t.mT if turned else t
-    if what in ("tuple", "list"):
-        items = [_decoded(item, arrays, device) for item in held]
-        return tuple(items) if what == "tuple" else items
+    if what in _SEVERAL:
+        return _SEVERAL[what](_decoded(item, arrays, device) for item in held)
     if what == "dict":
         return {_decoded(key, arrays, device): _decoded(item, arrays, device) for key, item in held}
     module, name, fields = held
-    if module.partition(".")[0] != __name__.partition(".")[0]:  # nothing but this package's own results is made
+    if not _is_own(module):
         raise ValueError(f"an object of {module}")
     kind: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     if not (isinstance(kind, type) and (dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"))):

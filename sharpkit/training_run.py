@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._arguments import as_seed, called, check_callable, whole, wholes
+from sharpkit._checkpoint import Subject, checksum, in_words, known_again
 from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit._results import State
-from sharpkit.objective.batches import Batch, BatchSource, to_device
+from sharpkit.objective.batches import Batch, BatchSource, fingerprint, to_device
 from sharpkit.objective.counting import LossWatch
 from sharpkit.objective.guard import grad_mode_kept, random_states_kept, seed_everything
 from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, check_loss_form, own_loss, recognise_loss
@@ -293,6 +295,30 @@ class RaceProblem:
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(f"optimizer(params, lr) must return a torch optimizer, got {type(made).__name__}")
         return made
+
+    def subject(self, seed: int) -> Subject:
+        """This problem as the subject of a call that may be resumed: known again by a new model, its first loss, and the data."""
+        run = RaceRun(self, seed=seed, max_gradients=1)
+        return subject_of_run(run, self.loss_of, {"data": self.batches, "test data": [] if self.test_data is None else self._tests()})
+
+    def _tests(self) -> list[Batch]:
+        return training_batches(self.test_data, loss=self.loss, closure=self.closure)
+
+
+def subject_of_run(run: TrainingRun, loss_of: Callable[[nn.Module, Batch], Tensor], data: Mapping[str, Sequence[Batch]]) -> Subject:
+    """What is about to be trained, known again by a new model, its optimizer, its loss on the first batch and all data."""
+    sums = {name: hashlib.sha256("".join(map(fingerprint, batches)).encode()).hexdigest()[:16] for name, batches in data.items()}
+    tensors = _tensors(run.model)
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    batch = to_device(next(iter(data.values()))[0], device)
+    twin = copy.deepcopy(run.model)  # a pass in train mode moves batch norm's running means
+    with random_states_kept():
+        seed_everything(0, device)
+        loss = float(loss_of(twin, batch).detach())
+    texts = {"model": f"{type(run.model).__name__} of {len(tensors)} tensors with the check sum {checksum(tensors.values())}"}
+    texts |= {"optimizer": in_words(run.optimizer), **sums}
+    rounding = known_again(max((float(torch.finfo(t.dtype).eps) for t in tensors.values() if t.is_floating_point()), default=0.0))
+    return Subject(texts, {"the first loss": [loss]}, rounding, None, device)
 
 
 class RaceRun(TrainingRun):

@@ -22,6 +22,7 @@ import sharpkit as sk
 from sharpkit import _checkpoint
 from sharpkit._errors import DocumentError
 from sharpkit.linalg.overview import spectral_overview
+from sharpkit.training_run import TrainingRun
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,6 +99,7 @@ class KilledAfter:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is written at once, whatever it costs."""
     monkeypatch.setattr(_checkpoint, "_SHARE", 1e9)
+    monkeypatch.setattr(_checkpoint, "_WORTH", 0.0)
 
 
 def numbers(result: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -325,3 +327,119 @@ def test_kill_9_of_one_process_ends_the_others_and_of_all_costs_no_numbers() -> 
 @pytest.mark.distributed
 def test_kill_9_at_more_moments() -> None:
     check_killed(killed(8))
+
+
+# -- calls that train ---------------------------------------------------------------------------------------------------------
+def task(*, seed: int = 0) -> tuple[Tensor, Tensor]:
+    x = gaussian(64, 6, seed=seed).float()
+    return x, (x[:, 0] > 0).long()
+
+
+def network(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 2))
+
+
+def sgd(model: nn.Module, width: int) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.2)
+
+
+def drawn(seed: int) -> nn.Module:
+    return network(8)
+
+
+def curve(optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **given: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = network(8)
+    it = sk.Objective(model, task(), loss=F.cross_entropy)
+    return sk.learning_rate_curve(it, optimizer(model.parameters(), lr=0.1), pilot=10, steps=10, batch_sizes=[8, 16, 64], **given)
+
+
+TRAINING: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "curve": (curve, (1, 3, 12)),
+    "curve, adaptive": (lambda **given: curve(torch.optim.Adam, **given), (2, 9)),
+    "race": (
+        lambda **given: sk.race(
+            sk.RaceProblem(drawn, torch.optim.SGD, [task()], F.cross_entropy), max_gradients=100, seeds=2, rates=[0.1, 1.0], **given
+        ),
+        (2, 5),
+    ),
+    "learning rates": (
+        lambda **given: sk.transfer.learning_rate_transfer(
+            network, [4, 8], optimizer=sgd, data=[task()], loss=F.cross_entropy, steps=4, seeds=2, **given
+        ),
+        (1,),
+    ),
+    "sharpness": (
+        lambda **given: sk.transfer.sharpness_transfer(
+            network, [4, 8], optimizer=sgd, data=[task()], loss=F.cross_entropy, steps=4, every=2, seeds=2, **given
+        ),
+        (1, 3),
+    ),
+    "verdict": (
+        lambda **given: sk.transfer.diagnose(
+            network, widths=[32, 64, 128], optimizer=sgd, data=[task()], loss=F.cross_entropy, mode="full", seeds=1, **given
+        ),
+        (2, 6),
+    ),
+}
+
+
+def without_time(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: without_time(value) for key, value in document.items() if key not in ("seconds", "num_reused")}
+    return [without_time(item) for item in document] if isinstance(document, list) else document
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("learning rates", "sharpness") else pytest.mark.slow) for name in TRAINING]
+)
+def test_a_call_that_trains_and_was_killed_ends_with_the_same_document(name: str, tmp_path: Path, eager: None) -> None:
+    call, kills = TRAINING[name]
+    steps, step = list[int](), TrainingRun._step
+
+    def counting(self: Any, batch: Any) -> float:
+        steps[-1] += 1
+        return step(self, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingRun, "_step", counting)
+        steps.append(0)
+        plain = call()
+        for reports in kills:
+            steps.append(0)
+            with pytest.raises(Killed):
+                call(checkpoint=tmp_path / "kept", callback=KilledAfter(reports))
+        steps.append(0)
+        resumed = call(checkpoint=tmp_path / "kept")
+        steps.append(0)
+        again = call(checkpoint=tmp_path / "kept")
+    assert json.dumps(without_time(plain.to_dict())) == json.dumps(without_time(resumed.to_dict()))
+    assert json.dumps(resumed.to_dict()) == json.dumps(again.to_dict())
+    assert steps[-1] == 0 and steps[-2] < steps[0]
+
+
+def test_training_anything_else_is_refused(tmp_path: Path, eager: None) -> None:
+    def rates(data: Any, build: Callable[[int], nn.Module] = network, loss: Any = F.cross_entropy, **given: Any) -> Any:
+        return sk.transfer.learning_rate_transfer(build, [4, 8], optimizer=sgd, data=data, loss=loss, steps=4, seeds=1, **given)
+
+    def other(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def smoothed(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t, label_smoothing=0.1)
+
+    with pytest.raises(Killed):
+        rates([task()], checkpoint=tmp_path / "rates", callback=KilledAfter(1))
+    with pytest.raises(DocumentError, match=r"data: [0-9a-f]* then, [0-9a-f]* now"):
+        rates([task(seed=1)], checkpoint=tmp_path / "rates")
+    with pytest.raises(DocumentError, match="was begun with the first loss"):
+        rates([task()], build=other, checkpoint=tmp_path / "rates")
+    with pytest.raises(DocumentError, match=r"loss was cross_entropy and is .*smoothed"):
+        rates([task()], loss=smoothed, checkpoint=tmp_path / "rates")
+    with pytest.raises(Killed):
+        curve(checkpoint=tmp_path / "curve", callback=KilledAfter(0))
+    with pytest.raises(DocumentError, match=r"optimizer was SGD .* and is Adam"):
+        curve(torch.optim.Adam, checkpoint=tmp_path / "curve")
+    with pytest.raises(TypeError, match="race takes a RaceProblem"):
+        sk.race(network(4), checkpoint=tmp_path / "race")  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sharpkit._arguments import as_seed, check_callback, real, whole, wholes
+from sharpkit._checkpoint import clock, resumable
 from sharpkit._errors import ObjectiveError, SharpkitWarning
 from sharpkit._results import Bounded, Progress, ProgressCallback, Result
 from sharpkit.batch_size.calibration import plans_for
@@ -22,7 +23,8 @@ from sharpkit.batch_size.curvature import BatchCurvature
 from sharpkit.batch_size.law import RateLaw, search_errors
 from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Anchor, Ledger, Settled, TimeIsUp, Trainer
-from sharpkit.objective.objective import Objective, check_objective
+from sharpkit.objective.memory import keeps_memory_limit
+from sharpkit.objective.objective import Objective, check_objective, objective_call
 from sharpkit.objective.samples import SamplePool
 from sharpkit.optimizers import UpdateRule, check_settles, check_trains, learning_rate, limit_rule, unwrap_optimizer
 
@@ -266,6 +268,8 @@ class LearningRateCurve(Result, kind="learning_rate_curve", saved=(*_READINGS, *
         return plot_learning_rate_curve(self.to_dict(), ax=ax)
 
 
+@keeps_memory_limit
+@resumable(objective_call)
 def learning_rate_curve(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -276,6 +280,8 @@ def learning_rate_curve(
     calibrate: bool | Sequence[int] = True,
     max_samples: int = _MAX_POOL,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     callback: ProgressCallback | None = None,
 ) -> LearningRateCurve:
@@ -303,6 +309,9 @@ def learning_rate_curve(
         max_samples: use at most so many samples, drawn at random.
         max_seconds: ends the pilot and the calibrating runs early; measuring curvature is not cut short. The result says so
             (``converged=False``).
+        memory_limit: bytes that may be taken on the model's device, besides model and data.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md): after the last training run that
+            ended, and after the last product of the curvature's.
         seed: seeds the draws and the random probes.
         callback: called with a :class:`sharpkit.Progress` in full-data gradients before each stage and after each run.
 
@@ -310,11 +319,12 @@ def learning_rate_curve(
         ValueError: batch sizes out of range, pilot or runs shorter than 10 steps.
         ObjectiveError: the loss is no mean or sum over samples, or no run trains; batch norm in train mode without calibrating runs.
         UnsupportedError: an optimizer whose limit is not known, or whose divisor does not follow from the gradient's moments.
+        DocumentError: the checkpoint is of another call, or of other parameters or data.
 
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092; the mean-square condition: docs/mathematics.md.
     """
-    started = time.perf_counter()
+    started = clock()
     check_objective(objective, "learning_rate_curve")
     optimizer = unwrap_optimizer(optimizer)
     check_trains(optimizer, objective.model)
@@ -341,7 +351,7 @@ def learning_rate_curve(
     ledger, available = Ledger(deadline=started + budget), pool.size  # all that is told: a trainer in it would be a cycle
 
     def say() -> None:
-        done, elapsed = ledger.samples / available, time.perf_counter() - started
+        done, elapsed = ledger.samples / available, clock() - started
         expected = max(forecast, done)
         left = elapsed / done * (expected - done) if done else math.nan
         progress = Progress(round(done), round(expected), elapsed, left, stage, unit="gradients")
@@ -353,7 +363,11 @@ def learning_rate_curve(
     stage = f"{_pilot_in_words(settled)}; measuring curvature and its noise"
     say()
     there = SamplePool(settled.run.objective, coupled=True)
-    curvature, limits = limits_for(there, settled.run.optimizer, rule, sizes=sizes, seed=seed, ledger=trainer.ledger)
+
+    def measured() -> tuple[BatchCurvature, tuple[tuple[float, float], ...]]:
+        return limits_for(there, settled.run.optimizer, rule, sizes=sizes, seed=seed, ledger=ledger)
+
+    curvature, limits = ledger.step("curvature and its noise", measured, whole=False)
     anchors, converged = list[Anchor](), pilot in (0, settled.steps) or settled.attempts > 0
     exponent = 0.5 if rule.adaptive else 1.0
     try:
@@ -378,7 +392,7 @@ def learning_rate_curve(
         learning_rate(optimizer, objective.layout),
         pool.size,
     )
-    cost = (trainer.ledger.samples / pool.size, time.perf_counter() - started)
+    cost = (trainer.ledger.samples / pool.size, clock() - started)
     one_start = trainer.one_start if anchors else ""
     return LearningRateCurve(sizes, type(optimizer).__name__, rule, *readings, *cost, settled.steps, one_start, converged)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from sharpkit._checkpoint import clock, keeps_steps, step
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, ObjectiveError
 from sharpkit._results import Result
 from sharpkit.batch_size.baseline import constant_loss
@@ -24,10 +25,11 @@ from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import optimizer_curvature
-from sharpkit.optimizers import UpdateRule, copy_optimizer, relative_rates, set_learning_rates, unwrap_optimizer
-from sharpkit.training_run import TrainingRun
+from sharpkit.optimizers import UpdateRule, copy_optimizer, learning_rates, relative_rates, set_learning_rates, unwrap_optimizer
+from sharpkit.training_run import Snapshot, TrainingRun
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _JUDGES = 512  # samples that say whether a run trained, by judgement: enough to tell half an improvement from a whole one
 
@@ -57,7 +59,7 @@ class Ledger:
 
     samples: float = 0.0
     runs: int = 0
-    deadline: float = math.inf  # of time.perf_counter()
+    deadline: float = math.inf  # of clock()
 
     def spend(self, samples: float) -> None:
         """Add sample gradients."""
@@ -65,8 +67,13 @@ class Ledger:
 
     def check_time(self) -> None:
         """Raise :class:`TimeIsUp` after the deadline."""
-        if time.perf_counter() > self.deadline:
+        if clock() > self.deadline:
             raise TimeIsUp
+
+    def step(self, name: str, compute: Callable[[], T], *, whole: bool = True) -> T:
+        """What ``compute`` returns, as a step; what it spends is written down, whether it was made before or not."""
+        value, self.samples, self.runs = step(name, lambda: (compute(), self.samples, self.runs), whole=whole)
+        return value
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,9 @@ class Settled:
     attempts: int
 
 
+_NUMBERS = ("rate", "before", "after", "steps", "attempts")  # of :class:`Settled`, all but the run
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Trains copies of the model of a pool's objective with the user's kind of optimizer, started afresh; writes down what it costs.
@@ -237,6 +247,34 @@ class Trainer:
         One that diverges or unlearns is begun anew at a quarter of the rate; where none holds, and for 0 steps, the point is the present
         one. The run ends where it is when the time is up.
         """
+        _ = self.yardsticks  # a step of its own, before those that ask for it
+        if not keeps_steps():
+            return self._settle(steps=steps, batch_size=batch_size, rule=rule)
+        made: list[Settled] = []
+
+        def settle() -> dict[str, Any]:
+            made.append(self._settle(steps=steps, batch_size=batch_size, rule=rule))
+            run, numbers = made[0].run, {name: getattr(made[0], name) for name in _NUMBERS}
+            return {
+                **Snapshot(run.model, run.optimizer).state_dict(),
+                "losses": run.losses,
+                "rates": learning_rates(run.optimizer),
+                **numbers,
+            }
+
+        kept = self.ledger.step("pilot", settle)
+        if made:
+            return made[0]
+        runs, run = self.ledger.runs, self.start(batch_size)
+        self.ledger.runs = runs  # it is written down already
+        snapshot = Snapshot(run.model, run.optimizer)
+        snapshot.load_state_dict(kept)
+        snapshot.restore(run.model, run.optimizer)
+        set_learning_rates(run.optimizer, kept["rates"])
+        run.losses.extend(kept["losses"])
+        return Settled(run, *(kept[name] for name in _NUMBERS))
+
+    def _settle(self, *, steps: int, batch_size: int, rule: UpdateRule) -> Settled:
         share = 1.0
         for attempt in range(_ATTEMPTS if steps else 0):
             edge, pilot = self._edge(share, steps, rule), self.start(batch_size)
@@ -275,9 +313,14 @@ class Trainer:
     # -- runs that are judged -------------------------------------------------------------------------------------------------
     def final_loss(self, lr: float, *, batch_size: int, steps: int, order: int = 0, draw: int = 0) -> float:
         """Loss over up to 512 samples of the pool after a run at a constant rate; infinite where it diverged."""
-        run = self.start(batch_size, order=order, draw=draw)
-        run.follow(lr for _ in range(steps))
-        loss = math.inf if run.diverged else self._judge(run)
+        _ = self.yardsticks  # a step of its own, before those that ask for it
+
+        def train() -> float:
+            run = self.start(batch_size, order=order, draw=draw)
+            run.follow(lr for _ in range(steps))
+            return math.inf if run.diverged else self._judge(run)
+
+        loss = self.ledger.step(f"{steps} steps at rate {lr!r} and B = {batch_size}, order {order}, initialisation {draw}", train)
         self.told()
         return loss
 
@@ -293,7 +336,7 @@ class Trainer:
         """Loss over up to 512 samples: before training, and of the best constant output (NaN if it cannot be determined)."""
         judge = self.pool.limited(_JUDGES, seed=self.seed).parent
         self.ledger.spend(2 * judge.num_samples / 3)
-        return judge.value(), constant_loss(judge)
+        return step("yardsticks", lambda: (judge.value(), constant_loss(judge)), whole=True)
 
     @property
     def reference(self) -> float:
@@ -345,7 +388,9 @@ class Trainer:
 
     def _yardsticks_of(self, draw: int, batch_size: int) -> tuple[float, float]:
         initial, constant = self.yardsticks
-        return (self._judge(self.start(batch_size, draw=draw)) if draw else initial), constant
+        if draw:
+            initial = self.ledger.step(f"loss of initialisation {draw}", lambda: self._judge(self.start(batch_size, draw=draw)))
+        return initial, constant
 
     def _no_answer(self, search: RateSearch, start: float, runs: str) -> str:
         ends = f"lr = {start * STRIDE ** min(search.losses):.3g} to {start * STRIDE ** max(search.losses):.3g}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from statistics import fmean, median, stdev
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sharpkit._arguments import check_callback, reals, shown, whole
+from sharpkit._checkpoint import Subject, clock, resumable, step
 from sharpkit._results import Progress, ProgressCallback, Result, format_with_error
 from sharpkit.learner.baselines import LEARNER, SUGGESTED, Entrant, entrants, has_adaptive_optimizer
 from sharpkit.training_run import RaceProblem, RaceRun, as_seeds
@@ -155,12 +157,20 @@ class RaceResult(Result, kind="learning_rate_race", saved=_SAVED):
         return plot_race(self.to_dict(), ax=ax)
 
 
+def _race_call(call: str, problem: Any, arguments: Mapping[str, Any]) -> tuple[Any, Subject]:
+    if not isinstance(problem, RaceProblem):
+        raise TypeError(f"{call} takes a RaceProblem(model, optimizer, data, loss), got {shown(problem)}")
+    return problem, problem.subject(as_seeds(arguments["seeds"])[0])
+
+
+@resumable(_race_call)
 def race(
     problem: RaceProblem,
     *,
     max_gradients: int = 1000,
     seeds: int | Sequence[int] = 3,
     rates: Sequence[float] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> RaceResult:
     """Train the same problem from scratch in every way, each with ``max_gradients`` gradients including what finding the rate costs.
@@ -174,12 +184,14 @@ def race(
         max_gradients: gradients that each entrant may spend, for each seed; at least 100.
         seeds: number of runs of each entrant (seeds 0, 1, ...), or their seeds, which determine initialisation and order of batches.
         rates: the grid, at least two rates; by default nine from 1e-3 to 10, for adaptive optimizers from 1e-5 to 0.1.
+        checkpoint: a folder from which the race goes on if it is killed and made again, after the last run of an entrant that ended.
         callback: receives :class:`sharpkit.Progress` after each entrant, with its result as text; counts runs.
 
     Raises:
         TypeError: seeds that are no whole numbers.
         ValueError: too few gradients or rates, or no seed.
         UnsupportedError: an optimizer that the learner does not know.
+        DocumentError: the checkpoint is of another call, or of another problem.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -197,7 +209,7 @@ def race(
     grid = sorted({*reals("rates", default_rates(problem) if rates is None else rates, above=0)})
     if len(grid) < 2:
         raise ValueError(f"rates must be at least two different positive numbers, got {rates!r}")
-    began = time.perf_counter()
+    began = clock()
     started, skipped = entrants(problem, grid)
     finishes = []
     for done, entrant in enumerate(started, start=1):
@@ -211,10 +223,10 @@ def race(
         finishes.append(finish)
         if callback is not None:
             text = f"{entrant.name}: training loss {_with_error(finish.train_losses)}"
-            elapsed, each = time.perf_counter() - began, len(chosen_seeds)
+            elapsed, each = clock() - began, len(chosen_seeds)
             callback(Progress(done * each, len(started) * each, elapsed, elapsed * (len(started) / done - 1), text, unit="runs"))
     finishes.sort(key=lambda f: (f.ranked_by, f.name))  # the name decides between those that all diverged
-    return RaceResult(finishes, max_gradients, list(chosen_seeds), skipped, time.perf_counter() - began)
+    return RaceResult(finishes, max_gradients, list(chosen_seeds), skipped, clock() - began)
 
 
 def default_rates(problem: RaceProblem, *, points: int = 9) -> list[float]:
@@ -233,21 +245,30 @@ def default_rates(problem: RaceProblem, *, points: int = 9) -> list[float]:
 
 
 def _finish(problem: RaceProblem, entrant: Entrant, *, max_gradients: int, seeds: Sequence[int]) -> Finish:
-    finish = Finish(entrant.name, entrant.given, [], [], [], [], [], [])
-    for seed in seeds:
-        run = RaceRun(problem, seed=seed, max_gradients=max_gradients, optimizer=entrant.optimizer)
-        finish.rates.append(entrant.run(run))
-        diverged = run.diverged
-        finish.train_losses.append(math.inf if diverged else run.final_loss(problem.data))
-        if problem.test_data is not None:
-            finish.test_losses.append(math.inf if diverged else run.final_loss(problem.test_data))
-        finish.spent.append(run.spent)
-        finish.searched.append(run.searched)
-        late = [loss for spent, loss in run.curve if spent > max_gradients / 2]
-        finish.spikes.append(max(late) / run.curve[0][1] if late and run.curve[0][1] > 0 else math.nan)
-        if seed == seeds[0]:  # a mean over seeds would hide the spikes that a curve is looked at for
-            finish.curve.extend(_thinned(run.curve))
-    return finish
+    parts = [step(f"{entrant.name}, seed {seed}", partial(_finish_of, problem, entrant, max_gradients, seed), whole=True) for seed in seeds]
+    lists = {
+        f.name: [x for part in parts for x in getattr(part, f.name)] for f in fields(Finish) if f.name not in ("name", "given", "curve")
+    }
+    # a mean over seeds would hide the spikes that a curve is looked at for
+    return Finish(entrant.name, entrant.given, curve=parts[0].curve, **lists)
+
+
+def _finish_of(problem: RaceProblem, entrant: Entrant, max_gradients: int, seed: int) -> Finish:
+    """How it did with one seed."""
+    run = RaceRun(problem, seed=seed, max_gradients=max_gradients, optimizer=entrant.optimizer)
+    rate, diverged = entrant.run(run), run.diverged
+    late = [loss for spent, loss in run.curve if spent > max_gradients / 2]
+    return Finish(
+        entrant.name,
+        entrant.given,
+        [rate],
+        [math.inf if diverged else run.final_loss(problem.data)],
+        [] if problem.test_data is None else [math.inf if diverged else run.final_loss(problem.test_data)],
+        [run.spent],
+        [run.searched],
+        _thinned(run.curve),
+        [max(late) / run.curve[0][1] if late and run.curve[0][1] > 0 else math.nan],
+    )
 
 
 def _thinned(curve: list[tuple[int, float]]) -> list[tuple[float, float]]:

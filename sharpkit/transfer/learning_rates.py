@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from sharpkit._arguments import as_path, flag, reals, whole
+from sharpkit._checkpoint import resumable, step
 from sharpkit._errors import NonFiniteError, SharpkitError
 from sharpkit._results import ProgressCallback, Result, percent, to_json
 from sharpkit.objective.batches import Batch
@@ -24,7 +25,7 @@ from sharpkit.objective.guard import random_states_kept
 from sharpkit.optimizers import held_parameters, learning_rate, plain_settings
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.fits import Curve, Optimum, Slope, log_slope, optimum, penalty_between, search, sensitivity
-from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes, duration
+from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes, duration, family_call
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,6 +150,7 @@ def is_fitted(curve: Curve, best: Optimum) -> bool:
     return 0 <= best.loss < FITTED * curve.start_loss
 
 
+@resumable(family_call)
 def learning_rate_transfer(
     build: Build,
     widths: Sequence[int],
@@ -164,6 +166,7 @@ def learning_rate_transfer(
     dimension: str = "width",
     until_certain: bool = False,
     max_runs: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> LearningRateTransfer:
     """Measure loss against learning rate at each width, with most runs near the optimum.
@@ -182,6 +185,8 @@ def learning_rate_transfer(
         seeds: how many initialisations and orders of the data, or their seeds.
         factors: run these factors with every seed and no others.
         store: file to which every finished run is added; a killed sweep called again continues where it stopped.
+        checkpoint: a folder from which the sweep goes on if it is killed and made again; unlike a store it belongs to this one call, and
+            keeps the result too.
         dimension: ``"depth"`` if the sizes are depths.
         until_certain: smallest and largest width first, then those between while they may decide :attr:`LearningRateTransfer.passed`; one
             width alone where the data are fitted.
@@ -304,7 +309,7 @@ class _Sweep:
             if self._max_runs is not None and self.num_runs >= self._max_runs:
                 raise _OutOfRuns
             began = time.perf_counter()
-            reached = self._train(run)
+            reached = step(f"{self.family.dimension} {curve.size}, factor 2^{x!r}, seed {seed}", partial(self._train, run), whole=True)
             self.num_runs += 1
             known = {"size": curve.size, "seed": seed, "log2_factor": x, "steps": self.steps, "initial": initial, "loss": reached}
             self.store.add(key, known | {"diverged": not math.isfinite(reached), "seconds": time.perf_counter() - began})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._arguments import called, check_callback, choice, shown, wholes
+from sharpkit._checkpoint import Subject, clock
 from sharpkit._results import Progress, ProgressCallback
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.guard import random_states_kept
 from sharpkit.objective.objective import Closure, Objective
 from sharpkit.objective.params import select_params
 from sharpkit.optimizers import check_trains, learning_rates, set_learning_rates
-from sharpkit.training_run import ShuffledBatches, TrainingRun, mean_loss, training_batches, training_loss
+from sharpkit.training_run import ShuffledBatches, TrainingRun, as_seeds, mean_loss, subject_of_run, training_batches, training_loss
 
 Build = Callable[[int], nn.Module]
 MakeOptimizer = Callable[[nn.Module, int], torch.optim.Optimizer]
@@ -98,9 +99,26 @@ class Family:
             each.append(min(times[1:]))
         return each
 
+    def subject(self, sizes: Sequence[int], seed: int) -> Subject:
+        """This family as the subject of a call that may be resumed: known again by its smallest and largest models, and all data."""
+        first, last = (
+            subject_of_run(self.start(size, seed=seed), self.loss_of, {"data": self.batches}) for size in (min(sizes), max(sizes))
+        )
+        numbers = {f"{name} of the largest": value for name, value in last.numbers.items()}
+        texts = {f"{name} of the largest": text for name, text in last.texts.items() if name != "data"}
+        return first._replace(texts={**first.texts, **texts}, numbers={**first.numbers, **numbers})
+
     def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
         """The scalar loss of a batch, with its graph."""
         return training_loss(model, batch, loss=self.loss, closure=self.closure)
+
+
+def family_call(call: str, build: Any, arguments: Mapping[str, Any]) -> tuple[Any, Subject]:
+    """What a call on a family is about, for :func:`sharpkit._checkpoint.resumable`."""
+    dimension = arguments.get("dimension", "width")
+    given = {name: arguments[name] for name in ("optimizer", "data", "loss", "closure")}
+    family = Family(build, dimension=dimension, **given)
+    return build, family.subject(check_sizes(arguments["widths"], dimension=dimension), as_seeds(arguments["seeds"])[0])
 
 
 class FamilyRun(TrainingRun):
@@ -129,7 +147,7 @@ class RunProgress:
 
     def __init__(self, callback: ProgressCallback | None, expected: int) -> None:
         check_callback(callback)
-        self._callback, self.expected, self.done, self._started = callback, expected, 0, time.perf_counter()
+        self._callback, self.expected, self.done, self._started = callback, expected, 0, clock()
 
     def tell(self, text: str, *, runs: int = 0) -> None:
         """Count runs just finished and say what was done."""
@@ -153,7 +171,7 @@ class RunProgress:
     @property
     def seconds(self) -> float:
         """Since it was made."""
-        return time.perf_counter() - self._started
+        return clock() - self._started
 
 
 def check_sizes(sizes: Sequence[int], *, dimension: str = "width", least: int = 2) -> tuple[int, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from sharpkit._arguments import flag, real, whole
+from sharpkit._checkpoint import resumable, step
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback, Result, percent
 from sharpkit.linalg.lanczos import eigenpairs
@@ -25,7 +28,7 @@ from sharpkit.operators.preconditioned import optimizer_curvature
 from sharpkit.optimizers import groups_agree, known_rule, learning_rate
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.fits import Slope, log_slope
-from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes
+from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes, family_call
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,6 +153,7 @@ class SharpnessTransfer(
         return plot_sharpness_transfer(self.to_dict(), ax=ax)
 
 
+@resumable(family_call)
 def sharpness_transfer(
     build: Build,
     widths: Sequence[int],
@@ -170,6 +174,7 @@ def sharpness_transfer(
     with_ntk: bool = False,
     dimension: str = "width",
     tol: float = 0.01,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> SharpnessTransfer:
     """Follow the largest eigenvalue of the (preconditioned) Hessian on a fixed batch while networks of several widths train.
@@ -190,6 +195,7 @@ def sharpness_transfer(
         with_trace: also the trace of the same matrix (twelve products).
         with_ntk: also the top eigenvalue of J J^T / n on up to 32 samples of the probe; needs ``loss=``.
         tol: relative tolerance of the eigenvalues.
+        checkpoint: a folder from which the call goes on if it is killed and made again, after the last run that ended.
         callback: called with a :class:`sharpkit.Progress` after each run.
 
     Raises:
@@ -234,7 +240,8 @@ def sharpness_transfer(
         for seed in chosen:
             run = family.start(size, seed=seed, lr_factor=lr_factor)
             limits[size] = rule.max_curvature(learning_rate(run.optimizer)) if rule is not None else math.nan
-            rows[size].append(follower.follow(run, times))
+            made, follower.num_matvecs = step(f"{dimension} {size}, seed {seed}", partial(follower.counted, run, times), whole=True)
+            rows[size].append(made)
             last = rows[size][-1][-1].get("lambda_max", math.nan)
             progress.tell(f"{dimension} {size}, seed {seed}: lambda_max {last:.4g} after {steps} steps, limit {limits[size]:.4g}", runs=1)
     # a run that diverged early has no row of every kind: its numbers there are NaN
@@ -296,6 +303,10 @@ class _Follower:
                     rows.append({})
             run.step()
         return rows
+
+    def counted(self, run: FamilyRun, times: Sequence[int]) -> tuple[list[Row], int]:
+        """The same with the products so far."""
+        return self.follow(run, times), self.num_matvecs
 
     def _measure(self, run: FamilyRun, tracker: EigenvalueTracker) -> Row:
         matrix: SymmetricOperator = HessianOperator(run.objective(self.batches))

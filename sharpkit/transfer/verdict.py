@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from sharpkit._arguments import choice
+from sharpkit._checkpoint import resumable, step
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.training_run import as_seeds
 from sharpkit.transfer.coordinates import CoordinateCheck, check_of
 from sharpkit.transfer.culprits import MINIMAL_ERRORS, MINIMAL_EXPONENT, Culprit, culprits_in
 from sharpkit.transfer.learning_rates import PRECISION, TOLERANCE, LearningRateTransfer, RunStore, expected_runs, learning_rate_transfer
 from sharpkit.transfer.observing import observe
-from sharpkit.transfer.setup import Family, RunProgress, check_sizes, duration
+from sharpkit.transfer.setup import Family, RunProgress, check_sizes, duration, family_call
 from sharpkit.transfer.sharpness import SharpnessTransfer, sharpness_transfer
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ class Verdict(
         return plot_transfer_verdict(self.to_dict(), ax=ax)
 
 
+@resumable(family_call)
 def diagnose(
     build: Callable[..., torch.nn.Module],
     *,
@@ -210,6 +212,7 @@ def diagnose(
     mode: Literal["quick", "full"] = "quick",
     seeds: int | Sequence[int] = 3,
     store: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> Verdict:
     """Say whether hyperparameters tuned on a small network will do for a large one, and if not, why not.
@@ -228,6 +231,7 @@ def diagnose(
         mode: ``"quick"`` or ``"full"``.
         seeds: how many runs, or their seeds, for the coordinate check and the learning rates; sharpness has one run.
         store: file for finished runs of the learning rates, so that a killed diagnosis continues where it stopped.
+        checkpoint: a folder from which the whole diagnosis goes on if it is killed and made again, after the last run that ended.
         callback: called with a :class:`sharpkit.Progress`: a forecast of the cost first, then a sentence for each measurement.
 
     Raises:
@@ -261,10 +265,13 @@ def diagnose(
     checks: list[CoordinateCheck] = []
     culprits: list[Culprit] = []
     for family, sizes in families:
-        # both from the same short runs
-        seen = observe(family, sizes, steps=PROXY_STEPS, seeds=chosen, effects=True)
-        checks.append(check_of(seen))
-        named = culprits_in(family, seen, seeds=chosen)
+
+        def short(family: Family = family, sizes: tuple[int, ...] = sizes) -> tuple[CoordinateCheck, tuple[Culprit, ...]]:
+            seen = observe(family, sizes, steps=PROXY_STEPS, seeds=chosen, effects=True)  # both from the same short runs
+            return check_of(seen), culprits_in(family, seen, seeds=chosen)
+
+        check, named = step(f"coordinates over {family.dimension}s", short, whole=True)
+        checks.append(check)
         culprits += named
         passes = "pass" if checks[-1].passed else "do not pass"
         text = f"coordinates over {family.dimension}s: {passes}; broken rules: {', '.join(c.rule for c in named) or 'none'}"

@@ -3,8 +3,9 @@
     python -m experiments.suggestion           # the grid, first
     python -m experiments.learner_heldout      # results/learner_heldout.jsonl, figures/learner_heldout.png
 
-1000 steps, linear decay; the suggestion's hundred gradients come on top. The grid is that of :mod:`experiments.suggestion`, 13 rates under
-a cosine. The *late spike* is the highest batch loss after the first one below 2 % of the first, over the first.
+1000 steps, linear decay; the suggestion's hundred gradients come on top. *Validated* runs get a fifth of the training data as
+``validation`` and train on the rest. The grid is that of :mod:`experiments.suggestion`, 13 rates under a cosine, on all of it. The *late
+spike* is the highest batch loss after the first one below 2 % of the first, over the first; of twenty seeds, and of short runs as well.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from experiments.suggestion import OPTIMIZERS, TASKS, task_of
 
 NAME, STEPS = "learner_heldout", 1000
 CHOSEN = ("wine", "breast cancer", "diabetes", "mnist1d", "fashion, batch norm")
-MODES = ("by curvature", "to a suggested peak")
-KEYS = ("task", "optimizer", "seed", "mode")
+MODES = ("by curvature", "to a suggested peak", "by curvature, validated", "to a peak, validated")
+COLOURS = ("#d1662b", "#2563a8", "#e3a47f", "#8fb0d9")
+KEYS = ("task", "optimizer", "seed", "mode", "steps")
+SEEDS, SPIKE_SEEDS, SHORT = range(3), range(20), 200
+SPIKE_TASKS = ("wine", "breast cancer", "diabetes", "mnist1d")
 _FITTED = 0.02  # of the first batch loss
 
 
@@ -37,8 +41,12 @@ def evaluate(job: Row) -> Row:
     model, (x, y) = task.make(job["seed"]), task.train
     optimizer = kind(model.parameters(), lr=1e-3, **settings)
     more: Row = {}
-    if job["mode"] == MODES[1]:
-        objective = sk.Objective(model, task.train, loss=task.loss)
+    if "validated" in job["mode"]:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(job["seed"]))
+        held, rest = order[: len(x) // 5], order[len(x) // 5 :]
+        more["validation"], (x, y) = (x[held], y[held]), (x[rest], y[rest])
+    if "peak" in job["mode"]:
+        objective = sk.Objective(model, (x, y), loss=task.loss)
         more["peak"] = float(sk.suggest_learning_rate(objective, optimizer, batch_size=size, steps=steps, seed=job["seed"]))
     learner = sk.CurvatureLearner(optimizer, model=model, loss=task.loss, total_steps=steps, **more)
     generator, order, losses = torch.Generator().manual_seed(job["seed"] + 1000), list[int](), list[float]()
@@ -59,15 +67,19 @@ def evaluate(job: Row) -> Row:
         test = float(task.loss(model(task.test[0]), task.test[1]))
     fitted = next((step for step, value in enumerate(losses) if value < _FITTED * losses[0]), None)
     spike = max(losses[fitted:]) / losses[0] if fitted is not None else 0.0
-    back = sum("back to" in decision.reason for decision in learner.history)
+    back = sum("the loss" in decision.reason and "back to" in decision.reason for decision in learner.history)
     return {"test": test if math.isfinite(test) else math.inf, "rate": learner.lr, "spike": spike, "rolled_back": back}
 
 
 def jobs(quick: bool) -> list[Row]:
-    """Momentum and AdamW, three seeds."""
-    names, seeds, cut = (("diabetes",), (0,), {"steps": 100}) if quick else (CHOSEN, (0, 1, 2), {})
+    """Momentum and AdamW, three seeds in all modes; then the other seeds and the short runs, by curvature."""
+    names, seeds, cut = (("diabetes",), (0,), {"steps": 100}) if quick else (CHOSEN, SEEDS, {})
     kinds = [(name, optimizer) for name in names for optimizer in ("momentum", "AdamW")]
-    return [{"task": t, "optimizer": o, "seed": s, "mode": m, **cut} for t, o in kinds for s in seeds for m in MODES]
+    out = [{"task": t, "optimizer": o, "seed": s, "mode": m, **cut} for t, o in kinds for s in seeds for m in MODES]
+    for task, optimizer in [] if quick else [kind for kind in kinds if kind[0] in SPIKE_TASKS]:
+        of = {"task": task, "optimizer": optimizer, "mode": MODES[0]}
+        out += [{**of, "seed": s} for s in SPIKE_SEEDS if s not in SEEDS] + [{**of, "seed": s, "steps": SHORT} for s in SPIKE_SEEDS]
+    return out
 
 
 def grid(task: str, optimizer: str) -> list[float]:
@@ -84,6 +96,7 @@ def compared(rows: list[Row]) -> list[Row]:
     out = []
     for task, optimizer, mode in dict.fromkeys((row["task"], row["optimizer"], row["mode"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["optimizer"], row["mode"]) == (task, optimizer, mode)]
+        mine = [row for row in mine if row["seed"] in SEEDS and row.get("steps") != SHORT]
         losses, tests = grid(task, optimizer), [float(row["test"]) for row in mine]
         ratios = [test / min(losses) for test in tests]
         row = {"task": task, "optimizer": optimizer, "mode": mode, "ratio": float(np.mean(ratios)), "worst": max(ratios)}
@@ -102,7 +115,15 @@ def table(rows: list[Row]) -> list[str]:
         lines.append(f"{row['task']:>20}  {row['optimizer']:>9}  {row['mode']:>20}  {numbers}  {rates}")
     for mode in MODES:
         ratios = [row["ratio"] for row in found if row["mode"] == mode]
-        lines.append(f"{mode}: geometric mean {math.exp(float(np.mean(np.log(ratios)))):.3f}, worst task {max(ratios):.2f}")
+        if ratios:
+            lines.append(f"{mode}: geometric mean {math.exp(float(np.mean(np.log(ratios)))):.3f}, worst task {max(ratios):.2f}")
+    for steps in (SHORT, None):
+        mine = [row for row in rows if row["mode"] == MODES[0] and row["task"] in SPIKE_TASKS and row.get("steps") == steps]
+        above = [row for row in mine if row["spike"] > 1]
+        kept = [row for row in above if not row["rolled_back"]]
+        worst = max((row["spike"] for row in kept), default=0.0)
+        said = f"{len(above)} with a late spike above the first loss, of which {len(kept)} did not go back (worst {worst:.3g})"
+        lines.append(f"{len(mine)} runs of {steps or STEPS} steps by curvature: {said}")
     return lines
 
 
@@ -116,18 +137,18 @@ def draw(rows: list[Row], path: Path) -> None:
     canvas = Figure(figsize=(9, 3.6), layout="constrained")
     ax = canvas.subplots()
     kinds = list(dict.fromkeys((row["task"], row["optimizer"]) for row in rows))
-    for shift, mode, colour in ((-0.12, MODES[0], "#d1662b"), (0.12, MODES[1], "#2563a8")):
+    for shift, mode, colour in zip((-0.27, -0.09, 0.09, 0.27), MODES, COLOURS, strict=True):
         points = [
             (position + shift, float(row["test"]) / min(grid(*kind)))
             for position, kind in enumerate(kinds)
             for row in rows
-            if (row["task"], row["optimizer"], row["mode"]) == (*kind, mode)
+            if (row["task"], row["optimizer"], row["mode"]) == (*kind, mode) and row["seed"] in SEEDS and row.get("steps") != SHORT
         ]
         ax.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=5, color=colour, alpha=0.8, label=f"learner {mode}")
     for position, kind in enumerate(kinds):
         losses = grid(*kind)
         middle = float(np.median(losses)) / min(losses)
-        ax.hlines(middle, position - 0.3, position + 0.3, color="#8a8f98", linewidth=1.5, label=None if position else "median of the grid")
+        ax.hlines(middle, position - 0.4, position + 0.4, color="#8a8f98", linewidth=1.5, label=None if position else "median of the grid")
     ax.axhline(1, color="#30343b", linewidth=0.8)
     ax.set(yscale="log", ylabel="test loss / best of 13 rates")
     ax.set_yticks([0.5, 1, 2, 4], labels=["0.5", "1", "2", "4"])

@@ -72,6 +72,7 @@ class LearnerSettings(ObjectiveSettings, total=False):
     per_group: bool
     max_lr: float
     peak: float | None
+    validation: Any
 
 
 def complete(settings: Mapping[str, Any], made: type, *, callback: str) -> dict[str, Any]:

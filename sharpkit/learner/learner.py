@@ -20,12 +20,13 @@ from sharpkit.learner.history import Decision, LearnerHistory
 from sharpkit.learner.rate import LearnedRate, Pace
 from sharpkit.learner.rollback import GoodPoints, LossWatch
 from sharpkit.learner.schedules import DECAYS, Multiplier, Schedule
+from sharpkit.learner.validation import Validation
 from sharpkit.linalg.results import Estimate
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.distributed import find_ranks
 from sharpkit.objective.guard import unwrap
 from sharpkit.objective.loss import checked_reading
-from sharpkit.objective.objective import Closure, ObjectiveMaker, check_model, check_settings
+from sharpkit.objective.objective import Closure, Objective, ObjectiveMaker, check_model, check_settings
 from sharpkit.objective.params import ParamSelector, select_params
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.optimizers import (
@@ -45,7 +46,8 @@ logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 8  # steps between looks at the losses, each of which waits for the device; by judgement
 _MAX_ROLLBACKS = 8  # by judgement: a run that is lost more often has another cause than the rate
-_STATE_VERSION = 4  # of the layout, counted by convention; 4 since a given peak and the first losses are kept
+_STATE_VERSION = 5  # of the layout, counted by convention; 5 since the held-out loss is looked at
+_TURNED = 0.25  # of the rate, from where the held-out loss has turned; by judgement
 _MOST_FAILURES = 3  # first measurements that may fail before training goes on with the rate given; by judgement
 
 
@@ -76,7 +78,10 @@ _SAVED = (
     "step=_step", "rate=_rate", "ratios=_ratios", "given_ratios=_first_ratios", "batch_size=_batch_size", "last_size=_last_size",
     "rollbacks=_rollbacks",
 )  # fmt: skip
-_PARTS = ("recent=_recent", "losses=_losses", "multiplier=_multiplier", "gauge=_gauge", "points=_points", "blamed=_blamed", "history")
+_PARTS = (
+    "recent=_recent", "losses=_losses", "multiplier=_multiplier", "gauge=_gauge", "points=_points", "blamed=_blamed",
+    "validation=_validation", "history",
+)  # fmt: skip
 
 
 class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
@@ -164,6 +169,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         per_group: bool = False,
         max_lr: float = math.inf,
         peak: float | None = None,
+        validation: Any = None,
         mode: str = "train",
         autocast: torch.dtype | None = None,
         process_group: Any = None,
@@ -187,6 +193,10 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         self._polyak, self._bulk, self._per_group = momentum == "polyak", bulk, per_group
         settings: dict[str, Any] = {"loss": loss, "closure": closure, "count": count, "mode": mode}
         settings |= {"autocast": autocast, "process_group": process_group, "seed": seed}
+        self._validation: Validation | None = None
+        if validation is not None:
+            held_out = Objective(self.model, validation, params=params, **{**settings, "mode": "eval"})
+            self._validation = Validation(held_out, total_steps=total_steps, budget=budget, seed=seed)
         held = partial(held_parameters, self.optimizer)
         self._maker = ObjectiveMaker(self.model, held, params=params, probe=None, max_samples=None, settings=settings)
         self._given, self._ratios = learning_rate(self.optimizer), relative_rates(self.optimizer)
@@ -227,6 +237,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
             self._rate.grow()
         if looks and heard and decision is None:
             self._advance_point()
+        decision = self._validate() or decision
         self._apply()
         return decision
 
@@ -338,6 +349,25 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         good = not self._maker.agree(float(not self._losses.is_good))
         self._points.advance(self.model, self.optimizer, step=self._step, rate=self._rate.value, good=good)
         self._rate.remember(self._points.rate)
+
+    def _validate(self) -> Decision | None:
+        """Look at the held-out loss, if it is time, and go back where it has turned."""
+        held_out = self._validation
+        if held_out is None or not self._batch_size or not held_out.is_due(self._step, self._batch_size):
+            return None
+        self._look_at_losses()
+        turned = held_out.look(self.model, self.optimizer, step=self._step, trained=self._losses.mean)
+        if not self._maker.agree(float(turned)):
+            return None
+        last = self._step == self.total_steps
+        reason = f"the held-out loss rose to {held_out.last_loss:.3g} (best {held_out.best_loss:.3g}): back to step {held_out.best_step}"
+        if not last:
+            self._rate.settle_at(self._rate.value * _TURNED)
+            reason += ", with a quarter of the rate"
+        held_out.go_back(self.model, self.optimizer)
+        self._points.keep(self.model, self.optimizer, step=held_out.best_step, rate=self._rate.value)
+        self._losses.come_back()
+        return self._record(None, math.nan, reason)
 
     # -- small parts -----------------------------------------------------------------------------------------------------------------
     def _apply(self) -> None:

@@ -25,7 +25,7 @@ _KEEP_EVERY = 16  # steps between two points to go back to, by judgement: a copy
 
 def tells_of_return(reason: str) -> bool:
     """Whether the reason of a decision is that of going back to an earlier point."""
-    return reason.startswith(("the loss rose", "the loss was"))
+    return reason.startswith(("the loss rose", "the loss was", "the held-out loss"))
 
 
 class LossWatch(State, saved=("first", "best", "broken", "recent=_recent", "beginning=_beginning")):

@@ -17,6 +17,7 @@ from sharpkit._arguments import as_seed, check_callback, choice, real, whole
 from sharpkit._errors import NonFiniteError, ObjectiveError, UnsupportedError
 from sharpkit._results import Bounded, Progress, ProgressCallback, percent
 from sharpkit.learner.schedules import DECAYS, Schedule
+from sharpkit.learner.validation import held_out_losses
 from sharpkit.measuring.critical import critical_learning_rate
 from sharpkit.objective.batches import BatchSource
 from sharpkit.objective.distributed import Ranks
@@ -462,27 +463,19 @@ class _Work:
 
     def _looks(self, run: TrainingRun, judges: Sequence[Objective], rate: float, length: int) -> list[_Look]:
         """What the run had come to as the rate grew to its last value."""
-        looks, growth = [_Look(0.0, math.nan, self._judged(run, judges))], _LONG_FROM ** (-1 / max(length - 1, 1))
+        looks, growth = (
+            [_Look(0.0, math.nan, held_out_losses(judges, run.optimizer, stepped=bool(run.losses)))],
+            _LONG_FROM ** (-1 / max(length - 1, 1)),
+        )
         rates = [rate * growth ** (step - length + 1) for step in range(length)]
         for mark in sorted({round(length * (i + 1) / _LOOKS) for i in range(_LOOKS)}):
             losses = run.follow(rates[len(run.losses) : mark])
             if run.diverged:
                 break
-            looks.append(_Look(sum(rates[:mark]), sum(losses) / len(losses), self._judged(run, judges)))
+            looks.append(
+                _Look(sum(rates[:mark]), sum(losses) / len(losses), held_out_losses(judges, run.optimizer, stepped=bool(run.losses)))
+            )
         return looks
-
-    def _judged(self, run: TrainingRun, judges: Sequence[Objective]) -> NDArray[np.float64]:
-        turn = {name: getattr(run.optimizer, name, None) for name in ("eval", "train")}
-        both = all(map(callable, turn.values())) and bool(run.losses)  # schedule-free optimizers train at one point and end at another
-        if both:
-            turn["eval"]()  # type: ignore[misc]
-        try:
-            return np.array([judge.value() for judge in judges])
-        except NonFiniteError:
-            return np.full(len(judges), math.inf)
-        finally:
-            if both:
-                turn["train"]()  # type: ignore[misc]
 
 
 def _turn(looks: Sequence[_Look], *, plateaus: bool) -> float | None:

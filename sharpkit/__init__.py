@@ -101,6 +101,8 @@ if TYPE_CHECKING:
     from sharpkit.optimizers import UpdateRule as UpdateRule
     from sharpkit.optimizers import register_optimizer as register_optimizer
     from sharpkit.reporting import report as report
+    from sharpkit.reporting.compare import Comparison as Comparison
+    from sharpkit.reporting.compare import compare as compare
     from sharpkit.reporting.sections import Section as Section
     from sharpkit.reporting.sections import register_section as register_section
     from sharpkit.training_run import RaceProblem as RaceProblem
@@ -160,6 +162,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.operators.preconditioned": ("AdaptiveOperator", "PreconditionedOperator"),
     "sharpkit.optimizers": ("UpdateRule", "register_optimizer"),
     "sharpkit.reporting": ("report",),
+    "sharpkit.reporting.compare": ("Comparison", "compare"),
     "sharpkit.reporting.sections": ("Section", "register_section"),
     "sharpkit.training_run": ("RaceProblem",),
 }

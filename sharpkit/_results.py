@@ -6,6 +6,7 @@ saves, it goes on from. Both take what they write from one tuple, ``saved``, giv
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import operator
@@ -278,6 +279,29 @@ class Result(_Saved):
         Circle(radius=inf)
     """
 
+    if TYPE_CHECKING:
+        name: str  # what this result is of, in the user's words
+
+    def __getattr__(self, attribute: str) -> Any:
+        """The name of one that has none: no class attribute, which a dataclass would take for the default of a field."""
+        if attribute == "name":
+            return ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
+
+    def named(self, name: str) -> Self:
+        """The same result with a name, which pages and :func:`sharpkit.compare` show.
+
+        Example:
+            >>> import sharpkit as sk
+            >>> sk.Estimate(1.0, 0.1).named("after warm-up").to_dict()["name"]
+            'after warm-up'
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be text, got {type(name).__name__}")
+        other = copy.copy(self)
+        object.__setattr__(other, "name", name)  # results are frozen
+        return other
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary; JSON after :func:`json_ready`."""
         layout, hints = self._layout, _hints(type(self))
@@ -289,6 +313,8 @@ class Result(_Saved):
             # a number with an interval is a plain one where the field says float
             whole = isinstance(value, Bounded) and float not in (hints.get(path), *get_args(hints.get(path)))
             document[key] = value.to_dict() if whole else _plain(value)
+        if layout.kind and self.name:
+            document.setdefault("name", self.name)
         return json_ready(document) if layout.strict else document  # type: ignore[no-any-return]
 
     @classmethod
@@ -320,7 +346,9 @@ class Result(_Saved):
                 f"{name} is read from a document with field 'kind', which is {layout.kind!r}; this one has {_named(document)}"
             )
         try:
-            return cls(**arguments)
+            result = cls(**arguments)
+            given = document.get("name")
+            return result.named(given) if layout.kind and "name" not in arguments and isinstance(given, str) and given else result
         except (TypeError, ValueError, IndexError) as error:  # fields that are each of their type, and do not go together
             raise DocumentError(f"the fields of {name} do not go together: {error}") from error
 
@@ -346,6 +374,11 @@ class Bounded(float, Result, saved=("value", "lower", "upper")):
     def value(self) -> float:
         """The plain number."""
         return float(self)
+
+    def __copy__(self) -> Self:
+        other = float.__new__(type(self), float(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
         return (float, (float(self),))  # a checkpoint that holds it must load anywhere

@@ -129,6 +129,36 @@ def run_landscape_command(arguments: argparse.Namespace) -> Answer:
     return documents, extra, code
 
 
+def run_compare_command(arguments: argparse.Namespace) -> Answer:
+    """``sharpkit compare``: saved results side by side, each kind that all files hold."""
+    _check_folder(arguments.html)
+    files = [Path(name) for name in arguments.files]
+    if len(files) < 2:
+        raise UsageError(f"a comparison needs at least two files, got {arguments.files[0]}")
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else list(map(str, files))
+    if len(set(names)) < len(names):
+        raise UsageError(f"the same file is given twice: {', '.join(names)}")
+    held = [{(d.get("kind"), d.get("title", "")): d for d in _read_run(file)["results"]} for file in files]
+    shared = [key for key in held[0] if all(key in other for other in held[1:])]
+    if not shared:
+        kinds = "; ".join(
+            f"{name}: {', '.join(str(kind) for kind, _ in each) or 'nothing'}" for name, each in zip(names, held, strict=True)
+        )
+        raise UsageError(f"the files hold no results of the same kind ({kinds})")
+    results = []
+    for key in shared:
+        try:
+            results.append(sk.compare({name: each[key] for name, each in zip(names, held, strict=True)}))
+        except ValueError as error:  # a kind without numbers to compare
+            if len(shared) == 1:
+                raise UsageError(str(error)) from error
+    arguments.target = ", ".join(names)
+    documents, extra, _ = _finish(arguments, results)
+    extra["text"] = "\n\n".join(map(str, results))
+    return documents, extra, OK
+
+
 def run_report_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit report``: a page from saved results, a run file or a target."""
     sources = [Path(name) for name in arguments.sources]

@@ -26,6 +26,7 @@ from sharpkit.cli.commands import (
     Document,
     add_race_arguments,
     run_batch_command,
+    run_compare_command,
     run_demo_command,
     run_doctor_command,
     run_landscape_command,
@@ -227,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max-seconds", type=_amount, help="stop after so many seconds; a partial result is marked as not converged")
         command.add_argument("--memory-limit", type=_size, metavar="SIZE", help="take no more memory than this, such as 8GiB or 500MB")
         command.add_argument("--offload", metavar="FOLDER", default=False, help="keep the vectors in a file in this folder")
+    beside = _command(subparsers, "compare", run_compare_command, "saved results side by side: what differs by more than its error?")
+    beside.add_argument("files", nargs="+", metavar="FILE", help="at least two, saved by --json or by a monitor (run.jsonl)")
+    beside.add_argument("--html", metavar="OUT", help="also write a self-contained page")
     summary = "one HTML page from results saved by --json, from a monitor's run.jsonl, or from everything measurable about a TARGET"
     report = _command(subparsers, "report", run_report_command, summary)
     what = "files saved by --json or by a monitor (run.jsonl), or one file.py:function"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sharpkit._results import Progress
 
 if TYPE_CHECKING:
-    from sharpkit.reporting.sections import Document, Section
+    from sharpkit.reporting.documents import Document
+    from sharpkit.reporting.sections import Section
 
 RUN_VERSION = 1  # of the JSON document's format: counts up when a field changes its meaning
 

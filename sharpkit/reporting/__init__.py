@@ -18,7 +18,8 @@ import torch
 
 import sharpkit
 from sharpkit._arguments import as_path, as_seed, as_text, shown, texts
-from sharpkit.reporting.sections import Document, section_for
+from sharpkit.reporting.documents import to_document as to_document
+from sharpkit.reporting.sections import section_for
 
 # Stands for the page's text colour, which matplotlib cannot name: a colour that no picture uses, replaced by currentColor afterwards.
 _INK = "#010203"
@@ -72,30 +73,6 @@ def environment() -> dict[str, str]:
         "numpy": metadata.version("numpy"),
         "scipy": metadata.version("scipy"),
     }
-
-
-def to_document(result: Any) -> Document:
-    """A result as a plain dictionary with its kind and findings: ``to_dict()`` of what has one, or a copy of such a dictionary.
-
-    Raises:
-        TypeError: neither.
-
-    Example:
-        >>> import sharpkit as sk
-        >>> to_document(sk.Estimate(1.0, 0.1))["kind"]
-        'estimate'
-    """
-    if isinstance(result, Mapping) and "kind" in result:
-        return dict(result)
-    if not hasattr(result, "to_dict"):
-        raise TypeError(
-            f"a report is made of sharpkit results (or of their to_dict()), got {type(result).__name__}; wrap a bare number as sk.Estimate"
-        )
-    document = dict(result.to_dict())
-    document.setdefault("kind", type(result).__name__.lower())
-    if "findings" not in document and callable(getattr(result, "findings", None)):
-        document["findings"] = list(result.findings())
-    return document
 
 
 def report(

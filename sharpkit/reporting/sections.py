@@ -24,10 +24,9 @@ from sharpkit.measuring.layers import LayerSharpness
 from sharpkit.monitor.findings import run_findings
 from sharpkit.monitor.schema import HISTORY, Reading, in_words, main_curvature, reading
 from sharpkit.optimizers import operator_in
+from sharpkit.reporting.documents import Document
 from sharpkit.transfer.coordinates import CoordinateCheck
 from sharpkit.transfer.fits import Slope
-
-Document = dict[str, Any]
 
 
 @dataclass
@@ -271,6 +270,21 @@ def _landscape_section(document: Document) -> Section:
         numbers = (f"{float(x):.4g}" for x in (shown.norms[i], shown.slope[i], shown.curvature[i, i]))
         section.rows.append([name, *numbers, limit])
     section.cost = f"{shown.num_evaluations} evaluations, {shown.num_matvecs} matrix-vector products, {shown.seconds:.3g} s"
+    return section
+
+
+def _comparison_section(document: Document) -> Section:
+    from sharpkit.reporting.compare import Comparison
+
+    comparison = Comparison.from_dict(document)
+    section = Section(f"Side by side: {', '.join(comparison.names)}", f"Against {comparison.names[0]}.", wide=True)
+    section.draw, section.findings = comparison.plot, comparison.findings()
+    section.figure_label = f"Every quantity over that of {comparison.names[0]}, with errors"
+    section.figure_size = (9.0, 1.4 + 0.32 * min(len(comparison.quantities), 24))
+    section.columns = ["quantity", *comparison.names]
+    for quantity, *cells in zip(comparison.quantities, comparison.values, comparison.errors, comparison.differs, strict=True):
+        row = (f"{format_with_error(v, e) if e else f'{v:.4g}'}{' *' if d else ''}" for v, e, d in zip(*cells, strict=True))
+        section.rows.append([quantity, *row])
     return section
 
 
@@ -560,6 +574,7 @@ _SECTIONS: dict[str, Callable[[Document], Section]] = {
     "learning_rate_curve": _curve_section,
     "suggested_learning_rate": _suggestion_section,
     "landscape": _landscape_section,
+    "comparison": _comparison_section,
     HISTORY: _monitor_section,
     "learner_history": _learner_section,
     "learning_rate_race": _race_section,

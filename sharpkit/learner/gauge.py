@@ -117,7 +117,7 @@ class Gauge:
         """
         equal = [1.0 if ratio else 0.0 for ratio in given]
         matrix, _ = optimizer_curvature(hessian, self._optimizer, ratios=equal)
-        reached = {id(p) for p in hessian.layout.params}
+        reached = {id(p) for p in hessian.layout.live}
         tops: dict[int, float] = {}
         for index, params in enumerate(held_parameters(self._optimizer)):
             own = {id(p) for p in params}

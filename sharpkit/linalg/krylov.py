@@ -36,6 +36,7 @@ _USUAL = (1e-6, 1e6)  # entries of products that are left as they are, by judgem
 _DRIFT = 3.0  # times what a value moved lately is left to go: 2 by the law of 1 / m^2, more by judgement
 _LEAST_DRIFT = 3  # products that count as lately: by judgement, no fewer than the checks before a single pair is accepted
 _TRUST = 10.0  # the most by which an error may be believed to lie below its residual on such evidence alone: by judgement
+_NOISE = 4.0  # times what products are off by may two of them contradict each other: by judgement, as errors of two add up
 _BREAKDOWN = 20  # a remainder below so many roundings is nothing but rounding: by judgement, ten for each Gram-Schmidt pass
 
 
@@ -59,7 +60,7 @@ def affordable_rows(operator: SymmetricOperator, *, host: bool = False) -> int:
 
 def row_bytes(operator: SymmetricOperator) -> int:
     """Memory of one basis vector."""
-    return operator.size * working_dtype(operator).itemsize
+    return operator.length * working_dtype(operator).itemsize
 
 
 def _available(operator: SymmetricOperator, *, host: bool) -> float:
@@ -209,7 +210,7 @@ class BasisRows:
     def _chunk(self, rows: int) -> Tensor:
         """Room for (rows, n) numbers, not zeros: a row is written before it is read."""
         if self._folder is None:
-            return torch.empty(rows, self.operator.size, dtype=self.dtype, device=self.storage_device)
+            return torch.empty(rows, self.operator.length, dtype=self.dtype, device=self.storage_device)
         nbytes = rows * row_bytes(self.operator)
         with tempfile.TemporaryFile(dir=self._folder, prefix="sharpkit-") as file:
             try:
@@ -222,7 +223,7 @@ class BasisRows:
                     "give offload= another folder, or ask for fewer steps"
                 ) from error
             # the system holds as much of it in memory as is free, and writes the rest
-            mapped = np.memmap(file, dtype=str(self.dtype).removeprefix("torch."), mode="r+", shape=(rows, self.operator.size))
+            mapped = np.memmap(file, dtype=str(self.dtype).removeprefix("torch."), mode="r+", shape=(rows, self.operator.length))
         return torch.from_numpy(mapped)
 
     def _stored(self) -> Iterator[Tensor]:
@@ -251,7 +252,7 @@ class BasisRows:
         """The linear combinations with (size,) or (size, k) coefficients: (n,) or (n, k)."""
         if not self.size:
             raise ValueError("the basis is empty")
-        total = torch.zeros(self.operator.size, *coefficients.shape[1:], dtype=self.dtype, device=self.operator.device)
+        total = torch.zeros(self.operator.length, *coefficients.shape[1:], dtype=self.dtype, device=self.operator.device)
         self._add_combination_(total, coefficients, 1.0)
         return total
 
@@ -597,7 +598,8 @@ class KrylovSpace:
         violation = float(np.linalg.norm(there - back))
         self.asymmetry = max(self.asymmetry, violation)
         # Rounding leaves about eps, products under bfloat16 autocast a few 1e-3; a matrix that is not symmetric leaves order 1.
-        if violation > (1e-5 if self.operator.dtype == torch.float64 else 2e-2) * self.scale:
+        allowed = max(1e-5 if self.operator.dtype == torch.float64 else 2e-2, _NOISE * self.operator.rounding)
+        if violation > allowed * self.scale:
             raise NotSymmetricError(
                 f"products contradict each other: u.(A v) = {there[worst]:.6g} but v.(A u) = {back[worst]:.6g} where ||A v|| reaches "
                 f"{self.scale:.6g}; {self.operator!r} is not symmetric, or its products are not deterministic. Pass (A + A^T) / 2 if the "

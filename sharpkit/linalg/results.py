@@ -125,7 +125,7 @@ class Budget:
 
     def _vector_bytes(self) -> float:
         # recurrences run in float32 at least
-        return self.vectors * self._operator.size * max(self._operator.dtype.itemsize, torch.float32.itemsize)
+        return self.vectors * self._operator.length * max(self._operator.dtype.itemsize, torch.float32.itemsize)
 
     def _peak_bytes(self) -> float:
         return self._operator.bytes_needed() + (0.0 if self.place else self._vector_bytes())

@@ -82,7 +82,7 @@ class EigenvalueTracker(State, saved=("vector", "second", "updates", "points", "
         """
         generator = torch.Generator().manual_seed(self.seed + self.updates)
         space = KrylovSpace(operator)
-        if self.vector is None or self.vector.shape[0] != operator.size:
+        if self.vector is None or self.vector.shape[0] != operator.length:
             cold, self.second = True, math.inf
             space.add_random(generator)
         else:

@@ -195,7 +195,7 @@ def _same_parameters(objective: Objective, along: Objective | None) -> Objective
     if along is None:
         return objective
     check_objective(along, "along")
-    if [id(p) for p in along.layout.params] != [id(p) for p in objective.layout.params]:
+    if [id(p) for p in along.layout.live] != [id(p) for p in objective.layout.live]:
         raise ValueError("both objectives must be of the same parameters of one model: make them from it with the same params=")
     return along
 

@@ -41,7 +41,7 @@ def gradient_and_product(objective: Objective, direction: Direction | None = Non
     turn, layout = direction or (lambda g: g), objective.layout
     # With more pieces or processes, products of the pieces would have to be summed before d is known: two passes then.
     with objective.undisturbed():
-        pieces = list(objective.pieces()) if objective.ranks.size == 1 else []
+        pieces = list(objective.pieces()) if objective.ranks.size == 1 and objective.shards is None else []
         if len(pieces) == 1:
             (piece,) = pieces
             roots = torch.autograd.grad(objective.evaluate(piece), layout.params, create_graph=True, allow_unused=True)

@@ -21,7 +21,7 @@ from sharpkit.measuring.plan import plan
 from sharpkit.objective.distributed import Ranks
 from sharpkit.objective.guard import random_fingerprint
 from sharpkit.objective.memory import available_memory, human_bytes
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.probe import first_batches, float64_copy, precision_of, probe_derivatives
 
@@ -114,6 +114,7 @@ def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback |
         True
     """
     check_callback(callback)
+    check_objective(objective, "examine")
     started, hessian, checks, seed = time.perf_counter(), HessianOperator(objective), [], as_seed(seed)
     for done, (name, function) in enumerate(CHECKS.items()):
         if callback is not None:  # what remains is not told: the checks differ in cost by orders of magnitude

@@ -19,7 +19,7 @@ from sharpkit.linalg.krylov import affordable_rows
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.results import Budget
 from sharpkit.objective.memory import keeps_memory_limit
-from sharpkit.objective.objective import Objective
+from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.params import ParamLayout
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
@@ -259,6 +259,7 @@ def generalized_sharpness(
     started, num_starts = time.perf_counter(), whole("num_starts", num_starts)
     lambda_max = None if lambda_max is None else real("lambda_max", lambda_max)
     most = whole("max_matvecs", max_matvecs) if max_matvecs is not None else None
+    check_objective(objective, "generalized_sharpness")
     hessian = HessianOperator(objective)
     initial = None if initial is None else objective.layout.checked(initial, "initial")
     ball, optimizer, lr = _ball(geometry, objective)

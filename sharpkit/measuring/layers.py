@@ -131,7 +131,7 @@ def per_layer(
         (('weight', 'bias'), [0.6667, 2.0])
     """
     started = time.perf_counter()
-    check_objective(objective, "per_layer")
+    check_objective(objective, "per_layer", sharded=True)
     check_callback(callback)
     as_text("name", name)
     # a dictionary without values: each layer once, in the model's order

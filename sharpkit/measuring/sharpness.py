@@ -164,6 +164,7 @@ def measure(
     memory_limit: float | None = None,
     offload: Offload = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    product: str = "exact",
     callback: ProgressCallback | None = None,
 ) -> Sharpness:
     """Measure the sharpness of an objective: one shared pass of about num_probes x num_steps Hessian products.
@@ -185,6 +186,7 @@ def measure(
         offload: True keeps the vectors in host memory, the path of a folder in a file there.
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
             a vector of disk for each product of the runs under way.
+        product: as for :class:`sharpkit.HessianOperator`.
         callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
 
     Raises:
@@ -203,7 +205,7 @@ def measure(
         (1.0, 2.0)
     """
     start = clock()
-    hessian, rule, seed = HessianOperator(objective), UpdateRule(), as_seed(seed)
+    hessian, rule, seed = HessianOperator(objective, product=product), UpdateRule(), as_seed(seed)
     matrix: SymmetricOperator = hessian
     if optimizer is not None:
         check_trains(optimizer, objective.model)

@@ -210,7 +210,7 @@ def _top_k(s: Situation) -> Values:
 def _per_layer(s: Situation) -> Values:
     values: Values = {}
     members: dict[str, set[int]] = {}
-    for param, p in zip(s.wide.layout.names, s.wide.layout.params, strict=True):
+    for param, p in zip(s.wide.layout.names, s.wide.layout.live, strict=True):
         members.setdefault(layer_of(param), set()).add(id(p))
     for layer, own in members.items():
         # a block shares the graph of the whole Hessian: only the vectors are shorter
@@ -226,7 +226,7 @@ def _groups(s: Situation) -> Values:
     rules = update_rules(s.optimizer) if s.rule is not None else None
     for index, (params, lr) in enumerate(zip(held_parameters(s.optimizer), learning_rates(s.optimizer), strict=True)):
         own = {id(p) for p in params}
-        if not any(id(p) in own for p in s.objective.layout.params):
+        if not any(id(p) in own for p in s.objective.layout.live):
             continue  # params= leaves this group out
         block: SymmetricOperator = live.block(among(own))
         name = f"lambda_max/group{index}"

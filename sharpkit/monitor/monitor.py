@@ -137,7 +137,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         self.model, self.optimizer = unwrap(model), unwrap_optimizer(optimizer)
         check_monitor_settings(every, budget, tol, max_samples, max_interval, top_k)
         find_ranks(process_group)
-        select_params(self.model, params)
+        select_params(self.model, params, may_be_sharded=True)
         check_trains(self.optimizer, self.model)
         self.metrics = chosen_metrics(metrics, self.optimizer, probe)
         self.every, self.budget, self.seed, self.mode = every, budget, seed, mode

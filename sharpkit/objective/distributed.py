@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,38 @@ from sharpkit._errors import SharpkitError
 T = TypeVar("T")
 
 # Where a process can be; the exchange carries the index, by definition its place in _PLACES.
-_BEGIN, _END, _SUM, _DECISION, _DOT, _OBJECTS = range(6)
-_PLACES = ("the start of an evaluation", "the end of an evaluation", "a sum of numbers", "a decision", "an inner product", "a new call")
+_BEGIN, _END, _SUM, _DECISION, _DOT, _OBJECTS, _BLOCK = range(7)
+_PLACES = (
+    "the start of an evaluation",
+    "the end of an evaluation",
+    "a sum of numbers",
+    "a decision",
+    "an inner product",
+    "a new call",
+    "a block of sharded parameters",
+)
 _ROOM = 7  # numbers beside the place in one exchange, by judgement: the usual sums and inner products fit
 # How long the first waits for the last where all should come at once, by judgement: a process that saves a checkpoint before it measures
 # comes in time, one that ended or went elsewhere is noticed before the group's own limit of half an hour. A large checkpoint takes longer:
 # the environment variable replaces it.
 _PATIENCE = timedelta(seconds=25)
 _PATIENCE_VARIABLE = "SHARPKIT_RANK_TIMEOUT"
+_SCATTERS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # from where on gloo can reduce_scatter
+
+
+class Service(Protocol):
+    """What a process does for others while it has nothing to do itself: it holds shards of what they need.
+
+    Attributes:
+        open: whether all processes are within one evaluation, so that they serve each other.
+        over: whether it has been ended on all of them, by an error on one.
+    """
+
+    open: bool
+    over: bool
+
+    def serve(self, kind: int, block: int) -> None:
+        """Take part in a request of another process, a collective."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,7 @@ class Ranks:
         rank: this process, from 0.
         needs_cuda: the group takes no tensors on the CPU (NCCL); then nobody waits with a limit but the group's own.
         patience: how long this process waits for the others where all should come at once.
+        service: of sharded parameters, what this process does for others within :meth:`run_together`.
     """
 
     group: Any = None
@@ -52,6 +77,7 @@ class Ranks:
     rank: int = 0
     needs_cuda: bool = False
     patience: timedelta = _PATIENCE
+    service: Service | None = None
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the processes, in place; to follow :meth:`run_together`, which has made sure that all are here."""
@@ -94,17 +120,86 @@ class Ranks:
         return value if self.size == 1 else self._exchange(_DECISION, [value], device=device)[0][0]
 
     def run_together(self, work: Callable[[], T], *, device: torch.device) -> T:
-        """Do this process's share; if it fails on one, raise on all. No collectives inside ``work``."""
+        """Do this process's share; if it fails on one, raise on all. No collectives inside ``work`` but those of :meth:`request`."""
         if self.size > 1 and not self.needs_cuda:
             self._exchange(_BEGIN, device=device)  # all come at once, while the shares below may take very different times
+        if self.service is not None:
+            self.service.open, self.service.over = True, False
         error: Exception | None = None
         result: Any = None
         try:
             result = work()
         except Exception as exception:  # KeyboardInterrupt is not caught: whoever presses it stops every process
             error = exception
-        self.raise_together(error, device=device)
+        try:
+            if error is not None and self.service is not None and self.service.over:  # all have been told
+                raise error
+            self.raise_together(error, device=device)
+        finally:
+            if self.service is not None:
+                self.service.open = False
         return result  # type: ignore[no-any-return]
+
+    def request(self, service: Service, kind: int, block: int, *, device: torch.device) -> None:
+        """Return once all processes are about to take part in what this one needs of a block; until then serve what others need first.
+
+        Within the work of :meth:`run_together`, where processes may need different things, in different order, or nothing any more.
+
+        Raises:
+            SharpkitError: the evaluation failed on another process.
+        """
+        while self.size > 1 and (wanted := self._wanted(service, _BLOCK, [kind, block], device=device)) != (kind, block):
+            assert wanted is not None
+            service.serve(*wanted)
+
+    def _wanted(self, service: Service, place: int, numbers: Sequence[float], *, device: torch.device) -> tuple[int, int] | None:
+        """(kind, block) of the first process that needs one, None where all have ended; a failure anywhere ends it for all."""
+        try:
+            table = self._table(place, numbers, device=device)
+            self._check_places(table, allowed=(_BLOCK, _END))
+            failed = [rank for rank, (at, flag, *_) in enumerate(table) if at == _END and flag]
+            wanted = next(((int(kind), int(block)) for at, kind, block, *_ in table if at == _BLOCK), None)
+            if failed and wanted is not None:
+                raise self._error(f"the measurement failed on rank {', '.join(map(str, failed))}: see the error there")
+            return wanted
+        except SharpkitError:
+            service.over = True
+            raise
+
+    def all_parts(self, part: Tensor) -> list[Tensor]:
+        """Every process's tensor of one shape, in the order of ranks; to follow :meth:`request`."""
+        if self.size == 1:
+            return [part]
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        with self._connected():
+            dist.all_gather(parts, part, group=self.group)
+        return parts
+
+    def sum_of_part(self, parts: Tensor) -> Tensor:
+        """This process's row of the sum over processes of (size, m) tensors; to follow :meth:`request`."""
+        if self.size == 1:
+            return parts[0]
+        with self._connected():
+            if _SCATTERS:
+                row = torch.empty_like(parts[0])
+                dist.reduce_scatter_tensor(row, parts.flatten(), group=self.group)
+                return row
+            dist.all_reduce(parts, group=self.group)
+        return parts[self.rank]
+
+    def sum_small(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes of a few numbers each, in float64, bit for bit the same on all of them."""
+        if self.size == 1:
+            return tensor
+        wide = tensor.detach().double().flatten()
+        if not tensor.is_cuda:  # a check would wait for the GPU, once an inner product
+            rows = self._exchange(_DOT, wide.tolist() if len(wide) <= _ROOM else (), device=tensor.device)
+            if len(wide) <= _ROOM:
+                wide = torch.tensor(rows, dtype=torch.float64)[:, : len(wide)].sum(dim=0)
+                return wide.view_as(tensor).to(tensor.dtype)
+        with self._connected():
+            dist.all_reduce(wide, group=self.group)
+        return wide.view_as(tensor).to(tensor.dtype)
 
     def raise_together(self, error: Exception | None, *, device: torch.device) -> None:
         """Raise on every process if one failed, so that none waits for ever in the next collective.
@@ -114,6 +209,11 @@ class Ranks:
             SharpkitError: another process failed.
         """
         if self.size > 1:
+            try:
+                while (service := self.service) and (wanted := self._wanted(service, _END, [float(error is not None)], device=device)):
+                    service.serve(*wanted)
+            except SharpkitError as theirs:
+                raise (error or theirs) from None
             failed = self._exchange(_END, [float(error is not None)], device=device)
             others = [rank for rank, (flag,) in enumerate(failed) if flag]
             if error is None and others:
@@ -148,6 +248,18 @@ class Ranks:
         Raises:
             SharpkitError: the processes are at different places, or one of them did not come.
         """
+        table = self._table(place, numbers, device=device)
+        self._check_places(table, allowed=(place,))
+        return [each[1 : len(numbers) + 1] for each in table]
+
+    def _check_places(self, table: list[list[float]], *, allowed: Sequence[int]) -> None:
+        places = [int(each[0]) for each in table]
+        if any(at not in allowed for at in places):
+            said = ", ".join(f"rank {rank} at {_PLACES[at]}" for rank, at in enumerate(places))
+            raise self._error(f"the processes do different things: {said}. Make the same calls with the same arguments on all of them")
+
+    def _table(self, place: int, numbers: Sequence[float], *, device: torch.device) -> list[list[float]]:
+        """The place and the numbers of every process."""
         if self.needs_cuda and device.type != "cuda":
             way = "move it there, or pass a gloo group as process_group="
             raise self._error(
@@ -159,14 +271,10 @@ class Ranks:
         with self._connected(place):
             waiting = dist.all_gather(rows, row, group=self.group, async_op=True)
             # at the end of a share the slowest may take as long as it takes
-            limited = not self.needs_cuda and place != _END
+            limited = not self.needs_cuda and place not in (_END, _BLOCK)
             waiting.wait(self.patience) if limited else waiting.wait()
         table: list[list[float]] = torch.stack(rows).tolist()
-        places = [int(each[0]) for each in table]
-        if len(set(places)) > 1:
-            said = ", ".join(f"rank {rank} at {_PLACES[at]}" for rank, at in enumerate(places))
-            raise self._error(f"the processes do different things: {said}. Make the same calls with the same arguments on all of them")
-        return [each[1 : len(numbers) + 1] for each in table]
+        return table
 
     @contextmanager
     def _connected(self, place: int = _END) -> Iterator[None]:

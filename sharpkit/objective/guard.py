@@ -98,7 +98,14 @@ class _Guards(threading.local):
 _GUARDS = _Guards()
 
 
-def undisturbed(model: nn.Module, *, training: bool, in_eval: Container[str] = ()) -> AbstractContextManager[None]:
+def undisturbed(
+    model: nn.Module,
+    *,
+    training: bool,
+    in_eval: Container[str] = (),
+    inside: Callable[[], AbstractContextManager[None]] | None = None,
+    twice: bool = True,
+) -> AbstractContextManager[None]:
     """Run a measurement on a model without leaving a trace, also where a signal's exception or another thread comes in between.
 
     Inside: gradients are on, autocast is off, attention uses the math kernel (the only one that can be differentiated twice), compiled
@@ -110,16 +117,20 @@ def undisturbed(model: nn.Module, *, training: bool, in_eval: Container[str] = (
         model: unwrapped.
         training: the mode to measure in.
         in_eval: names of the modules that stay in eval mode all the same; see :func:`modules_in_eval`.
+        inside: a context to be entered last, for a sharded model.
+        twice: whether attention is to be differentiated twice; else it may run any kernel.
 
     Raises:
         ObjectiveError: the model is being evaluated by a measurement in this thread, which its forward pass, a hook or its loss called.
     """
     refuse_reentry(model)
-    return Whole(_undisturbed(model, training, in_eval))
+    return Whole(_undisturbed(model, training, in_eval, inside, twice))
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, training: bool, in_eval: Container[str]) -> Iterator[None]:
+def _undisturbed(
+    model: nn.Module, training: bool, in_eval: Container[str], inside: Callable[[], AbstractContextManager[None]] | None, twice: bool
+) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(turn())
         stack.enter_context(_under(model))
@@ -129,12 +140,15 @@ def _undisturbed(model: nn.Module, training: bool, in_eval: Container[str]) -> I
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(p.device.type for p in model.parameters())}:
             stack.enter_context(torch.autocast(kind, enabled=False))  # the objective's own autocast is entered inside
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # the cuDNN kernel has no second derivative
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_modes_kept())  # last in, first out: a mode left pushed would see what the others do to put things back
+        if inside is not None:
+            stack.enter_context(inside())
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from sharpkit._arguments import as_seed, choice, flag, real, shown, whole
 from sharpkit._checkpoint import Subject, checksum, known_again
-from sharpkit._errors import ObjectiveError, SharpkitError
-from sharpkit.objective.batches import Batch, BatchSource, map_tensors, slice_batch, to_device
+from sharpkit._errors import ObjectiveError, SharpkitError, UnsupportedError
+from sharpkit.objective.batches import Batch, BatchSource, fingerprint, map_tensors, slice_batch, to_device
 from sharpkit.objective.counting import CountRule, LossWatch, samples_in
 from sharpkit.objective.distributed import Ranks, find_ranks
-from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprint, seed_everything, undisturbed, unwrap
+from sharpkit.objective.guard import calling, modules_in_eval, random_fingerprint, random_states_kept, seed_everything, undisturbed, unwrap
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.logits import Chunked, Chunking
 from sharpkit.objective.loss import call_model, check_axes, check_functions, check_loss, own_loss, recognise_loss
@@ -28,6 +29,7 @@ from sharpkit.objective.mistakes import refuse_own_backward, refuse_unrelated, t
 from sharpkit.objective.params import ModelTensors, ParamSelector, select_params
 from sharpkit.objective.reduction import Look, Piece, Samples, Survey, check_batch, conclude, cut_batches, join_pieces, look_at
 from sharpkit.objective.second_order import Replaced, SecondOrder, Watch, coarsest_rounding
+from sharpkit.objective.sharding import Shards, has_shards, is_sharded
 from sharpkit.objective.trials import Evaluator, Measured, Watched, atol, rtol
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ class Objective:
     It changes nothing in the model.
 
     Args:
-        model: any module; wrappers (DistributedDataParallel, torch.compile) are unwrapped.
+        model: any module; wrappers (DistributedDataParallel, torch.compile) are unwrapped. Parameters may be sharded over processes by
+            ``fully_shard`` or ``parallelize_module``: then every process holds its own part of each vector (docs/distributed.md).
         data: one batch, a list of batches, or a re-iterable loader. A tuple, a dict or a tensor is one batch; a list is a list of
             batches, but with ``loss=`` a list of two tensors is one (input, target) batch.
         loss: ``loss(output, target)`` on (input, target) batches. A dict input is passed as keywords, a tuple as positions; an output with
@@ -124,6 +127,7 @@ class Objective:
         self._closure: Closure | None = closure or (own_loss if loss is None else None)
         self._count = count
         self.second_order = SecondOrder(check=check)
+        self.twice = True  # whether its evaluations may be differentiated twice
         self.micro_batch_size: int | None = None
         self.joining = Joining()
         self.ranks = find_ranks(process_group)
@@ -131,7 +135,15 @@ class Objective:
         own = {"reduction": reduction, "micro_batch_size": micro_batch_size, "check": check}
         settings = {"closure": closure, "count": count, "mode": mode, "autocast": autocast, "seed": seed}
         self.ranks.run_together(lambda: check_settings(loss=loss, **settings, **own), device=_device_of(model))
-        self.ranks.run_together(lambda: self._prepare(model, data, params, check), device=_device_of(model))
+        sharded = self.ranks.run_together(lambda: self._unwrap(model), device=_device_of(model))
+        self.shards: Shards | None = Shards(self.model, self.ranks) if sharded else None
+        self.ranks = self.ranks if self.shards is None else replace(self.ranks, service=self.shards)
+        self.ranks.run_together(lambda: self._prepare(data, params, check), device=self._data_device)
+        self._check_twins()
+        if self.shards is not None:
+            if check:
+                self._check_parallel(self.shards)
+            self._source = self._source if self.shards.counts else BatchSource([], pair=False)
         evaluator = self._evaluator(check)
         look = self.ranks.run_together(lambda: self._look(evaluator, reduction), device=self.device)
         self._survey: Survey = conclude(look, self.ranks, evaluator=evaluator, reduction=reduction, device=self.device)
@@ -144,18 +156,78 @@ class Objective:
             self.micro_batch_size = int(micro_batch_size)
         self.joining.allowed = micro_batch_size == "auto" and self.may_split
 
-    def _prepare(self, model: nn.Module, data: Any, params: ParamSelector, check: bool) -> None:
+    def _unwrap(self, model: nn.Module) -> bool:
+        """Whether the model is sharded over processes."""
         check_model(model)
         self.model = unwrap(model)
         self.in_eval = modules_in_eval(self.model) if self.mode == "train" else frozenset()  # captured now: the function must stay the same
-        self.layout = select_params(self.model, params)
-        self.chunking = Chunking.of(self.model, check=check)
         self._data_device = _device_of(self.model)
+        return has_shards(self.model)
+
+    _source: BatchSource
+
+    def _prepare(self, data: Any, params: ParamSelector, check: bool) -> None:
+        self.layout = select_params(self.model, params, shards=self.shards)
+        self.chunking = Chunking.of(self.model, check=check)
         self._source = BatchSource(data, pair=self.loss is not None)
+        if self.shards is not None:
+            self._data_device, self.chunking.allowed = self.shards.compute, False
+
+    def _check_parallel(self, shards: Shards) -> None:
+        """Compare the loss of the first batch on whole tensors with that of the model as it stands, on all processes.
+
+        Raises:
+            UnsupportedError: the modules were changed to compute with parts, by fewer attention heads say.
+        """
+        batches = list(itertools.islice(self._source, 1)) if shards.is_parallel else []
+        if not all(self.ranks.gather(bool(batches))):
+            return
+        batch = to_device(batches[0], self._data_device)
+
+        def loss() -> float:
+            with torch.no_grad():
+                value: Any = self.unchecked_loss(batch, 0)
+                return float(value.full_tensor() if is_sharded(value) else value)
+
+        def whole() -> float:
+            with self._guard(training=False):
+                return loss()
+
+        with undisturbed(self.model, training=False, in_eval=self.in_eval, twice=False):
+            parallel = loss()
+        gap = abs(self.ranks.run_together(whole, device=self._data_device) - parallel)
+        gap = max(self.ranks.gather(gap))
+        if not gap <= math.sqrt(self.rounding) * abs(parallel):  # by judgement: far above what another order of sums changes
+            raise UnsupportedError(
+                f"the model is parallelised by tensors, and its loss on whole tensors differs by {gap:.3g} from the {parallel:.6g} that it "
+                "has in parallel: leave its modules as they are on one process (numbers of heads read off the tensors' shapes), or gather "
+                "it into plain tensors and measure that copy"
+            )
+
+    def _check_twins(self) -> None:
+        """Processes that tensor parallelism gives the same batches: the first one's count, and the others' must be the same.
+
+        Raises:
+            ObjectiveError: they are not.
+        """
+        if self.shards is None or self.shards.twins == list(range(self.ranks.size)):
+            return
+
+        def look() -> list[str]:
+            with random_states_kept():
+                return [fingerprint(batch) for batch in itertools.islice(self._source, 2)]
+
+        marks = self.ranks.gather(self.ranks.run_together(look, device=self._data_device))
+        if other := next((rank for rank, mark in enumerate(marks) if mark != marks[self.shards.twins[rank]]), None):
+            raise ObjectiveError(
+                f"ranks {self.shards.twins[other]} and {other} hold parts of the same tensors but other batches: give the processes of one "
+                "tensor-parallel group the same batches; for data parallelism besides, shard the model by fully_shard on a second mesh "
+                "dimension"
+            )
 
     def _evaluator(self, check: bool) -> Evaluator:
         def measure(batch: Batch, number: int, with_gradient: bool) -> Measured:
-            with self._guard(training=False):  # dropout would hide that the parts add up
+            with self._guard(training=False), self.derivatives("alone"):  # dropout would hide that the parts add up
                 loss = self._evaluate(to_device(batch, self._data_device), number)
                 if not with_gradient:
                     return loss.detach(), torch.empty(0)
@@ -175,7 +247,7 @@ class Objective:
                 draws = before != random_fingerprint(self._data_device)
                 return Watched(loss.detach(), draws, tuple(losses.seen), losses.behind(loss))
 
-        several = self.ranks.size > 1
+        compare = self.ranks.size > 1 and self.shards is None
         return Evaluator(
             measure=measure,
             watch=watch,
@@ -184,7 +256,7 @@ class Objective:
             pair=self.loss is not None,
             check=check,
             draws=self.mode == "train",
-            parameters=(self.num_parameters, sum(float(p.detach().double().abs().sum()) for p in self.layout.params) if several else 0.0),
+            parameters=(self.num_parameters, sum(float(p.detach().double().abs().sum()) for p in self.layout.params) if compare else 0.0),
         )
 
     def _look(self, evaluator: Evaluator, reduction: str) -> Look:
@@ -221,7 +293,13 @@ class Objective:
 
     # -- what it is ---------------------------------------------------------------------------------------------------
     def identity(self) -> dict[str, str]:
-        """What tells this function from others, in words by name, besides its loss."""
+        """What tells this function from others, in words by name, besides its loss.
+
+        Raises:
+            UnsupportedError: parameters are sharded over processes.
+        """
+        if self.shards is not None:
+            raise UnsupportedError("checkpoint= is not available for parameters sharded over processes: leave it out")
         return {
             "objective": f"{self.num_samples} samples, {self.num_targets:g} targets, {self.mode} mode, {self.autocast}",
             "selected parameters": f"{len(self.layout.names)} tensors, {self.num_parameters} numbers",
@@ -234,8 +312,8 @@ class Objective:
 
     @property
     def num_parameters(self) -> int:
-        """Length of the flat parameter vector."""
-        return self.layout.size
+        """Entries of all parameters: the length of the flat parameter vector, which of a sharded model is divided over the processes."""
+        return self.layout.num_entries
 
     @property
     def num_targets(self) -> float:
@@ -326,14 +404,14 @@ class Objective:
     def with_params(self, params: ParamSelector) -> Objective:
         """The same function of fewer parameters, the others held fixed."""
         other = copy.copy(self)
-        picked, own = select_params(self.model, params), set(self.layout.names)
+        picked, own = select_params(self.model, params, shards=self.shards), set(self.layout.names)
         both = [name for name in picked.names if name in own]
         if not both:
             raise ValueError(
                 f"params= picks {', '.join(picked.names[:4])}, none of the objective's own parameters: {', '.join(self.layout.names[:8])}"
             )
         # of the same tensors: an operator of the part sees later changes of the whole
-        other.layout = select_params(self.model, lambda name, _: name in both)
+        other.layout = select_params(self.model, lambda name, _: name in both, shards=self.shards)
         return other
 
     def with_data(self, batches: list[Batch], *, ranks: Ranks | None = None) -> Objective:
@@ -348,6 +426,7 @@ class Objective:
         """
         other = copy.copy(self)
         other.ranks = self.ranks if ranks is None else ranks
+        batches = batches if self.shards is None or self.shards.counts else []
         counts = tuple(self.count_of(batch) for batch in batches)
         lengths = tuple(samples_in(batch, self.loss is not None) for batch in batches)
         total, samples = other.ranks.sum_numbers([sum(counts), float(sum(lengths))], device=self.device)
@@ -373,6 +452,8 @@ class Objective:
             batches: data of the same kind.
             dtype: convert model, data and a loss module to this type. Raises whatever the model raises for it.
         """
+        if self.shards is not None:
+            raise UnsupportedError("a model sharded over processes cannot be copied")
         # Tensors computed from parameters, as the old weight norm keeps them, refuse to be copied; the next forward pass makes them anew.
         held = (value for m in self.model.modules() for value in vars(m).values())
         computed = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
@@ -409,11 +490,18 @@ class Objective:
         Raises:
             ObjectiveError: parameters were replaced or frozen since the objective was made.
         """
+        if self.shards is not None:
+            self.shards.settle()
         self.layout.check_live(self.model)
         return self._guard(training=self.mode == "train")
 
     def _guard(self, *, training: bool) -> AbstractContextManager[None]:
-        return undisturbed(self.model, training=training, in_eval=self.in_eval)
+        inside = None if self.shards is None else self.shards.present
+        return undisturbed(self.model, training=training, in_eval=self.in_eval, inside=inside, twice=self.twice)
+
+    def derivatives(self, way: str) -> AbstractContextManager[None]:
+        """What becomes of gradients of a sharded model inside: see :meth:`sharpkit.objective.sharding.Shards.going`."""
+        return nullcontext() if self.shards is None else self.shards.going(way)
 
     def batches(self) -> Iterator[Batch]:
         """This process's batches as they were given."""
@@ -549,7 +637,10 @@ class Objective:
         loss = self.unchecked_loss(batch, number)
         if self._closure is not None and isinstance(loss, Tensor) and loss.requires_grad:
             refuse_own_backward(loss, self.layout.params)
-        return check_loss(loss, number)
+        loss = check_loss(loss, number)
+        if self.shards is not None:
+            self.shards.check_graph(loss)
+        return loss
 
     def unchecked_loss(self, batch: Batch, number: int) -> Tensor:
         """The loss of a batch, whose value is not looked at: under a transform of ``torch.func`` there is none.
@@ -646,15 +737,21 @@ class Objective:
                 return self.own_gradient()
 
         total, flat = self.ranks.run_together(local, device=self.device)
-        return self.ranks.sum_numbers([total], device=self.device)[0], self.ranks.sum_(flat)
+        if self.shards is None:
+            self.ranks.sum_(flat)
+        else:  # what this process's own work has added to its parts, and then that of the others
+            self.layout.add_flat_(flat, self.shards.collected(self.layout.live), 1.0)
+        return self.ranks.sum_numbers([total], device=self.device)[0], flat
 
     def own_gradient(self) -> tuple[float, Tensor]:
         """This process's part of :meth:`gradient`. To be called under :meth:`undisturbed`."""
-        total, flat = 0.0, torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        for piece in self.pieces(join=True):
-            loss = self.evaluate(piece)
-            total += float(loss.detach()) * piece.weight
-            self.layout.add_flat_(flat, torch.autograd.grad(loss, self.layout.params, allow_unused=True), piece.weight)
+        total, flat = 0.0, torch.zeros(self.layout.size, dtype=self.dtype, device=self.device)
+        with self.derivatives("sum"):
+            for piece in self.pieces(join=True):
+                loss = self.evaluate(piece)
+                total += float(loss.detach()) * piece.weight
+                loss, weight = (loss, piece.weight) if self.shards is None else (loss * piece.weight, 1.0)  # before it is added up
+                self.layout.add_flat_(flat, torch.autograd.grad(loss, self.layout.params, allow_unused=True), weight)
         return total, flat
 
 
@@ -813,12 +910,17 @@ def check_settings(
 
 def objective_call(call: str, objective: Any, arguments: Mapping[str, Any]) -> tuple[Objective, Subject]:
     """What a call on an objective is about, for :func:`sharpkit._checkpoint.resumable`; costs one pass for the loss."""
-    check_objective(objective, call)
+    check_objective(objective, call, sharded=True)
     objective.ranks.check_alike(call, {name: value for name, value in arguments.items() if name != "callback"})
     return objective, objective.subject()
 
 
-def check_objective(value: Any, taker: str) -> None:
-    """TypeError unless a function that takes an objective was given one."""
+def check_objective(value: Any, taker: str, *, sharded: bool = False) -> None:
+    """TypeError unless a function that takes an objective was given one; UnsupportedError if its sharded parameters are not for it."""
     if not isinstance(value, Objective):
         raise TypeError(f"{taker} takes an Objective(model, data, loss=...), got {shown(value)}")
+    if value.shards is not None and not sharded:
+        raise UnsupportedError(
+            f"{taker} is not available for parameters sharded over processes: gather the model into plain tensors (a full state dict) and "
+            "measure that copy; what is available is listed in docs/compatibility.md"
+        )

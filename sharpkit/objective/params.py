@@ -18,21 +18,47 @@ from sharpkit._arguments import shown
 from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.guard import turn
 from sharpkit.objective.interrupts import Whole
+from sharpkit.objective.sharding import Shards, is_sharded
 
 ParamSelector = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 
 
 @dataclass(frozen=True)
 class ParamLayout:
-    """Named parameters, each once, laid end to end in one flat vector.
+    """Named parameters, each once, laid end to end in one flat vector; of a sharded model, this process's own part of each.
 
     Attributes:
         names: in the order of ``model.named_parameters()``; tied tensors appear once, under their first name.
-        params: the live parameters themselves.
+        params: what is differentiated with respect to: the live parameters themselves, or this process's own parts of them.
+        shards: of a sharded model, who holds what.
+        sharded: the live parameters of a sharded model.
     """
 
     names: tuple[str, ...]
     params: tuple[nn.Parameter, ...]
+    shards: Shards | None = None
+    sharded: tuple[nn.Parameter, ...] = ()
+
+    @property
+    def live(self) -> tuple[nn.Parameter, ...]:
+        """The model's own parameters, as an optimizer holds them."""
+        return self.params if self.shards is None else self.sharded
+
+    def part_of(self, live: Tensor, tensor: Tensor) -> Tensor:
+        """What this process's vectors hold of a tensor like a parameter (an optimizer's state, say): all of it unless it is sharded."""
+        return tensor if self.shards is None else self.shards.part_of(live, tensor)
+
+    def own_rows(self, vectors: Tensor) -> Tensor:
+        """This process's own rows of vectors over all processes, (num_entries,) or (num_entries, k)."""
+        if self.shards is None:
+            return vectors
+        own, begin = [], 0
+        for p in self.sharded:
+            rows = vectors[begin : begin + p.numel()]
+            columns = [self.shards.part_of_whole(p, column).reshape(-1) for column in (rows.T if rows.ndim == 2 else rows[None])]
+            own.append(torch.stack(columns, dim=1) if rows.ndim == 2 else columns[0])
+            begin += p.numel()
+        return torch.cat(own)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -41,8 +67,13 @@ class ParamLayout:
 
     @property
     def size(self) -> int:
-        """Length of the flat vector."""
+        """Length of the flat vector, on this process."""
         return sum(self.sizes)
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of all parameters, over all processes."""
+        return sum(p.numel() for p in self.live)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -138,7 +169,7 @@ class ParamLayout:
             ObjectiveError: one was replaced, frozen, or changed its type.
         """
         present = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
-        for name, p in zip(self.names, self.params, strict=True):
+        for name, p in zip(self.names, self.live, strict=True):
             if present.get(name) is not p:
                 cause = "is no longer part of the model: it was replaced, as load_state_dict(..., assign=True) does"
             elif not p.requires_grad:
@@ -162,13 +193,15 @@ class ModelTensors:
 
     Args:
         model: the module.
+        shards: of a sharded model, who holds what: then its parameters are this process's parts of them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shards: Shards | None = None) -> None:
         modules = list(model.modules())
-        self._made_of = [(held, tuple(held.values())) for m in modules for held in (m._modules, m._parameters)]
+        held_by = [held for m in modules for held in ((m._modules, m._parameters) if shards is None else (m._modules,))]
+        self._made_of = [(held, tuple(held.values())) for held in held_by]
         self._holders = [m._buffers for m in modules]
-        self.parameters = list(model.parameters())
+        self.parameters: list[nn.Parameter] = list(model.parameters() if shards is None else shards.leaves.values())
 
     def are_current(self) -> bool:
         """Whether no module and no parameter was added, removed or replaced."""
@@ -184,12 +217,16 @@ def _dense(piece: Tensor) -> Tensor:
     return piece.to_dense() if piece.is_sparse else piece
 
 
-def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayout:
+def select_params(
+    model: nn.Module, selector: ParamSelector = None, *, shards: Shards | None = None, may_be_sharded: bool = False
+) -> ParamLayout:
     """The trainable parameters that the selector picks.
 
     Args:
         model: its ``named_parameters()`` are asked, tied tensors once.
         selector: None for all; a shell pattern such as ``"blocks.*.attn.*"``, several of them, or a predicate (name, parameter) -> bool.
+        shards: of a sharded model, who holds what.
+        may_be_sharded: look at names alone, before that is known.
 
     Raises:
         ValueError: nothing is left, a pattern matches nothing, or a picked parameter is complex or not yet initialised.
@@ -199,7 +236,7 @@ def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayo
     selector = _checked_selector(selector)
     everything = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]  # compiled parts add a prefix
     for name, p in everything:
-        _check_not_sharded(name, p)
+        _check_not_sharded(name, p, known=may_be_sharded or shards is not None)
     chosen = [(name, p) for name, p in everything if _matches(selector, name, p)]
     shown = (", ".join(name for name, _ in everything[:8]) or "none at all") + (" ..." if len(everything) > 8 else "")
     for pattern in selector if isinstance(selector, tuple) else ():
@@ -214,7 +251,8 @@ def select_params(model: nn.Module, selector: ParamSelector = None) -> ParamLayo
         raise ValueError(f"all {len(chosen)} parameters picked are {frozen}: call requires_grad_(True) on those whose curvature is meant")
     for name, p in trainable:
         _check_param(name, p)
-    return ParamLayout(tuple(name for name, _ in trainable), tuple(p for _, p in trainable))
+    names, picked = tuple(name for name, _ in trainable), tuple(p for _, p in trainable)
+    return ParamLayout(names, picked) if shards is None else ParamLayout(names, tuple(shards.leaves[id(p)] for p in picked), shards, picked)
 
 
 def _checked_selector(selector: ParamSelector) -> tuple[str, ...] | Callable[[str, Tensor], bool] | None:
@@ -246,11 +284,11 @@ def _matches(selector: tuple[str, ...] | Callable[[str, Tensor], bool] | None, n
         ) from error
 
 
-def _check_not_sharded(name: str, param: Tensor) -> None:
-    if any(type(t).__name__ in ("DTensor", "FlatParameter") for t in (param, param.data)):
+def _check_not_sharded(name: str, param: Tensor, *, known: bool) -> None:
+    if type(param).__name__ == "FlatParameter" or (is_sharded(param) and not known):
         raise UnsupportedError(
-            f"parameter {name!r} is sharded over processes (FSDP or tensor parallel), where second derivatives are silently wrong or fail. "
-            "Gather the model into plain tensors (full_tensor(), or a full state dict) and measure that copy"
+            f"parameter {name!r} is sharded over processes in a way that this cannot measure: shard the model by fully_shard or "
+            "parallelize_module and pass it to Objective, or gather it into plain tensors (full_tensor(), or a full state dict)"
         )
 
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from sharpkit._arguments import choice, flag, real, shown, whole
 from sharpkit._checkpoint import Processes, Subject, known_again, product_step
-from sharpkit._errors import NonFiniteError, NotSymmetricError
+from sharpkit._errors import NonFiniteError, NotSymmetricError, UnsupportedError
 from sharpkit.objective.memory import available_memory
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+
+Dot = Callable[[Tensor, Tensor], Tensor]  # an inner product
 
 _DISTRIBUTIONS = ("normal", "rademacher")
 _LOOKS, _LOOKS_SEED = 3, 20_26  # random vectors that a product is seen along, by judgement, and what draws them
@@ -42,6 +44,7 @@ class SymmetricOperator(ABC):
 
     Attributes:
         size, dtype, device: as given.
+        length: entries of a vector on this process: n, unless vectors are sharded over processes.
         num_matvecs: products made so far, one per column.
 
     Example:
@@ -60,9 +63,19 @@ class SymmetricOperator(ABC):
             came = dtype if isinstance(dtype, torch.dtype) else shown(dtype)
             raise ValueError(f"an operator multiplies real vectors, so its dtype must be a floating-point type; got {came}. {_REAL_FORM}")
         self.dtype, self.device = dtype, _device(device)
+        self.length = self.size
         self.num_matvecs = 0
         self.processes: Processes | None = None  # that make each product together
-        self.rounding = float(torch.finfo(dtype).eps)  # of a product, relative; larger where it is computed in a less exact type
+        self._rounding = float(torch.finfo(dtype).eps)
+
+    @property
+    def rounding(self) -> float:
+        """Error of a product, relative to the largest one: the rounding of its type, more where it is computed in a less exact one."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, value: float) -> None:
+        self._rounding = value
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -123,7 +136,11 @@ class SymmetricOperator(ABC):
         """
         product = self.multiply(vectors)
         # the sum alone is cheaper, but may overflow
-        if not math.isfinite(product.sum().item()) and not bool(torch.isfinite(product).all()):
+        if self.length != self.size:
+            unbounded = not math.isfinite(float(self.dot(product, torch.zeros_like(vectors)).sum()))  # on any process
+        else:
+            unbounded = not math.isfinite(product.sum().item()) and not bool(torch.isfinite(product).all())
+        if unbounded:
             cause = "the function has no second derivative here (a square root at 0, a norm of a zero vector), or half precision overflowed"
             if not bool(torch.isfinite(vectors).all()):
                 cause = "the vector itself is not finite"
@@ -132,9 +149,9 @@ class SymmetricOperator(ABC):
 
     def _check_vectors(self, vectors: Tensor) -> None:
         if not isinstance(vectors, Tensor):
-            raise TypeError(f"expected a torch.Tensor of shape ({self.size},) or ({self.size}, k), got {shown(vectors)}")
-        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.size:
-            raise ValueError(f"expected shape ({self.size},) or ({self.size}, k), got {tuple(vectors.shape)}")
+            raise TypeError(f"expected a torch.Tensor of shape ({self.length},) or ({self.length}, k), got {shown(vectors)}")
+        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.length:
+            raise ValueError(f"expected shape ({self.length},) or ({self.length}, k), got {tuple(vectors.shape)}")
         # No silent conversion: rounding float64 vectors to float32 would cost a Krylov method its orthogonality unnoticed.
         if vectors.dtype != self.dtype:
             raise ValueError(f"this operator multiplies {self.dtype} vectors, got {vectors.dtype}: use v.to({self.dtype})")
@@ -225,7 +242,13 @@ class SymmetricOperator(ABC):
 
     # -- conversions --------------------------------------------------------------------------------------------------
     def to_dense(self) -> Tensor:
-        """The whole matrix, (n, n), by n products. For small n: tests and teaching."""
+        """The whole matrix, (n, n), by n products. For small n: tests and teaching.
+
+        Raises:
+            UnsupportedError: vectors are sharded over processes.
+        """
+        if self.length != self.size:
+            raise UnsupportedError("a matrix whose vectors are sharded over processes is not written out: multiply by single vectors")
         return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
 
     def to_scipy(self) -> LinearOperator:
@@ -350,7 +373,15 @@ class _DerivedOperator(SymmetricOperator):
     def __init__(self, base: SymmetricOperator) -> None:
         check_operator(base)
         super().__init__(base.size, dtype=base.dtype, device=base.device)
-        self.base, self.rounding, self.processes = base, base.rounding, base.processes
+        self.base, self.length, self.processes = base, base.length, base.processes
+
+    @property
+    def rounding(self) -> float:
+        return self.base.rounding
+
+    @rounding.setter
+    def rounding(self, value: float) -> None:
+        raise AttributeError("the rounding of a derived operator is that of its base")
 
     def matmat(self, vectors: Tensor) -> Tensor:
         return self.matvec(vectors)  # written for (n,) and (n, k) alike, so that a base with a cheap matmat is asked for k at once
@@ -429,9 +460,9 @@ class DeflatedOperator(_DerivedOperator):
     def __init__(self, base: SymmetricOperator, vectors: Tensor, values: Tensor) -> None:
         super().__init__(base)
         vectors, values = real_tensor("vectors", vectors), real_tensor("values", values)
-        if vectors.ndim != 2 or vectors.shape[0] != base.size or values.shape != vectors.shape[1:]:
+        if vectors.ndim != 2 or vectors.shape[0] != base.length or values.shape != vectors.shape[1:]:
             raise ValueError(
-                f"deflation needs vectors ({base.size}, k) and values (k,), got {tuple(vectors.shape)} and {tuple(values.shape)}"
+                f"deflation needs vectors ({base.length}, k) and values (k,), got {tuple(vectors.shape)} and {tuple(values.shape)}"
             )
         self.vectors = vectors.to(dtype=base.dtype, device=base.device)
         self.values = values.to(dtype=base.dtype, device=base.device)

@@ -24,6 +24,7 @@ from sharpkit.objective.reduction import Piece
 from sharpkit.objective.second_order import ONCE, REENTRANT
 from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.blocks import Blocks, PieceProduct
+from sharpkit.operators.differences import Differences
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,15 @@ class CurvatureOperator(SymmetricOperator):
         if retain not in (True, False, "auto"):
             raise ValueError(f"retain must be True, False or 'auto', got {retain!r}")
         memory_limit = None if memory_limit is None else real("memory_limit", memory_limit, least=0, infinite=True, hint="it is in bytes")
+        if objective.shards is not None and not self._takes_shards:
+            raise UnsupportedError(
+                f"{type(self).__name__} is not available for parameters sharded over processes: use HessianOperator, or gather the model "
+                "into plain tensors (a full state dict) and measure that copy"
+            )
         super().__init__(objective.num_parameters, dtype=objective.dtype, device=objective.device)
         self.objective, self.rounding, self.processes = objective, objective.rounding, objective.ranks
         self.layout = objective.layout
+        self.length = self.layout.size
         self._retain, self._memory_limit = retain, memory_limit
         self._kept: dict[tuple[int, int], PieceProduct] = {}  # by the pieces' keys
         self.all_kept = False
@@ -100,6 +107,8 @@ class CurvatureOperator(SymmetricOperator):
         self._kept_for: _Situation | None = None
         self.blocks = Blocks(self.layout, self.rounding)
 
+    _differences: Differences | None = None  # multiplies in the place of graphs
+    _takes_shards = False  # whether products are made of parts of sharded parameters
     _joins = True  # whether small batches may be joined: what is drawn at random by the batch's number would be drawn anew
 
     def _peak(self) -> float:
@@ -126,25 +135,42 @@ class CurvatureOperator(SymmetricOperator):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """The products with k vectors, (n, k): several at a time where that is faster here, which the first ones show."""
+        if self.objective.shards is not None or self._differences is not None:
+            return super().matmat(vectors)  # one vector is what all processes multiply at a time
         # each vector in one piece of memory, so that it is cut into the parameters' shapes without copies
         return self._product(vectors if vectors.mT.is_contiguous() else vectors.mT.contiguous().mT)
 
     def _product(self, vectors: Tensor) -> Tensor:
+        if self._differences is not None:
+            product = self._differences(vectors)
+            self.rounding = max(self.objective.rounding, self._differences.relative_error)
+            return product
+
         def local() -> Tensor:
             try:
                 if (product := self._without_guard(vectors)) is not None:
                     return product
                 with self.objective.undisturbed():  # once a product: as much as it costs to set aside and put back a model's state
                     product = self._local_product(vectors)
-                self._look_into_doubts()
+                if self.objective.shards is None:
+                    self._look_into_doubts()
                 return product
             except RuntimeError as error:
                 if (explained := _explained(error)) is None:
                     raise
                 raise explained from error
 
-        ranks = self.objective.ranks
-        return ranks.sum_(ranks.run_together(local, device=self.device))  # each process holds its own batches' share of the sum
+        ranks, shards = self.objective.ranks, self.objective.shards
+        if shards is None:
+            return ranks.sum_(ranks.run_together(local, device=self.device))  # each process holds its own batches' share of the sum
+        if ranks.sum_numbers([float(bool(self._kept) and not self._is_current())], device=self.device)[0]:
+            self.forget_graphs()  # on all: what has changed on one process is part of every process's graph
+        shards.set_vector(self.layout.live, self.layout.split(vectors))
+        with shards.going("sum"):
+            total = ranks.run_together(local, device=self.device)
+        self.layout.add_flat_(total, shards.collected(self.layout.live), 1.0)
+        self._look_into_doubts()
+        return total
 
     def _without_guard(self, vectors: Tensor) -> Tensor | None:
         """The product over kept graphs alone; None where it needs a guard, or does not fit and is to be tried again with less memory."""
@@ -177,7 +203,7 @@ class CurvatureOperator(SymmetricOperator):
         every_one_kept = True
         self._forecast()  # before the first graph
         if self._retain is not False and not self._kept:
-            tensors = ModelTensors(self.objective.model)
+            tensors = ModelTensors(self.objective.model, self.objective.shards)
             versions = [version_of(p) for p in tensors.parameters]
             self._kept_for = _Situation(self._sizes(), tensors, versions, [t.detach().clone() for t in tensors.now()])
         for piece in self.objective.pieces(join=self._joins):
@@ -218,11 +244,15 @@ class CurvatureOperator(SymmetricOperator):
     def bytes_needed(self) -> float:
         # the gradient that is differentiated again, and the copies that tell whether parameters have changed; then, of each of the
         # products made at once, a second backward pass and its result in the parameters' shapes and as one vector
-        vector = float(self.size * self.dtype.itemsize)
+        vector = float(self.length * self.dtype.itemsize)
         chunks = bytes_of_chunks(self.device) if self.objective.chunking.in_use else 0
+        if self._differences is not None:
+            return 5 * vector  # both gradients, the parameters moved and as they were, the direction
         return self.bytes_kept() + 2 * vector + chunks + self.blocks.width * (_PEAK * self._largest + 4 * vector)
 
     def choices(self) -> Mapping[str, str]:
+        if self._differences is not None:
+            return {"products": f"differences of gradients, off by {self._differences.relative_error:.1g} of the largest product"}
         joined, cut = self.objective.joining.size, self.objective.micro_batch_size
         batches = f"joined to {joined} samples at most" if joined else f"in pieces of {cut}" if cut else "as they come"
         kept = f"all kept, {human_bytes(self.bytes_kept())}" if self.all_kept else "rebuilt for each product, as far as they do not fit"
@@ -259,7 +289,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _watched(self) -> list[Tensor]:
         """All that the function depends on besides the data: every parameter, also those held fixed, and every buffer."""
-        return ModelTensors(self.objective.model).now()
+        return ModelTensors(self.objective.model, self.objective.shards).now()
 
     def _sizes(self) -> tuple[int | None, int | None]:
         return self.objective.micro_batch_size, self.objective.joining.size
@@ -356,6 +386,8 @@ class CurvatureOperator(SymmetricOperator):
 
     # -- ranks and blocks -----------------------------------------------------------------------------------------------
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.objective.shards is not None:
+            return self.objective.ranks.sum_small(super().dot(left, right))
         # Vectors are the same on all processes up to rounding; the first one's numbers decide, so that all take the same branches.
         return self.objective.ranks.broadcast_(super().dot(left, right).contiguous())
 
@@ -364,7 +396,13 @@ class CurvatureOperator(SymmetricOperator):
 
     def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
         alike = {name: value for name, value in settings.items() if name not in ("operator", "callback")}
+        if self.objective.shards is not None:  # parts of vectors, of other lengths
+            alike = {name: value for name, value in alike.items() if not isinstance(value, Tensor)}
         self.objective.ranks.check_alike(call, {"size": self.size, **alike})
+
+    def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
+        # drawn whole, so that a seed means the same for any number of processes
+        return self.layout.own_rows(super().random_vectors(k, generator=generator, distribution=distribution))
 
     def block(self, pattern: ParamSelector) -> Self:
         """The diagonal block of a parameter group: the same matrix for fewer parameters, at the cost of those alone."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpkit._arguments import flag
-from sharpkit._errors import ObjectiveError
+from sharpkit._arguments import choice, flag
+from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.objective.memory import graph_cost
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.reduction import Piece
@@ -17,7 +17,11 @@ from sharpkit.objective.second_order import refuse_held_vectors
 from sharpkit.operators.blocks import PieceProduct, Pieces, derivative
 from sharpkit.operators.compiled import Compiling
 from sharpkit.operators.curvature import CurvatureOperator
+from sharpkit.operators.differences import Differences
 from sharpkit.operators.probe import look_into_doubts
+
+_ENDS = ("eigenpairs", "power_iteration")  # what differences in half precision are exact enough for
+_NOISY = 5e-4  # rounding of a gradient from which on they are noise in random directions: that of the half-precision types
 
 
 class HessianOperator(CurvatureOperator):
@@ -28,6 +32,9 @@ class HessianOperator(CurvatureOperator):
 
     Args:
         objective, retain, memory_limit: as in :class:`~sharpkit.operators.curvature.CurvatureOperator`.
+        product: ``"exact"``, or ``"differences"``: central differences of gradients, two gradients each. They need no second graph and no
+            second derivative (fused attention runs as in training), and have an error, measured from two step sizes, which ``rounding`` and
+            all residuals hold. In half precision they tell large eigenvalues alone: traces and quadrature are refused.
         compile: give products to PyTorch's compiler once all graphs are kept. It takes one to three minutes, and pays where thousands
             follow (experiments/compiled_products.py). ``choices()["compiled"]`` says what came of it, and why where nothing did.
 
@@ -43,14 +50,35 @@ class HessianOperator(CurvatureOperator):
         Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
     """
 
+    _takes_shards = True
+
     def __init__(
-        self, objective: Objective, *, retain: bool | str = "auto", memory_limit: float | None = None, compile: bool = False
+        self,
+        objective: Objective,
+        *,
+        retain: bool | str = "auto",
+        memory_limit: float | None = None,
+        compile: bool = False,
+        product: str = "exact",
     ) -> None:
         super().__init__(objective, retain=retain, memory_limit=memory_limit)
-        self._compiling = Compiling(self.layout, self.rounding) if flag("compile", compile) else None
+        if choice("product", product, ("exact", "differences")) == "differences":
+            self._differences = Differences(objective, self.dot)
+        if flag("compile", compile) and objective.shards is not None:
+            raise UnsupportedError("compile=True is not available for parameters sharded over processes: leave it out")
+        self._compiling = Compiling(self.layout, self.rounding) if compile else None
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "compile": self._compiling is not None}
+        product = "exact" if self._differences is None else "differences"
+        return {**super()._settings(), "compile": self._compiling is not None, "product": product}
+
+    def check_alike(self, call: str, settings: Mapping[str, Any]) -> None:
+        super().check_alike(call, settings)
+        if self._differences is not None and call not in _ENDS and self.objective.rounding > _NOISY:
+            raise UnsupportedError(
+                f"{call} of differences of gradients in half precision would be noise, which hides all but the largest eigenvalues: use "
+                "product='exact', measure without autocast, or ask for eigenpairs"
+            )
 
     def choices(self) -> Mapping[str, str]:
         told = super().choices()
@@ -69,9 +97,12 @@ class HessianOperator(CurvatureOperator):
         params = self.layout.params
         if self.objective.mode == "train":
             refuse_held_vectors(self.objective.model, self.objective.in_eval)
-        loss = self.objective.twice_differentiable(lambda: self.objective.evaluate(piece))
+        loss, weight = self.objective.twice_differentiable(lambda: self.objective.evaluate(piece)), piece.weight
+        if self.objective.shards is not None:  # weighted before it is added up over processes
+            loss, weight = loss * weight, 1.0
         # Reverse over reverse: reverse over forward mode is silently wrong for LayerNorm, InstanceNorm and BatchNorm in train mode.
-        gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        with self.objective.derivatives("graph"):
+            gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
             raise ObjectiveError("the loss does not depend on any of the selected parameters: check params= and that the model uses them")
         # Parameters in which the loss is linear have a gradient without a graph, and zero rows.
@@ -83,7 +114,7 @@ class HessianOperator(CurvatureOperator):
                 return [None] * len(params)
             return derivative(roots, params, [vectors[j] for j in curved], batched=batched)
 
-        return PieceProduct(multiply, piece.weight, graph_cost([r for r in roots if r is not None], exclude=params))
+        return PieceProduct(multiply, weight, graph_cost([r for r in roots if r is not None], exclude=params))
 
     def _look_into_doubts(self) -> None:
         look_into_doubts(self.objective, HessianOperator)

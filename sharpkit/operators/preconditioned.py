@@ -23,8 +23,8 @@ class _DiagonalScaling(_DerivedOperator):
 
     def __init__(self, base: SymmetricOperator, scale: Tensor) -> None:
         super().__init__(base)
-        if scale.shape != (base.size,):
-            raise ValueError(f"the diagonal must have shape ({base.size},), got {tuple(scale.shape)}")
+        if scale.shape != (base.length,):
+            raise ValueError(f"the diagonal must have shape ({base.length},), got {tuple(scale.shape)}")
         if not bool(torch.isfinite(scale).all()):
             raise ValueError("the diagonal contains NaN or infinity")
         self.scale = scale.detach().to(dtype=base.dtype, device=base.device)
@@ -73,8 +73,8 @@ class PreconditionedOperator(_DiagonalScaling):
             scale = preconditioner_scale(optimizer, layout_of(base))
         else:
             divisor = real_tensor("diagonal", diagonal)
-            if divisor.shape != (base.size,):
-                raise ValueError(f"diagonal must have shape ({base.size},), got {tuple(divisor.shape)}")
+            if divisor.shape != (base.length,):
+                raise ValueError(f"diagonal must have shape ({base.length},), got {tuple(divisor.shape)}")
             if not bool((divisor > 0).all()):
                 raise ValueError("the diagonal must be positive everywhere")
             scale = divisor.double().rsqrt()  # in float64: small second moments lose digits in float32

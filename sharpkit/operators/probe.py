@@ -21,6 +21,7 @@ from sharpkit.objective.objective import Objective
 from sharpkit.objective.params import moved
 from sharpkit.objective.second_order import coarsest_rounding
 from sharpkit.operators.base import SymmetricOperator
+from sharpkit.operators.differences import Differences
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ def look_into_doubts(objective: Objective, operator: MakeOperator, *, first_alon
         UnsupportedError: products are not the derivative of the gradient.
     """
     known = objective.second_order
+    if objective.shards is not None and not known.probed:  # on all processes, whose models may show different things
+        known.doubts = set().union(*objective.ranks.gather(known.doubts))
+        known.probed = not known.doubts
     if known.doubts and not known.probed:
         known.probed = True  # before: the probe multiplies, too
         try:
@@ -111,7 +115,7 @@ def look_into_doubts(objective: Objective, operator: MakeOperator, *, first_alon
 def _refusal(objective: Objective, operator: MakeOperator) -> ObjectiveError | UnsupportedError | None:
     known = objective.second_order
     try:
-        probe = probe_derivatives(objective, operator, max_batches=1)
+        probe = _probe_sharded(objective, operator) if objective.shards else probe_derivatives(objective, operator, max_batches=1)
     except Exception as error:
         logger.warning("derivatives could not be compared with finite differences: %s", error)
         return None
@@ -204,6 +208,32 @@ def _probe(subject: Objective, operator: MakeOperator, *, seed: int, patient: bo
     if first is None:
         raise NonFiniteError("the loss is NaN or infinite in the neighbourhood of the parameters")
     return Probe(first, second, kinked, copied, taken)
+
+
+def _probe_sharded(objective: Objective, operator: MakeOperator) -> Probe:
+    """The same on all processes together, over all the data, with one step and its double; kinks and rounding may hide a fault from it."""
+    subject, gradient = operator(objective), objective.gradient()[1]
+    length = math.sqrt(float(subject.dot(gradient, gradient))) or 1.0
+    noise = subject.random_vectors(1, generator=torch.Generator().manual_seed(0))[:, 0]
+    direction = gradient / length + noise / math.sqrt(float(subject.dot(noise, noise)))
+    differences = Differences(objective, subject.dot)
+    expected, error, _ = differences.with_error(direction)
+    product, slope, step = subject.multiply(direction), float(subject.dot(gradient, direction)), differences.step(direction)
+    rises = []
+    for factor in (step, 2 * step):
+        ends = []
+        for sign in (1.0, -1.0):
+            with moved(objective.layout, objective.layout.split(direction), sign * factor):
+                ends.append(objective.value())
+        rises.append((ends[0] - ends[1]) / (2 * factor))
+
+    def told(gap: float, unsure: float, *sizes: float) -> Agreement:
+        size = max(map(abs, sizes)) or 1.0
+        return Agreement(gap / size, unsure / size, unsure <= _MOST_NOISE * size and gap > _CLEAR * unsure)
+
+    gap, sizes = product - expected, [math.sqrt(float(subject.dot(v, v))) for v in (product, expected)]
+    second = told(math.sqrt(float(subject.dot(gap, gap))), error, *sizes)
+    return Probe(told(abs(slope - rises[0]), abs(rises[0] - rises[1]), slope, rises[0]), second, False, False, 9)
 
 
 def _at(objective: Objective, direction: Tensor, step: float) -> tuple[float, Tensor]:

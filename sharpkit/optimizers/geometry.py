@@ -52,6 +52,10 @@ def step_geometry(optimizer: Optimizer, layout: ParamLayout) -> StepGeometry | N
     name = type(optimizer).__name__
     if is_maximizing(optimizer):
         raise UnsupportedError(f"the {name} maximizes, and sharpness bounds a descent: minimize the negative loss instead")
+    if layout.shards is not None:
+        raise UnsupportedError(
+            f"the geometry of {name} is that of whole parameters, and these are sharded over processes: measure without optimizer="
+        )
     ratios = relative_rates(optimizer, layout)
     own = {id(p): (group, ratio) for group, ratio in zip(optimizer.param_groups, ratios, strict=True) for p in group["params"]}
     if not any(id(p) in own for p in layout.params):

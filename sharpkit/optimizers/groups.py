@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.interrupts import Whole
 from sharpkit.objective.params import ParamLayout
-from sharpkit.optimizers.rules import Settings
+from sharpkit.optimizers.rules import Settings, State
 from sharpkit.optimizers.torch_rules import decay_of
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
@@ -77,9 +77,27 @@ def _reference(ratios: Sequence[float]) -> int:
     return next((index for index, ratio in enumerate(ratios) if ratio == 1), 0)
 
 
+def own_state(optimizer: Optimizer, layout: ParamLayout, live: Tensor) -> State:
+    """What an optimizer keeps for a parameter; of a sharded one, for this process's own part of it.
+
+    Raises:
+        UnsupportedError: it keeps what is no part of it, such as means over its rows.
+    """
+    state: State = optimizer.state.get(live, {})
+    if layout.shards is None:
+        return state
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != live.shape:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a sharded parameter of shape "
+                f"{tuple(live.shape)}, which is not one value for each entry: measure without optimizer=, or use one such as AdamW"
+            )
+    return {name: layout.part_of(live, value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
 def _holding(optimizer: Optimizer, layout: ParamLayout) -> list[bool]:
     """Whether each group holds some of the parameters."""
-    wanted = {id(p) for p in layout.params}
+    wanted = {id(p) for p in layout.live}
     return [any(id(p) in wanted for p in group["params"]) for group in optimizer.param_groups]
 
 

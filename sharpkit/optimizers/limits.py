@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.params import ParamLayout
-from sharpkit.optimizers.groups import _NONE_HELD, _holding, _reference, is_maximizing, learning_rates, relative_rates
+from sharpkit.optimizers.groups import _NONE_HELD, _holding, _reference, is_maximizing, learning_rates, own_state, relative_rates
 from sharpkit.optimizers.kinds import OptimizerKind, _no_rule, _unknown, kind_of
 from sharpkit.optimizers.rules import Settings, State, UpdateRule
 from sharpkit.optimizers.torch_rules import decay_of, settled_root
@@ -131,7 +131,7 @@ class _Groups:
         holding = [True] * len(rules) if layout is None else _holding(optimizer, layout)
         training = [index for index, ratio in enumerate(ratios) if ratio and holding[index]]
         moving = {id(p) for index in training for p in optimizer.param_groups[index]["params"]}
-        agree = all(ratios) if layout is None else all(id(p) in moving for p in layout.params)  # none rests
+        agree = all(ratios) if layout is None else all(id(p) in moving for p in layout.live)  # none rests
         # 1e-9 by judgement: rates that a scheduler multiplied group by group agree to rounding
         agree = agree and all(
             math.isclose(values[index], values[first], rel_tol=1e-9) for values in (weights, coupled, shifts) for index in training
@@ -211,7 +211,9 @@ def _by_group(optimizer: Optimizer, layout: ParamLayout, values: Sequence[float]
     if not any(values):
         return 0.0
     own = {id(p): value for value, group in zip(values, optimizer.param_groups, strict=True) for p in group["params"]}
-    return layout.flatten([torch.full_like(p, own.get(id(p), 0.0), dtype=torch.float64) for p in layout.params])
+    return layout.flatten(
+        [torch.full_like(p, own.get(id(live), 0.0), dtype=torch.float64) for live, p in zip(layout.live, layout.params, strict=True)]
+    )
 
 
 def preconditioner_scale(optimizer: Optimizer, layout: ParamLayout) -> Tensor:
@@ -241,13 +243,13 @@ def _scale(optimizer: Optimizer, layout: ParamLayout, weights: Sequence[float], 
     settings_of = kind.settings if kind is not None else lambda _, group: group
     live = [settings_of(optimizer, group) for group in optimizer.param_groups]
     groups = {id(p): (group, weight) for group, weight in zip(live, weights, strict=True) for p in group["params"]}
-    if not any(id(p) in groups for p in layout.params):
+    if not any(id(p) in groups for p in layout.live):
         raise ValueError(_NONE_HELD)
     if divide is not None and not has_stepped(optimizer):
         raise ValueError(f"{type(optimizer).__name__} has no state yet: measure after its first step")
     pieces: list[Tensor | None] = []
-    for name, p in zip(layout.names, layout.params, strict=True):
-        (settings, weight), state = groups.get(id(p), ({}, 0.0)), optimizer.state.get(p, {})
+    for name, held, p in zip(layout.names, layout.live, layout.params, strict=True):
+        (settings, weight), state = groups.get(id(held), ({}, 0.0)), own_state(optimizer, layout, held)
         if not weight or (divide is not None and not _has_stepped(state)):
             pieces.append(None)
         elif divide is None:
@@ -300,7 +302,7 @@ def settled_preconditioner(optimizer: Optimizer, layout: ParamLayout, second_mom
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     settled = kind.settled if kind is not None and kind.settled is not None else settled_root
     # in the moments' own type: split by the layout they would be rounded to the parameters'
-    pieces = zip(layout.params, torch.split(mean, list(layout.sizes)), torch.split(second_moment, list(layout.sizes)), strict=True)
+    pieces = zip(layout.live, torch.split(mean, list(layout.sizes)), torch.split(second_moment, list(layout.sizes)), strict=True)
     return torch.cat([settled(m, v, {"eps": 1e-8, **held.get(id(p), {})}) for p, m, v in pieces])  # torch's default where it has no eps
 
 

@@ -14,7 +14,16 @@ from torch.optim import Optimizer
 
 from sharpkit._errors import UnsupportedError
 from sharpkit.objective.params import ParamLayout
-from sharpkit.optimizers.groups import _NONE_HELD, _holding, held_parameters, is_maximizing, learning_rate, learning_rates, relative_rates
+from sharpkit.optimizers.groups import (
+    _NONE_HELD,
+    _holding,
+    held_parameters,
+    is_maximizing,
+    learning_rate,
+    learning_rates,
+    own_state,
+    relative_rates,
+)
 from sharpkit.optimizers.kinds import _own_step, kind_of
 from sharpkit.optimizers.wrappers import unwrap_optimizer
 
@@ -41,13 +50,13 @@ def linear_step(optimizer: Optimizer, layout: ParamLayout) -> tuple[Tensor, Tens
     groups = zip(optimizer.param_groups, relative_rates(optimizer, layout), strict=True)
     own = {id(p): (group, ratio) for group, ratio in groups for p in group["params"] if ratio}
     factors, pushes = list[Tensor | None](), list[Tensor | None]()
-    for p in layout.params:
-        if id(p) not in own:
+    for live, p in zip(layout.live, layout.params, strict=True):
+        if id(live) not in own:
             factors.append(None)
             pushes.append(None)
             continue
-        group, ratio = own[id(p)]
-        factor, push = kind.step(optimizer.state.get(p, {}), group, p)
+        group, ratio = own[id(live)]
+        factor, push = kind.step(own_state(optimizer, layout, live), group, p)
         factors.append(torch.full_like(p, ratio * factor))
         pushes.append(None if push is None else ratio * push)
     return layout.flatten(factors), layout.flatten(pushes)
@@ -123,6 +132,8 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     """
     optimizer = unwrap_optimizer(optimizer)
     name = type(optimizer).__name__
+    if layout.shards is not None:
+        raise UnsupportedError("the next update is not available for parameters sharded over processes")
     if _needs_closure(optimizer):
         raise UnsupportedError(f"{name} evaluates the loss several times in a step, so it has no next update to look at; use another one")
     if not any(_holding(optimizer, layout)):

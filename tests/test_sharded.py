@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import traceback
@@ -281,9 +282,18 @@ def _worker(rank: int, folder: str, task: str, world: int) -> None:
     os._exit(0)  # gloo's threads may still be running when the interpreter tears down
 
 
+@functools.cache
+def _method() -> str:
+    """How processes are started: forked from one that has imported everything once, where the system can."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return "spawn"
+    mp.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "sharpkit.linalg.lanczos", __name__])
+    return "forkserver"
+
+
 def on_ranks(folder: Path, task: str, world: int) -> list[dict[str, Any]]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(_worker, (str(folder), task, world), nprocs=world)  # type: ignore[no-untyped-call]
+    mp.start_processes(_worker, (str(folder), task, world), nprocs=world, start_method=_method())  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -34,6 +34,14 @@ def test_the_readmes_examples_run_one_after_another(
     assert (tmp_path / "sharpness.html").read_text().lstrip().lower().startswith("<!doctype html>")
 
 
+def test_the_examples_for_those_who_come_from_elsewhere_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in _python_blocks(ROOT / "docs" / "coming_from.md"):
+        exec(compile(block, "coming_from.md", "exec"), names)
+    assert (tmp_path / "example.pdf").exists() and (tmp_path / "run.jsonl").exists()
+
+
 def test_the_examples_of_the_page_on_extending_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for module, table in REGISTERED:

@@ -48,7 +48,7 @@ _SHARE = 0.05  # of the time of a call may go into writing: by judgement, what n
 _LATENCY, _PER_BYTE = 0.01, 1 / 200e6  # seconds of a write and of a byte before one was timed: by judgement, a slow disk
 _SMALL = 2**20  # bytes from which on a write tells the disk's speed, below its latency: by judgement
 _WORTH = 2e-4  # seconds of a product from which on it is kept: by judgement, twice what keeping takes beside writing
-_WAITING = 2**26  # bytes of steps that may wait in memory to be written together, 64 MB: by judgement
+_WAITING, _WAITING_SHARE = 2**26, 0.05  # bytes of steps that may wait in memory to be written together, and of what is free: by judgement
 # A loss or product is known again to within a thousand roundings: by judgement, what another number of processes or another device leaves
 # of one, and far below what a step of training changes; in half precision a twentieth, where check sums of the parameters tell more.
 _KNOWN_AGAIN, _KNOWN_IN_HALF = 1e3, 0.05
@@ -78,6 +78,7 @@ class Subject(NamedTuple):
         rounding: of the numbers, relative to the largest.
         processes: that make the call together; None for one.
         device: of the vectors.
+        free: bytes of host memory that the call may take.
     """
 
     texts: Mapping[str, str]
@@ -85,6 +86,7 @@ class Subject(NamedTuple):
     rounding: float
     processes: Processes | None
     device: torch.device
+    free: float = math.inf
 
 
 class Counted(Protocol):
@@ -276,6 +278,7 @@ class _Folder:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"checkpoint must be the path of a folder, but {str(path)!r} is a file") from error
+        self._most_waiting = min(_WAITING, _WAITING_SHARE * subject.free)
         self._lock = _locked(path)
         try:
             self._open(call, arguments, subject)
@@ -379,9 +382,9 @@ class _Folder:
         total = nbytes + self._bytes
         now = last or self._may_write(total)
         if not now:
-            if total > _WAITING:
+            if total > self._most_waiting:
                 return
-            arrays[:] = [t.detach().clone() for t in arrays]  # the call may go on to change them
+            arrays[:] = [t.detach().to("cpu", copy=True) for t in arrays]  # the call may go on to change them
         while self._waiting and (other := next(reversed(self._waiting)))[: len(key)] == key:  # those inside came last
             self._bytes -= self._waiting.pop(other).nbytes
         self._waiting[key] = _Waiting(entry, nbytes)

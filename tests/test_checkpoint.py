@@ -57,6 +57,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "frobenius norm": lambda **given: sk.frobenius_norm(hessian(), rtol=0.01, **given),
     "diagonal": lambda **given: sk.diagonal(hessian(), num_probes=30, **given),
     "measure": lambda **given: sk.measure(objective(), num_probes=3, num_steps=10, **given),
+    "per layer": lambda **given: sk.per_layer(objective(), **given),
     "measure with Adam": lambda **given: measured_with_adam(**given),
 }
 ONE_BY_ONE = ("eigenpairs", "eigenpairs restarted", "deflated, scaled and shifted", "xtrace", "one after another")
@@ -152,7 +153,7 @@ def test_a_call_that_was_killed_twice_ends_with_the_numbers_of_one_that_was_not(
     # products that are made several at once may be made in another way, by the clock, as in two calls that nobody ended
     assert largest_difference(plain, resumed) <= (0.0 if name in ONE_BY_ONE else 1e-12)
     assert largest_difference(resumed, again) == 0.0
-    known = 0 if "measure" in name else 1  # the product by which the matrix is known again; an objective is by its loss
+    known = 0 if name.startswith(("measure", "per")) else 1  # the product by which the matrix is known again; an objective is by its loss
     assert made[4] == known, "a finished call is not made again"
     assert made[3] < made[0], "what was kept is not made again"
     assert sum(made[1:4]) <= made[0] + 3 * known + 2 * 32, (

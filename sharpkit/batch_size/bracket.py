@@ -17,6 +17,7 @@ from sharpkit._arguments import as_seed, check_callback, real, whole
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import Progress, ProgressCallback, Result, student_factor
 from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
@@ -65,6 +66,7 @@ class SharpnessBracket(
         return f"{self.lower:.4g} to {self.upper:.4g} from {self.num_samples} of {self.pool_size} samples{flag}"
 
 
+@keeps_memory_limit
 def sharpness_bracket(
     objective: Objective,
     *,
@@ -73,6 +75,7 @@ def sharpness_bracket(
     max_samples: int | None = None,
     k: int = 5,
     seed: int = 0,
+    memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
 ) -> SharpnessBracket:
     """Bound the sharpness of all the data from n samples, n doubled until the bounds are close.
@@ -90,6 +93,7 @@ def sharpness_bracket(
         max_samples: largest n; by default all.
         k: directions from each half.
         seed: seeds the draws and start vectors.
+        memory_limit: bytes that may be taken on the model's device, besides model and data.
         callback: called with a :class:`sharpkit.Progress` after each n.
 
     Raises:

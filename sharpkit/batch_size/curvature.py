@@ -29,6 +29,7 @@ _PART, _PART_SHARE = (64, 256), 6
 # Batches drawn of a size until their mean is known to so much, 24 at most, and at most as many samples as there are, or 2048. Fitted
 # samples make for heavy tails: four batches of 32 missed the mean of a trained network by a fifth (experiments/batch_heldout.py, wine).
 _MEAN_TOL, _MOST_DRAWS, _DRAWN_SAMPLES = 0.06, 24, 2048
+_TABLE = 2**22  # numbers of a table of products made at a time, 32 MB in float64: by judgement
 _ENDS_TOL = 3e-2  # of both ends' residuals, by judgement; the top one has converged far beyond by then
 
 Floats = NDArray[np.float64]
@@ -315,18 +316,25 @@ def _group_noise(pool: SamplePool, turned: Wrap, vectors: Tensor, *, seed: int, 
     groups = pool.groups(size, generator=generator)
     probe = torch.randn(vectors.shape[0], 1, generator=generator, dtype=torch.float64).to(vectors)
     directions = torch.cat([vectors, probe / probe.norm()], dim=1)
-    products = [turned(HessianOperator(group)).multiply(directions).double() for group in groups]
+    products = [turned(HessianOperator(group)).multiply(directions) for group in groups]
     ledger.spend(2 * (k + 1) * size * len(groups))
-    stacked = torch.stack(products)  # (groups, n, k + 1)
-    # sqrt(m) scales the deviation of a mean over m samples to one sample, K / (K - 1) makes the variance unbiased
-    deviation = (stacked - stacked.mean(dim=0)) * math.sqrt(size * len(groups) / (len(groups) - 1))
-    squared = deviation.square().sum(dim=1)
-    inside = torch.einsum("nj,gnk->gjk", vectors.double(), deviation[:, :, :k])
+    squared = torch.zeros(len(groups), k + 1, dtype=torch.float64, device=vectors.device)
+    inside, block = squared.new_zeros(len(groups), k, k), squared.new_zeros(k, k)
+    # some rows at a time: tables of all would be several times what the products take
+    for rows in torch.split(torch.arange(len(vectors)), max(1, _TABLE // (len(groups) * (k + 1)))):
+        here = slice(int(rows[0]), int(rows[-1]) + 1)
+        stacked, span = torch.stack([product[here] for product in products]).double(), vectors[here].double()  # (groups, rows, k + 1)
+        mean = stacked.mean(dim=0)
+        # sqrt(m) scales the deviation of a mean over m samples to one sample, K / (K - 1) makes the variance unbiased
+        deviation = (stacked - mean) * math.sqrt(size * len(groups) / (len(groups) - 1))
+        squared += deviation.square().sum(dim=1)
+        inside += torch.einsum("nj,gnk->gjk", span, deviation[:, :, :k])
+        # groups are equal in size, so the mean of their products is the product with the full matrix
+        block += span.T @ mean[:, :k]
     leakage = float((squared[:, 0] - inside[:, :, 0].square().sum(dim=1)).mean())
     mixing = ((inside + inside.transpose(1, 2)) / 2).cpu().numpy()
-    # groups are equal in size, so the mean of their products is the product with the full matrix
-    block = (vectors.double().T @ stacked.mean(dim=0)[:, :k]).cpu().numpy()
-    return _GroupNoise(squared[:, 0].cpu().numpy(), (block + block.T) / 2, mixing, max(leakage, 0.0), float(squared[:, k].mean()))
+    whole = ((block + block.T) / 2).cpu().numpy()
+    return _GroupNoise(squared[:, 0].cpu().numpy(), whole, mixing, max(leakage, 0.0), float(squared[:, k].mean()))
 
 
 def effective_batch_size(batch_size: ArrayLike, num_samples: float = math.inf) -> Floats:

@@ -23,7 +23,6 @@ from sharpkit.batch_size.curvature import BatchCurvature
 from sharpkit.batch_size.law import RateLaw, search_errors
 from sharpkit.batch_size.limits import limits_for
 from sharpkit.batch_size.pilot import Anchor, Ledger, Settled, TimeIsUp, Trainer
-from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.objective.objective import Objective, check_objective, objective_call
 from sharpkit.objective.samples import SamplePool
 from sharpkit.optimizers import UpdateRule, check_settles, check_trains, learning_rate, limit_rule, unwrap_optimizer
@@ -268,7 +267,6 @@ class LearningRateCurve(Result, kind="learning_rate_curve", saved=(*_READINGS, *
         return plot_learning_rate_curve(self.to_dict(), ax=ax)
 
 
-@keeps_memory_limit
 @resumable(objective_call)
 def learning_rate_curve(
     objective: Objective,
@@ -280,7 +278,6 @@ def learning_rate_curve(
     calibrate: bool | Sequence[int] = True,
     max_samples: int = _MAX_POOL,
     max_seconds: float | None = None,
-    memory_limit: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     callback: ProgressCallback | None = None,
@@ -309,7 +306,6 @@ def learning_rate_curve(
         max_samples: use at most so many samples, drawn at random.
         max_seconds: ends the pilot and the calibrating runs early; measuring curvature is not cut short. The result says so
             (``converged=False``).
-        memory_limit: bytes that may be taken on the model's device, besides model and data.
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md): after the last training run that
             ended, and after the last product of the curvature's.
         seed: seeds the draws and the random probes.

@@ -77,9 +77,17 @@ def gradient_moments(pool: SamplePool, *, seed: int, ledger: Ledger, least: int 
     """Mean and single-sample variance of the gradient per coordinate, (n,) each in float64, from disjoint groups of ``least`` or more."""
     size = max(least, pool.size // _GROUPS)
     groups = pool.groups(size, generator=torch.Generator().manual_seed(seed + 2))
-    gradients = torch.stack([group.gradient()[1] for group in groups]).double()
+    mean = squares = torch.zeros(0)
+    for count, group in enumerate(groups, start=1):  # Welford's recurrence: all gradients beside each other would be many models
+        gradient = group.gradient()[1].double()
+        if count == 1:
+            mean, squares = gradient, torch.zeros_like(gradient)
+            continue
+        change = gradient - mean
+        mean += change / count
+        squares += change * (gradient - mean)
     ledger.spend(size * len(groups))
-    return gradients.mean(dim=0), gradients.var(dim=0) * size
+    return mean, squares / (len(groups) - 1) * size
 
 
 def preconditioner(mean: Tensor, variance: Tensor, batch_size: int, optimizer: torch.optim.Optimizer) -> Wrap:

@@ -12,15 +12,17 @@ from torch import Tensor
 from sharpkit._arguments import as_seed
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
-from sharpkit.linalg.krylov import BasisRows, Products, working_dtype
+from sharpkit.linalg.krylov import BasisRows, Products, place_for, working_dtype
 from sharpkit.linalg.lanczos import check_arguments
 from sharpkit.linalg.results import Budget, Eigenpairs, warn_unconverged
+from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.operators.base import SymmetricOperator, as_operator
 
 _DEFAULT_MATVECS = 1000  # for each pair, by judgement: ten times what a pair of a trained network takes to 1e-3 (50 to 100)
 _STALL_CHECK = 10  # steps over which norm and Rayleigh quotient must have settled apart for a +- pair: by judgement
 
 
+@keeps_memory_limit
 def power_iteration(
     operator: Any,
     k: int = 1,
@@ -30,6 +32,7 @@ def power_iteration(
     initial: Tensor | None = None,
     max_matvecs: int | None = None,
     max_seconds: float | None = None,
+    memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
 ) -> Eigenpairs:
     """The k eigenvalues of largest magnitude, sign included, one after the other by power iteration.
@@ -46,6 +49,7 @@ def power_iteration(
         seed: seeds the random starts.
         initial: (n,) or (n, j) starts, used in order.
         max_matvecs, max_seconds: most products, by default 1000 per pair, and seconds.
+        memory_limit: bytes that may be taken where the vectors live; by default half of what is free holds k of them at most.
         callback: called with a :class:`~sharpkit.Progress` after each product.
 
     Returns:
@@ -54,6 +58,7 @@ def power_iteration(
     Raises:
         ValueError: k outside 1..n, or another argument out of range.
         NonFiniteError: a product is not finite.
+        OutOfMemoryError: k vectors do not fit.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -68,7 +73,7 @@ def power_iteration(
     limit = _DEFAULT_MATVECS * k if max_matvecs is None else max_matvecs
     budget = Budget(operator, max_matvecs=limit, max_seconds=max_seconds, callback=callback)
     generator = torch.Generator().manual_seed(as_seed(seed))
-    basis = BasisRows(operator)
+    basis = BasisRows(operator, offload=place_for(operator, k, False), most=k)
     pairs: list[tuple[float, float, str]] = []
     scale = 0.0
     for number in range(k):

@@ -43,6 +43,8 @@ _FRESH = 9  # probes at least after a sketch that may have left one large eigenv
 _CONTRADICTED = 4.0  # standard deviations of chance by which samples must agree too well for their images' lengths: by judgement
 _SAFETY = 1.05  # of such an error, by judgement: two of it hold 96 % of a normal distribution
 _RESOLVED = 100.0  # roundings of an image's squared length below which a difference of such squares is not believed: by judgement
+_WORKING = 4  # vectors beside basis and kept probes: a probe, its product and what they are made of; by judgement
+_BESIDE = 4  # vectors copied side by side for their inner products, by judgement: few, and few sums over processes
 _KEPT = 16  # probes that are kept for a larger basis: by judgement, two vectors of memory each
 _PATIENCE = 3  # products spent on the leading subspace without the forecast falling (by judgement),
 _SHARE = 0.04  # or this share of it: by judgement
@@ -252,7 +254,7 @@ class AdaptiveEstimate:
 
     def _most_rows(self) -> int:
         if self._affordable is None and self.probes.space.size:  # asked once: the system is slow to tell
-            self._affordable = affordable_rows(self.operator)
+            self._affordable = max(1, affordable_rows(self.operator) - _WORKING)
         return self.operator.size if self._affordable is None else self._affordable
 
     def _deflate(self) -> None:
@@ -469,11 +471,11 @@ class DeflatedProbes:
         if not kept:
             self._inner = np.zeros((self.space.size, 0, 2))
             return
-        pairs = torch.stack([vector for pair in self._kept for vector in pair], dim=1)
-        new = [
-            self.operator.dot(self.space.rows.row(index), pairs).cpu().double().numpy().reshape(1, kept, 2)
-            for index in range(len(self._inner), self.space.size)
-        ]
+        vectors, new = [vector for pair in self._kept for vector in pair], []
+        for row in map(self.space.rows.row, range(len(self._inner), self.space.size)):
+            # a few side by side at a time: all would be a second set of them
+            parts = [self.operator.dot(row, torch.stack(vectors[i : i + _BESIDE], dim=1)) for i in range(0, len(vectors), _BESIDE)]
+            new.append(torch.cat(parts).cpu().double().numpy().reshape(1, kept, 2))
         self._inner = np.concatenate([self._inner, *new])
         self._inner[len(self._inner) - len(new) :, :, 1] *= self.space.products.unit
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sharpkit._arguments import as_text, check_callback
+from sharpkit._checkpoint import clock, resumable
 from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.trace import trace
 from sharpkit.measuring.sharpness import end_of
-from sharpkit.objective.objective import Objective, check_objective
+from sharpkit.objective.memory import keeps_memory_limit
+from sharpkit.objective.objective import Objective, check_objective, objective_call
 from sharpkit.operators.hessian import HessianOperator
 
 if TYPE_CHECKING:
@@ -100,6 +102,8 @@ def members(layer: str) -> Callable[[str, Tensor], bool]:
     return lambda name, parameter: layer_of(name) == layer
 
 
+@keeps_memory_limit
+@resumable(objective_call)
 def per_layer(
     objective: Objective,
     *,
@@ -107,6 +111,8 @@ def per_layer(
     trace_rtol: float = 0.05,
     seed: int = 0,
     name: str = "model",
+    memory_limit: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
 ) -> LayerSharpness:
     """Measure lambda_max and trace of each layer's diagonal block of the Hessian.
@@ -120,6 +126,8 @@ def per_layer(
         trace_rtol: relative standard error asked of each trace.
         seed: seeds starting vectors and random probes.
         name: what model this is, for titles.
+        memory_limit: bytes that may be taken on the model's device, besides model and data.
+        checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md).
         callback: called with a :class:`sharpkit.Progress` over all layers after each step.
 
     Example:
@@ -130,7 +138,7 @@ def per_layer(
         >>> layers.names, [round(e.value, 4) for e in layers.lambda_max]
         (('weight', 'bias'), [0.6667, 2.0])
     """
-    started = time.perf_counter()
+    started = clock()
     check_objective(objective, "per_layer", sharded=True)
     check_callback(callback)
     as_text("name", name)
@@ -141,7 +149,7 @@ def per_layer(
     def report(progress: Progress) -> None:
         """Progress of one layer as progress of the whole call: the layers to come are expected to cost what those so far did."""
         if callback is not None:
-            done, elapsed = matvecs + block.num_matvecs, time.perf_counter() - started
+            done, elapsed = matvecs + block.num_matvecs, clock() - started
             number = len(sizes) + 1  # the layer in hand, counted from 1: sizes are noted when a layer is done
             expected = max(done, (matvecs + max(progress.expected, block.num_matvecs)) * len(layers) // number)
             left = elapsed / done * (expected - done) if done else math.nan
@@ -155,4 +163,4 @@ def per_layer(
         traces.append(trace(block, rtol=trace_rtol, seed=seed, callback=report))
         sizes.append(block.size)
         matvecs += block.num_matvecs
-    return LayerSharpness(layers, tuple(sizes), tuple(tops), tuple(traces), matvecs, time.perf_counter() - started, name)
+    return LayerSharpness(layers, tuple(sizes), tuple(tops), tuple(traces), matvecs, clock() - started, name)

@@ -308,7 +308,8 @@ class Objective:
 
     def subject(self) -> Subject:
         """This function as the subject of a call that may be resumed: known again by its loss."""
-        return Subject(self.identity(), {"the loss": [self.value()]}, known_again(self.rounding), self.ranks, self.device)
+        free = available_memory(torch.device("cpu"))
+        return Subject(self.identity(), {"the loss": [self.value()]}, known_again(self.rounding), self.ranks, self.device, free)
 
     @property
     def num_parameters(self) -> int:

@@ -219,7 +219,7 @@ class SymmetricOperator(ABC):
         self.skip(-1)
         seen = [float(self.dot(product, product)) ** 0.5, *self.dot(looks, product).tolist()]
         rounding = known_again(max(self.rounding, float(torch.finfo(self.dtype).eps)))
-        return Subject(self.identity(), {"a product": seen}, rounding, self.processes, self.device)
+        return Subject(self.identity(), {"a product": seen}, rounding, self.processes, self.device, self.free_memory(host=True))
 
     def random_vectors(self, k: int, *, generator: torch.Generator, distribution: str = "normal") -> Tensor:
         """Independent random probes of shape (n, k), drawn on the CPU so that a seed means the same on every device.

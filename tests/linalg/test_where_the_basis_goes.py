@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import sharpkit as sk
 from sharpkit.linalg.krylov import BasisRows, KrylovSpace, abreast, affordable_rows, checked_offload, place_for
 from sharpkit.objective import memory
 from sharpkit.objective.memory import Promise, available_memory, is_limited, keeps_memory_limit, limited, used_memory
+from sharpkit.operators.base import SymmetricOperator
 
 CPU = torch.device("cpu")
 SPECTRUM = np.array([9.0, 5.0, 4.0, *np.linspace(1, 0, 60)])
@@ -172,3 +175,41 @@ def test_a_basis_that_the_device_does_not_hold_goes_to_the_host(monkeypatch: pyt
     for _ in range(10):
         rows.append(torch.ones(10, dtype=torch.float64))
     assert [len(part) for part in rows.parts()] == [4, 4, 2], "a few rows at a time, not a second basis"
+
+
+# -- what the process really takes ------------------------------------------------------------------------------------------------
+HUGE = 2**22  # numbers of a vector, 32 MB: the C library gives those back at once
+LIMITED: dict[str, Callable[[SymmetricOperator, float], object]] = {
+    "eigenpairs": lambda A, limit: sk.eigenpairs(A, k=1, max_matvecs=14, memory_limit=limit),
+    "spectral_density": lambda A, limit: sk.spectral_density(A, num_probes=3, num_steps=8, memory_limit=limit),
+    "trace": lambda A, limit: sk.trace(A, num_matvecs=12, memory_limit=limit),
+    "frobenius_norm": lambda A, limit: sk.frobenius_norm(A, max_matvecs=12, memory_limit=limit),
+    "diagonal": lambda A, limit: sk.diagonal(A, num_probes=16, memory_limit=limit),
+    "power_iteration": lambda A, limit: sk.power_iteration(A, k=2, max_matvecs=8, memory_limit=limit),
+}
+
+
+@pytest.mark.parametrize("name", [name if name == "power_iteration" else pytest.param(name, marks=pytest.mark.slow) for name in LIMITED])
+@pytest.mark.filterwarnings("ignore::sharpkit.ConvergenceWarning")
+def test_a_limit_holds_for_the_memory_of_the_process(name: str) -> None:
+    scale = torch.linspace(0, 1, HUGE).double() ** 8
+    operator, limit = sk.as_operator(lambda v: (scale if v.ndim == 1 else scale[:, None]) * v, size=HUGE, check=False), 24.0 * 8 * HUGE
+    before, peak, done = used_memory(CPU), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak.append(used_memory(CPU) - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        LIMITED[name](operator, limit)
+    finally:
+        done.set()
+        watcher.join()
+    assert 3 * 8 * HUGE < max(peak) <= limit
+
+
+def test_power_iteration_is_refused_where_its_vectors_do_not_fit() -> None:
+    with pytest.raises(sk.OutOfMemoryError, match="a basis of 9 vectors"):
+        sk.power_iteration(operator_with(SPECTRUM), k=9, memory_limit=10 * 8 * len(SPECTRUM))

@@ -297,6 +297,8 @@ class AdaptiveEstimate:
     def _probe(self, how: str, *, adapt: bool) -> tuple[float, float, str]:
         """Probes until the tolerance is reached; where they disappoint the forecast, the basis is looked at again."""
         probes, space = self.probes, self.probes.space
+        # a probe is kept with its product, beside a basis of as many vectors
+        most_kept = min(_KEPT, affordable_rows(self.operator) // 3) if adapt else 0
         expected = 2.0 * self.pilot if not self.fixed else 0.0
         while True:
             sunk = probes.num_late
@@ -311,10 +313,10 @@ class AdaptiveEstimate:
             hopeless = self.may_give_up and len(probes) >= _HOPELESS_AFTER and self._forecast() > _HOPELESS * self.limit
             if settled or hopeless or not self.budget.allows():
                 return value, stderr, f"{how}, deflated" if space.expanded and how == "Hutchinson" else how
-            keep = adapt and probes.num_kept < _KEPT
+            keep = adapt and probes.num_kept < most_kept
             # half of what is forecast at once: the spread that forecasts it is uncertain itself
             ahead = self.limit if self.fixed else (min(self._forecast(), self.limit) - len(probes)) / 2
-            most = min(ahead, _KEPT - probes.num_kept) if keep else ahead
+            most = min(ahead, most_kept - probes.num_kept) if keep else ahead
             probes.draw(block_size(self.operator, self.budget, int(most)), keep=keep)
             done = self.budget.num_matvecs
             self._report(int(min(self.limit, max(done, done + self._forecast() - len(probes)))), "probes")

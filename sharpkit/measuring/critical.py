@@ -96,7 +96,7 @@ def critical_learning_rate(
     References:
         arXiv 2601.16979, for the critical sharpness 2 / eta_c and the relative one.
     """
-    check_objective(objective, "critical_learning_rate")
+    check_objective(objective, "critical_learning_rate", sharded=True)
     followed = _same_parameters(objective, along)
     start, rtol = _start(objective, optimizer, guess), real("rtol", rtol, above=0, below=1)
     gradient = objective.layout.checked(followed.gradient()[1] if gradient is None else gradient, "gradient")
@@ -194,7 +194,7 @@ def relative_critical_rates(
 def _same_parameters(objective: Objective, along: Objective | None) -> Objective:
     if along is None:
         return objective
-    check_objective(along, "along")
+    check_objective(along, "along", sharded=True)
     if [id(p) for p in along.layout.live] != [id(p) for p in objective.layout.live]:
         raise ValueError("both objectives must be of the same parameters of one model: make them from it with the same params=")
     return along
@@ -211,12 +211,13 @@ def _start(objective: Objective, optimizer: torch.optim.Optimizer, guess: float 
 
 def _critical(objective: Objective, update: Tensor, gradient: Tensor, *, start: float, rtol: float) -> CriticalLearningRate:
     """Along one update, with the gradient of the loss that may rise."""
-    slope = float(update @ gradient)
+    slope = objective.dot(update, gradient)
     if not math.isfinite(slope):
         raise NonFiniteError("the gradient or the optimizer's next update contains NaN or infinity: there is no step to measure")
     if slope < 0:  # the loss rises from the first: no search could tell that from a tiny rate
         return CriticalLearningRate(0.0, 0.0, 0.0, math.inf, 0, "ascent")
-    if not bool(update.any()):
+    moves = (update != 0).to(update)
+    if not objective.dot(moves, moves):
         return CriticalLearningRate(math.inf, math.inf, math.inf, 0.0, 0, "unbounded")
     search = _LineSearch(objective, objective.layout.split(update), slope)
     lower, upper = search.bracket(start, rtol)

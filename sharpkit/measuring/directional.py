@@ -167,11 +167,11 @@ def directional_sharpness(objective: Objective, optimizer: torch.optim.Optimizer
         >>> round(sk.directional_sharpness(objective, torch.optim.SGD(model.parameters(), lr=0.1)), 4)
         2.0
     """
-    check_objective(objective, "directional_sharpness")
+    check_objective(objective, "directional_sharpness", sharded=True)
     check_trains(optimizer, objective.model)
     check_one_way(optimizer, objective.layout)
     gradient, update, product = gradient_and_product(objective, lambda g: next_update(optimizer, objective.layout, g))
-    below, above = float(update @ gradient), float(update @ product)
+    below, above = objective.dot(update, gradient), objective.dot(update, product)
     if not (math.isfinite(below) and math.isfinite(above)) or below == 0:
         raise NonFiniteError(f"directional sharpness is {above:g} / {below:g}: the gradient or the update is zero or not finite")
     return above / below

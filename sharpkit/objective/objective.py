@@ -708,6 +708,11 @@ class Objective:
                 stack.enter_context(torch.autocast(self._data_device.type, dtype=self.autocast, cache_enabled=False))
             yield
 
+    def dot(self, left: Tensor, right: Tensor) -> float:
+        """The inner product of two vectors in parameter space, over all processes where they are sharded."""
+        inner = left @ right
+        return float(inner if self.shards is None else self.ranks.sum_small(inner))
+
     def value(self) -> float:
         """f(w)."""
 

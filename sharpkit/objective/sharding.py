@@ -298,8 +298,10 @@ class Shards:
                         m._buffers[name] = _whole_buffer(name, b)
             for number, block in enumerate(self.blocks):
                 before, after = self._hooks(number)
-                block.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-                block.module.register_forward_hook(after)
+                # a checkpoint calls what is inside of its wrapper again, without the wrapper
+                inside = getattr(block.module, "_checkpoint_wrapped_module", block.module)
+                inside.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                inside.register_forward_hook(after)
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
@@ -327,7 +329,9 @@ class Shards:
             leaves = [self.own[index].leaf for index in block.members]
             with torch._C.DisableTorchFunction():  # a mode looks at what the model does
                 self._pinned[number] = self.whole(number)
-                wholes: tuple[Tensor, ...] = _Whole.apply(self, number, *leaves)  # type: ignore[no-untyped-call]
+                trained = iter(_Whole.apply(self, number, *[p for p in leaves if p.requires_grad]))  # type: ignore[no-untyped-call]
+                frozen = zip(leaves, self._pinned[number], strict=True)
+                wholes = [next(trained) if p.requires_grad else whole for p, whole in frozen]
             before[:] = [(place, key, place[key]) for place, key, _ in block.places]
             for place, key, position in block.places:
                 place[key] = wholes[position]
@@ -355,6 +359,10 @@ class Shards:
     def whole(self, number: int) -> list[Tensor]:
         """A block's whole tensors, gathered unless they are at hand."""
         return self._pinned[number] if number in self._pinned else self._fetch(_WEIGHTS, number)
+
+    def whole_trained(self, number: int) -> list[Tensor]:
+        """Those of them that are trained."""
+        return [t for t, index in zip(self.whole(number), self.blocks[number].members, strict=True) if self.own[index].leaf.requires_grad]
 
     def _fetch(self, kind: int, number: int) -> list[Tensor]:
         if (kind, number) not in self._held:
@@ -518,20 +526,16 @@ class Shards:
 
 
 class _Whole(torch.autograd.Function):
-    """G: whole tensors of this process's parts and all others'."""
+    """G: whole trained tensors of this process's parts and all others'."""
 
     @staticmethod
     def forward(ctx: Any, shards: Shards, number: int, *leaves: Tensor) -> tuple[Tensor, ...]:
-        ctx.shards, ctx.number, ctx.trained = shards, number, [leaf.requires_grad for leaf in leaves]
-        wholes = tuple(t.detach() for t in shards.whole(number))
-        ctx.mark_non_differentiable(*[t for t, trained in zip(wholes, ctx.trained, strict=True) if not trained])
-        return wholes
+        ctx.shards, ctx.number = shards, number
+        return tuple(t.detach() for t in shards.whole_trained(number))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        kept = [g for g, trained in zip(gradients, ctx.trained, strict=True) if trained]
-        parts = iter(_Parts.apply(ctx.shards, ctx.number, *kept))  # type: ignore[no-untyped-call]
-        return None, None, *[next(parts) if trained else None for trained in ctx.trained]
+        return None, None, *_Parts.apply(ctx.shards, ctx.number, *gradients)  # type: ignore[no-untyped-call]
 
 
 class _Parts(torch.autograd.Function):

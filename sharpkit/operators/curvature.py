@@ -40,6 +40,8 @@ _UNSUPPORTED = {  # what PyTorch says (part of it), and what to do: the first th
     "attn_implementation='eager' (Hugging Face), or call F.scaled_dot_product_attention without choosing a kernel",
     "does not currently support double backward": _COMPILED,
     "donated buffers": _COMPILED,
+    "mixed torch.Tensor and DTensor": "a module computes with sharded parameters outside the forward pass of the one that fully_shard was "
+    "called on, as a checkpoint around that module does: put the checkpoint inside, or call fully_shard on the module around it",
     "use_reentrant=True": REENTRANT,
     "Checkpointing is not compatible": REENTRANT,
     "once_differentiable": ONCE,

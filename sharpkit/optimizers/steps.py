@@ -132,8 +132,11 @@ def next_update(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor) -> 
     """
     optimizer = unwrap_optimizer(optimizer)
     name = type(optimizer).__name__
-    if layout.shards is not None:
-        raise UnsupportedError("the next update is not available for parameters sharded over processes")
+    if layout.shards is not None and not _is_proportional(optimizer):  # those that are step entry by entry
+        raise UnsupportedError(
+            f"the next update of {name} is not known to be one for each entry, as it must be of parameters sharded over processes: use "
+            "another optimizer, such as AdamW"
+        )
     if _needs_closure(optimizer):
         raise UnsupportedError(f"{name} evaluates the loss several times in a step, so it has no next update to look at; use another one")
     if not any(_holding(optimizer, layout)):
@@ -168,16 +171,22 @@ def _is_proportional(optimizer: Optimizer) -> bool:
 def _step_elsewhere(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor, *, factor: float | None) -> Tensor:
     """(n,) w less what a copy makes of it at the present rates times a factor; at the ratios of the rates without one."""
     # In float64, since the step is a difference of parameters: in float32 one of 1e-6 |w| would keep one correct digit.
-    copies = {id(p): nn.Parameter(p.detach().double().clone()) for group in held_parameters(optimizer) for p in group}
+    held = [p for group in held_parameters(optimizer) for p in group]
+    copies = {id(p): nn.Parameter(layout.part_of(p, p.detach()).double().clone()) for p in held}
     before = {key: p.detach().clone() for key, p in copies.items()}
-    twin = copy_optimizer(optimizer, copies)
+    state: dict[int, Any] = {}  # of sharded parameters, what stands for this process's part of it
+    for p in held if layout.shards is not None else ():
+        theirs = optimizer.state.get(p, {})
+        own = own_state(optimizer, layout, p)
+        state |= {id(theirs[key]): own[key].detach().clone() for key in own if isinstance(own[key], Tensor)}
+    twin = copy_optimizer(optimizer, {**copies, **state})
     rates = relative_rates(optimizer, layout) if factor is None else [factor * rate for rate in learning_rates(optimizer)]
     for group, rate in zip(twin.param_groups, rates, strict=True):
         group.update({"lr": rate, **{key: False for key in _FAST_PATHS if key in group}})
     for values in twin.state.values():
         moments = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in _COUNTERS}
         values.update({k: v.double() for k, v in moments.items()})
-    for p, g in zip(layout.params, layout.split(gradient), strict=True):
+    for p, g in zip(layout.live, layout.split(gradient), strict=True):
         if id(p) in copies:
             copies[id(p)].grad = g.double()
     try:
@@ -186,7 +195,7 @@ def _step_elsewhere(optimizer: Optimizer, layout: ParamLayout, gradient: Tensor,
     except Exception as error:
         name = type(optimizer).__name__
         raise UnsupportedError(f"the step of {name} failed on a copy, so its next update is not known: {error}") from error
-    return layout.flatten([before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.params])
+    return layout.flatten([before[id(p)] - copies[id(p)].detach() if id(p) in copies else None for p in layout.live])
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

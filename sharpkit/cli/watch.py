@@ -95,7 +95,8 @@ def _show_start(arguments: argparse.Namespace, builder: RunBuilder, remark: Call
     for record in shown:
         table.show(record)
     if not shown:
-        remark(f"{arguments.run_file} holds no records yet")
+        by = table.header.get("first_by")
+        remark(f"{arguments.run_file} holds no records yet" + (f"; the first one comes by step {by}" if isinstance(by, int) else ""))
     return table
 
 

@@ -57,9 +57,10 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
     parameters, gradients, buffers, optimizer state, random states and modes are left bit for bit, and an error inside a measurement is
     recorded and warned about once, never raised.
 
-    With ``every="auto"`` the monitor times the training steps and itself, and measures as often as ``budget`` allows: the first record
-    comes once the budget accumulated so far covers its cost, about ten gradients (after some 200 to 300 steps at 5 %). 60 % of the budget
-    goes to the first metric, the rest to the others in equal parts; they are measured on the same steps whenever their part suffices.
+    With ``every="auto"`` the monitor times the training steps and itself, and measures as often as ``budget`` allows. The first record
+    comes by step 40 and costs about ten gradients; the next once the budget has paid for both (after some 200 to 500 steps at 5 %), so
+    that a shorter run takes more than its budget, which :meth:`close` warns of. 60 % of the budget goes to the first metric, the rest to
+    the others in equal parts; they are measured on the same steps whenever their part suffices.
 
     Args:
         model: the model that is trained; wrappers are unwrapped.
@@ -148,13 +149,13 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         self._top_k = top_k
         self._sinks = as_sinks(sinks)
         self._resumed_at: int | None = None
-        self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector(self._header())
         gradients = {name: metric.gradients for name, metric in self.metrics.items()}
         self._planner = Planner(gradients, every=every, budget=budget, max_interval=max_interval, process_group=process_group)
+        self._memory, self._detector = Memory(tol=tol, seed=seed), EventDetector(self._header())
         self._step, self._rates = 0, [learning_rate(self.optimizer), *learning_rates(self.optimizer)]
         self._losses, self._disabled = deque(maxlen=_MAX_LOSSES), {}
         self._warned: set[str] = set()
-        self._opened = False  # whether the sinks have their header, which goes out with the first record
+        self._opened = False  # whether the sinks have their header, which goes out with the first step
         self.history = MonitorHistory(self._header())
 
     # -- the one call in the loop ------------------------------------------------------------------------------------------
@@ -172,6 +173,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             ObjectiveError: called by the model itself, as from a forward hook, while it is measured.
         """
         refuse_reentry(self.model)
+        if not self._opened:
+            self._open()
         loss = checked_reading(loss)
         watch = self._planner.watch
         entered = watch.enter()
@@ -290,11 +293,19 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
 
     def _write(self, document: dict[str, Any]) -> None:
         """To every sink; sinks keep their own failures to themselves, with a warning."""
-        first, self._opened = not self._opened, True
         for sink in self._sinks:
-            if first:
-                sink.open_run(self._header())
             sink.write(document)
+
+    def _open(self) -> None:
+        """Say what will be measured and when, before anything is."""
+        self._opened, header = True, self._header()
+        when = (
+            f"the first record comes by step {header['first_by']}" if self._resumed_at is None else f"goes on from step {self._resumed_at}"
+        )
+        logger.info("measures %s; %s", ", ".join(self.metrics), when)
+        if find_ranks(self._maker.settings["process_group"]).rank == 0:  # all processes hold the same records; one writes them
+            for sink in self._sinks:
+                sink.open_run(header)
 
     # -- small parts -----------------------------------------------------------------------------------------------------------
     def _synchronise(self) -> None:
@@ -324,6 +335,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             "every": self.every,
             "mode": self.mode,
             "seed": self.seed,
+            "first_by": self._planner.first_by,
         }
         return header if self._resumed_at is None else {**header, "resumed_at": self._resumed_at}
 
@@ -346,8 +358,14 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         self.history = MonitorHistory(self._header(), list(self.history.records))
 
     def close(self) -> None:
-        """Tell what the losses since the last measurement show, if anything, in a record without measurements, and close the sinks."""
+        """Tell what the losses since the last measurement show, if anything, in a record without measurements, and close the sinks.
+
+        Warns where the run was too short for its budget.
+        """
         self._flush_losses(None)
+        if (overhead := self._planner.exceeds) is not None and self.history.records:
+            took = f"measuring took {percent(overhead)} of the training time, more than the budget of {percent(self.budget)}"
+            warnings.warn(f"{took}: the run of {self._step} steps was too short to pay for its records", SharpkitWarning, stacklevel=2)
         self._keep(Record(self._step, {}, lr=learning_rate(self.optimizer)))
         for sink in self._sinks:
             sink.close()

@@ -108,10 +108,14 @@ class Account(State, saved=("spent", "forecast", "last=_last")):
 
 _PRIMARY_SHARE = 0.6  # of the budget goes to the first metric; by judgement
 _FIRST_LOOK = 8  # steps timed before the first plan; by judgement: enough for a median that a slow first step does not decide
+_FIRST_BY = (
+    40  # step of the first record, whatever it costs, by judgement: who has just begun wants to see something; the next ones pay for it
+)
 _SETUP_GRADIENTS = 3  # cost of making the first objective, which evaluates the loss a few times; by judgement
 # Factors on the predicted cost of what was never measured, the main metric and others, by judgement: small models pay for calls more than
 # for arithmetic, so gradients predict too little there.
 _FIRST_CAUTION, _CAUTION = 1.5, 2.5
+_NOISE = 1.2  # of a budget, by judgement: timers of short steps are no better
 _PRODUCT = 1.6  # Hessian product over training step, about: the lower end of what experiments/product_cost.py measured, 1.6 to 2.4
 _LEAST_MATVECS = 6  # with three, experiments/monitor_overhead.py had the curvature of a GPT off by a fifth in the median
 
@@ -119,7 +123,8 @@ _LEAST_MATVECS = 6  # with three, experiments/monitor_overhead.py had the curvat
 class Planner(State, saved=("next=_next", "planned=_planned", "part", "watch", "accounts=_accounts")):
     """Decides at each measurement when the next one is, so that between them a step costs nothing and all processes agree.
 
-    The cost of a first measurement of each metric, the main one first, is guessed in gradients of the batch. If the budget asks for more
+    The first measurement comes early, and those after it wait until the budget has paid for it. The cost of a first measurement of each
+    metric, the main one first, is guessed in gradients of the batch. If the budget asks for more
     than ``max_interval`` steps between two, only a ``part`` of each batch is measured.
     """
 
@@ -179,7 +184,7 @@ class Planner(State, saved=("next=_next", "planned=_planned", "part", "watch", "
         account.spent += max(self.watch.measuring - charged, 0.0)  # what no metric was charged with: calls, planning, sinks
         if math.isnan(account.forecast):
             account.forecast = _FIRST_CAUTION * (self._gradients[self._main] + (0 if self._planned else _SETUP_GRADIENTS)) * typical
-        self._planned = True
+        first, self._planned = not self._planned, True
         wait = round(self._agree(account.steps_until(self.watch.training, typical)))
         # The interval in the long run. Debts of the past also make the next wait long, but pass; half a batch for good would be no remedy.
         steady = round(self._agree(account.forecast / account.share / typical if typical > 0 else 0.0))
@@ -187,7 +192,18 @@ class Planner(State, saved=("next=_next", "planned=_planned", "part", "watch", "
             self.part /= 2
             account.forecast /= 2
             wait = round(self._agree(account.steps_until(self.watch.training, typical)))
-        self._next = step + max(1, wait)
+        self._next = step + max(1, min(wait, _FIRST_BY - step) if first else wait)
+
+    @property
+    def first_by(self) -> int:
+        """The latest step of the first record."""
+        return _FIRST_BY if self.every == "auto" else 0
+
+    @property
+    def exceeds(self) -> float | None:
+        """The overhead so far where it is above the budget by more than a timer's noise; None where it keeps to it, or has none to keep."""
+        total, overhead = sum(account.share for account in self._accounts.values()), self.watch.overhead
+        return overhead if self.every == "auto" and overhead > _NOISE * total else None
 
     def _agree(self, value: float) -> float:
         """The first process's number, on every process."""

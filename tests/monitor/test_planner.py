@@ -134,3 +134,34 @@ def test_a_saved_plan_goes_on(clock: Clock) -> None:
     clock.now += 3600  # between the two processes
     second.watch.enter()
     assert second.watch.training == first.watch.training
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05])
+def test_the_first_record_comes_early_and_the_next_ones_pay_for_it(clock: Clock, share: float) -> None:
+    monitor = watched(clock, {"main": 0.3}, steps=20_000 if share > 0.01 else 400_000, budget=share, max_interval=10**9)
+    first, second = monitor.history[0], monitor.history[1]
+    assert first.step <= 40
+    assert second.step == pytest.approx(2 * 0.3 / share / 0.01, rel=0.2)  # when training has paid for both
+    assert monitor.overhead <= 1.01 * share
+
+
+def test_who_watches_is_told_at_the_first_step_and_a_run_too_short_for_its_budget_at_the_end(clock: Clock) -> None:
+    heard: list[dict[str, Any]] = []
+
+    class Place:
+        open_run = write = staticmethod(heard.append)
+
+        def close(self) -> None:
+            pass
+
+    monitor = watched(clock, {"main": 0.3}, steps=1, budget=0.05, sinks=Place())
+    assert [(document["kind"], document["first_by"]) for document in heard] == [("monitor_run", 40)]
+    monitor.close()
+    short = watched(clock, {"main": 0.3}, steps=60, budget=0.05)
+    with pytest.warns(
+        sk.SharpkitWarning, match=r"measuring took 5\d% of the training time, more than the budget of 5.0%: .* 60 steps was too"
+    ):
+        short.close()
+    by_hand = watched(clock, {"main": 0.3}, steps=4, every=2)
+    by_hand.close()
+    assert by_hand.history[0].step == 0

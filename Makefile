@@ -12,7 +12,7 @@ CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "--constraint const
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts house mutants bench gpu wheel clean
+.PHONY: help demo test lint types contracts house mutants bench docs gpu wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint       ruff        make types      mypy --strict, and what a user's mypy sees        make contracts  import layers"
 	@echo "make house      modules by layer with their sizes, and what breaks the architecture's rules; brings docs/architecture.md up to date"
 	@echo "make mutants    do the tests notice a changed line of the numerical core? (20 minutes) MUTANTS=\"--seed 1\" takes another sample"
+	@echo "make docs       the documentation site, in build/site/index.html"
 	@echo "make bench      comparisons with other libraries        make wheel      dist/*.whl        make clean"
 	@echo "make gpu        the gpu tests and what curvature costs on this machine's GPU, with its own torch (6 minutes); docs/gpu.md"
 
@@ -56,6 +57,11 @@ gpu:
 	@$(PYTHON) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null \
 	  || { echo "make gpu needs an NVIDIA GPU and a Python with torch, and $(PYTHON) has no torch; name another: make gpu PYTHON=..." >&2; exit 2; }
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m experiments.gpu_benchmark --tests --max-seconds 330 $(GPU_ARGS)
+
+# mkdocs-material with mkdocstrings: the pages are Markdown as they are, the reference is read from the docstrings without importing
+# anything, and the site needs no network. strict: a warning is an error.
+docs: $(INSTALLED)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

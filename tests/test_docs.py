@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from sharpkit.reporting import sections
 # What the examples register, they register for the test alone.
 REGISTERED = ((metrics, "METRICS"), (kinds, "_KINDS"), (sections, "_SECTIONS"))
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 
 
 def _python_blocks(path: Path) -> list[str]:
@@ -32,6 +34,38 @@ def test_the_readmes_examples_run_one_after_another(
         exec(compile(block, "README.md", "exec"), names)
     assert "lambda_max" in capsys.readouterr().out
     assert (tmp_path / "sharpness.html").read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_the_tutorial_runs_from_its_first_block_to_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in _python_blocks(ROOT / "docs" / "tutorial.md"):
+        exec(compile(block, "tutorial.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "after: " in said and "of the path's squared distances" in said
+    assert "<svg" in (tmp_path / "tutorial.html").read_text()
+
+
+def test_every_public_name_has_a_place_in_the_reference_and_an_example_if_it_is_called() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    for where in shown:
+        module, _, name = where.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), where
+    assert "`sk.METRICS`" in pages
+    without = []
+    for space in (sk, sk.transfer, sk.sinks):
+        for name in space.__all__:
+            value = getattr(space, name)
+            if inspect.ismodule(value) or name == "METRICS":
+                continue
+            assert name in [where.rpartition(".")[2] for where in shown], name
+            if inspect.isfunction(value) and ">>> " not in (value.__doc__ or ""):
+                without.append(name)
+    assert not without, "functions whose docstring shows no call"
 
 
 def test_the_examples_for_those_who_come_from_elsewhere_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_the_architecture_page_shows_the_layers_and_modules_of_today(real) -> No
 
 
 def test_the_readme_names_every_room(real) -> None:  # type: ignore[no-untyped-def]
-    tree = re.search(r"## Where things are\n+```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    tree = re.search(r"## Where things are\n+```\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), flags=re.DOTALL)
     assert tree is not None
     assert [room for room in real.rooms() if room != "__main__" and not re.search(rf"^  {room}(/|\.py)", tree[1], flags=re.MULTILINE)] == []
 

@@ -317,6 +317,17 @@ def learning_rate_curve(
         UnsupportedError: an optimizer whose limit is not known, or whose divisor does not follow from the gradient's moments.
         DocumentError: the checkpoint is of another call, or of other parameters or data.
 
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+        >>> x = torch.randn(256, 4, dtype=torch.float64)
+        >>> objective = sk.Objective(model, (x, x[:, :1]), loss=torch.nn.functional.mse_loss)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> curve = sk.learning_rate_curve(objective, optimizer, batch_sizes=[4, 16, 64], pilot=0, calibrate=False)  # curvature alone
+        >>> bool(curve.max_lr(4) < curve.max_lr(16) < curve.max_lr(64))
+        True
+
     References:
         Granziol, Zohren and Roberts (2022), arXiv 2006.09092; the mean-square condition: docs/mathematics.md.
     """

@@ -61,6 +61,13 @@ def read_base_shapes(path: str | os.PathLike[str]) -> dict[str, BaseShape]:
 
     Raises:
         SharpkitError: it is no such file; the message names the line.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "base.bsh"
+        >>> _ = path.write_text("weight:\\n- 64\\n- null\\n")
+        >>> read_base_shapes(path)
+        {'weight': (64, None)}
     """
     where = Path(as_path("path", path))
     shapes: dict[str, list[int | None]] = {}

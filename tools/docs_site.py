@@ -1,0 +1,37 @@
+"""What the documentation site needs besides docs/: figures, experiments and the changelog, in the places that the pages link to.
+
+A hook of mkdocs, which `make docs` runs. The pages lie in docs/ and link to ../figures, ../experiments and ../CHANGELOG.md, as a reader
+of the repository needs them to; on the site these lie beside the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_BESIDE = {"figures": "*.png", "experiments": "*.py", "experiments/results": "*.jsonl"}
+_SINGLE = ("CONTRIBUTING.md", "README.md", "LICENSE")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Put them among the site's files."""
+    from mkdocs.structure.files import File
+
+    for folder, pattern in _BESIDE.items():
+        for path in sorted((ROOT / folder).glob(pattern)):
+            files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=str(path)))
+    for name in _SINGLE:  # as text: they are pages of the repository, not of the site
+        files.append(File.generated(config, f"repository/{name}.txt", content=(ROOT / name).read_text(encoding="utf-8")))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "changelog.md", content=changes))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links out of docs/ become links beside it."""
+    up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"\]\(\.\./((?:figures|experiments)/[^)#]+)", rf"]({up}\1", markdown)
+    markdown = re.sub(r"\]\(\.\./CHANGELOG\.md", f"]({up}changelog.md", markdown)
+    return re.sub(r"\]\(\.\./(CONTRIBUTING\.md|README\.md|LICENSE)", rf"]({up}repository/\1.txt", markdown)

@@ -65,7 +65,7 @@ def read_base_shapes(path: str | os.PathLike[str]) -> dict[str, BaseShape]:
     Example:
         >>> import pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "base.bsh"
-        >>> _ = path.write_text("weight:\\n- 64\\n- null\\n")
+        >>> _ = path.write_text(chr(10).join(["weight:", "- 64", "- null"]))
         >>> read_base_shapes(path)
         {'weight': (64, None)}
     """

@@ -128,6 +128,7 @@ def numbers(kind: str, rank: int, world: int) -> dict[str, Any]:
     told["trace"] = abs(sk.trace(hessian, max_matvecs=6).value / sk.trace(expected, max_matvecs=6).value - 1)
     density = [sk.spectral_density(h, num_probes=2, num_steps=4) for h in (hessian, expected)]
     told["density"] = float((density[0].nodes - density[1].nodes).abs().max() / density[1].nodes.abs().max())
+    told["differences"] = relative(sk.HessianOperator(objective, product="differences") @ own, objective.layout.own_rows(right), right)
     return told
 
 
@@ -142,6 +143,7 @@ def check_numbers(told: list[dict[str, Any]]) -> None:
         assert each["vector"], "a seed draws the same vector for any number of processes"
         assert max(each["value"], each["gradient"], *each["products"]) < 1e-12, each
         assert max(each["block"], each["eigenvalues"], each["trace"], each["density"]) < 1e-9, each
+        assert each["differences"] < 1e-6
         assert each["products made"][0] == each["products made"][1]
     lengths = [each["length"] for each in told]
     assert max(lengths) < 1.2 * sum(lengths) / len(lengths), "vectors are divided evenly"
@@ -210,6 +212,18 @@ class ReadsWidth(nn.Module):
         return self.second(y * y.shape[-1])
 
 
+class Doubles(nn.Module):
+    """Has twice the gradient that its values have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).tanh()
+        return self.second(2 * y - y.detach())
+
+
 def faults(rank: int, world: int) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -240,6 +254,11 @@ def faults(rank: int, world: int) -> dict[str, Any]:
         model = parallel(ReadsWidth(), {"first": ColwiseParallel(), "second": RowwiseParallel()})
         sk.Objective(model, (x, t[:, :2]), loss=F.mse_loss)
 
+    def cut_gradient() -> None:
+        model = parallel(Doubles(), {"first": ColwiseParallel(), "second": RowwiseParallel()})
+        hessian = sk.HessianOperator(sk.Objective(model, (x, t[:, :2]), loss=F.mse_loss))
+        hessian @ torch.ones(hessian.length)
+
     def elsewhere() -> None:
         model = parallel(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), plan)
         objective = sk.Objective(model, (x, t[:, :2]), loss=F.mse_loss)
@@ -250,7 +269,7 @@ def faults(rank: int, world: int) -> dict[str, Any]:
             sk.HessianOperator(objective).to_dense()
         assert objective.value() == pytest.approx(sk.Objective(model, (x, t[:, :2]), loss=F.mse_loss).value())
 
-    return {each.__name__: said(each) for each in (failing, other_models, other_batches, other_function, elsewhere)}
+    return {each.__name__: said(each) for each in (failing, other_models, other_batches, other_function, cut_gradient, elsewhere)}
 
 
 def said(part: Callable[[], None]) -> tuple[str, float]:
@@ -319,6 +338,7 @@ def test_a_tensor_parallel_model_has_the_one_process_numbers_and_faults_are_told
         assert all(seconds < 30 for _, seconds in each.values())
         assert "hold parts of the same tensors but other batches" in each["other_batches"][0], each["other_batches"]
         assert "its loss on whole tensors differs" in each["other_function"][0], each["other_function"]
+        assert "the gradient is not that of the loss" in each["cut_gradient"][0], each["cut_gradient"]
         assert each["elsewhere"][0] == "", each["elsewhere"]
         assert "the processes hold different models: parameter 0 is ('0.weight', (8, 4)" in each["other_models"][0], each["other_models"]
 

@@ -928,5 +928,5 @@ def check_objective(value: Any, taker: str, *, sharded: bool = False) -> None:
     if value.shards is not None and not sharded:
         raise UnsupportedError(
             f"{taker} is not available for parameters sharded over processes: gather the model into plain tensors (a full state dict) and "
-            "measure that copy; what is available is listed in docs/compatibility.md"
+            "measure that copy; what is available is listed in docs/distributed.md"
         )

@@ -131,8 +131,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def has_shards(model: nn.Module) -> bool:
     """Whether parameters of a model are sharded over processes; modules that hold whole ones since a forward pass give them back."""
     for part in _fully_sharded(model):
-        if any(not is_sharded(p) for p in part.parameters()):
-            part.reshard()  # type: ignore[operator]
+        part.reshard()  # type: ignore[operator]
     return any(is_sharded(p) for p in model.parameters())
 
 
@@ -189,6 +188,13 @@ class Shards:
     @property
     def counts(self) -> bool:
         return self.twins[self.ranks.rank] == self.ranks.rank
+
+    @property
+    def held_bytes(self) -> int:
+        """What whole tensors take at most at one time, with what they are received in."""
+        every = [zip(block.members, block.types, strict=True) for block in self.blocks]
+        sizes = sorted(sum(self.own[index].live.numel() * kind.itemsize for index, kind in block) for block in every)
+        return 2 * min(sum(sizes), max(_SMALL, sum(sizes[-_HELD:])))
 
     def part_of(self, live: Tensor, tensor: Tensor) -> Tensor:
         """This process's own part of a tensor like a parameter, such as the state that an optimizer keeps for it; others as they are."""

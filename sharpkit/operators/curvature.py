@@ -248,6 +248,7 @@ class CurvatureOperator(SymmetricOperator):
         # products made at once, a second backward pass and its result in the parameters' shapes and as one vector
         vector = float(self.length * self.dtype.itemsize)
         chunks = bytes_of_chunks(self.device) if self.objective.chunking.in_use else 0
+        chunks += self.objective.shards.held_bytes if self.objective.shards is not None else 0
         if self._differences is not None:
             return 5 * vector  # both gradients, the parameters moved and as they were, the direction
         return self.bytes_kept() + 2 * vector + chunks + self.blocks.width * (_PEAK * self._largest + 4 * vector)

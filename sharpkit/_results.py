@@ -7,6 +7,7 @@ saves, it goes on from. Both take what they write from one tuple, ``saved``, giv
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import operator
@@ -316,6 +317,12 @@ class Result(_Saved):
         if layout.kind and self.name:
             document.setdefault("name", self.name)
         return json_ready(document) if layout.strict else document  # type: ignore[no-any-return]
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: the section of the page, where this kind has one."""
+        if not self._layout.kind:
+            return None
+        return importlib.import_module("sharpkit.reporting.notebook").fragment(self)  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:

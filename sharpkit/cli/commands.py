@@ -6,6 +6,7 @@ import argparse
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,23 @@ def run_compare_command(arguments: argparse.Namespace) -> Answer:
     documents, extra, _ = _finish(arguments, results)
     extra["text"] = "\n\n".join(map(str, results))
     return documents, extra, OK
+
+
+def run_init_command(arguments: argparse.Namespace) -> Answer:
+    """``sharpkit init``: a commented job file to start from."""
+    target = Path(arguments.file)
+    if target.suffix != ".py":
+        raise UsageError(f"a job is a Python file: give a name that ends in .py, got {str(target)!r}")
+    if target.exists():
+        raise UsageError(f"{target} exists and is left as it is: give another name")
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder {target.parent} does not exist")
+    template = files("sharpkit.cli") / "templates" / f"{arguments.kind}.py.in"
+    target.write_text(template.read_text(encoding="utf-8").replace("{file}", target.name), encoding="utf-8")
+    lines = [f"{target} written: put in your model, loss, data and optimizer, then", ""]
+    lines += [f"    sharpkit {command}" for command in (f"doctor {target}:job", f"measure {target}:job --html sharpness.html")]
+    lines += [f"    sharpkit lr {target}:job --batch-size 32 --steps 1000", f"    python {target}"]
+    return [], {"written": str(target.resolve()), "text": "\n".join(lines)}, OK
 
 
 def run_report_command(arguments: argparse.Namespace) -> Answer:

@@ -29,6 +29,7 @@ from sharpkit.cli.commands import (
     run_compare_command,
     run_demo_command,
     run_doctor_command,
+    run_init_command,
     run_landscape_command,
     run_lr_command,
     run_measure_command,
@@ -134,7 +135,7 @@ def _print_answer(arguments: argparse.Namespace, documents: list[Document], extr
         return
     if "findings" in extra:  # the demo: its tables are on the page
         print("\n".join([*extra["notes"], "", *(f"* {finding}" for finding in extra["findings"])]), flush=True)
-    elif documents:
+    elif documents or text is not None:
         print(text if text is not None else render_text(documents), flush=True)
     if page := extra.get("page"):
         print(f"\nPage: {page}\nOpen it in a browser: {Path(page).as_uri()}", flush=True)
@@ -189,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     summary = "train two small networks on real images and show their curvature on one page"
     _add_demo(_command(subparsers, "demo", run_demo_command, summary))
+    begin = _command(subparsers, "init", run_init_command, "a commented job file to start from")
+    begin.add_argument("file", nargs="?", default="job.py", help="where to write it (default: %(default)s)")
+    what = "your own loop, Hugging Face or Lightning (default: %(default)s)"
+    begin.add_argument("--kind", default="loop", choices=("loop", "huggingface", "lightning"), help=what)
     measure = _command(subparsers, "measure", run_measure_command, "sharpness of a model: lambda_max, trace, stable learning rate ...")
     spectrum = _command(subparsers, "spectrum", run_spectrum_command, "largest eigenvalues and spectral density of the Hessian")
     doctor = _command(subparsers, "doctor", run_doctor_command, "can measurements of this model, loss and data be trusted?")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sharpkit.measuring.layers import LayerSharpness
 
 
+_FAR = 2.0  # widths of the spectrum beyond its end where a limit is off the picture, by judgement
 _MOST_LABELS = 6  # outliers with their value, by judgement: more overlap
 
 
@@ -56,9 +57,10 @@ def plot_density(
     ax.set_ylim(floor, max(float(shown.max()), floor * 10) * 4)  # by judgement: at least a decade, and room for the legend
     ax.axvline(0.0, color=GREY, linewidth=0.8)  # what is left of it is negative curvature
     bound = limit if limit is not None else (2 / lr if lr is not None else None)
+    outliers = [float(x) for x in density.outliers]
+    _draw_outliers(ax, outliers)
     if bound is not None:
-        ax.axvline(bound, color=ORANGE, linestyle="--", linewidth=1.4, label=f"stability limit {bound:.3g}")
-    _draw_outliers(ax, [float(x) for x in density.outliers])
+        _draw_limit(ax, bound, min(0.0, float(grid[0]), *outliers), max(0.0, float(grid[-1]), *outliers))
     # outliers stand at both sides, and the legend over the bulk hides none of their values
     return finish(ax, x="eigenvalue (loss / parameter²)", y="density (share / unit eigenvalue)", title=title, legend="upper center")
 
@@ -74,6 +76,18 @@ def _bulk(density: SpectralDensity) -> tuple[np.ndarray[Any, Any], np.ndarray[An
     # three bandwidths: a Gaussian's visible end; 800 points: about one a pixel, by judgement
     grid = np.linspace(float(inner.min()) - 3 * bandwidth, float(inner.max()) + 3 * bandwidth, 800)
     return grid, density.density(grid, bandwidth=bandwidth), bandwidth
+
+
+def _draw_limit(ax: Axes, limit: float, low: float, high: float) -> None:
+    """The limit as a line, or, far beyond a spectrum from ``low`` to ``high``, as a mark at the edge: else the spectrum would be a line."""
+    words = f"stability limit {limit:.3g}"
+    if limit - high <= _FAR * (high - low):
+        ax.axvline(limit, color=ORANGE, linestyle="--", linewidth=1.4, label=words)
+        return
+    ax.plot([], [], color=ORANGE, linestyle="--", linewidth=1.4, label=f"{words}, {limit / high:.3g} times as far" if high > 0 else words)
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "axes fraction", "ha": "right", "va": "center"}
+    ax.annotate("", (1.0, 0.5), (0.93, 0.5), arrowprops={"color": ORANGE, "arrowstyle": "-|>"}, **place)
+    ax.annotate(f"{limit:.3g}", (0.93, 0.5), (0.92, 0.5), color=ORANGE, fontsize="small", **place)
 
 
 def _draw_outliers(ax: Axes, outliers: list[float]) -> None:

@@ -55,6 +55,13 @@ def test_the_limit_is_two_over_the_learning_rate(density: sk.SpectralDensity) ->
     assert np.asarray(limit.get_xdata())[0] == 16.0
 
 
+def test_a_limit_far_beyond_the_spectrum_is_a_mark_at_the_edge_and_the_spectrum_keeps_the_picture(density: sk.SpectralDensity) -> None:
+    ax = plot_density(density, limit=2000.0)
+    assert ax.get_xlim()[1] < 60
+    assert "stability limit 2e+03, 90.9 times as far" in ax.get_legend_handles_labels()[1]
+    assert any(text.get_text() == "2e+03" for text in ax.texts)
+
+
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"lr": -1.0}, {"limit": float("nan")}])
 def test_a_limit_that_is_not_positive_is_refused(density: sk.SpectralDensity, wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be positive"):

@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from sharpkit.monitor.records import Measurement as Measurement
     from sharpkit.monitor.records import MonitorHistory as MonitorHistory
     from sharpkit.monitor.records import Record as Record
+    from sharpkit.objective.batches import SeededPasses as SeededPasses
     from sharpkit.objective.objective import Objective as Objective
     from sharpkit.operators.base import SymmetricOperator as SymmetricOperator
     from sharpkit.operators.base import as_operator as as_operator
@@ -154,6 +155,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.monitor.metrics": ("METRICS", "register_metric"),
     "sharpkit.monitor.monitor": ("Monitor",),
     "sharpkit.monitor.records": ("Measurement", "MonitorHistory", "Record"),
+    "sharpkit.objective.batches": ("SeededPasses",),
     "sharpkit.objective.objective": ("Objective",),
     "sharpkit.operators.base": ("SymmetricOperator", "as_operator"),
     "sharpkit.operators.fisher": ("EmpiricalFisherOperator", "FisherOperator", "GradientCovarianceOperator"),

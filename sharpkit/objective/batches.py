@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from sharpkit._arguments import as_seed
 from sharpkit._errors import NonDeterministicError, ObjectiveError
-from sharpkit.objective.guard import RandomStates, loader_generators, random_states_kept
+from sharpkit.objective.guard import RandomStates, loader_generators, random_states_kept, seed_everything
 
 Batch = Any
 
 _END = object()
 _MOST_BATCHES = 20_000  # of a loader without a length, by judgement: each product goes through all of them
-_HOW_TO_FIX = "Pass one batch, a list of batches (list(loader) fixes what was drawn), or a DataLoader(shuffle=False)"
+_HOW_TO_FIX = "Pass one batch, a list of batches (list(loader) fixes what was drawn), SeededPasses(loader), or a DataLoader(shuffle=False)"
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Batch, *, other: Callable[[Any], Any] = lambda leaf: leaf) -> Batch:
@@ -148,6 +149,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return map_tensors(move, batch, other=lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
 
 
+def moved_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Each batch on a device; on a GPU the next one is on its way (if its memory is pinned) while one is worked on."""
+    if device.type == "cpu":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    waiting: Any = _END
+    for batch in batches:
+        moving = to_device(batch, device)
+        if waiting is not _END:
+            yield waiting
+        waiting = moving
+    if waiting is not _END:
+        yield waiting
+
+
 def batch_length(batch: Batch) -> int | None:
     """Number of samples: the leading dimension that all tensors share, None where they share none."""
     lengths = {t.shape[0] for t in tensors_of(batch) if t.ndim > 0}
@@ -197,6 +213,61 @@ def fingerprint(batch: Batch) -> str:
     return digest.hexdigest()
 
 
+class SeededPasses:
+    """A loader each of whose passes begins from the same random state, so that one that shuffles or augments gives the same batches again.
+
+    For data that do not fit into memory: a product goes through them batch by batch, and an :class:`sharpkit.Objective` compares the check
+    sums of two passes when it is made. What draws from a generator of its own that lives on from pass to pass is refused there.
+
+    Args:
+        data: a re-iterable loader of batches with a length, such as ``DataLoader(dataset, batch_size=256, shuffle=True)``.
+        seed: of each pass: torch's, Python's and NumPy's generators and the DataLoader's own are seeded by it, and put back afterwards.
+
+    Raises:
+        TypeError: no iterable of batches, or one without a length.
+        ObjectiveError: an iterator, which can be gone through only once.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(6.0)), batch_size=2, shuffle=True)
+        >>> passes = sk.SeededPasses(loader, seed=1)
+        >>> [batch[0].tolist() for batch in passes] == [batch[0].tolist() for batch in passes], len(passes)
+        (True, 3)
+    """
+
+    def __init__(self, data: Any, *, seed: int = 0) -> None:
+        _check_reiterable(data, seeded=True)
+        if not hasattr(data, "__len__"):
+            raise TypeError(
+                f"a {type(data).__name__} without a length cannot be gone through in passes: give it a __len__, its number of batches"
+            )
+        self.data, self.seed = data, as_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        generators, batches, stream = loader_generators(self.data), None, None
+        while True:
+            with random_states_kept(generators):
+                if batches is None or stream is None:
+                    seed_everything(self.seed, torch.device("cuda" if _cuda_is_used() else "cpu"))
+                    for generator in generators:
+                        generator.manual_seed(self.seed)
+                    batches = iter(self.data)
+                else:
+                    stream.restore()
+                batch = next(batches, _END)
+                stream = RandomStates(generators)
+            if batch is _END:
+                return
+            yield batch
+
+
+def _cuda_is_used() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 class BatchSource:
     """The data as something that can be gone through again and again, giving the same batches each time."""
 
@@ -216,6 +287,11 @@ class BatchSource:
             self._batches = list(data)
         else:
             _check_reiterable(data)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether passes are the same by their seed alone, which is to be seen."""
+        return isinstance(self.data, SeededPasses)
 
     @property
     def is_loader(self) -> bool:
@@ -249,6 +325,21 @@ class BatchSource:
             yield batch
 
 
+def check_passes(source: BatchSource, marks: Sequence[str]) -> None:
+    """Compare all batches of another pass with the fingerprints of an earlier one.
+
+    Raises:
+        NonDeterministicError: they differ.
+    """
+    again = list(map(fingerprint, source))
+    if again != list(marks):
+        where = next((i for i, (a, b) in enumerate(zip(again, marks, strict=False)) if a != b), min(len(again), len(marks)))
+        raise NonDeterministicError(
+            f"batch {where} differed between two passes of {len(marks)} and {len(again)} batches although both began from the same seed: "
+            "the loader draws from a generator of its own, which goes on from pass to pass. Seed that in its __iter__, or draw from torch's"
+        )
+
+
 def check_repeatable(batch: Batch, index: int, before: str) -> None:
     """Compare a batch of a second pass with the first one's fingerprint.
 
@@ -276,7 +367,7 @@ def _is_batch(data: Any, pair: bool) -> bool:
     return isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], str)
 
 
-def _check_reiterable(data: Any) -> None:
+def _check_reiterable(data: Any, *, seeded: bool = False) -> None:
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
             f"data is a {type(data).__name__}, which gives single samples, not batches: pass DataLoader(dataset, batch_size=...)"
@@ -287,7 +378,7 @@ def _check_reiterable(data: Any) -> None:
         raise ObjectiveError(
             f"data is a {type(data).__name__}, which can be gone through only once, but every product needs a pass. {_HOW_TO_FIX}"
         )
-    if isinstance(data, DataLoader):
+    if isinstance(data, DataLoader) and not seeded:
         samplers = (data.sampler, getattr(data.batch_sampler, "sampler", None))
         if any(isinstance(s, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) for s in samplers):
             raise NonDeterministicError(f"the DataLoader shuffles, so every pass would be over other batches. {_HOW_TO_FIX}")

@@ -18,10 +18,12 @@ from sharpkit.objective.batches import (
     BatchSource,
     batch_form,
     batch_length,
+    check_passes,
     check_repeatable,
     fingerprint,
     holds_samples,
     join_batches,
+    moved_ahead,
     slice_batch,
     tensors_of,
     to_device,
@@ -100,14 +102,19 @@ def look_at(source: BatchSource, evaluator: Evaluator, *, reduction: str) -> Loo
     rules, showcase = first.rules, Showcase(first.rules, evaluator.pair)
     rows: list[Counts] = []
     lengths: list[int] = []
+    marks = list[str]()
     for index, batch in enumerate(source):
-        if index < len(first.marks):
+        if source.is_seeded:
+            marks.append(fingerprint(batch))
+        elif index < len(first.marks):
             check_repeatable(batch, index, first.marks[index])
         check_batch(batch, index, pair=evaluator.pair)
         rows.append({rule.name: n for rule in rules if (n := rule.count(batch)) is not None})
         lengths.append(samples_in(batch, evaluator.pair))
         if evaluator.check and _tells(rows[-1], rules):
             showcase.add(index, batch, rows[-1])
+    if source.is_seeded:
+        check_passes(source, marks)
     # only rules that every batch knows can weigh them all
     rules = [rule for rule in rules if all(rule.name in row for row in rows)]
     if rows and not rules:  # batches of different kinds
@@ -372,11 +379,11 @@ def cut_batches(
         ObjectiveError: the source gives another number of batches than were surveyed.
     """
     seen = 0
-    for index, batch in enumerate(source):
+    for index, moved in enumerate(moved_ahead(source, device)):
         seen += 1
         if index >= len(survey.counts) or not survey.counts[index]:
             continue
-        moved, length = to_device(batch, device), survey.lengths[index]
+        length = survey.lengths[index]
         if size is None or size >= length:
             yield _piece((index, 0), moved, survey.counts[index], survey)
             continue

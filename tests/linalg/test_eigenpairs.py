@@ -529,3 +529,27 @@ def test_warnings_point_at_the_call() -> None:
     with pytest.warns(ConvergenceWarning) as caught:
         sk.eigenpairs(operator_with(network_like(100)), max_matvecs=2)
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_a_start_from_another_matrix_changes_the_cost_and_not_the_answer() -> None:
+    spectrum = np.concatenate([[30.0, 20.0, 12.0], np.linspace(4, -1, 197)])
+    matrix = operator_with(spectrum)
+    nearby = operator_with(spectrum * (1 + 0.01 * np.cos(np.arange(200))))  # the same eigenvectors, other values
+    for k in (1, 3):
+        plain, two = sk.eigenpairs(matrix, k), sk.eigenpairs(matrix, k, start_from=nearby)
+        np.testing.assert_allclose(two.values, spectrum[:k], rtol=1e-3)
+        residuals = (matrix @ two.vectors - two.vectors * two.values).norm(dim=0)
+        assert bool((residuals <= two.residuals + 1e-9).all() and two.converged.all()), "residuals are those of the matrix itself"
+        assert k > 1 or two.num_matvecs < plain.num_matvecs
+    far = operator_with(spectrum[::-1].copy())  # its top pairs are this one's lowest
+    np.testing.assert_allclose(sk.eigenpairs(matrix, 2, start_from=far).values, spectrum[:2], rtol=1e-3)
+
+
+def test_a_start_from_what_does_not_fit_is_refused() -> None:
+    matrix = operator_with(np.linspace(1, 0, 20))
+    with pytest.raises(ValueError, match="start_from must be a matrix of the same size: 20 rows are asked for, it has 19"):
+        sk.eigenpairs(matrix, start_from=operator_with(np.linspace(1, 0, 19)))
+    with pytest.raises(ValueError, match="either initial= or start_from="):
+        sk.eigenpairs(matrix, start_from=matrix, initial=torch.ones(20).double())
+    with pytest.raises(TypeError):
+        sk.eigenpairs(matrix, start_from="a part")

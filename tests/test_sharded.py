@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import threading
 import time
 import traceback
 import warnings
@@ -186,6 +188,28 @@ def monitored(kind: str, rank: int, world: int) -> dict[str, Any]:
     return {"same": same, "records": records, "expected": expected}
 
 
+def learned(rank: int, world: int) -> dict[str, Any]:
+    """Rates of the curvature learner over a short run, on all processes and with all their data on one."""
+
+    def rates(one: bool) -> list[float]:
+        model = gpt() if one else sharded("fsdp", rank, world)[0]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        settings: dict[str, Any] = {"total_steps": 24, "interval": 4, "process_group": False if one else None}
+        learner, told = sk.CurvatureLearner(optimizer, model=model, loss=loss, **settings), []
+        for _ in range(24):
+            mine = tokens()[:world] if one else [tokens()[rank]]
+            x, t = (torch.cat(parts).clamp_min(0) for parts in zip(*mine, strict=True))
+            optimizer.zero_grad()
+            value = loss(model(x), t)
+            value.backward()
+            optimizer.step()
+            learner.step((x, t), loss=value)
+            told.append(learner.lr)
+        return told
+
+    return {"rates": rates(False), "expected": rates(True)}
+
+
 class Fails(nn.Module):
     """Raises on one process, in the middle of a forward pass."""
 
@@ -267,9 +291,27 @@ def faults(rank: int, world: int) -> dict[str, Any]:
                 call(objective)
         with pytest.raises(sk.UnsupportedError, match="not written out"):
             sk.HessianOperator(objective).to_dense()
+        with pytest.raises(sk.UnsupportedError, match="checkpoint= is not available"):
+            sk.eigenpairs(sk.HessianOperator(objective), k=1, checkpoint=os.environ["SHARPKIT_TEST_FOLDER"] + "/kept")
         assert objective.value() == pytest.approx(sk.Objective(model, (x, t[:, :2]), loss=F.mse_loss).value())
 
     return {each.__name__: said(each) for each in (failing, other_models, other_batches, other_function, cut_gradient, elsewhere)}
+
+
+def killed(rank: int, world: int) -> None:
+    """Rank 1 is killed while products are made; what the other says lies in the folder."""
+    hessian = sk.HessianOperator(sk.Objective(*sharded("tp", rank, world), loss=loss))
+    vector = hessian.random_vectors(1, generator=torch.Generator().manual_seed(3))[:, 0]
+    hessian @ vector
+    if rank == 1:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def products() -> None:
+        while True:
+            hessian @ vector
+
+    torch.save(said(products), os.environ["SHARPKIT_TEST_FOLDER"] + "/said.pt")
+    os._exit(0)
 
 
 def said(part: Callable[[], None]) -> tuple[str, float]:
@@ -285,6 +327,8 @@ def said(part: Callable[[], None]) -> tuple[str, float]:
 TASKS: dict[str, Callable[[int, int], Any]] = {
     "fsdp": lambda rank, world: {**numbers("fsdp", rank, world), **monitored("fsdp", rank, world)},
     "tp": lambda rank, world: {**numbers("tp", rank, world), "faults": faults(rank, world)},
+    "killed": killed,
+    "learned": learned,
     "uneven": lambda rank, world: numbers("fsdp", rank, world),
     "both": lambda rank, world: numbers("both", rank, world),
 }
@@ -292,6 +336,7 @@ TASKS: dict[str, Callable[[int, int], Any]] = {
 
 def _worker(rank: int, folder: str, task: str, world: int) -> None:
     torch.set_num_threads(1)
+    os.environ["SHARPKIT_TEST_FOLDER"] = folder
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     try:
         torch.save(TASKS[task](rank, world), f"{folder}/{rank}.pt")
@@ -348,3 +393,24 @@ def test_a_tensor_parallel_model_has_the_one_process_numbers_and_faults_are_told
 @pytest.mark.parametrize(("task", "world"), [("uneven", 3), ("both", 4)])
 def test_uneven_shards_and_meshes_of_two_dimensions_have_the_one_process_numbers(tmp_path: Path, task: str, world: int) -> None:
     check_numbers(on_ranks(tmp_path, task, world))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    context = mp.get_context(_method())  # whose processes are not ended when one is lost
+    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), "killed", 2)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert processes[1].exitcode == -signal.SIGKILL
+    text, seconds = torch.load(tmp_path / "said.pt", weights_only=False)
+    assert text.startswith("SharpkitError: the connection to another process was lost, as when it is killed"), text
+    assert seconds < 30
+
+
+@needs_fsdp
+@pytest.mark.slow
+def test_the_learner_decides_as_on_one_process(tmp_path: Path) -> None:
+    for told in on_ranks(tmp_path, "learned", 2):
+        assert told["rates"] == pytest.approx(told["expected"], rel=1e-9)

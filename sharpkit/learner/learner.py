@@ -181,7 +181,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         peak = None if peak is None else real("peak", peak, above=0)
         find_ranks(process_group)
         self.optimizer, self.model, self._multiplier = unwrap_optimizer(optimizer), unwrap(model), Multiplier(schedule)
-        select_params(self.model, params)
+        select_params(self.model, params, may_be_sharded=True)
         check_trains(self.optimizer, self.model)
         adaptive = limit_rule(self.optimizer).adaptive
         check_learner_settings(total_steps, interval, budget, safety, warmup, decay)

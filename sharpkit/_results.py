@@ -60,6 +60,7 @@ def to_json(document: Mapping[str, Any]) -> str:
     return json.dumps(json_ready(document), allow_nan=False)  # Python would write NaN as a bare word, which no other reader takes
 
 
+RUN_VERSION = 1  # of a run's JSON document: counts up when a field changes its meaning
 # Bytes of one JSON document, by judgement: the largest results, spectra of many probes, are a hundredth of it.
 MAX_JSON = 256 * 2**20
 
@@ -107,6 +108,8 @@ def format_with_error(value: float, error: float, kind: ErrorKind | None = None)
         >>> format_with_error(1.23456, 0.005), format_with_error(2.0, 0.1, "residual bound"), format_with_error(2e3, 2e4)
         ('1.235 +- 0.005', '2 +- 0.1 (residual bound)', '2e+03 +- 2e+04 (not resolved)')
     """
+    if not math.isfinite(value):
+        return f"{value:.4g}"
     if not math.isfinite(error):
         return f"{value:.4g} (error unknown)"
     if error <= 0:

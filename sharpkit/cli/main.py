@@ -124,8 +124,8 @@ def _show_warning(
 
 
 def _print_answer(arguments: argparse.Namespace, documents: list[Document], extra: Document) -> None:
-    from sharpkit._results import to_json
-    from sharpkit.cli.output import RUN_VERSION, render_text
+    from sharpkit._results import RUN_VERSION, to_json
+    from sharpkit.cli.output import render_text
     from sharpkit.reporting import environment
 
     text = extra.pop("text", None)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from sharpkit.reporting.documents import Document
     from sharpkit.reporting.sections import Section
 
-RUN_VERSION = 1  # of the JSON document's format: counts up when a field changes its meaning
-
 
 def all_converged(document: Any) -> bool:
     """Whether no result in the document says that it did not converge."""

@@ -18,9 +18,11 @@ import torch
 
 import sharpkit
 from sharpkit._arguments import as_path, as_seed, as_text, shown, texts
+from sharpkit._results import RUN_VERSION, to_json
 from sharpkit.reporting.documents import to_document as to_document
 from sharpkit.reporting.sections import section_for
 
+_NAMED = ("layer_sharpness", "curvature_history")  # whose own sections say their name
 # Stands for the page's text colour, which matplotlib cannot name: a colour that no picture uses, replaced by currentColor afterwards.
 _INK = "#010203"
 
@@ -121,10 +123,16 @@ def report(
     notes, shown_machine = texts("notes", notes), environment() if machine is None else _checked_machine(machine)
     if isinstance(results, (str, bytes)) or not isinstance(results, Iterable):
         raise TypeError(f"results must be a list of results or of (heading, result) pairs, got {shown(results)}")
-    sections = []
+    sections, documents = [], []
     for i, item in enumerate(results):
         heading, result = item if isinstance(item, (tuple, list)) and len(item) == 2 else ("", item)
-        section = section_for(to_document(result), title=str(heading))
+        document = to_document(result)
+        section = section_for(document, title=str(heading))
+        name = str(document.get("name") or "")
+        if name and not heading and name not in section.title and document["kind"] not in _NAMED:
+            section.title = f"{name}: {section.title}"
+            section.findings = [f"{name}: {finding}" for finding in section.findings]
+        documents.append({**document, "title": section.title})
         if section.draw is not None:
             section.figure = inline_svg(section.draw, key=f"figure{i}", size=section.figure_size)
         sections.append(section)
@@ -133,6 +141,10 @@ def report(
     page = _render(
         title=title,
         sections=sections,
+        # as `sharpkit report` reads it; no "</script>" of a name ends it early
+        results=to_json({"kind": "run", "version": RUN_VERSION, "environment": shown_machine, "results": documents}).replace(
+            "<", "\\u003c"
+        ),
         notes=notes,
         command=command or shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),  # python's own options are in orig_argv alone
         seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ import torch
 
 import sharpkit as sk
 from sharpkit._results import json_ready
+from sharpkit.cli.main import main
 from sharpkit.measuring.doctor import Check
 from sharpkit.reporting import to_document
 
@@ -79,7 +81,7 @@ def test_the_page_is_well_formed_self_contained_and_has_unique_ids(page: str) ->
     assert outline.open == []
     assert outline.fetched == []
     assert len(outline.ids) == len(set(outline.ids))
-    assert not re.search(r"@import|<script|<link|url\(\s*['\"]?(?!#)", page)
+    assert not re.search(r"@import|<script[^>]*\bsrc|<link|url\(\s*['\"]?(?!#)", page)
 
 
 def test_every_reference_inside_a_figure_has_its_target(page: str) -> None:
@@ -186,3 +188,22 @@ def test_a_pipe_a_device_and_what_a_link_points_to_are_never_replaced(tmp_path: 
             assert not place.is_file()
     assert sk.report(link, [sk.Estimate(1.0, 0.1)]) == page.resolve()
     assert link.is_symlink()
+
+
+def test_the_page_holds_its_results_and_no_name_ends_them_early(tmp_path: Path) -> None:
+    named = sk.Estimate(3.0, 0.1).named("</script><script>alert(1)</script>")
+    page = sk.report(tmp_path / "a.html", [named, ("Own heading", sk.Estimate(float("inf"), 0.1))]).read_text(encoding="utf-8")
+    assert page.count("</script>") == 2
+    inside = re.search(r'<script type="application/json" id="results">(.*?)</script>', page, flags=re.DOTALL)
+    assert inside
+    run = json.loads(inside[1])
+    assert [document["title"] for document in run["results"]] == [f"{named.name}: Estimate", "Own heading"]
+    assert sk.Estimate.from_dict(run["results"][0]) == named
+    assert (tmp_path / "run.json").write_text(inside[1])
+    assert main(["report", str(tmp_path / "run.json"), "--html", str(tmp_path / "b.html")]) == 0
+
+
+def test_long_pages_have_a_table_of_contents(tmp_path: Path) -> None:
+    four = [(f"Number {i}", sk.Estimate(float(i), 0.1)) for i in range(4)]
+    pages = [sk.report(tmp_path / f"{n}.html", four[:n]).read_text(encoding="utf-8") for n in (3, 4)]
+    assert "<nav" not in pages[0] and pages[1].count('<li><a href="#h-') == 4

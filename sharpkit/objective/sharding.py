@@ -33,7 +33,7 @@ from sharpkit.objective.memory import graph_nodes
 
 _WEIGHTS, _VECTOR, _SUM = range(3)  # what a process may ask for: a block's parameters, its part of the vector, a sum of products
 _HELD = 2  # blocks whose whole tensors are held at once besides those in a forward pass, by judgement: the root's and one more
-_SMALL = 2**26  # bytes of whole tensors that are held anyway, by judgement: beside what torch itself takes, and each request takes time
+_SMALL = 2**24  # bytes of whole tensors that are held anyway, by judgement: beside what torch itself takes, and each request takes time
 _TORCH_HOOKS = "torch.distributed"
 _NOT_HERE = (
     "is not available for parameters sharded over processes: gather the model into plain tensors (a full state dict) and measure that copy"
@@ -422,7 +422,9 @@ class Shards:
         if self.way == "sum":
             self._request(_SUM, number)
             return self._summed(number, wholes)
-        return [self._cut(index, whole, self.ranks.rank) for index, whole in zip(self._trained(number), wholes, strict=True)]
+        if self.way == "graph":  # whose values nobody reads: views of whole gradients would keep them all
+            return [leaf.new_zeros(()).expand(leaf.shape) for leaf in (self.own[index].leaf for index in self._trained(number))]
+        return [self._cut(index, whole, self.ranks.rank).clone() for index, whole in zip(self._trained(number), wholes, strict=True)]
 
     def whole_vector(self, number: int) -> list[Tensor]:
         """The vector that is multiplied, at a block's trained parameters."""

@@ -565,7 +565,12 @@ class Checkpoint:
 
     def _sent(self, value: Any) -> Any:
         """The first process's value, on all."""
-        return value if self._processes is None else self._processes.gather(value if self._folder is not None else None)[0]
+        if self._processes is None:
+            return value
+        tensors: list[Tensor] = []
+        sent = None if self._folder is None else (_encoded(value, tensors), list(map(_as_array, tensors)))
+        tree, arrays = self._processes.gather(sent)[0]
+        return _decoded(tree, arrays, self._device)
 
     def _received(self, value: Any, vectors: Tensor) -> Tensor:
         if self._processes is None:
@@ -618,8 +623,11 @@ def _encoded(value: Any, tensors: list[Tensor]) -> Any:
         return {"tensor": [len(tensors) - 1, where, _is_turned(t), str(t.dtype).removeprefix("torch."), list(value.shape)]}
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if type(value) in (type(None), bool, int, float, str):
         return value
+    if isinstance(value, float) and _is_own(type(value).__module__):  # a number that knows more, such as its interval
+        held = {name: _encoded(item, tensors) for name, item in vars(value).items()}
+        return {"number": [type(value).__module__, type(value).__qualname__, float(value), held]}
     if isinstance(value, Mapping):
         return {"dict": [[_encoded(key, tensors), _encoded(item, tensors)] for key, item in value.items()]}
     kind = type(value)
@@ -660,10 +668,15 @@ def _decoded(tree: Any, arrays: list[Any], device: torch.device) -> Any:
         return _SEVERAL[what](_decoded(item, arrays, device) for item in held)
     if what == "dict":
         return {_decoded(key, arrays, device): _decoded(item, arrays, device) for key, item in held}
-    module, name, fields = held
+    module, name, *number, fields = held
     if not _is_own(module):
         raise ValueError(f"an object of {module}")
     kind: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    inside = {key: _decoded(item, arrays, device) for key, item in fields.items()}
+    if what == "number" and issubclass(kind, float):
+        known = float.__new__(kind, *number)
+        vars(known).update(inside)
+        return known
     if not (isinstance(kind, type) and (dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"))):
         raise ValueError(f"{name} of {module}, which is no result")
-    return kind(**{key: _decoded(item, arrays, device) for key, item in fields.items()})
+    return kind(**inside)

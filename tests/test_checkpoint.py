@@ -153,6 +153,8 @@ def test_a_call_that_was_killed_twice_ends_with_the_numbers_of_one_that_was_not(
     # products that are made several at once may be made in another way, by the clock, as in two calls that nobody ended
     assert largest_difference(plain, resumed) <= (0.0 if name in ONE_BY_ONE else 1e-12)
     assert largest_difference(resumed, again) == 0.0
+    if hasattr(resumed, "to_dict"):
+        assert json.dumps(resumed.to_dict()) == json.dumps(again.to_dict()) and repr(resumed) == repr(again)
     known = 0 if name.startswith(("measure", "per")) else 1  # the product by which the matrix is known again; an objective is by its loss
     assert made[4] == known, "a finished call is not made again"
     assert made[3] < made[0], "what was kept is not made again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ def run_measure_command(arguments: argparse.Namespace) -> Answer:
             max_seconds=budget,
             memory_limit=arguments.memory_limit,
             offload=arguments.offload,
+            checkpoint=arguments.checkpoint,
             callback=bar,
         )
     return _finish(arguments, [sharpness])
@@ -56,11 +58,15 @@ def run_spectrum_command(arguments: argparse.Namespace) -> Answer:
     # a matrix of n rows has no more than n pairs or steps: the default of ten must not fail on a tiny model
     k, steps = min(arguments.k, operator.size), min(steps, operator.size)
     memory: Any = {"memory_limit": arguments.memory_limit, "offload": arguments.offload}
+    folder = arguments.checkpoint
+    kept = [None if folder is None else os.path.join(folder, name) for name in ("eigenpairs", "density")]
     with ProgressBar(quiet=arguments.quiet) as bar:
-        pairs = sk.eigenpairs(operator, k=k, tol=tol, seed=seed, max_seconds=budget, callback=bar, **memory)
-        # one budget for both; a budget of 0 is refused by the library, and a millisecond still gives a flagged partial result
-        left = max(budget - (time.perf_counter() - started), 1e-3) if budget is not None else None
-        density = sk.spectral_density(operator, num_probes=probes, num_steps=steps, seed=seed, max_seconds=left, callback=bar, **memory)
+        pairs = sk.eigenpairs(operator, k=k, tol=tol, seed=seed, max_seconds=budget, checkpoint=kept[0], callback=bar, **memory)
+        # One budget for both; a budget of 0 is refused by the library, and a millisecond still gives a flagged partial result. With a
+        # checkpoint each has the whole: what is left would be another argument each time.
+        left = max(budget - (time.perf_counter() - started), 1e-3) if budget is not None and folder is None else budget
+        given: Any = {"num_probes": probes, "num_steps": steps, "seed": seed, "max_seconds": left, "checkpoint": kept[1], **memory}
+        density = sk.spectral_density(operator, callback=bar, **given)
     return _finish(arguments, [pairs, density])
 
 

@@ -233,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max-seconds", type=_amount, help="stop after so many seconds; a partial result is marked as not converged")
         command.add_argument("--memory-limit", type=_size, metavar="SIZE", help="take no more memory than this, such as 8GiB or 500MB")
         command.add_argument("--offload", metavar="FOLDER", default=False, help="keep the vectors in a file in this folder")
+        command.add_argument("--checkpoint", metavar="FOLDER", help="go on from here if the same command was killed")
     beside = _command(subparsers, "compare", run_compare_command, "saved results side by side: what differs by more than its error?")
     beside.add_argument("files", nargs="+", metavar="FILE", help="at least two, saved by --json or by a monitor (run.jsonl)")
     beside.add_argument("--html", metavar="OUT", help="also write a self-contained page")

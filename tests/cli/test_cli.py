@@ -135,6 +135,17 @@ def test_spectrum_lists_the_largest_eigenvalues(target: Path, capsys: pytest.Cap
     assert density["kind"] == "spectral_density"
 
 
+@pytest.mark.parametrize("command", ["measure", "spectrum"])
+def test_the_same_command_again_goes_on_from_its_checkpoint(
+    command: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (command, f"{target}:objective", "--probes", "3", "--steps", "6", "--checkpoint", str(tmp_path / "kept"))
+    first, again = (run_json(capsys, *given) for _ in range(2))
+    assert first[0] == 0 and first[:2] == again[:2]
+    code, _, err = run_json(capsys, command, f"{target}:objective", "--steps", "7", "--checkpoint", str(tmp_path / "kept"))
+    assert code != 0 and "was begun with other arguments" in err
+
+
 def test_the_optimizer_of_the_target_sets_the_limit(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     top = np.linalg.eigvalsh(dense_hessian(target))[-1]
     capsys.readouterr()

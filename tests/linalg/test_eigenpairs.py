@@ -540,7 +540,7 @@ def test_a_start_from_another_matrix_changes_the_cost_and_not_the_answer() -> No
         np.testing.assert_allclose(two.values, spectrum[:k], rtol=1e-3)
         residuals = (matrix @ two.vectors - two.vectors * two.values).norm(dim=0)
         assert bool((residuals <= two.residuals + 1e-9).all() and two.converged.all()), "residuals are those of the matrix itself"
-        assert k > 1 or two.num_matvecs < plain.num_matvecs
+        assert k > 1 or (two.num_matvecs < plain.num_matvecs and "may have been passed over" in two.outcome)
     far = operator_with(spectrum[::-1].copy())  # its top pairs are this one's lowest
     np.testing.assert_allclose(sk.eigenpairs(matrix, 2, start_from=far).values, spectrum[:2], rtol=1e-3)
 

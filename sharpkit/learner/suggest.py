@@ -128,6 +128,11 @@ class SuggestedLearningRate(
         return self
 
     @property
+    def cost(self) -> float:
+        """Gradients of a batch that it took."""
+        return self.gradients
+
+    @property
     def reason(self) -> str:
         """Which limit the rate comes from, in a sentence."""
         ends = f"Short runs train best at about {self.run_rate:.3g} and lose all at {self.limit:.3g}"

@@ -12,7 +12,7 @@ CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "--constraint const
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts house mutants bench docs gpu wheel clean
+.PHONY: help demo test lint types contracts house mutants bench docs release-check gpu wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +21,7 @@ help:
 	@echo "make lint       ruff        make types      mypy --strict, and what a user's mypy sees        make contracts  import layers"
 	@echo "make house      modules by layer with their sizes, and what breaks the architecture's rules; brings docs/architecture.md up to date"
 	@echo "make mutants    do the tests notice a changed line of the numerical core? (20 minutes) MUTANTS=\"--seed 1\" takes another sample"
-	@echo "make docs       the documentation site, in build/site/index.html"
+	@echo "make docs       the documentation site, in build/site/index.html        make release-check  version, changelog, wheel and sdist"
 	@echo "make bench      comparisons with other libraries        make wheel      dist/*.whl        make clean"
 	@echo "make gpu        the gpu tests and what curvature costs on this machine's GPU, with its own torch (6 minutes); docs/gpu.md"
 
@@ -62,6 +62,11 @@ gpu:
 # anything, and the site needs no network. strict: a warning is an error.
 docs: $(INSTALLED)-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Asks nothing of anybody: what is released, and when, is up to a person. TAG=v0.2.0 checks its form too.
+release-check: $(INSTALLED)-dev docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel
+	$(BIN)/python tools/release_check.py $(if $(TAG),--tag $(TAG))
 
 wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -38,17 +38,18 @@ CALLS: dict[str, Callable[..., Any]] = {
     "spectral_density": lambda H, **given: sk.spectral_density(H, num_probes=4, num_steps=24, **given),
     "measure": lambda H, **given: sk.measure(H.objective, num_probes=4, num_steps=16, **given),
 }
+BATCHES = [12]  # of the data; a test has fewer
 PATIENCE = 60.0  # seconds after which a process that has not ended is said to hang
 FORK = multiprocessing.get_context("fork")  # importing torch anew would take longer than the call
 
 
 def hessian(rank: int, size: int) -> sk.HessianOperator:
-    """Of a small MLP on 12 batches, which the processes share."""
+    """Of a small MLP on some batches, which the processes share."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8)).double()
     for p in model.parameters():
         nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
-    batches = [(torch.randn(48, 16, generator=generator).double(), torch.randint(8, (48,), generator=generator)) for _ in range(12)]
+    batches = [(torch.randn(48, 16, generator=generator).double(), torch.randint(8, (48,), generator=generator)) for _ in range(BATCHES[0])]
     return sk.HessianOperator(sk.Objective(model, batches[rank::size], loss=F.cross_entropy), retain=False)
 
 
@@ -211,6 +212,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--moments"]:
+        BATCHES[0] = 6
         print(json.dumps(measure(True, int(sys.argv[2]))))
     else:
         run_as_script("scale_resume", measure, draw)

@@ -32,6 +32,6 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links out of docs/ become links beside it."""
     up = "../" * page.file.src_uri.count("/")
-    markdown = re.sub(r"\]\(\.\./((?:figures|experiments)/[^)#]+)", rf"]({up}\1", markdown)
-    markdown = re.sub(r"\]\(\.\./CHANGELOG\.md", f"]({up}changelog.md", markdown)
-    return re.sub(r"\]\(\.\./(CONTRIBUTING\.md|README\.md|LICENSE)", rf"]({up}repository/\1.txt", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)+((?:figures|experiments)/[^)#]+)", rf"]({up}\1", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)+CHANGELOG\.md", f"]({up}changelog.md", markdown)
+    return re.sub(r"\]\((?:\.\./)+(CONTRIBUTING\.md|README\.md|LICENSE)", rf"]({up}repository/\1.txt", markdown)

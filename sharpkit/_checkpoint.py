@@ -210,9 +210,9 @@ def in_words(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} with the check sum {checksum([value])}"
     if isinstance(value, torch.optim.Optimizer):
-        tensors = [t for state in value.state.values() for t in state.values() if isinstance(t, Tensor)]
-        groups = [{key: in_words(item) for key, item in group.items() if key != "params"} for group in value.param_groups]
-        return f"{type(value).__name__} {groups!r}" + (f" with the check sum {checksum(tensors)}" if tensors else "")
+        held = value.state_dict()
+        tensors = [t for state in held.pop("state").values() for t in state.values() if isinstance(t, Tensor)]
+        return f"{type(value).__name__} {held!r} with the check sum {checksum(tensors)}"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return repr(value) if _is_plain(value) else type(value).__qualname__

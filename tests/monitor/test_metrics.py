@@ -94,6 +94,7 @@ def sharpnesses(*, jump: bool, momentum: float = 0.0) -> list[sk.Record]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 4, generator=generator)
     model = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.uniform_(model.weight, -0.5, 0.5, generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=momentum)
     monitor = sk.Monitor(model, optimizer, loss=F.mse_loss, every=1, metrics=["lambda_max", "batch_sharpness"])
     for step in range(40):
@@ -112,7 +113,8 @@ def test_batch_sharpness_forgets_batches_of_another_sharpness() -> None:
 
     assert max(window(sharpnesses(jump=False))) > 12
     changed = sharpnesses(jump=True)
-    assert "steps 2" in changed[-1]["batch_sharpness"].method  # none from before step 20
+    first = int(changed[-1]["batch_sharpness"].method.split("steps ")[1].split()[0])
+    assert first >= 20, "none from before the jump"
     before, after = (float(changed[i]["batch_sharpness"].value) for i in (19, -1))
     assert 5 < after / before < 20  # the earlier batches among them would leave less than 5
 

@@ -212,7 +212,8 @@ def in_words(value: Any) -> str:
     if isinstance(value, torch.optim.Optimizer):
         held = value.state_dict()
         tensors = [t for state in held.pop("state").values() for t in state.values() if isinstance(t, Tensor)]
-        return f"{type(value).__name__} {held!r} with the check sum {checksum(tensors)}"
+        groups = [{key: in_words(item) for key, item in group.items()} for groups in held.values() for group in groups]
+        return f"{type(value).__name__} {groups!r}" + (f" with the check sum {checksum(tensors)}" if tensors else "")
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return repr(value) if _is_plain(value) else type(value).__qualname__

@@ -321,6 +321,7 @@ def check_killed(rows: list[dict[str, Any]]) -> None:
             assert row["difference on 2"] <= 1e-9, row
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_kill_9_of_one_process_ends_the_others_and_of_all_costs_no_numbers() -> None:
     check_killed(killed(1))

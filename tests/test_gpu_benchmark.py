@@ -144,6 +144,7 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(capsys: pytest.CaptureFixture
     assert said.out == "" and said.err.startswith("This needs an NVIDIA GPU") and said.err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available() or shutil.which("make") is None, reason="there is a GPU, or no make")
 @pytest.mark.parametrize(("python", "says"), [(sys.executable, "needs an NVIDIA GPU"), ("no-such-python", "has no torch")])
 def test_make_gpu_without_a_gpu_or_torch_exits_with_2(python: str, says: str) -> None:
@@ -177,6 +178,7 @@ def test_what_the_gpu_tests_came_to_is_counted(tmp_path: Path) -> None:
     assert found["failed"] == ["test_fails"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_folder")
 def test_gpu_tests_that_hang_are_ended(tmp_path: Path) -> None:
     stand_in(tmp_path, "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_hangs(): time.sleep(600)\n")

@@ -58,13 +58,13 @@ def test_the_scheduler_is_torchs_own_with_its_state() -> None:
 
 
 def test_the_annealing_law_finds_itself_and_predicts_other_schedules() -> None:
-    truth = laws.AnnealingLaw(1.8, 0.6, 0.4, 4.0, 0.0, 1000)
-    cosine, steps = 0.01 * np.array([laws.cosine(z) for z in np.linspace(0, 1, 1000)]), 1000
+    truth = laws.AnnealingLaw(1.8, 0.6, 0.4, 4.0, 0.0, 400)
+    cosine, steps = 0.01 * np.array([laws.cosine(z) for z in np.linspace(0, 1, 400)]), 400
     noise = 1 + 0.002 * np.random.default_rng(0).normal(size=steps)
     law = laws.fit_annealing_law(truth.predict(cosine) * noise, cosine)
     assert law.error == pytest.approx(0.002, rel=0.2)
     for name in ("linear", "wsd", "wsd linear"):
-        rates = 0.01 * np.array([SCHEDULES[name](z) for z in np.linspace(0, 1, 1000)])
+        rates = 0.01 * np.array([SCHEDULES[name](z) for z in np.linspace(0, 1, 400)])
         assert law.predict(rates)[-1] == pytest.approx(truth.predict(rates)[-1], rel=0.01), name
     again = laws.AnnealingLaw.from_dict(law.to_dict())
     assert again == law

@@ -59,6 +59,7 @@ def test_the_noise_along_the_top_eigenvector_is_that_of_single_samples() -> None
     assert abs(curvature.directional[0] - exact) < 4 * curvature.directional[1]
 
 
+@pytest.mark.slow
 def test_measured_batch_curvature_lies_between_its_neighbours() -> None:
     _, objective = _classifier()
     pool = SamplePool(objective)

@@ -60,7 +60,7 @@ def test_the_limits_of_sgd_are_the_short_form_on_the_full_hessian(beta: float, d
     assert [rate for _, rate in points] == pytest.approx([limit(top, noise, b, 64, beta, dampening) for b in sizes], rel=1e-2)
 
 
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.999)])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), pytest.param((0.5, 0.999), marks=pytest.mark.slow)])
 def test_the_limits_of_adam_are_those_of_the_matrix_its_second_moment_makes_at_each_batch_size(betas: tuple[float, float]) -> None:
     """D = sqrt(g^2 + var / B) + eps; averaged momentum is a heavy ball whose rate is smaller by 1 - beta."""
     problem = LeastSquares(64)
@@ -78,7 +78,9 @@ def test_the_limits_of_adam_are_those_of_the_matrix_its_second_moment_makes_at_e
     assert [p.batch_size for p in curvature.direct] == [2, 4, 10] and all(3 <= len(p.largest) <= 24 for p in curvature.direct)
 
 
-@pytest.mark.parametrize(("samples", "part"), [(100, 128), (800, 200), (2400, 512)])
+@pytest.mark.parametrize(
+    ("samples", "part"), [(100, 128), pytest.param(800, 200, marks=pytest.mark.slow), pytest.param(2400, 512, marks=pytest.mark.slow)]
+)
 def test_adams_limits_at_larger_sizes_rest_on_a_quarter_of_the_data_between_128_and_512_samples(samples: int, part: int) -> None:
     problem, asked = LeastSquares(samples), []
 

@@ -224,7 +224,7 @@ def subset_pieces(problem: Any, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
-@pytest.mark.parametrize("name", ["mlp", "tied"])
+@pytest.mark.parametrize("name", [pytest.param("mlp", marks=pytest.mark.slow), "tied"])
 def test_batch_sharpness_is_the_average_over_all_batches(name: str, momentum: float) -> None:
     problem = PROBLEMS[name]()
     objective = sk.Objective(problem.model, problem.batches, loss=problem.loss)

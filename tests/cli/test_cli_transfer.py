@@ -81,6 +81,7 @@ def test_one_rate_for_all_widths_exits_with_3_and_names_the_rule(target: str, tm
     assert "Does not transfer" in text and "Coordinate check over widths" in text and "<svg" in text
 
 
+@pytest.mark.slow
 def test_a_family_without_width_transfers_with_0_and_one_json_document(
     target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

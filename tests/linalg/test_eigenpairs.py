@@ -121,7 +121,7 @@ def test_top_1_needs_about_ten_products() -> None:
     assert max(counts) <= 14
 
 
-@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("which", ["largest", pytest.param("smallest", marks=pytest.mark.slow)])
 def test_top_1_beside_a_close_second_is_never_missed_in_100_starts(which: str) -> None:
     """The second passes for the first over several checks: what the start can have passed over tells that there may be a better one."""
     spectrum = np.concatenate([[1.0, 0.98, 0.97], np.linspace(-0.9, 0.9, 497)]) * (-1 if which == "smallest" else 1)
@@ -304,7 +304,9 @@ def test_where_little_can_be_missed_the_search_makes_seven_or_eight_products() -
 
 
 @pytest.mark.parametrize(
-    "bulk", [0.1 / 3 * np.random.default_rng(0).standard_normal(297), np.linspace(-1, 1, 297)], ids=["Gaussian", "uniform"]
+    "bulk",
+    [0.1 / 3 * np.random.default_rng(0).standard_normal(297), pytest.param(np.linspace(-1, 1, 297), marks=pytest.mark.slow)],
+    ids=["Gaussian", "uniform"],
 )
 def test_a_second_copy_just_above_the_bulk_is_not_missed_in_20_starts(bulk: np.ndarray) -> None:
     """A search that stopped when the complement's best Ritz value and its residual are clear of the wanted would miss one."""

@@ -38,6 +38,7 @@ def test_both_ends_are_right_within_residuals_that_are_true() -> None:
             assert pair.vectors.shape == (200, 1) and pair.tol == 1e-3
 
 
+@pytest.mark.slow
 def test_sums_are_right_within_their_errors_which_the_outliers_do_not_widen() -> None:
     """The noise of a probe is that of the 197 eigenvalues of the bulk alone: sqrt(2 sum x^2) for the trace, 7.7."""
     bulk = SPECTRUM[3:]

@@ -49,6 +49,7 @@ def symmetric(spectrum: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy((q * spectrum) @ q.T + ((q * spectrum) @ q.T).T) / 2
 
 
+@pytest.mark.slow
 def test_signs_come_within_a_hundredth_of_brute_force_in_nine_of_ten_problems() -> None:
     rng, within = np.random.default_rng(0), []
     for number in range(24):
@@ -63,7 +64,7 @@ def test_signs_come_within_a_hundredth_of_brute_force_in_nine_of_ten_problems() 
     assert sum(within) >= 22
 
 
-@pytest.mark.parametrize("norm", NORMS[1:])
+@pytest.mark.parametrize("norm", [NORMS[1], *(pytest.param(norm, marks=pytest.mark.slow) for norm in NORMS[2:])])
 def test_other_norms_come_within_a_hundredth_of_many_random_starts(norm: str) -> None:
     rng, shapes, within = np.random.default_rng(1), ((4, 5), (6,), (3, 2, 2)), []
     for number in range(8):

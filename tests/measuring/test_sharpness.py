@@ -36,6 +36,7 @@ def test_every_number_is_the_dense_one_within_its_error(dense: torch.Tensor) -> 
     assert s.converged
 
 
+@pytest.mark.slow
 def test_standard_errors_of_the_shared_pass_are_calibrated(dense: torch.Tensor) -> None:
     hessian = sk.HessianOperator(_objective())
     matrix = hessian.to_dense()

@@ -138,7 +138,7 @@ def test_a_saved_plan_goes_on(clock: Clock) -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.05])
 def test_the_first_record_comes_early_and_the_next_ones_pay_for_it(clock: Clock, share: float) -> None:
-    monitor = watched(clock, {"main": 0.3}, steps=20_000 if share > 0.01 else 400_000, budget=share, max_interval=10**9)
+    monitor = watched(clock, {"main": 0.3}, steps=20_000 if share > 0.01 else 90_000, budget=share, max_interval=10**9)
     first, second = monitor.history[0], monitor.history[1]
     assert first.step <= 40
     assert second.step == pytest.approx(2 * 0.3 / share / 0.01, rel=0.2)  # when training has paid for both

@@ -204,7 +204,7 @@ class Branch(nn.Module):
 
 @pytest.mark.parametrize(
     ("multiplied", "power", "expected"),
-    [(True, -0.5, ()), (False, -0.5, ("depth multiplier",)), (True, 0.0, ("depth learning rate",))],
+    [(True, -0.5, ()), (False, -0.5, ("depth multiplier",)), pytest.param(True, 0.0, ("depth learning rate",), marks=pytest.mark.slow)],
     ids=["correct", "no multiplier", "one rate"],
 )
 def test_residual_branches_without_their_multiplier_or_rate_are_named(multiplied: bool, power: float, expected: tuple[str, ...]) -> None:

@@ -288,6 +288,7 @@ def family_without_build(family: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in family.items() if key != "build"}
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_store_to_go_on_from(tmp_path: Path) -> None:
     store = tmp_path / "runs.jsonl"
     script = textwrap.dedent(

@@ -115,7 +115,9 @@ def test_muons_steps_keep_their_spectral_norm_and_the_rest_has_another_optimizer
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-@pytest.mark.parametrize(("parametrized", "rules"), [(True, []), (False, ["readout multiplier", "hidden learning rate"])])
+@pytest.mark.parametrize(
+    ("parametrized", "rules"), [pytest.param(True, [], marks=pytest.mark.slow), (False, ["readout multiplier", "hidden learning rate"])]
+)
 def test_muons_rules_are_told_apart(parametrized: bool, rules: list[str]) -> None:
     def build(width: int) -> nn.Module:
         model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in ((12, width), (width, width), (width, 4))))

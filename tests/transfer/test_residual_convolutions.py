@@ -45,7 +45,7 @@ def data() -> list[tuple[Tensor, Tensor]]:
     return [(x[i : i + 64], y[i : i + 64]) for i in range(0, 512, 64)]
 
 
-@pytest.mark.parametrize("correct", [True, False], ids=["muP", "standard"])
+@pytest.mark.parametrize("correct", [pytest.param(True, marks=pytest.mark.slow), False], ids=["muP", "standard"])
 def test_residual_convolutions_are_judged_and_the_broken_rule_is_named(correct: bool) -> None:
     def optimizer(model: nn.Module, width: int) -> torch.optim.Optimizer:
         hidden = [p for name, p in model.named_parameters() if "conv" in name]

@@ -63,6 +63,7 @@ def test_it_never_says_a_bare_yes(good: tuple[Verdict, list[Progress], Path]) ->
     assert verdict.reach.lower <= verdict.reach.value <= verdict.reach.upper
 
 
+@pytest.mark.slow
 def test_a_store_makes_a_second_verdict_repeat_no_run(good: tuple[Verdict, list[Progress], Path]) -> None:
     first, _, store = good
     lines = store.read_text().splitlines()

@@ -296,7 +296,7 @@ def fit_annealing_law(
     for alpha in (0.2, 0.5, 1.0):  # several starts: the law is not convex in its numbers
         A = max(spread, 1e-6) * float(np.median(S1)) ** alpha
         start = np.log([max(0.8 * float(target.min()), 1e-9), A, alpha, max(0.1 * spread, 1e-9) / size])
-        found = least_squares(residuals, start, loss="huber", f_scale=_HUBER, x_scale="jac", max_nfev=2000)
+        found = least_squares(residuals, start, loss="huber", f_scale=_HUBER, max_nfev=2000)
         best = found if best is None or found.cost < best.cost else best
     assert best is not None
     L0, A, alpha, C = np.exp(best.x).tolist()

@@ -30,6 +30,7 @@ def least_squares(variances: list[float], samples: int, *, seed: int = 0, loss: 
 DECAYING = [4.0, 2.5, 2.0, 1.0, 0.5, 0.3, 0.2, 0.1]
 
 
+@pytest.mark.slow
 def test_the_bounds_hold_and_the_samples_are_few() -> None:
     """95 % intended; fewer than 17 of 20 would come with a probability of 2 % at 95 %."""
     objective, truth = least_squares(DECAYING, 2000)

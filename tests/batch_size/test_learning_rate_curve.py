@@ -282,6 +282,7 @@ def test_a_curve_of_a_network_is_complete_and_leaves_no_trace(kind: str) -> None
     assert curve.exponent == (0.5 if kind == "adam" else 1.0)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_curve() -> None:
     rows = []
     for _ in range(2):

@@ -38,6 +38,7 @@ def test_400_products_come_within_a_hundredth_of_the_width(spectrum: np.ndarray)
     assert np.mean(distances) <= 0.01
 
 
+@pytest.mark.slow
 def test_moments_are_right_within_their_errors() -> None:
     operator = operator_with(NETWORK)
     floor = -1e-3 * np.abs(NETWORK).max()  # what counts as clearly negative

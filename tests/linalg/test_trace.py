@@ -49,6 +49,7 @@ def test_auto_is_calibrated_over_100_seeds(spectrum: np.ndarray) -> None:
     assert abs(found.mean()) <= 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spectrum", "at_most"), [(NETWORK, 0.5), (FLAT, 1.15)], ids=["network", "flat"])
 def test_auto_costs_no_more_than_the_plain_estimator(spectrum: np.ndarray, at_most: float) -> None:
     """On a flat spectrum there is nothing to deflate: finding that out must cost little."""

@@ -88,7 +88,7 @@ def test_errors_that_are_told_from_gaps_hold_on_a_spectrum_with_gaps() -> None:
 
 
 # -- clusters, copies, null spaces ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("copies", "k"), [(7, 5), (20, 20)])
+@pytest.mark.parametrize(("copies", "k"), [(7, 5), pytest.param(20, 20, marks=pytest.mark.slow)])
 def test_members_of_a_cluster_are_all_found(copies: int, k: int) -> None:
     spectrum = np.concatenate([np.ones(copies), np.linspace(0, 0.95, 193)])
     for seed in range(3):

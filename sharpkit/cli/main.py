@@ -128,7 +128,9 @@ def _print_answer(arguments: argparse.Namespace, documents: list[Document], extr
     from sharpkit.cli.output import render_text
     from sharpkit.reporting import environment
 
-    text = extra.pop("text", None)
+    text, group = extra.pop("text", None), sys.modules.get("torch.distributed")
+    if group is not None and group.is_available() and group.is_initialized() and group.get_rank() != 0:
+        return  # under torchrun, where the TARGET has joined its processes: all have the same answer, and the first one says it
     if arguments.json:
         head = {"kind": "run", "version": RUN_VERSION, "command": arguments.argv, "seed": getattr(arguments, "seed", None)}
         print(to_json({**head, "environment": environment(), **extra, "results": documents}), flush=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sharpkit._arguments import choice, real, reals, shown, whole
 from sharpkit._errors import SharpkitWarning
 from sharpkit._results import Result
-from sharpkit.learner.schedules import Schedule
+from sharpkit.learner.schedules import Schedule, cosine, linear
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,29 +41,6 @@ Array = NDArray[np.float64]
 
 
 # -- schedules: the share z of steps done, 0 to 1 -> a factor of the peak rate ------------------------------------------------------
-def linear(z: float) -> float:
-    """1 - z.
-
-    Example:
-        >>> linear(0.25)
-        0.75
-    """
-    return 1.0 - z
-
-
-def cosine(z: float) -> float:
-    """(1 + cos(pi z)) / 2.
-
-    Example:
-        >>> round(cosine(0.5), 12)
-        0.5
-
-    References:
-        Loshchilov and Hutter (2017), arXiv 1608.03983.
-    """
-    return 0.5 * (1 + math.cos(math.pi * z))
-
-
 def rex(z: float) -> float:
     """(1 - z) / (1/2 + (1 - z) / 2): slow to fall, then fast.
 

@@ -101,10 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
             wheel, sdist = built(folder)
             found += contents(wheel, sdist)
             # torch and the rest are taken from here: what is tried is the archive
-            venv.create(folder / "clean", with_pip=True, system_site_packages=False)
+            venv.create(folder / "clean", with_pip=True)
             python = folder / "clean" / "bin" / "python"
             here = next(path for path in sys.path if path.endswith("site-packages"))
-            (folder / "rest.pth").write_text(here)
             for archive in (wheel, sdist):
                 install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--force-reinstall"]
                 subprocess.run([*install, str(archive)], check=True)

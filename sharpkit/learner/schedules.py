@@ -16,7 +16,31 @@ from sharpkit.optimizers import gradient_descent, learning_rate, set_learning_ra
 
 Schedule = Callable[[float], float]  # share of the run that is done, 0 to 1 -> factor of the peak rate
 
-DECAYS: dict[str, Schedule] = {"linear": lambda z: 1 - z, "cosine": lambda z: 0.5 * (1 + math.cos(math.pi * z)), "constant": lambda z: 1.0}
+
+def linear(z: float) -> float:
+    """1 - z.
+
+    Example:
+        >>> linear(0.25)
+        0.75
+    """
+    return 1.0 - z
+
+
+def cosine(z: float) -> float:
+    """(1 + cos(pi z)) / 2.
+
+    Example:
+        >>> round(cosine(0.5), 12)
+        0.5
+
+    References:
+        Loshchilov and Hutter (2017), arXiv 1608.03983.
+    """
+    return 0.5 * (1 + math.cos(math.pi * z))
+
+
+DECAYS: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "constant": lambda z: 1.0}
 
 
 class Multiplier:

@@ -15,7 +15,6 @@ from torch import nn
 
 from sharpkit._errors import NonFiniteError, ObjectiveError, UnsupportedError
 from sharpkit._results import State
-from sharpkit.objective.distributed import Ranks
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.training_run import Snapshot
@@ -77,7 +76,7 @@ class Validation(State, saved=("last_loss", "every=_every", "best=_best", "point
         self._whole, self._total, self._budget, self._seed = objective, total_steps, budget, seed
         self._judges: list[Objective] = []
         self._every, self._best, self._point = 0, None, None
-        self._later: list[float] = []  # held-out losses since the best
+        self._later = 0  # looks since the best
         self.last_loss = math.nan
 
     @property
@@ -104,7 +103,6 @@ class Validation(State, saved=("last_loss", "every=_every", "best=_best", "point
             pool = SamplePool(self._whole).limited(most, seed=self._seed)
             groups = torch.tensor_split(torch.arange(pool.size), min(_GROUPS, pool.size))
             samples, judges = pool.size, [pool.objective(indices) for indices in groups]
-            judges = [self._whole.with_data(list(judge.batches()), ranks=Ranks()) for judge in judges]
         looks = min(max(int(affordable / max(samples, 1)), _LEAST_LOOKS), _MOST_LOOKS)
         self._judges, self._every = judges, self._every or max(1, self._total // looks)
 
@@ -114,9 +112,9 @@ class Validation(State, saved=("last_loss", "every=_every", "best=_best", "point
         now = Look(step, losses.tolist(), trained)
         self.last_loss = now.mean
         if self._best is None or now.mean < self._best.mean:
-            self._best, self._point, self._later = now, Snapshot(model, optimizer), []
+            self._best, self._point, self._later = now, Snapshot(model, optimizer), 0
             return False
-        self._later.append(now.mean)
+        self._later += 1
         gaps = losses - np.array(self._best.held_out)
         with np.errstate(invalid="ignore"):
             error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
@@ -125,11 +123,11 @@ class Validation(State, saved=("last_loss", "every=_every", "best=_best", "point
             return risen
         beyond = risen and not now.mean <= self._best.mean + _ERRORS * error
         # where the batches' loss does not fall meanwhile, the rate may be too high, but nothing over-fits
-        return beyond and len(self._later) >= _LATER and trained < self._best.trained
+        return beyond and self._later >= _LATER and trained < self._best.trained
 
     def go_back(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """To the best point."""
-        self._later = []
+        self._later = 0
         if self._point is not None:
             self._point.restore(model, optimizer)
 

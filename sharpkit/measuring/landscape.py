@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sharpkit._arguments import as_seed, check_callback, choice, shown, whole
-from sharpkit._arguments import real as real_number
+from sharpkit._arguments import as_seed, check_callback, choice, real, shown, whole
 from sharpkit._checkpoint import checksum, clock, resumable, step
 from sharpkit._errors import NonFiniteError, UnsupportedError
 from sharpkit._results import Progress, ProgressCallback, Result, percent
@@ -92,8 +91,9 @@ class Landscape(Result, kind="landscape", saved=(
     def holds_to(self) -> float:
         """Distance along the first direction up to which the model's rise is right to a tenth on both sides; 0 if not even one point is."""
         axis = self.axes[0]
-        line = self.losses if len(self.axes) == 1 else self.losses[:, len(self.axes[1]) // 2]
-        modelled = self.model() if len(self.axes) == 1 else self.model()[:, len(self.axes[1]) // 2]
+        line, modelled = self.losses, self.model()
+        if len(self.axes) == 2:
+            line, modelled = (table[:, len(self.axes[1]) // 2] for table in (line, modelled))
         rise = (line - self.loss).abs()
         known = rise[torch.isfinite(rise)]
         rounding = 1e-6 * float(known.max()) if len(known) else 0.0  # by judgement, where the loss is again that of the middle
@@ -212,8 +212,8 @@ def landscape(
     if dimensions > 2:
         raise ValueError(f"dimensions must be 1 or 2, got {dimensions}")
     points = (_LINE if dimensions == 1 else _PLANE) if points is None else whole("points", points, least=3)
-    span = None if span is None else real_number("span", span, above=0)
-    max_seconds = math.inf if max_seconds is None else real_number("max_seconds", max_seconds, above=0)
+    span = None if span is None else real("span", span, above=0)
+    max_seconds = math.inf if max_seconds is None else real("max_seconds", max_seconds, above=0)
     check_callback(callback)
     if optimizer is not None:
         check_trains(optimizer, objective.model)
@@ -223,8 +223,7 @@ def landscape(
         raise NonFiniteError(f"the loss here is {loss}, and its gradient may not be finite: there is no landscape to show around it")
     chosen = _directions(directions, hessian, gradient, dimensions, optimizer, seed)
     vectors = chosen.vectors.T.contiguous().T  # one layout, so that a call that goes on rounds as it did
-    products = torch.stack([hessian @ d for d in vectors.T.contiguous()], dim=1)
-    curvature = hessian.dot(vectors, products).double().cpu()
+    curvature = hessian.dot(vectors, hessian @ vectors).double().cpu()
     curvature = (curvature + curvature.T) / 2
     slope = hessian.dot(vectors, gradient).double().cpu()
     norms = hessian.dot(vectors, vectors).diagonal().double().sqrt().cpu()

@@ -138,7 +138,8 @@ def report(
         sections.append(section)
     if not sections:
         raise ValueError("a report needs at least one result, got none")
-    page = _render(
+    page = render(
+        "report.html.j2",
         title=title,
         sections=sections,
         # as `sharpkit report` reads it; no "</script>" of a name ends it early
@@ -161,13 +162,14 @@ def _checked_machine(machine: Any) -> dict[str, str]:
     return dict(machine)
 
 
-def _render(**context: Any) -> str:
+def render(template: str, **context: Any) -> str:
+    """One of the package's templates as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # autoescape: names of models and files are other people's text; strict: a misspelt field is an error, not a gap on the page
     strict: Any = {"autoescape": True, "undefined": StrictUndefined}
     templates = Environment(loader=PackageLoader("sharpkit.reporting"), trim_blocks=True, lstrip_blocks=True, **strict)
-    return templates.get_template("report.html.j2").render(**context)
+    return templates.get_template(template).render(**context)
 
 
 def page_place(path: str | os.PathLike[str]) -> Path:

@@ -86,12 +86,16 @@ class Comparison(Result, kind="comparison", saved=("of", "names", "quantities", 
             out.append(f"No difference beyond the errors: {', '.join(alike[:_MOST_FINDINGS])}{others}.")
         return out
 
+    def cells(self) -> list[list[str]]:
+        """A row for each quantity, its name first; a star marks what differs from the first result."""
+        rows = []
+        for quantity, *numbers in zip(self.quantities, self.values, self.errors, self.differs, strict=True):
+            rows.append([quantity, *(f"{_said(v, e)}{' *' if d else ''}" for v, e, d in zip(*numbers, strict=True))])
+        return rows
+
     def table(self) -> str:
-        """One line for each quantity; a star marks what differs from the first."""
-        cells = [["", *self.names]]
-        for quantity, values, errors, differs in zip(self.quantities, self.values, self.errors, self.differs, strict=True):
-            row = [f"{_said(v, e)}{' *' if d else ''}" for v, e, d in zip(values, errors, differs, strict=True)]
-            cells.append([quantity, *row])
+        """The cells as text, one line for each quantity."""
+        cells = [["", *self.names], *self.cells()]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
 

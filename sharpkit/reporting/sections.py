@@ -282,9 +282,7 @@ def _comparison_section(document: Document) -> Section:
     section.figure_label = f"Every quantity over that of {comparison.names[0]}, with errors"
     section.figure_size = (9.0, 1.4 + 0.32 * min(len(comparison.quantities), 24))
     section.columns = ["quantity", *comparison.names]
-    for quantity, *cells in zip(comparison.quantities, comparison.values, comparison.errors, comparison.differs, strict=True):
-        row = (f"{format_with_error(v, e) if e else f'{v:.4g}'}{' *' if d else ''}" for v, e, d in zip(*cells, strict=True))
-        section.rows.append([quantity, *row])
+    section.rows = comparison.cells()
     return section
 
 

@@ -539,12 +539,12 @@ def test_a_start_from_another_matrix_changes_the_cost_and_not_the_answer() -> No
     nearby = operator_with(spectrum * (1 + 0.01 * np.cos(np.arange(200))))  # the same eigenvectors, other values
     for k in (1, 3):
         plain, two = sk.eigenpairs(matrix, k), sk.eigenpairs(matrix, k, start_from=nearby)
-        np.testing.assert_allclose(two.values, spectrum[:k], rtol=1e-3)
+        np.testing.assert_allclose(two.values, spectrum[:k], rtol=1e-3)  # tol, its default
         residuals = (matrix @ two.vectors - two.vectors * two.values).norm(dim=0)
         assert bool((residuals <= two.residuals + 1e-9).all() and two.converged.all()), "residuals are those of the matrix itself"
         assert k > 1 or (two.num_matvecs < plain.num_matvecs and "may have been passed over" in two.outcome)
     far = operator_with(spectrum[::-1].copy())  # its top pairs are this one's lowest
-    np.testing.assert_allclose(sk.eigenpairs(matrix, 2, start_from=far).values, spectrum[:2], rtol=1e-3)
+    np.testing.assert_allclose(sk.eigenpairs(matrix, 2, start_from=far).values, spectrum[:2], rtol=1e-3)  # tol
 
 
 def test_a_start_from_what_does_not_fit_is_refused() -> None:

@@ -48,10 +48,10 @@ def test_every_point_is_that_of_a_dense_evaluation(make: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     vectors = torch.randn(objective.num_parameters, 2, generator=generator, dtype=torch.float64)
     shown = sk.landscape(objective, vectors, span=0.3, points=5)
-    assert torch.allclose(shown.losses, dense(objective, vectors, shown.axes), rtol=1e-12, atol=0)
+    assert torch.allclose(shown.losses, dense(objective, vectors, shown.axes), rtol=1e-12, atol=0)  # sums of batches in float64
     assert shown.losses[2, 2] == pytest.approx(objective.value(), rel=1e-12)
     hessian = sk.HessianOperator(objective).to_dense()
-    assert torch.allclose(shown.curvature, vectors.T @ hessian @ vectors, rtol=1e-9)
+    assert torch.allclose(shown.curvature, vectors.T @ hessian @ vectors, rtol=1e-9)  # two ways to the same products
     assert torch.allclose(shown.slope, vectors.T @ objective.gradient()[1], rtol=1e-9)
     assert shown.num_evaluations == 25
 
@@ -61,7 +61,7 @@ def test_every_point_is_that_of_a_dense_evaluation(make: Any) -> None:
 def test_on_a_quadratic_the_model_is_the_loss(directions: str, dimensions: int) -> None:
     _, objective = quadratic()
     shown = sk.landscape(objective, directions, dimensions=dimensions, points=7)
-    assert torch.allclose(shown.losses, shown.model(), rtol=1e-9)
+    assert torch.allclose(shown.losses, shown.model(), rtol=1e-9)  # rounding, where a the sum cancels
     assert shown.holds_to == pytest.approx(float(shown.axes[0][-1] * shown.norms[0]))
     if directions == "eigenvectors":
         assert shown.curvature[0, 0] == pytest.approx(4.0, rel=1e-6)
@@ -129,7 +129,9 @@ def test_a_path_is_projected_with_its_own_losses_and_what_is_left_out_is_told(tm
     here = objective.layout.current()
     differences = torch.stack([torch.cat([state[name].reshape(-1) for name in objective.layout.names]) - here for state in path])
     singular = torch.linalg.svdvals(differences)
-    assert torch.allclose(shown.explained, singular[:2].square() / singular.square().sum(), rtol=1e-6)
+    assert torch.allclose(
+        shown.explained, singular[:2].square() / singular.square().sum(), rtol=1e-6
+    )  # squared singular values from a Gram matrix
     assert shown.path.norm(dim=1).max() <= float(shown.axes[0][-1])
     model.load_state_dict(path[0])
     first = sk.Objective(model, list(mlp().batches), loss=mlp().loss).value()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import time
@@ -183,6 +184,14 @@ def run_init_command(arguments: argparse.Namespace) -> Answer:
     return [], {"written": str(target.resolve()), "text": "\n".join(lines)}, OK
 
 
+def run_completion_command(arguments: argparse.Namespace) -> Answer:
+    """``sharpkit completion``: the script that makes a shell complete this command line."""
+    from sharpkit.cli.completion import completion_script
+
+    script = completion_script(arguments.parser, arguments.shell)
+    return [], {"text": script.rstrip(), "script": script}, OK
+
+
 def run_report_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit report``: a page from saved results, a run file or a target."""
     sources = [Path(name) for name in arguments.sources]
@@ -202,14 +211,14 @@ def run_report_command(arguments: argparse.Namespace) -> Answer:
     if not results:
         raise UsageError(f"there are no results in {', '.join(map(str, sources))}")
     seed = next(iter(seeds)) if len(seeds) == 1 else None  # the footer has room for one: none is better than a wrong one
-    arguments.html = arguments.html or "sharpkit-report.html"
+    arguments.html = arguments.html or _unnamed_page(arguments, "sharpkit-report.html")
     return [], {"page": _page(arguments, results, title=arguments.title, seed=seed, notes=notes, machine=machine)}, OK
 
 
 def _report_target(arguments: argparse.Namespace) -> Answer:
     """Measure everything about a TARGET and write the page."""
     arguments.target = arguments.sources[0]
-    arguments.html = arguments.html or "sharpkit-report.html"
+    arguments.html = arguments.html or _unnamed_page(arguments, "sharpkit-report.html")
     objective, optimizer = _objective(arguments)
     with ProgressBar(quiet=arguments.quiet) as bar:
         sharpness = sk.measure(objective, optimizer=optimizer, seed=arguments.seed, callback=bar)
@@ -224,7 +233,8 @@ def run_demo_command(arguments: argparse.Namespace) -> Answer:
     from sharpkit.cli.demo import run_demo
     from sharpkit.reporting import to_document
 
-    _check_folder(arguments.out)
+    arguments.html = arguments.out or _unnamed_page(arguments, "demo.html")
+    _check_folder(arguments.html)
     result = run_demo(
         dataset=arguments.dataset,
         folder=arguments.data_folder,
@@ -234,7 +244,6 @@ def run_demo_command(arguments: argparse.Namespace) -> Answer:
         say=(lambda line: None) if arguments.quiet else say,
     )
     documents = [{**to_document(measured), "title": heading} for heading, measured in result.sections]
-    arguments.html = arguments.out
     title = "sharpkit demo: curvature of two networks in training"
     page = _page(arguments, documents, title=title, seed=arguments.seed, notes=result.notes)
     findings = [sentence for document in documents for sentence in document.get("findings", [])]
@@ -305,6 +314,39 @@ def _page(
     """The absolute path of a page that says how to make it again."""
     command = shlex.join(arguments.argv)
     return str(sk.report(arguments.html, results, title=title, command=command, seed=seed, notes=notes, machine=machine))
+
+
+def _unnamed_page(arguments: argparse.Namespace, name: str) -> str:
+    """Where a page goes that was given no name: an earlier page of sharpkit is replaced, and any other file left as it is; both are said.
+
+    A name that was given is written to without a word: who names a file means it.
+    """
+    from sharpkit.reporting import is_page
+
+    if not os.path.lexists(name):
+        return name
+    if is_page(name):
+        remark, chosen = f"{name}, written {_ago(time.time() - os.stat(name).st_mtime)}, will be replaced", name
+    else:
+        stem, ending = os.path.splitext(name)
+        chosen = next(other for i in itertools.count(2) if not os.path.lexists(other := f"{stem}-{i}{ending}"))
+        remark = f"{name} exists and is no page of sharpkit: the page will be {chosen}"
+    if not arguments.quiet:
+        say(remark)
+    return chosen
+
+
+def _ago(seconds: float) -> str:
+    """A time in the past in words.
+
+    Example:
+        >>> _ago(5), _ago(100), _ago(3 * 3600), _ago(3 * 86400 + 7)
+        ('a moment ago', '2 minutes ago', '3 hours ago', '3 days ago')
+    """
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if count := round(seconds / size):
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "a moment ago"
 
 
 def _check_folder(path: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``sharpkit demo | measure | spectrum | batch | lr | doctor | report | watch | transfer | race``.
+"""The command line: ``sharpkit demo | measure | spectrum | batch | lr | doctor | ...``; ``sharpkit --help`` lists every command.
 
 Exit codes: 0 done; 1 failed, or the doctor found that measurements cannot be trusted; 2 wrong usage; 3 done, but something did not
 reach its tolerance, or hyperparameters do not transfer; 130 interrupted.
@@ -27,6 +27,7 @@ from sharpkit.cli.commands import (
     add_race_arguments,
     run_batch_command,
     run_compare_command,
+    run_completion_command,
     run_demo_command,
     run_doctor_command,
     run_init_command,
@@ -38,12 +39,30 @@ from sharpkit.cli.commands import (
     run_spectrum_command,
     run_transfer_command,
 )
+from sharpkit.cli.completion import SHELLS
 from sharpkit.cli.watch import run_watch_command
 
-_CODES = (
-    "exit codes: 0 done; 1 failed or not to be trusted; 2 wrong usage; 3 done but not converged (transfer: does not, or undecided); "
-    "130 interrupted"
-)
+_CODES = """\
+exit codes: 0 done; 1 failed or not to be trusted; 2 wrong usage; 3 done but not
+converged (transfer: does not, or undecided); 130 interrupted"""
+
+# One line that works for each command, at the end of its help. job.py is what `sharpkit init` writes.
+_EXAMPLES = {
+    "demo": "sharpkit demo --quick",
+    "init": "sharpkit init job.py --kind loop",
+    "measure": "sharpkit measure job.py:job --html sharpness.html",
+    "spectrum": "sharpkit spectrum job.py:job --k 5 --html spectrum.html",
+    "doctor": "sharpkit doctor job.py:job",
+    "batch": "sharpkit batch job.py:job --batch-sizes 8 32 128",
+    "lr": "sharpkit lr job.py:job --batch-size 32 --steps 1000 --schedule cosine",
+    "landscape": "sharpkit landscape job.py:job --dimensions 1 --html landscape.html",
+    "compare": "sharpkit compare before.json after.json     # of: sharpkit measure job.py:job --json > before.json",
+    "report": "sharpkit report run.jsonl --html run.html",
+    "watch": "sharpkit watch run.jsonl --once",
+    "transfer": "sharpkit transfer family.py:build --widths 32,64,128",
+    "race": "sharpkit race training.py:setup --quick",
+    "completion": 'eval "$(sharpkit completion bash)"     # in ~/.bashrc',
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,20 +116,26 @@ def _to_stdout(write: Callable[[], None], code: int) -> int:
 
 
 def _explain(error: Exception, arguments: argparse.Namespace) -> int:
-    """One clear message for errors that explain themselves, a traceback for those that do not."""
+    """One clear message; above it the user's own lines where they took part, and sharpkit's where they are asked for."""
     from sharpkit._errors import SharpkitError
     from sharpkit._results import to_json
-    from sharpkit.cli.target import TargetError, UsageError
+    from sharpkit.cli.target import TargetError, UsageError, users_traceback
 
-    cause = error.__cause__ if isinstance(error, TargetError) else None
-    speaking = (UsageError, SharpkitError, OSError, ImportError)
-    if cause is not None and not isinstance(cause, SharpkitError):
-        traceback.print_exception(cause)  # the user's own code: they need the line
-    elif arguments.traceback or not isinstance(error, (*speaking, TargetError, ValueError, TypeError)):
+    speaks = isinstance(error, (UsageError, TargetError, SharpkitError, OSError, ImportError))
+    target, message = str(getattr(arguments, "target", "")), str(error)
+    lines = users_traceback(error, target) if target else ""
+    if arguments.debug:
         traceback.print_exception(error)
-    # an error that came with a whole sentence needs no traceback; a bare ValueError may come from torch or from user code
-    hint = "" if isinstance(error, (*speaking, TargetError)) or arguments.traceback else "  (--traceback shows where)"
-    print(f"sharpkit: {error}{hint}", file=sys.stderr)
+    elif lines:
+        print(lines, end="", file=sys.stderr)
+    if lines:
+        said = message if isinstance(error, TargetError) else f"{target} raised {type(error).__name__}: {message}"
+        message = said.splitlines()[0]  # the rest stands above
+    elif not speaks:
+        # a bare error may come from torch or from a fault of ours; the checks of arguments raise ValueError and TypeError with a sentence
+        kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: "
+        message = f"{kind}{message}" + ("" if arguments.debug else "  (--debug shows where)")
+    print(f"sharpkit: {message}", file=sys.stderr)
     if arguments.json:  # a program that reads stdout gets one document whatever happened
         document = to_json({"kind": "error", "error": type(error).__name__, "message": str(error)})
         _to_stdout(lambda: print(document), FAILED)
@@ -186,14 +211,17 @@ def _sizes(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sharpkit", description="Curvature of any PyTorch loss: sharpness, spectrum, stable learning rates.", epilog=_CODES
+        prog="sharpkit",
+        description="Curvature of any PyTorch loss: sharpness, spectrum, stable learning rates.",
+        epilog=f"{_CODES}\n\nexample:\n  sharpkit init && sharpkit measure job.py:job",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sharpkit {sharpkit.__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     summary = "train two small networks on real images and show their curvature on one page"
     _add_demo(_command(subparsers, "demo", run_demo_command, summary))
     begin = _command(subparsers, "init", run_init_command, "a commented job file to start from")
-    begin.add_argument("file", nargs="?", default="job.py", help="where to write it (default: %(default)s)")
+    begin.add_argument("file", metavar="FILE", nargs="?", default="job.py", help="where to write it (default: %(default)s)")
     what = "your own loop, Hugging Face or Lightning (default: %(default)s)"
     begin.add_argument("--kind", default="loop", choices=("loop", "huggingface", "lightning"), help=what)
     measure = _command(subparsers, "measure", run_measure_command, "sharpness of a model: lambda_max, trace, stable learning rate ...")
@@ -250,16 +278,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_transfer(_command(subparsers, "transfer", run_transfer_command, summary))
     summary = "the learner against grid, range test, Bayesian search and others, from scratch with the same number of gradients"
     add_race_arguments(_command(subparsers, "race", run_race_command, summary), count=_count, amount=_amount)
+    shell = _command(subparsers, "completion", run_completion_command, "the script that makes your shell complete this command line")
+    shell.add_argument("shell", choices=SHELLS, help="whose script to print")
+    shell.set_defaults(parser=parser)
     return parser
 
 
 def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], Answer], summary: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = subparsers.add_parser(name, help=summary, description=summary, epilog=_CODES)
+    about: Any = {"help": summary, "description": summary, "epilog": f"{_CODES}\n\nexample:\n  {_EXAMPLES[name]}"}
+    command: argparse.ArgumentParser = subparsers.add_parser(name, **about, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print exactly one JSON document on stdout")
     command.add_argument("--seed", type=int, default=0, help="seeds the random vectors (default: %(default)s)")
     command.add_argument("--quiet", action="store_true", help="no remarks and no progress bar on stderr")
-    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    command.add_argument("--debug", action="store_true", help="show where in sharpkit an error came from")
     return command
 
 
@@ -273,7 +305,7 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train and measure (default: %(default)s)")
     command.add_argument("--dataset", default="digits", choices=("digits", "fashion-mnist"), help="(default: %(default)s)")
     command.add_argument("--data-folder", type=Path, metavar="FOLDER", help="holds Fashion-MNIST's four *-ubyte.gz files")
-    command.add_argument("--out", default="demo.html", metavar="PATH", help="where the page goes (default: %(default)s)")
+    command.add_argument("--out", metavar="OUT", help="where the page goes (default: demo.html)")
 
 
 def _add_watch(command: argparse.ArgumentParser) -> None:
@@ -292,5 +324,5 @@ def _add_transfer(command: argparse.ArgumentParser) -> None:
     how.add_argument("--quick", action="store_true", help="end as soon as the verdict is certain (default)")
     how.add_argument("--full", action="store_true", help="measure everything, longer")
     command.add_argument("--seeds", type=_count, default=3, help="runs of each size (default: %(default)s)")
-    command.add_argument("--store", metavar="RUNS", help="file for finished training runs (JSON lines): a killed sweep goes on from it")
+    command.add_argument("--store", metavar="FILE", help="file for finished training runs (JSON lines): a killed sweep goes on from it")
     command.add_argument("--html", metavar="OUT", help="also write a self-contained page")

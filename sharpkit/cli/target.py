@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,8 @@ import sharpkit as sk
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+_OURS = Path(sk.__file__).resolve().parent
 
 _EXAMPLE = """a TARGET is file.py:function, where the function takes no arguments and returns the Objective, for example
     def objective():
@@ -115,3 +118,58 @@ def _checked(returned: Any, target: str) -> tuple[sk.Objective, Optimizer | None
         return pair[0], pair[1]
     came = f"a tuple of {', '.join(type(x).__name__ for x in returned)}" if isinstance(returned, tuple) else type(returned).__name__
     raise UsageError(f"{target} returned {came}; expected an sk.Objective, or a tuple (sk.Objective, optimizer).\n{_EXAMPLE}")
+
+
+# -- tracebacks ------------------------------------------------------------------------------------------------------------------
+
+
+def users_traceback(error: BaseException, target: str) -> str:
+    """The traceback of an error that came out of the user's code: from their first line on, without sharpkit's lines.
+
+    Args:
+        error: as it reached the command line; of the errors that caused it, the first that came out of the user's code is shown.
+        target: ``"file.py:function"``; the user's code is what lies in the folder of the file and below.
+
+    Returns:
+        The text, as Python prints a traceback. Empty where none of the user's lines took part, or where sharpkit refused what they asked
+        for in a sentence that says so.
+    """
+    from sharpkit._errors import SharpkitError
+
+    folder = Path(target.rpartition(":")[0]).resolve().parent
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    for each in reversed(causes):
+        whose = [_owner(frame.filename, folder) for frame in traceback.extract_tb(each.__traceback__)]
+        in_file = isinstance(each, SyntaxError) and _owner(each.filename or "", folder) == "user"  # it is read, not run: no line took part
+        raised_there = in_file or [owner for owner in whose if owner in ("user", "sharpkit")][-1:] == ["user"]
+        if raised_there or ("user" in whose and not isinstance(each, SharpkitError)):
+            shown = traceback.TracebackException.from_exception(each)
+            _trim(shown, folder)
+            return "".join(shown.format())
+    return ""
+
+
+def _owner(filename: str, folder: Path) -> str:
+    """Whose code a file holds: ``"user"``, ``"sharpkit"``, ``"python"`` (the import system) or ``"other"``."""
+    if filename.startswith("<"):
+        return "python" if filename.startswith("<frozen") else "other"
+    path = Path(filename).resolve()
+    if path.is_relative_to(_OURS):
+        return "sharpkit"
+    # an environment may lie in the user's folder
+    return "user" if path.is_relative_to(folder) and "site-packages" not in path.parts else "other"
+
+
+def _trim(shown: traceback.TracebackException, folder: Path) -> None:
+    """Leave out what comes before the user's first line, and sharpkit's lines; of the errors behind this one too."""
+    owners = [_owner(frame.filename, folder) for frame in shown.stack]
+    begin = owners.index("user") if "user" in owners else 0
+    kept = [frame for frame, owner in zip(shown.stack, owners, strict=True) if owner not in ("sharpkit", "python")]
+    before = sum(owner not in ("sharpkit", "python") for owner in owners[:begin])
+    # None, not an empty one: that would print its heading alone
+    shown.stack = traceback.StackSummary.from_list(kept[before:]) if kept[before:] else None  # type: ignore[assignment]
+    for behind in (shown.__cause__, shown.__context__):
+        if behind is not None:
+            _trim(behind, folder)

@@ -23,6 +23,8 @@ from sharpkit.reporting.documents import to_document as to_document
 from sharpkit.reporting.sections import section_for
 
 _NAMED = ("layer_sharpness", "curvature_history")  # whose own sections say their name
+_GENERATOR = "sharpkit"  # what a page says it was made by, and is known again by
+_HEAD_BYTES = 2048  # the head of a page up to its style is a quarter of it
 # Stands for the page's text colour, which matplotlib cannot name: a colour that no picture uses, replaced by currentColor afterwards.
 _INK = "#010203"
 
@@ -141,6 +143,7 @@ def report(
     page = render(
         "report.html.j2",
         title=title,
+        generator=f"{_GENERATOR} {sharpkit.__version__}",
         sections=sections,
         # as `sharpkit report` reads it; no "</script>" of a name ends it early
         results=to_json({"kind": "run", "version": RUN_VERSION, "environment": shown_machine, "results": documents}).replace(
@@ -186,6 +189,15 @@ def page_place(path: str | os.PathLike[str]) -> Path:
     if os.path.exists(path) and not os.path.isfile(path):  # asked of the path: a pipe behind /dev/stdout has no name to follow to
         raise OSError(f"cannot write {path}: it is a pipe, a socket or a device, which the page would replace; name a file")
     return target
+
+
+def is_page(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a page that :func:`report` wrote; False where it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            return f'<meta name="generator" content="{_GENERATOR} '.encode() in stream.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def write_atomically(target: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from sharpkit.cli.main import main
+from sharpkit.cli.main import _EXAMPLES, _parser, main
+
+COMMANDS: dict[str, argparse.ArgumentParser] = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
 
 TARGET = """
 import torch
@@ -53,6 +56,24 @@ def needs_arguments(width):
 
 def fails():
     raise RuntimeError("the data are not there")
+
+def fails_deeper():
+    def closure(model, batch):
+        return torch.nn.functional.mse_loss(model(batch), torch.zeros(3, 3, 3) @ batch)
+    return sk.Objective(torch.nn.Linear(4, 3), torch.randn(5, 4), closure=closure)
+
+def fails_later():
+    cache = {"there": 1}
+    def closure(model, batch):
+        if not cache:
+            raise KeyError("the cache is gone")
+        return model(batch).square().mean()
+    objective = sk.Objective(torch.nn.Linear(4, 3), torch.randn(5, 4), closure=closure)
+    cache.clear()
+    return objective
+
+def wrong_loss():
+    return sk.Objective(torch.nn.Linear(4, 3), (torch.randn(5, 4), torch.randn(5, 3)), loss=3)
 
 def shuffled():
     model = torch.nn.Linear(4, 2)
@@ -204,7 +225,7 @@ def test_doctor_gives_exit_code_1_where_no_function_is_defined(target: Path, cap
 @pytest.mark.parametrize(
     ("suffix", "fragment"),
     [
-        (":nothing", "has no function 'nothing'; it defines build, digits, fails, needs_arguments, objective"),
+        (":nothing", "has no function 'nothing'; it defines build, digits, fails, fails_deeper, fails_later, needs_arguments, objective"),
         (":number", "is a int, not a function"),
         (":needs_arguments", "needs the arguments width"),
         (":returns_a_model", "returned Sequential; expected an sk.Objective, or a tuple"),
@@ -223,11 +244,106 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureF
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_an_error_in_the_users_code_shows_their_line_and_exits_1(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def without_tracebacks_marks(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if set(line.strip()) - set("^~")]
+
+
+def test_an_error_in_the_users_code_shows_their_traceback_alone_and_one_line_of_reason(
+    target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["measure", f"{target}:fails"]) == 1
+    err = without_tracebacks_marks(capsys.readouterr().err)
+    line = next(i for i, text in enumerate(TARGET.splitlines(), 1) if "the data are not there" in text)
+    assert err[-5:] == [
+        "Traceback (most recent call last):",
+        f'File "{target}", line {line}, in fails',
+        'raise RuntimeError("the data are not there")',
+        "RuntimeError: the data are not there",
+        f"sharpkit: {target}:fails raised RuntimeError: the data are not there",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("fails_deeper", "return torch.nn.functional.mse_loss(model(batch), torch.zeros(3, 3, 3) @ batch)"),
+        ("fails_later", 'raise KeyError("the cache is gone")'),
+        ("wrong_loss", "return sk.Objective(torch.nn.Linear(4, 3), (torch.randn(5, 4), torch.randn(5, 3)), loss=3)"),
+    ],
+)
+def test_the_users_line_is_shown_wherever_their_code_is_called_from_and_ours_only_with_debug(
+    name: str, theirs: str, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = f"{os.sep}sharpkit{os.sep}objective{os.sep}"
+    assert main(["measure", f"{target}:{name}", "--quiet"]) == 1
     err = capsys.readouterr().err
-    assert 'raise RuntimeError("the data are not there")' in err
-    assert err.rstrip().endswith("raised RuntimeError: the data are not there")
+    first, *_ = [line for line in err.splitlines() if line.startswith('  File "')]
+    assert str(target) in first and theirs in err and ours not in err and "cli/main.py" not in err
+    assert err.splitlines()[-1].startswith(f"sharpkit: {target}:{name} raised ")
+    assert main(["measure", f"{target}:{name}", "--quiet", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert theirs in err and ours in err
+
+
+def test_a_file_that_python_cannot_read_shows_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.py").write_text("def job():\n    return (\n")
+    assert main(["measure", f"{tmp_path}/broken.py:job"]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[0].strip() == f'File "{tmp_path}/broken.py", line 2'
+    assert "return (" in err and "sharpkit/cli" not in err
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_the_help_of_a_command_ends_with_an_example_that_its_parser_takes(command: str) -> None:
+    *_, heading, example = COMMANDS[command].format_help().rstrip().splitlines()
+    assert heading == "example:"
+    words = shlex.split(example.replace('eval "$(', "").replace(')"', ""), comments=True)
+    assert words[:2] == ["sharpkit", command]
+    arguments = _parser().parse_args(words[1:])
+    assert arguments.run is COMMANDS[command].get_default("run")
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_commands_help_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("init", "measure", "spectrum", "doctor", "batch", "lr", "landscape"):
+        assert main(shlex.split(_EXAMPLES[command])[1:]) == 0, command
+    for name in ("before", "after"):
+        capsys.readouterr()
+        assert main(["measure", "job.py:job", "--json"]) == 0
+        (tmp_path / f"{name}.json").write_text(capsys.readouterr().out)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "job.py"], env=environment, check=True, capture_output=True, timeout=300)
+    for command in ("compare", "report", "watch"):
+        assert main(shlex.split(_EXAMPLES[command], comments=True)[1:]) == 0, command
+    assert all((tmp_path / f"{page}.html").exists() for page in ("sharpness", "spectrum", "landscape", "run"))
+
+
+def test_a_page_without_a_name_replaces_an_earlier_page_and_says_so_but_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved.json").write_text('{"kind": "estimate", "value": 1.0, "stderr": 0.1}')
+    page = tmp_path / "sharpkit-report.html"
+    assert main(["report", "saved.json"]) == 0
+    assert "replaced" not in capsys.readouterr().err
+    written = page.stat().st_mtime - 3 * 86400
+    os.utime(page, (written, written))
+    assert main(["report", "saved.json"]) == 0
+    assert "sharpkit-report.html, written 3 days ago, will be replaced" in capsys.readouterr().err
+    assert page.stat().st_mtime > written and list(tmp_path.glob("*.html")) == [page]
+
+    page.write_text("<p>my own notes</p>")
+    for number in (2, 3):
+        other = tmp_path / f"sharpkit-report-{number}.html"
+        assert main(["report", "saved.json"]) == 0
+        out, err = capsys.readouterr()
+        assert f"sharpkit-report.html exists and is no page of sharpkit: the page will be {other.name}" in err
+        assert page.read_text() == "<p>my own notes</p>" and str(other) in out and "<svg" not in other.read_text()[:10]
+    assert main(["report", "saved.json", "--html", "sharpkit-report.html"]) == 0  # who names a file means it
+    assert page.read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("arguments", [["dance"], ["measure", "a.py:f", "--tol", "-1"], ["spectrum", "a.py:f", "--k", "0"]])

@@ -1,12 +1,14 @@
-"""A picture of learning-rate schedules."""
+"""Pictures of learning-rate schedules and of power laws."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sharpkit._results import Bounded
 from sharpkit.plots import BLUE, GREEN, OCHRE, ORANGE, PINK, PURPLE, TEAL, axes_for, finish
 
 if TYPE_CHECKING:
@@ -24,3 +26,15 @@ def draw_schedules(schedules: Mapping[str, Callable[[float], float]], *, peak: f
         ax.axhline(limit, color=ORANGE, linestyle="--", linewidth=1.4, label=f"largest stable rate {limit:.3g}")
     ax.set_ylim(bottom=0)
     return finish(ax, x="share of the run", y="learning rate")
+
+
+def draw_power_law(
+    points: Sequence[float], values: Sequence[float], grid: NDArray[np.float64], law: Sequence[Bounded], *, x: str, y: str, ax: Axes | None
+) -> Axes:
+    """Points, the law and the 95 % interval of it."""
+    ax = axes_for(ax)
+    ax.fill_between(grid, [v.lower for v in law], [v.upper for v in law], color=BLUE, alpha=0.2, linewidth=0, label="95 % of the law")
+    ax.plot(grid, [float(v) for v in law], color=BLUE, linewidth=1.5, label="power law")
+    ax.plot(points, values, "o", color=ORANGE, markersize=4, label="measured")
+    ax.set(xscale="log", yscale="log")
+    return finish(ax, x=x, y=y)

@@ -14,6 +14,7 @@ from typing import Any
 
 from sharpkit._errors import DocumentError
 from sharpkit._results import decimals, format_with_error, number, percent
+from sharpkit.fits import Slope
 from sharpkit.learner.baselines import LEARNER
 from sharpkit.learner.race import COUNTING, RaceResult
 from sharpkit.learner.rollback import tells_of_return
@@ -26,7 +27,6 @@ from sharpkit.monitor.schema import HISTORY, Reading, in_words, main_curvature, 
 from sharpkit.optimizers import operator_in
 from sharpkit.reporting.documents import Document
 from sharpkit.transfer.coordinates import CoordinateCheck
-from sharpkit.transfer.fits import Slope
 
 
 @dataclass

@@ -6,10 +6,10 @@ rule, ``diagnose`` gives the verdict; ``parametrize(model, base, optimizer)`` ma
 
 from __future__ import annotations
 
+from sharpkit.fits import Slope, log_slope
 from sharpkit.transfer.base_shapes import read_base_shapes, write_base_shapes
 from sharpkit.transfer.coordinates import Coordinate, CoordinateCheck, coordinate_check
 from sharpkit.transfer.culprits import Culprit, find_culprits
-from sharpkit.transfer.fits import Slope, log_slope
 from sharpkit.transfer.learning_rates import LearningRateTransfer, learning_rate_transfer
 from sharpkit.transfer.parametrize import Parametrization, TensorRule, parametrize
 from sharpkit.transfer.setup import Family

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sharpkit._arguments import real
 from sharpkit._results import ProgressCallback, Result
+from sharpkit.fits import Slope, log_slope
 from sharpkit.objective.objective import Closure
-from sharpkit.transfer.fits import Slope, log_slope
 from sharpkit.transfer.observing import Numbers, Observations, Track, at, observe, over_steps
 from sharpkit.transfer.setup import Build, Family, MakeOptimizer, check_sizes
 

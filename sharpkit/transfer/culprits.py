@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from sharpkit._results import ProgressCallback, Result
+from sharpkit.fits import Slope, log_slope
 from sharpkit.objective.objective import Closure
-from sharpkit.transfer.fits import Slope, log_slope
 from sharpkit.transfer.observing import Observations, TensorTrack, Values, at, geometric_mean, observe, over_steps
 from sharpkit.transfer.setup import Build, Family, MakeOptimizer, check_sizes
 

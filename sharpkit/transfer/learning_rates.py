@@ -19,12 +19,13 @@ from sharpkit._arguments import as_path, flag, reals, whole
 from sharpkit._checkpoint import resumable, step
 from sharpkit._errors import NonFiniteError, SharpkitError
 from sharpkit._results import ProgressCallback, Result, percent, to_json
+from sharpkit.fits import Slope, log_slope
 from sharpkit.objective.batches import Batch
 from sharpkit.objective.batches import fingerprint as batch_fingerprint
 from sharpkit.objective.guard import random_states_kept
 from sharpkit.optimizers import held_parameters, learning_rate, plain_settings
 from sharpkit.training_run import as_seeds
-from sharpkit.transfer.fits import Curve, Optimum, Slope, log_slope, optimum, penalty_between, search, sensitivity
+from sharpkit.transfer.optimum import Curve, Optimum, optimum, penalty_between, search, sensitivity
 from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes, duration, family_call
 
 if TYPE_CHECKING:

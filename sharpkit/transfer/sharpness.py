@@ -16,6 +16,7 @@ from sharpkit._arguments import flag, real, whole
 from sharpkit._checkpoint import resumable, step
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback, Result, percent
+from sharpkit.fits import Slope, log_slope
 from sharpkit.linalg.lanczos import eigenpairs
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
@@ -27,7 +28,6 @@ from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import optimizer_curvature
 from sharpkit.optimizers import groups_agree, known_rule, learning_rate
 from sharpkit.training_run import as_seeds
-from sharpkit.transfer.fits import Slope, log_slope
 from sharpkit.transfer.setup import Build, Family, FamilyRun, MakeOptimizer, RunProgress, check_sizes, family_call
 
 if TYPE_CHECKING:

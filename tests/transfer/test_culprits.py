@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sharpkit._results import to_json
+from sharpkit.fits import Slope
 from sharpkit.transfer.culprits import RULES, Evidence, culprits_of, find_culprits, role_of
-from sharpkit.transfer.fits import Slope
 from sharpkit.transfer.observing import Observations, Stacks, TensorTrack, _Observer, observe
 from sharpkit.transfer.setup import Family
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from sharpkit._errors import SharpkitError
 from sharpkit._results import Progress
-from sharpkit.transfer.fits import Curve, Optimum, Slope, loss_at, optimum, penalty_between, search, sensitivity
+from sharpkit.fits import Slope
 from sharpkit.transfer.learning_rates import RunStore, decide, learning_rate_transfer
+from sharpkit.transfer.optimum import Curve, Optimum, loss_at, optimum, penalty_between, search, sensitivity
 from sharpkit.transfer.verdict import reach
 
 ROOT = Path(__file__).resolve().parents[2]

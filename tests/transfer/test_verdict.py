@@ -14,7 +14,7 @@ from torch import nn
 
 from experiments._transfer_models import MLP, Rules, digit_batches, mlp_family
 from sharpkit._results import Progress
-from sharpkit.transfer.fits import Slope
+from sharpkit.fits import Slope
 from sharpkit.transfer.setup import Family
 from sharpkit.transfer.verdict import Verdict, diagnose
 

@@ -1,16 +1,16 @@
-"""Fits over sizes and rates: how a quantity grows with width, and the lowest point of loss against learning rate, with errors."""
+"""The lowest point of loss against learning rate: found by trying rates, with an interval over seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from sharpkit._arguments import real, shown
 from sharpkit._results import Result
+from sharpkit.fits import bootstrap_interval
 from sharpkit.training_run import as_seeds
 
 Array = np.ndarray[Any, Any]
@@ -22,100 +22,9 @@ _WINDOW = 1.5  # octaves to each side of the best point that enter the parabola,
 _REACH = 14.0  # octaves from the first guess, a factor of 16,000, by judgement: a guess further off is a mistake, and the search gives up
 # Share of the way from the best loss to the initial one, by judgement: points above it lie on the walls, where the loss is no parabola.
 _DEEP = 0.35
-_RESAMPLES = 400  # of the bootstrap, by judgement: each end of a 95 % interval then rests on the ten outermost
 _PASSES = 6  # by judgement: how often the window is moved when running all seeds shows a better point than the first seed did
 
 
-# -- slopes of logarithms -----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Slope(Result):
-    """The exponent a in size ~ width^a, fitted over widths and seeds.
-
-    Attributes:
-        value: the exponent a.
-        stderr: its standard error, from the scatter about the line.
-        half_width: half of the 95 % interval (Student's t).
-        num_points: values that entered.
-    """
-
-    value: float
-    stderr: float
-    half_width: float
-    num_points: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %."""
-        return self.value - self.half_width, self.value + self.half_width
-
-    @property
-    def known(self) -> bool:
-        """Whether both the value and its interval are finite."""
-        return math.isfinite(self.value) and math.isfinite(self.half_width)
-
-    def contains(self, value: float) -> bool:
-        """Whether a value lies within the 95 % interval."""
-        return abs(self.value - value) <= self.half_width
-
-    def __str__(self) -> str:
-        # two decimals, more where the error is smaller than that
-        places = max(2, math.ceil(-math.log10(self.stderr))) if 1e-4 < self.stderr < math.inf else 2
-        error = f"{self.stderr:.{places}f}" if self.stderr > 1e-4 else "0"
-        return f"{self.value:+.{places}f} +- {error}" if math.isfinite(self.value) else "unknown"
-
-
-def _values(values: Any) -> list[float]:
-    return (
-        [v if isinstance(v, float) else real("each value", v) for v in values]
-        if isinstance(values, Iterable)
-        else [real("a value", values)]
-    )
-
-
-def log_slope(sizes: Mapping[int, Sequence[float]]) -> Slope:
-    """Fit log size = c + a log width by least squares, over one value per seed of each width; zeros, NaN and infinities are left out.
-
-    If every width has several seeds, the standard error is the larger of the one from the scatter about the line and the one from the
-    means of the widths alone: a bent curve is not a precise slope.
-
-    Returns:
-        the slope; NaN with infinite errors if fewer than two widths have a value.
-
-    Example:
-        >>> str(log_slope({64: [1.0, 1.0], 128: [2.0, 2.0], 256: [4.0, 4.0]}))
-        '+1.00 +- 0'
-    """
-    if not isinstance(sizes, Mapping):
-        raise TypeError(f"sizes must be a dict from each width to one value for each seed, got {shown(sizes)}")
-    rows = {real("each width", w, above=0): [float(v) for v in _values(values)] for w, values in sizes.items()}
-    points = [(math.log(w), math.log(v)) for w, values in rows.items() for v in values if math.isfinite(v) and v > 0]
-    x, y = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-    widths = np.unique(x)
-    if len(widths) < 2:
-        return Slope(math.nan, math.inf, math.inf, len(points))
-    value, left, spread = _line(x, y)
-    freedom = len(points) - 2
-    if freedom < 1:
-        return Slope(value, math.inf, math.inf, len(points))
-    stderr = math.sqrt(left / freedom / spread)
-    if len(widths) >= 3 and len(points) > len(widths):
-        # with many seeds the scatter about the line shrinks even where the widths' means do not lie on one
-        _, left, spread = _line(widths, np.array([y[x == w].mean() for w in widths]))
-        stderr = max(stderr, math.sqrt(left / (len(widths) - 2) / spread))
-    from scipy.stats import t
-
-    return Slope(value, stderr, float(t.ppf(0.975, freedom)) * stderr, len(points))
-
-
-def _line(x: Array, y: Array) -> tuple[float, float, float]:
-    """A least-squares line: its slope, the sum of squared residuals, and the sum of squared deviations of x from their mean."""
-    centred = x - x.mean()
-    spread = float((centred**2).sum())
-    value = float((centred * y).sum() / spread)
-    return value, float(((y - y.mean() - value * centred) ** 2).sum()), spread
-
-
-# -- loss against learning rate -----------------------------------------------------------------------------------------------
 @dataclass
 class Curve(Result, saved=("size", "initial=start_loss", "points=rows")):
     """Losses by log2 factor and seed at one size."""
@@ -227,11 +136,7 @@ def optimum(curve: Curve, *, seeds: int | Sequence[int], seed: int = 0) -> Optim
     if count == 1:
         lower, upper = low - FINE, low + FINE
     else:
-        rng = np.random.default_rng(seed)
-        drawn = [_parabola(x, values[rng.integers(count, size=count)].mean(0), ceiling)[0] for _ in range(_RESAMPLES)]
-        widened = math.sqrt(count / (count - 1))  # resampling n values scatters by (n - 1) / n too little
-        ends = np.quantile(drawn, [0.025, 0.975])
-        lower, upper = low - widened * max(low - float(ends[0]), 0.0), low + widened * max(float(ends[1]) - low, 0.0)
+        lower, upper = bootstrap_interval(lambda drawn: _parabola(x, values[drawn].mean(0), ceiling)[0], count, seed=seed)
     lowest, curvature = (math.exp(bottom), bend) if log else (bottom, 0.0)
     return Optimum(curve.size, low, lower, upper, each, lowest, curvature, curve.interior)
 
@@ -268,11 +173,8 @@ def penalty_between(small: Curve, large: Curve, *, seeds: int | Sequence[int], s
     if len(everyone) == 1:
         sides = [there.above(best + shift, whole) for shift in (-FINE, FINE)]
         return value, 0.0 if min(sides) <= value else value, max(value, *sides)
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(len(everyone), size=len(everyone)) for _ in range(_RESAMPLES)]
-    low, high = (float(q) for q in np.quantile([there.above(here.lowest(drawn), drawn) for drawn in draws], [0.025, 0.975]))
-    widened = math.sqrt(len(everyone) / (len(everyone) - 1))  # resampling n values scatters by (n - 1) / n too little
-    return value, max(value - widened * max(value - low, 0.0), 0.0), value + widened * max(high - value, 0.0)
+    lower, upper = bootstrap_interval(lambda drawn: there.above(here.lowest(drawn), drawn), len(everyone), seed=seed)
+    return value, max(lower, 0.0), upper
 
 
 class _Bowl:

@@ -103,6 +103,20 @@ def test_every_name_that_the_pages_mention_exists(page: str) -> None:
     assert not [name for name in names if not hasattr(sk, name)]
 
 
+def test_every_call_of_the_table_of_ideas_exists() -> None:
+    table = (ROOT / "docs" / "mathematics.md").read_text().partition("\n## From the literature to a name\n")[2]
+    calls = re.findall(r"`sk\.([\w.]+)`", table)
+    assert len(calls) > 30
+    for call in calls:
+        value = sk
+        for part in call.split("."):
+            assert hasattr(value, part), f"sk.{call}"
+            value = getattr(value, part)
+        assert callable(value), f"sk.{call}"
+    rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
+    assert not [row for row in rows if "`sk." not in row], "ideas without a name"
+
+
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     source = ROOT / page

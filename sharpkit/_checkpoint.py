@@ -202,7 +202,7 @@ def _step_about(subject: Any, name: str, compute: Callable[[], T]) -> T:
     return counted_step(subject, name, compute) if hasattr(subject, "num_matvecs") else step(name, compute)
 
 
-_FREE = ("checkpoint", "callback", "memory_limit", "offload", "store")  # arguments that change no number
+_FREE = ("checkpoint", "callback", "name", "memory_limit", "offload", "store")  # arguments that change no number
 
 
 def in_words(value: Any) -> str:

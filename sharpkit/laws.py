@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sharpkit._arguments import choice, real, reals, shown, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import SharpkitWarning
 from sharpkit._results import Result
 from sharpkit.learner.schedules import Schedule, cosine, linear
@@ -219,8 +220,9 @@ class AnnealingLaw(Result, kind="annealing_law"):
         return _law(np.array([self.L0, self.A, self.alpha, self.C]), *_sums(values))
 
 
+@public_call
 def fit_annealing_law(
-    losses: Sequence[float] | Sequence[Sequence[float]], rates: Sequence[float] | Sequence[Sequence[float]]
+    losses: Sequence[float] | Sequence[Sequence[float]], rates: Sequence[float] | Sequence[Sequence[float]], *, name: str = ""
 ) -> AnnealingLaw:
     """Fit the law of learning-rate annealing to the losses of one run, or of a few under different schedules.
 
@@ -229,6 +231,7 @@ def fit_annealing_law(
     Args:
         losses: smoothed training or validation loss after each step (NaN where there is none), of one run or of several.
         rates: the rate of each step, in the same shape; warm-up steps are better left out of both.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: different lengths, fewer than 20 losses, or a rate that never falls.

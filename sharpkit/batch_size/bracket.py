@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, check_callback, real, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import Progress, ProgressCallback, Result, student_factor
 from sharpkit.linalg.lanczos import eigenpairs
@@ -66,6 +67,7 @@ class SharpnessBracket(
         return f"{self.lower:.4g} to {self.upper:.4g} from {self.num_samples} of {self.pool_size} samples{flag}"
 
 
+@public_call
 @keeps_memory_limit
 def sharpness_bracket(
     objective: Objective,
@@ -77,6 +79,7 @@ def sharpness_bracket(
     seed: int = 0,
     memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> SharpnessBracket:
     """Bound the sharpness of all the data from n samples, n doubled until the bounds are close.
 
@@ -95,6 +98,7 @@ def sharpness_bracket(
         seed: seeds the draws and start vectors.
         memory_limit: bytes that may be taken on the model's device, besides model and data.
         callback: called with a :class:`sharpkit.Progress` after each n.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: an argument out of range.

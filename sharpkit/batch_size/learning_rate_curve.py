@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sharpkit._arguments import as_seed, check_callback, real, whole, wholes
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import clock, resumable
 from sharpkit._errors import ObjectiveError, SharpkitWarning
 from sharpkit._results import Bounded, Progress, ProgressCallback, Result
@@ -267,6 +268,7 @@ class LearningRateCurve(Result, kind="learning_rate_curve", saved=(*_READINGS, *
         return plot_learning_rate_curve(self.to_dict(), ax=ax)
 
 
+@public_call
 @resumable(objective_call)
 def learning_rate_curve(
     objective: Objective,
@@ -281,6 +283,7 @@ def learning_rate_curve(
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> LearningRateCurve:
     """The largest stable learning rate for every batch size.
 
@@ -310,6 +313,7 @@ def learning_rate_curve(
             ended, and after the last product of the curvature's.
         seed: seeds the draws and the random probes.
         callback: called with a :class:`sharpkit.Progress` in full-data gradients before each stage and after each run.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: batch sizes out of range, pilot or runs shorter than 10 steps.
@@ -362,7 +366,9 @@ def learning_rate_curve(
         expected = max(forecast, done)
         left = elapsed / done * (expected - done) if done else math.nan
         progress = Progress(round(done), round(expected), elapsed, left, stage, unit="gradients")
-        callback(progress) if callback is not None else logger.info("%s", progress)
+        logger.info("%s", progress)
+        if callback is not None:
+            callback(progress)
 
     trainer = Trainer(pool, optimizer, seed, ledger, say)
     say()

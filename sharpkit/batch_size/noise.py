@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, flag, real, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result, format_with_error, student_factor
 from sharpkit.linalg.krylov import BasisRows, Offload, affordable_rows, checked_offload, place_for
@@ -60,6 +61,7 @@ class GradientNoise(Result, kind="gradient_noise"):
         return 1 / (1 + max(scale.value, 0.0) / batch_size)
 
 
+@public_call
 @keeps_memory_limit
 def gradient_noise_scale(
     objective: Objective,
@@ -70,6 +72,7 @@ def gradient_noise_scale(
     seed: int = 0,
     memory_limit: float | None = None,
     offload: Offload = False,
+    name: str = "",
 ) -> GradientNoise:
     """The gradient noise scale from one pass over the data in disjoint groups.
 
@@ -84,6 +87,7 @@ def gradient_noise_scale(
         seed: seeds the grouping.
         memory_limit: bytes that may be taken on the model's device; by default half of what is free holds the gradients.
         offload: True keeps the gradients in host memory, the path of a folder in a file there.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: fewer than 4 groups.

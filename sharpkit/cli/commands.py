@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import sharpkit as sk  # its names load what they need when they are used: --help and --version never wait for torch
 from sharpkit._errors import DocumentError
 from sharpkit._results import MAX_JSON, parse_json
-from sharpkit.cli.output import ProgressBar, all_converged, say, tell
+from sharpkit.cli.output import all_converged, say, tell
 from sharpkit.cli.target import UsageError, load_target, returned_by
 
 if TYPE_CHECKING:
@@ -32,20 +32,18 @@ def run_measure_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit measure``: the sharpness of a target."""
     probes, steps, tol, seed, budget = (getattr(arguments, name) for name in ("probes", "steps", "tol", "seed", "max_seconds"))
     objective, optimizer = _objective(arguments, expected_matvecs=probes * steps)
-    with ProgressBar(quiet=arguments.quiet) as bar:
-        sharpness = sk.measure(
-            objective,
-            optimizer=optimizer,
-            num_probes=probes,
-            num_steps=steps,
-            tol=tol,
-            seed=seed,
-            max_seconds=budget,
-            memory_limit=arguments.memory_limit,
-            offload=arguments.offload,
-            checkpoint=arguments.checkpoint,
-            callback=bar,
-        )
+    sharpness = sk.measure(
+        objective,
+        optimizer=optimizer,
+        num_probes=probes,
+        num_steps=steps,
+        tol=tol,
+        seed=seed,
+        max_seconds=budget,
+        memory_limit=arguments.memory_limit,
+        offload=arguments.offload,
+        checkpoint=arguments.checkpoint,
+    )
     return _finish(arguments, [sharpness])
 
 
@@ -61,13 +59,12 @@ def run_spectrum_command(arguments: argparse.Namespace) -> Answer:
     memory: Any = {"memory_limit": arguments.memory_limit, "offload": arguments.offload}
     folder = arguments.checkpoint
     kept = [None if folder is None else os.path.join(folder, name) for name in ("eigenpairs", "density")]
-    with ProgressBar(quiet=arguments.quiet) as bar:
-        pairs = sk.eigenpairs(operator, k=k, tol=tol, seed=seed, max_seconds=budget, checkpoint=kept[0], callback=bar, **memory)
-        # One budget for both; a budget of 0 is refused by the library, and a millisecond still gives a flagged partial result. With a
-        # checkpoint each has the whole: what is left would be another argument each time.
-        left = max(budget - (time.perf_counter() - started), 1e-3) if budget is not None and folder is None else budget
-        given: Any = {"num_probes": probes, "num_steps": steps, "seed": seed, "max_seconds": left, "checkpoint": kept[1], **memory}
-        density = sk.spectral_density(operator, callback=bar, **given)
+    pairs = sk.eigenpairs(operator, k=k, tol=tol, seed=seed, max_seconds=budget, checkpoint=kept[0], **memory)
+    # One budget for both; a budget of 0 is refused by the library, and a millisecond still gives a flagged partial result. With a
+    # checkpoint each has the whole: what is left would be another argument each time.
+    left = max(budget - (time.perf_counter() - started), 1e-3) if budget is not None and folder is None else budget
+    given: Any = {"num_probes": probes, "num_steps": steps, "seed": seed, "max_seconds": left, "checkpoint": kept[1], **memory}
+    density = sk.spectral_density(operator, **given)
     return _finish(arguments, [pairs, density])
 
 
@@ -120,18 +117,16 @@ def run_lr_command(arguments: argparse.Namespace) -> Answer:
 def run_landscape_command(arguments: argparse.Namespace) -> Answer:
     """``sharpkit landscape``: the loss on a line or a plane through the present parameters."""
     objective, optimizer = _objective(arguments, forecast=False)
-    with ProgressBar(quiet=arguments.quiet) as bar:
-        shown = sk.landscape(
-            objective,
-            arguments.checkpoints or arguments.directions,
-            dimensions=arguments.dimensions,
-            optimizer=optimizer,
-            span=arguments.span,
-            points=arguments.points,
-            seed=arguments.seed,
-            max_seconds=arguments.max_seconds,
-            callback=bar,
-        )
+    shown = sk.landscape(
+        objective,
+        arguments.checkpoints or arguments.directions,
+        dimensions=arguments.dimensions,
+        optimizer=optimizer,
+        span=arguments.span,
+        points=arguments.points,
+        seed=arguments.seed,
+        max_seconds=arguments.max_seconds,
+    )
     documents, extra, code = _finish(arguments, [shown])
     extra["text"] = "\n".join([str(shown), *shown.findings()])
     return documents, extra, code
@@ -220,9 +215,8 @@ def _report_target(arguments: argparse.Namespace) -> Answer:
     arguments.target = arguments.sources[0]
     arguments.html = arguments.html or _unnamed_page(arguments, "sharpkit-report.html")
     objective, optimizer = _objective(arguments)
-    with ProgressBar(quiet=arguments.quiet) as bar:
-        sharpness = sk.measure(objective, optimizer=optimizer, seed=arguments.seed, callback=bar)
-        layers = sk.per_layer(objective, seed=arguments.seed, name=type(objective.model).__name__, callback=bar)
+    sharpness = sk.measure(objective, optimizer=optimizer, seed=arguments.seed)
+    layers = sk.per_layer(objective, seed=arguments.seed, name=type(objective.model).__name__)
     diagnosis = sk.examine(objective, seed=arguments.seed)
     documents, extra, code = _finish(arguments, [sharpness, layers, diagnosis])
     return documents, extra, code if diagnosis.passed else NOT_CONVERGED

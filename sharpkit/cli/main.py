@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import sharpkit
+from sharpkit._calls import no_bars
 from sharpkit.cli.commands import (
     FAILED,
     INTERRUPTED,
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.argv, arguments.stdout = ["sharpkit", *given], sys.stdout
     try:
         # Whatever user code prints goes to stderr: stdout carries the answer alone.
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        bars = no_bars() if arguments.quiet else contextlib.nullcontext()
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), bars:
             warnings.showwarning = _show_warning
             documents, extra, code = arguments.run(arguments)
         return _to_stdout(lambda: _print_answer(arguments, documents, extra), int(code))

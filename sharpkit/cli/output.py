@@ -1,11 +1,10 @@
-"""What the command line shows: one JSON document, plain tables, a progress bar; bars and remarks go to stderr."""
+"""What the command line shows: one JSON document, plain tables; remarks go to stderr."""
 
 from __future__ import annotations
 
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sharpkit._results import Progress
@@ -62,27 +61,3 @@ def say(line: str) -> None:
 def tell(progress: Progress) -> None:
     """The ``callback`` of calls that report in sentences: the text alone, a line each, to stderr."""
     say(progress.text)
-
-
-class ProgressBar:
-    """A tqdm bar on stderr fed by an algorithm's ``callback``; silent where stderr is no terminal.
-
-    Used as a context manager; the instance itself is the callback.
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        from tqdm import tqdm
-
-        # disable=None is tqdm's own test for a terminal; leave=False, since the answer makes a finished bar old news
-        self._bar = tqdm(unit=" products", file=sys.stderr, disable=True if quiet else None, leave=False, dynamic_ncols=True)
-
-    def __call__(self, progress: Progress) -> None:
-        self._bar.total, self._bar.n, self._bar.unit = progress.expected, progress.done, f" {progress.unit}"
-        self._bar.set_description(progress.text, refresh=False)
-        self._bar.refresh()  # not update(): it adds up, and an algorithm may lower its count of what is done or expected
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.close()

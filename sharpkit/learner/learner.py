@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._arguments import choice, flag, real, whole
+from sharpkit._calls import no_bars
 from sharpkit._errors import SharpkitWarning, UnsupportedError
 from sharpkit._results import State
 from sharpkit.learner.gauge import BULKS, Gauge
@@ -253,6 +254,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         return self._rate.value
 
     # -- measuring and deciding ---------------------------------------------------------------------------------------------------
+    @no_bars()  # the training loop has its own
     def _measure(self, batch: Batch) -> Decision:
         samples = self._maker.samples_of(batch)
         changed = 0 not in (samples, self._batch_size) and samples != self._batch_size
@@ -350,6 +352,7 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         self._points.advance(self.model, self.optimizer, step=self._step, rate=self._rate.value, good=good)
         self._rate.remember(self._points.rate)
 
+    @no_bars()  # the training loop has its own
     def _validate(self) -> Decision | None:
         """Look at the held-out loss, if it is time, and go back where it has turned."""
         held_out = self._validation

@@ -11,6 +11,7 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sharpkit._arguments import check_callback, reals, shown, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import Subject, clock, resumable, step
 from sharpkit._results import Progress, ProgressCallback, Result, format_with_error
 from sharpkit.learner.baselines import LEARNER, SUGGESTED, Entrant, entrants, has_adaptive_optimizer
@@ -163,6 +164,7 @@ def _race_call(call: str, problem: Any, arguments: Mapping[str, Any]) -> tuple[A
     return problem, problem.subject(as_seeds(arguments["seeds"])[0])
 
 
+@public_call
 @resumable(_race_call)
 def race(
     problem: RaceProblem,
@@ -172,6 +174,7 @@ def race(
     rates: Sequence[float] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> RaceResult:
     """Train the same problem from scratch in every way, each with ``max_gradients`` gradients including what finding the rate costs.
 
@@ -186,6 +189,7 @@ def race(
         rates: the grid, at least two rates; by default nine from 1e-3 to 10, for adaptive optimizers from 1e-5 to 0.1.
         checkpoint: a folder from which the race goes on if it is killed and made again, after the last run of an entrant that ended.
         callback: receives :class:`sharpkit.Progress` after each entrant, with its result as text; counts runs.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         TypeError: seeds that are no whole numbers.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, check_callback, choice, real, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import NonFiniteError, ObjectiveError, UnsupportedError
 from sharpkit._results import Bounded, Progress, ProgressCallback, percent
 from sharpkit.learner.schedules import DECAYS, Schedule
@@ -162,6 +163,7 @@ class SuggestedLearningRate(
         return plot_suggestion(self.to_dict(), ax=ax)
 
 
+@public_call
 def suggest_learning_rate(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -174,6 +176,7 @@ def suggest_learning_rate(
     budget: float = 0.1,
     seed: int = 0,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> SuggestedLearningRate:
     """One rate to train with, from two short runs on a private copy.
 
@@ -199,6 +202,7 @@ def suggest_learning_rate(
         budget: share of the run's gradients that may be spent, at least 100.
         seed: of batches and parts.
         callback: called with a :class:`sharpkit.Progress` on the way.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: arguments out of range, or an optimizer of other parameters.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, real, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import resumable
 from sharpkit._results import ProgressCallback, Result, student_factor
 from sharpkit.linalg.krylov import KrylovSpace, affordable_rows
@@ -63,6 +64,7 @@ class DiagonalEstimate(Result, kind="diagonal"):
         return replace(self, stderr=torch.maximum(self.stderr, 2 * rounding * sizes))
 
 
+@public_call
 @keeps_memory_limit
 @resumable(operator_call)
 def diagonal(
@@ -75,6 +77,7 @@ def diagonal(
     memory_limit: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> DiagonalEstimate:
     """The diagonal of A as the mean of z * (A z) over Rademacher probes z.
 
@@ -92,6 +95,7 @@ def diagonal(
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
             a vector of disk for each product.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: fewer than two probes.
@@ -292,6 +296,7 @@ def _exact_diagonal(operator: SymmetricOperator, generator: torch.Generator, bud
     return DiagonalEstimate(value, torch.zeros_like(value), budget.num_matvecs, budget.seconds).rounded(operator.rounding)
 
 
+@public_call
 @keeps_memory_limit
 @resumable(operator_call)
 def frobenius_norm(
@@ -304,6 +309,7 @@ def frobenius_norm(
     memory_limit: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> Estimate:
     """||A||_F to a relative standard error of ``rtol``.
 
@@ -319,6 +325,7 @@ def frobenius_norm(
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
             a vector of disk for each product.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: rtol not positive.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, choice, real, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import resumable
 from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import ProgressCallback
@@ -44,6 +45,7 @@ _FROM_ANOTHER = "converged, from the pair of another matrix: one close beside it
 _WARM_NOISE = 0.2  # share of noise in a warm start: less leaves the start in a trap, more costs products; by judgement
 
 
+@public_call
 @keeps_memory_limit
 @resumable(operator_call)
 def eigenpairs(
@@ -62,6 +64,7 @@ def eigenpairs(
     offload: Offload = False,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> Eigenpairs:
     """The k extreme eigenpairs of a symmetric operator, multiplicities included.
 
@@ -91,6 +94,7 @@ def eigenpairs(
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
             a vector of disk for each product.
         callback: called with a :class:`~sharpkit.Progress` after each product.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         the pairs, by descending value (``"magnitude"``: by descending magnitude); what has not converged is flagged. If a budget is

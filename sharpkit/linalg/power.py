@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed
+from sharpkit._calls import public_call
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import BasisRows, Products, place_for, working_dtype
@@ -22,6 +23,7 @@ _DEFAULT_MATVECS = 1000  # for each pair, by judgement: ten times what a pair of
 _STALL_CHECK = 10  # steps over which norm and Rayleigh quotient must have settled apart for a +- pair: by judgement
 
 
+@public_call
 @keeps_memory_limit
 def power_iteration(
     operator: Any,
@@ -34,6 +36,7 @@ def power_iteration(
     max_seconds: float | None = None,
     memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> Eigenpairs:
     """The k eigenvalues of largest magnitude, sign included, one after the other by power iteration.
 
@@ -51,6 +54,7 @@ def power_iteration(
         max_matvecs, max_seconds: most products, by default 1000 per pair, and seconds.
         memory_limit: bytes that may be taken where the vectors live; by default half of what is free holds k of them at most.
         callback: called with a :class:`~sharpkit.Progress` after each product.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         the pairs by descending magnitude; what has not converged is flagged.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import counted_step, resumable
 from sharpkit._results import ProgressCallback
 from sharpkit.linalg.krylov import (
@@ -35,6 +36,7 @@ _MOST_CONTROLLED = 4  # one control for so many dimensions at most, by judgement
 _AGREEMENT = 0.9  # share of the probes that must see an outlier: by judgement, one probe in ten may miss it
 
 
+@public_call
 @keeps_memory_limit
 @resumable(operator_call)
 def spectral_density(
@@ -50,6 +52,7 @@ def spectral_density(
     offload: Offload = False,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> SpectralDensity:
     """The eigenvalue density of a symmetric operator, from ``num_probes`` Lanczos runs of ``num_steps`` products each.
 
@@ -71,6 +74,7 @@ def spectral_density(
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
             a vector of disk for each product of the runs under way.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
+        name: of the result, which pages and comparisons show.
 
     Ritz vectors found by one probe tell how much of them is in the others by chance: a dominating eigenvalue adds no noise to the sums.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, choice, real, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import counted_step, resumable
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback
@@ -57,6 +58,7 @@ _HOPELESS = 4.0  # give up if the forecast exceeds the budget this many times (b
 _HOPELESS_AFTER = 100  # and so many probes have been drawn, whose spread is known to 7 %: by judgement
 
 
+@public_call
 @keeps_memory_limit
 @resumable(operator_call)
 def trace(
@@ -72,6 +74,7 @@ def trace(
     memory_limit: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> Estimate:
     """tr A from random products, until its standard error is at most ``rtol`` |tr A| (or ``atol``).
 
@@ -98,6 +101,7 @@ def trace(
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md); until it ends it takes
             a vector of disk for each product of the pilot and the basis.
         callback: called with a :class:`~sharpkit.Progress` after each product, or several made at once.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         the estimate; its ``stderr`` is 0 where it is exact to rounding.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharpkit._arguments import as_seed, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import UnsupportedError
 from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.measuring.geometry import GeneralizedSharpness, generalized_sharpness
@@ -66,6 +67,7 @@ class OptimizerComparison(Result, kind="optimizer_comparison", saved=("rows", "s
         return f"{self.table()}\n{self.finding}"
 
 
+@public_call
 def compare_optimizers(
     objective: Objective,
     optimizers: Sequence[Optimizer],
@@ -73,6 +75,7 @@ def compare_optimizers(
     batch_size: int | None = None,
     seed: int = 0,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> OptimizerComparison:
     """Each optimizer's own sharpness at the present parameters, with the limit at its rate, by :func:`sharpkit.generalized_sharpness`.
 
@@ -86,6 +89,7 @@ def compare_optimizers(
         batch_size: samples in a mini-batch; by default those of the objective's first batch.
         seed: seeds start vectors and mini-batches.
         callback: called with a :class:`sharpkit.Progress` after each optimizer.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: no optimizer, an argument out of range, or an optimizer without state whose D does not follow from mean

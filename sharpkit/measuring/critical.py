@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import real, shown
+from sharpkit._calls import public_call
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result
 from sharpkit.objective.objective import Objective, check_objective
@@ -51,6 +52,7 @@ class CriticalLearningRate(Result, kind="critical_learning_rate"):
         return {"found": rate, "unbounded": unbounded}.get(self.outcome, ascent)
 
 
+@public_call
 def critical_learning_rate(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -59,6 +61,7 @@ def critical_learning_rate(
     guess: float | None = None,
     gradient: Tensor | None = None,
     rtol: float = _WIDTH,
+    name: str = "",
 ) -> CriticalLearningRate:
     """Find the critical learning rate by following the loss along the next update to where it has risen.
 
@@ -75,6 +78,7 @@ def critical_learning_rate(
         guess: where to begin; by default the optimizer's present rate.
         gradient: (n,) the gradient that makes the update, at the present point, if known; else it is computed.
         rtol: width of the final bracket relative to its upper end.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         the rate with its bracket; where the update goes uphill, or the loss does not rise within 1e18 times the guess, ``outcome`` says so.
@@ -140,8 +144,14 @@ class RelativeCriticalRates(Result, kind="relative_critical_rates"):
         return "\n".join([head, *rows])
 
 
+@public_call
 def relative_critical_rates(
-    objectives: Mapping[str, Objective], optimizer: torch.optim.Optimizer, *, guess: float | None = None, rtol: float = _WIDTH
+    objectives: Mapping[str, Objective],
+    optimizer: torch.optim.Optimizer,
+    *,
+    guess: float | None = None,
+    rtol: float = _WIDTH,
+    name: str = "",
 ) -> RelativeCriticalRates:
     """Critical learning rates of several losses of one model, such as data sources, along the updates for each of them.
 
@@ -153,6 +163,7 @@ def relative_critical_rates(
         optimizer: a torch optimizer holding them; its state makes the updates.
         guess: where to begin; by default the optimizer's present rate.
         rtol: width of the final brackets relative to their upper ends.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: fewer than two objectives, or of different models.

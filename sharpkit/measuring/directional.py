@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, real, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
 from sharpkit._results import standard_error
 from sharpkit.linalg.results import Estimate
@@ -58,6 +59,7 @@ def gradient_and_product(objective: Objective, direction: Direction | None = Non
     return gradient, along, HessianOperator(objective, retain=False).multiply(along)
 
 
+@public_call
 def batch_sharpness(
     objective: Objective,
     *,
@@ -66,6 +68,7 @@ def batch_sharpness(
     rtol: float = 0.05,
     max_batches: int = _MAX_BATCHES,
     seed: int = 0,
+    name: str = "",
 ) -> Estimate:
     """E_B[g_B^T H_B g_B / ||g_B||^2] over random mini-batches: what settles at 2 / lr under SGD.
 
@@ -80,6 +83,7 @@ def batch_sharpness(
         rtol: relative standard error to reach.
         max_batches: at most so many draws; if they do not reach rtol, the estimate is returned with ``converged=False``.
         seed: seeds the draws.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: batch_size outside 1..N.
@@ -109,8 +113,9 @@ def batch_sharpness(
     return _mean_over_batches(objective, ratio, "batch sharpness", signed=direction is not None, **settings)
 
 
+@public_call
 def gradient_noise_interaction(
-    objective: Objective, *, batch_size: int, rtol: float = 0.05, max_batches: int = _MAX_BATCHES, seed: int = 0
+    objective: Objective, *, batch_size: int, rtol: float = 0.05, max_batches: int = _MAX_BATCHES, seed: int = 0, name: str = ""
 ) -> Estimate:
     """E_B[g_B^T H g_B] / ||g||^2, H and g of all the data: the curvature that gradient noise meets.
 
@@ -118,6 +123,7 @@ def gradient_noise_interaction(
 
     Args:
         objective, batch_size, rtol, max_batches, seed: as in :func:`batch_sharpness`.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: batch_size outside 1..N.

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sharpkit._arguments import as_seed, check_callback
+from sharpkit._calls import public_call
 from sharpkit._errors import OutOfMemoryError
 from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.measuring.plan import plan
@@ -90,7 +91,8 @@ class Diagnosis(Result, kind="diagnosis", saved=("passed", "objective", "checks"
         return f"Diagnosis({'passed' if self.passed else 'FAILED'}: {counts})"
 
 
-def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback | None = None) -> Diagnosis:
+@public_call
+def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback | None = None, name: str = "") -> Diagnosis:
     """Examine an objective before trusting its curvature: about ten Hessian products and twenty gradients.
 
     Looks at: whether two passes agree, products are symmetric, linear and equal to finite differences of gradients, and those to
@@ -102,6 +104,7 @@ def examine(objective: Objective, *, seed: int = 0, callback: ProgressCallback |
         objective: as made for measuring.
         seed: seeds the test vectors.
         callback: called with a :class:`sharpkit.Progress` before each check, named in its text.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         the diagnosis; a check that raises counts as failed, with the error as its message.

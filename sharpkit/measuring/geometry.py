@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharpkit._arguments import as_seed, choice, real, whole
+from sharpkit._calls import public_call
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.linalg.krylov import affordable_rows
 from sharpkit.linalg.lanczos import eigenpairs
@@ -195,6 +196,7 @@ def _scaled(values: Tensor, dim: int) -> Tensor:
     return torch.where(length > 0, values / length.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
 
 
+@public_call
 @keeps_memory_limit
 def generalized_sharpness(
     objective: Objective,
@@ -209,6 +211,7 @@ def generalized_sharpness(
     max_seconds: float | None = None,
     memory_limit: float | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> GeneralizedSharpness:
     """S = max {d^T H d : ||d|| <= 1}, the curvature that steepest descent in this norm feels; it is stable up to a rate of 2 / S.
 
@@ -236,6 +239,7 @@ def generalized_sharpness(
         max_seconds: most seconds.
         memory_limit: bytes that may be taken on the model's device.
         callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: arguments out of range, or an optimizer of other parameters.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, check_callback, choice, real, shown, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import checksum, clock, resumable, step
 from sharpkit._errors import NonFiniteError, UnsupportedError
 from sharpkit._results import Progress, ProgressCallback, Result, percent
@@ -154,6 +155,7 @@ class Landscape(Result, kind="landscape", saved=(
         return plot_landscape(self, ax=ax, surface=surface)
 
 
+@public_call
 @resumable(objective_call)
 def landscape(
     objective: Objective,
@@ -167,6 +169,7 @@ def landscape(
     max_seconds: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> Landscape:
     """Evaluate the loss on a line or a plane through the present parameters.
 
@@ -187,6 +190,7 @@ def landscape(
         max_seconds: stop then; points that are missing are NaN.
         checkpoint: a folder, to go on from where the same call was killed.
         callback: called with a :class:`sharpkit.Progress` after each point, with a forecast.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: directions, checkpoints or numbers that make no sense.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sharpkit._arguments import as_text, check_callback
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import clock, resumable
 from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
@@ -102,6 +103,7 @@ def members(layer: str) -> Callable[[str, Tensor], bool]:
     return lambda name, parameter: layer_of(name) == layer
 
 
+@public_call
 @keeps_memory_limit
 @resumable(objective_call)
 def per_layer(

@@ -85,7 +85,7 @@ def plan(objective: Any, call: str, **arguments: Any) -> Plan:
     """
     choice("call", call, _CALLS)
     function, steps, started = _CALLS[call], list[Progress](), time.perf_counter()
-    names = [name for name in inspect.signature(function).parameters if name != "callback"]
+    names = [name for name in inspect.signature(function).parameters if name not in ("callback", "name")]
     for name in arguments:
         if name not in names[1:]:
             raise TypeError(f"{call} has no argument {name!r} to plan with; it has {', '.join(names[1:])}")

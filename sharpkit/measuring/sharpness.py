@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sharpkit._arguments import as_seed
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import clock, resumable, step
 from sharpkit._results import ProgressCallback, Result, percent
 from sharpkit.linalg.krylov import Offload
@@ -149,6 +150,7 @@ class Sharpness(Result, kind="sharpness", saved=(*_PLAIN, *_NESTED, "preconditio
         return plot_density(self.density, ax=ax, lr=self.lr if self.preconditioned_lambda_max is None else None)
 
 
+@public_call
 @keeps_memory_limit
 @resumable(objective_call)
 def measure(
@@ -166,6 +168,7 @@ def measure(
     checkpoint: str | os.PathLike[str] | None = None,
     product: str = "exact",
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> Sharpness:
     """Measure the sharpness of an objective: one shared pass of about num_probes x num_steps Hessian products.
 
@@ -188,6 +191,7 @@ def measure(
             a vector of disk for each product of the runs under way.
         product: as for :class:`sharpkit.HessianOperator`.
         callback: called with a :class:`sharpkit.Progress` after each product, or several made at once.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         NonFiniteError, UnsupportedError: from the products.

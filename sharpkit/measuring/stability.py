@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sharpkit._arguments import real
+from sharpkit._calls import public_call
 from sharpkit._errors import UnsupportedError
 from sharpkit._results import Bounded
 from sharpkit.optimizers import UpdateRule, limit_rule, update_rules
@@ -41,6 +42,7 @@ class StableLearningRate(Bounded, kind="stable_learning_rate", saved=("value", "
         return f"StableLearningRate({self}: {self.rule})"
 
 
+@public_call
 def stable_learning_rate(
     lambda_max: Any,
     *,
@@ -51,6 +53,7 @@ def stable_learning_rate(
     weight_decay: float = 0.0,
     decoupled: bool = False,
     error: float | None = None,
+    name: str = "",
 ) -> StableLearningRate:
     """The largest learning rate at which full-batch training is stable on the quadratic with this top curvature.
 
@@ -66,6 +69,7 @@ def stable_learning_rate(
         momentum, dampening, nesterov, weight_decay: as in torch.optim.SGD.
         decoupled: weight decay as in AdamW.
         error: error of lambda_max, for the interval; an Estimate or Eigenpairs brings its own.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         A float with ``.lower``, ``.upper`` and ``.rule``; inf where nothing is curved upwards.

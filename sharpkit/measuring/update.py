@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import flag
+from sharpkit._calls import public_call
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result
 from sharpkit.linalg.krylov import affordable_rows
@@ -92,9 +93,10 @@ class UpdateCurvature(Result, kind="update_curvature"):
         return self.finding
 
 
+@public_call
 @keeps_memory_limit
 def update_curvature(
-    objective: Objective, optimizer: torch.optim.Optimizer, *, layers: bool = True, memory_limit: float | None = None
+    objective: Objective, optimizer: torch.optim.Optimizer, *, layers: bool = True, memory_limit: float | None = None, name: str = ""
 ) -> UpdateCurvature:
     """Slope and curvature along the optimizer's next update, split into what each layer meets alone and what comes of moving together.
 
@@ -107,6 +109,7 @@ def update_curvature(
         optimizer: a torch optimizer holding the objective's parameters.
         layers: tell layers (modules that own parameters) apart.
         memory_limit: bytes that may be taken on the model's device.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         UnsupportedError: as :func:`sharpkit.critical_learning_rate`.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkit._calls import no_bars
 from sharpkit._errors import NonFiniteError, SharpkitWarning, UnsupportedError
 from sharpkit._results import State, percent
 from sharpkit.monitor.events import EventDetector
@@ -201,6 +202,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         return self._planner.watch.overhead
 
     # -- measuring -----------------------------------------------------------------------------------------------------------
+    @no_bars()  # the training loop has its own
     def _measure(self, batch: Batch) -> Record | None:
         """One record with its events, in the history and the sinks; None if no metric could be measured yet."""
         values: dict[str, Measurement] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sharpkit._arguments import real
+from sharpkit._calls import public_call
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.fits import Slope, log_slope
 from sharpkit.objective.objective import Closure
@@ -150,6 +151,7 @@ class CoordinateCheck(
         return plot_coordinates(self, ax=ax, title=title)
 
 
+@public_call
 def coordinate_check(
     build: Build,
     widths: Sequence[int],
@@ -163,6 +165,7 @@ def coordinate_check(
     dimension: str = "width",
     tolerance: float = TOLERANCE,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> CoordinateCheck:
     """Train briefly at each width and fit how every module's output, and its change, grows with width.
 
@@ -184,6 +187,7 @@ def coordinate_check(
             them and the last one's output is judged.
         tolerance: a coordinate fails when its exponent is further than this, and than three standard errors, from the expected one.
         callback: called with a :class:`sharpkit.Progress` after each run.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: arguments of the wrong kind.

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sharpkit._calls import public_call
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.fits import Slope, log_slope
 from sharpkit.objective.objective import Closure
@@ -78,6 +79,7 @@ class Culprit(Result, kind="culprit"):
         return f"{self.rule}: {self.evidence}"
 
 
+@public_call
 def find_culprits(
     build: Build,
     widths: Sequence[int],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from sharpkit._arguments import as_path, flag, reals, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import resumable, step
 from sharpkit._errors import NonFiniteError, SharpkitError
 from sharpkit._results import ProgressCallback, Result, percent, to_json
@@ -151,6 +152,7 @@ def is_fitted(curve: Curve, best: Optimum) -> bool:
     return 0 <= best.loss < FITTED * curve.start_loss
 
 
+@public_call
 @resumable(family_call)
 def learning_rate_transfer(
     build: Build,
@@ -169,6 +171,7 @@ def learning_rate_transfer(
     max_runs: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> LearningRateTransfer:
     """Measure loss against learning rate at each width, with most runs near the optimum.
 
@@ -193,6 +196,7 @@ def learning_rate_transfer(
             width alone where the data are fitted.
         max_runs: stop after so many new runs; what was measured until then is returned with ``complete=False``.
         callback: called with a :class:`sharpkit.Progress`: a forecast of the cost first, then a sentence for each width.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: fewer than two widths, or other arguments out of range.

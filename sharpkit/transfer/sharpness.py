@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sharpkit._arguments import flag, real, whole
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import resumable, step
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import ProgressCallback, Result, percent
@@ -153,6 +154,7 @@ class SharpnessTransfer(
         return plot_sharpness_transfer(self.to_dict(), ax=ax)
 
 
+@public_call
 @resumable(family_call)
 def sharpness_transfer(
     build: Build,
@@ -176,6 +178,7 @@ def sharpness_transfer(
     tol: float = 0.01,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> SharpnessTransfer:
     """Follow the largest eigenvalue of the (preconditioned) Hessian on a fixed batch while networks of several widths train.
 
@@ -197,6 +200,7 @@ def sharpness_transfer(
         tol: relative tolerance of the eigenvalues.
         checkpoint: a folder from which the call goes on if it is killed and made again, after the last run that ended.
         callback: called with a :class:`sharpkit.Progress` after each run.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: arguments out of range, or ``with_ntk`` with a closure.

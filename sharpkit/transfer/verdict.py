@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from sharpkit._arguments import choice
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import resumable, step
 from sharpkit._results import ProgressCallback, Result
 from sharpkit.training_run import as_seeds
@@ -199,6 +200,7 @@ class Verdict(
         return plot_transfer_verdict(self.to_dict(), ax=ax)
 
 
+@public_call
 @resumable(family_call)
 def diagnose(
     build: Callable[..., torch.nn.Module],
@@ -214,6 +216,7 @@ def diagnose(
     store: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> Verdict:
     """Say whether hyperparameters tuned on a small network will do for a large one, and if not, why not.
 
@@ -233,6 +236,7 @@ def diagnose(
         store: file for finished runs of the learning rates, so that a killed diagnosis continues where it stopped.
         checkpoint: a folder from which the whole diagnosis goes on if it is killed and made again, after the last run that ended.
         callback: called with a :class:`sharpkit.Progress`: a forecast of the cost first, then a sentence for each measurement.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: too few sizes, or another mode.

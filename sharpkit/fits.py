@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpkit._arguments import as_seed, flag, real, reals, shown, whole
+from sharpkit._calls import public_call
 from sharpkit._results import Bounded, Result, student_factor
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class PowerLaw(Result, kind="power_law"):
         return f"PowerLaw(y = {start}{self.amplitude.value:.3g} x^{self.exponent.value:.3g}, exponent {ends}, {len(self.x)} points)"
 
 
+@public_call
 def power_law(
     x: Sequence[float],
     y: Sequence[float],
@@ -150,6 +152,7 @@ def power_law(
     errors: Sequence[float] | None = None,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
+    name: str = "",
 ) -> PowerLaw:
     """Fit y = offset + amplitude x^exponent through measured points, robustly, with 95 % intervals.
 
@@ -164,6 +167,7 @@ def power_law(
         errors: (n,) standard errors of y; only their ratios count, as weights.
         seed: seeds the resampling.
         num_resamples: refits.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: different lengths, numbers that are not positive and finite, or too few different x: 3, with an offset 4.

@@ -57,7 +57,7 @@ def test_every_public_name_has_a_place_in_the_reference_and_an_example_if_it_is_
         assert hasattr(importlib.import_module(module), name), where
     assert "`sk.METRICS`" in pages
     without = []
-    for space in (sk, sk.transfer, sk.laws, sk.sinks):
+    for space in (sk, sk.transfer, sk.laws, sk.measures, sk.sinks):
         for name in space.__all__:
             value = getattr(space, name)
             if inspect.ismodule(value) or name == "METRICS":

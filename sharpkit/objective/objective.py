@@ -437,6 +437,21 @@ class Objective:
         other._source = BatchSource(batches, pair=False)
         return other
 
+    def with_loss(self, loss: Callable[[Any, Any], Tensor]) -> Objective:
+        """The same parameters and data, weighted as they are, under another loss of the model's output; nothing is evaluated.
+
+        Args:
+            loss: ``loss(output, target)``, which averages over the same targets as this objective's own.
+
+        Raises:
+            ObjectiveError: the objective was not made with ``loss=``, so that no output is known.
+        """
+        if self.loss is None:
+            raise ObjectiveError("another loss of the model's output needs an Objective made with loss= and (input, target) batches")
+        other = copy.copy(self)
+        other.loss, other.chunking = loss, replace(self.chunking, allowed=False)  # what it does with logits is not known
+        return other
+
     def by_samples(self) -> Objective:
         """The same objective, in eval mode where train mode ties the samples of a batch together or draws random numbers."""
         if self.may_separate and not self._survey.draws:

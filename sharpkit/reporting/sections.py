@@ -19,6 +19,8 @@ from sharpkit.learner.baselines import LEARNER
 from sharpkit.learner.race import COUNTING, RaceResult
 from sharpkit.learner.rollback import tells_of_return
 from sharpkit.linalg.results import Estimate, SpectralDensity
+from sharpkit.measures.nearby import MSharpness
+from sharpkit.measures.rounding import LayerSensitivity
 from sharpkit.measuring.history import CurvatureHistory
 from sharpkit.measuring.landscape import Landscape
 from sharpkit.measuring.layers import LayerSharpness
@@ -202,6 +204,47 @@ def _layers_section(document: Document) -> Section:
     rows = zip(layers.names, layers.num_parameters, layers.lambda_max, layers.trace, strict=True)
     for name, size, top, total in rows:
         section.rows.append([name, str(size), _flagged(top), _flagged(total)])
+    return section
+
+
+def _m_sharpness_section(document: Document) -> Section:
+    from sharpkit.plots.measures import plot_m_sharpness
+
+    sharpness = MSharpness.from_dict(document)
+    case = "Worst case" if sharpness.is_worst_case else "Average case"
+    section = Section(
+        f"{case} near the weights: {'adaptive ' if sharpness.adaptive else ''}{sharpness.perturbation}",
+        f"How far the loss of {sharpness.m} samples rises within rho of the weights, from {sharpness.loss:.4g}.",
+        draw=lambda ax: plot_m_sharpness(sharpness, ax=ax),
+        figure_label="Rise of the loss over rho",
+        columns=["rho", "rise +- standard error"],
+        cost=f"{sharpness.num_gradients} gradients and {sharpness.num_evaluations} forward passes of {sharpness.m} samples, "
+        f"{sharpness.seconds:.1f} s",
+    )
+    section.rows = [[f"{rho:g}", str(value)] for rho, value in zip(sharpness.rho, sharpness.values, strict=True)]
+    return section
+
+
+def _layer_sensitivity_section(document: Document) -> Section:
+    from sharpkit.plots.measures import plot_layer_sensitivity
+
+    layers = LayerSensitivity.from_dict(document)
+    section = Section(
+        "Rounding each layer",
+        "The rise of the loss if one weight tensor alone is rounded: foretold by its mean trace and by the quadratic form, and measured.",
+        draw=lambda ax: plot_layer_sensitivity(layers, ax=ax),
+        figure_label="Measured against foretold rises",
+        columns=["layer", "lambda_max", "mean trace", *(f"{bits} bits, {what}" for bits in layers.bits for what in ("foretold", "measured"))],
+        cost=f"{layers.num_matvecs} products and {layers.num_evaluations} forward passes, {layers.seconds:.1f} s",
+        wide=True,
+    )
+    for i, name in enumerate(layers.names):
+        rises = [
+            _text(value)
+            for j in range(len(layers.bits))
+            for value in (layers.predicted[i][j], None if layers.measured is None else layers.measured[i][j])
+        ]
+        section.rows.append([name, _flagged(layers.lambda_max[i]), f"{layers.mean_trace[i]:.4g}", *rises])
     return section
 
 
@@ -568,6 +611,8 @@ _SECTIONS: dict[str, Callable[[Document], Section]] = {
     "sharpness": _sharpness_section,
     "curvature_history": _history_section,
     "layer_sharpness": _layers_section,
+    "m_sharpness": _m_sharpness_section,
+    "layer_sensitivity": _layer_sensitivity_section,
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
     "suggested_learning_rate": _suggestion_section,

@@ -2,10 +2,11 @@
 
     python -m experiments.measures_generalisation     # results/measures_generalisation.jsonl, figures/measures_generalisation.png
 
-A ReLU MLP on 2000 Fashion-MNIST images of 14 x 14 is trained by SGD, at each rate and batch size from three seeds, until the loss on all
-training images is at most 0.05 (looked at every 50 steps); runs that do not get there within the steps allowed are left out and counted. The
-gap is the test loss (error) on 10,000 other images less that on the training images. Of each measure Kendall's rank correlation with the gap
-over the runs, with a 95 % interval from resampled grid cells: runs of one cell differ by their seed alone and are drawn together.
+A ReLU MLP on 2000 Fashion-MNIST images of 14 x 14 is trained by SGD, at each rate and batch size from three seeds, until the loss on
+all training images is at most 0.05 (looked at every 50 steps); runs that do not get there within the steps allowed are left out and
+counted. The gap is the test loss (error) on 10,000 other images less that on the training images. Of each measure Kendall's rank
+correlation with the gap over the runs, with a 95 % interval from resampled grid cells: runs of one cell differ by their seed alone and
+are drawn together.
 """
 
 from __future__ import annotations

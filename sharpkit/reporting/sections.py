@@ -234,7 +234,12 @@ def _layer_sensitivity_section(document: Document) -> Section:
         "The rise of the loss if one weight tensor alone is rounded: foretold by its mean trace and by the quadratic form, and measured.",
         draw=lambda ax: plot_layer_sensitivity(layers, ax=ax),
         figure_label="Measured against foretold rises",
-        columns=["layer", "lambda_max", "mean trace", *(f"{bits} bits, {what}" for bits in layers.bits for what in ("foretold", "measured"))],
+        columns=[
+            "layer",
+            "lambda_max",
+            "mean trace",
+            *(f"{bits} bits, {what}" for bits in layers.bits for what in ("foretold", "measured")),
+        ],
         cost=f"{layers.num_matvecs} products and {layers.num_evaluations} forward passes, {layers.seconds:.1f} s",
         wide=True,
     )

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sharpkit import fits as fits
     from sharpkit import laws as laws
+    from sharpkit import layerwise as layerwise
     from sharpkit import measures as measures
     from sharpkit import transfer as transfer
     from sharpkit._errors import ConvergenceWarning as ConvergenceWarning
@@ -113,7 +114,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. A test holds this table and the imports above, which type checkers read, together.
 _MODULES: dict[str, tuple[str, ...]] = {
-    "sharpkit": ("fits", "laws", "measures", "transfer"),
+    "sharpkit": ("fits", "laws", "layerwise", "measures", "transfer"),
     "sharpkit._errors": (
         "ConvergenceWarning",
         "DocumentError",
@@ -172,7 +173,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sharpkit.training_run": ("RaceProblem",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-_ARE_MODULES = {"fits", "laws", "measures", "sinks", "transfer"}  # public names that are modules themselves
+_ARE_MODULES = {"fits", "laws", "layerwise", "measures", "sinks", "transfer"}  # public names that are modules themselves
 
 __all__ = sorted(_HOME)
 

@@ -314,9 +314,7 @@ class Result(_Saved):
             value = _attribute(self, path)
             if callable(value):
                 value = value()
-            # a number with an interval is a plain one where the field says float
-            whole = isinstance(value, Bounded) and float not in (hints.get(path), *get_args(hints.get(path)))
-            document[key] = value.to_dict() if whole else _plain(value)
+            document[key] = _plain(value, bounded=_keeps_bounds(hints.get(path), value))
         if layout.kind and self.name:
             document.setdefault("name", self.name)
         return json_ready(document) if layout.strict else document  # type: ignore[no-any-return]
@@ -409,18 +407,25 @@ def _attribute(owner: Any, path: str) -> Any:
     return owner
 
 
-def _plain(value: Any) -> Any:
+def _keeps_bounds(hint: Any, value: Any) -> bool:
+    """Whether a number with an interval, or those in a container, are written with it: not where the field says float."""
+    if isinstance(value, Bounded):
+        return float not in (hint, *get_args(hint))
+    return any(isinstance(part, type) and issubclass(part, Bounded) for part in get_args(hint))
+
+
+def _plain(value: Any, *, bounded: bool = False) -> Any:
     """Lists, dictionaries with string keys, numbers and strings; NaN and infinities stay."""
     if value is None or isinstance(value, (str, int)):  # first, since most are
         return value
-    if isinstance(value, float):  # before to_dict: a Bounded in a container is a plain number
+    if isinstance(value, float) and not (bounded and isinstance(value, Bounded)):
         return float(value)
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v, bounded=bounded) for k, v in value.items()}
     if isinstance(value, (list, tuple, deque)):
-        return [_plain(v) for v in value]
+        return [_plain(v, bounded=bounded) for v in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 

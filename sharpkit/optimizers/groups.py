@@ -166,6 +166,29 @@ def _rates_set(optimizer: Optimizer, rates: Sequence[float]) -> Iterator[None]:
     yield
 
 
+def regrouped(optimizer: Optimizer, layout: ParamLayout, factors: Sequence[float]) -> Optimizer:
+    """The optimizer as it would be with a group for each of the layout's parameters, at a factor of its rate: to ask for limits.
+
+    It shares the original's state and must not step. Parameters that the optimizer does not hold are left out.
+
+    Args:
+        optimizer: the original; only read.
+        layout: the parameters meant.
+        factors: for each of them, positive.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    twin = type(optimizer).__new__(type(optimizer))
+    Optimizer.__setstate__(twin, {"defaults": {}, "state": {}, "param_groups": []})
+    vars(twin).update({name: value for name, value in vars(optimizer).items() if not name.startswith("_optimizer_")})
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    twin.param_groups = [
+        {**groups[id(p)], "params": [p], "lr": _rate(groups[id(p)]) * factor}
+        for p, factor in zip(layout.live, factors, strict=True)
+        if id(p) in groups
+    ]
+    return twin
+
+
 def restore_initial_rates(optimizer: Optimizer) -> None:
     """Give back the rates from before a scheduler's warmup, which may have begun at 0 and so hidden the groups' ratios."""
     set_learning_rates(optimizer, [float(group.get("initial_lr", _rate(group))) for group in optimizer.param_groups])

@@ -1,4 +1,4 @@
-"""Pictures of learning-rate schedules and of power laws."""
+"""Pictures of learning-rate schedules, of rates by layer and of power laws."""
 
 from __future__ import annotations
 
@@ -38,3 +38,17 @@ def draw_power_law(
     ax.plot(points, values, "o", color=ORANGE, markersize=4, label="measured")
     ax.set(xscale="log", yscale="log")
     return finish(ax, x=x, y=y)
+
+
+def draw_layer_rates(names: Sequence[str], ratios: Mapping[str, Sequence[float]], *, ax: Axes | None) -> Axes:
+    """A mark for each rule and layer, the first layer on top; 1 is the base rate."""
+    ax = axes_for(ax, (6.4, max(2.6, 1.2 + 0.32 * len(names))))  # inches, by judgement: axis, legend and a line for each layer
+    rows = np.arange(len(names))
+    shifts = np.linspace(-0.25, 0.25, len(ratios))
+    for (label, values), shift, colour, mark in zip(ratios.items(), shifts, _COLOURS, "osD^vP", strict=False):
+        ax.plot(values, rows + shift, mark, color=colour, markersize=5, label=label)
+    ax.axvline(1.0, color=ORANGE, linestyle="--", linewidth=1.2)
+    ax.set_xscale("log")
+    ax.set_yticks(rows, labels=list(names))
+    ax.invert_yaxis()
+    return finish(ax, x="rate of the layer / base rate")

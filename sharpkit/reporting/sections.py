@@ -15,6 +15,7 @@ from typing import Any
 from sharpkit._errors import DocumentError
 from sharpkit._results import decimals, format_with_error, number, percent
 from sharpkit.fits import Slope
+from sharpkit.layerwise import RULES, LayerRates
 from sharpkit.learner.baselines import LEARNER
 from sharpkit.learner.race import COUNTING, RaceResult
 from sharpkit.learner.rollback import tells_of_return
@@ -250,6 +251,25 @@ def _layer_sensitivity_section(document: Document) -> Section:
             for value in (layers.predicted[i][j], None if layers.measured is None else layers.measured[i][j])
         ]
         section.rows.append([name, _flagged(layers.lambda_max[i]), f"{layers.mean_trace[i]:.4g}", *rises])
+    return section
+
+
+def _layer_rates_section(document: Document) -> Section:
+    rates = LayerRates.from_dict(document)
+    section = Section(
+        f"Rates by layer, {rates.optimizer}",
+        "Each layer's rate over the base rate, of geometric mean 1, held to a factor of 10; its largest stable rate alone.",
+        draw=lambda ax: rates.plot(ax=ax),
+        figure_size=(5.8, max(2.6, 1.3 + 0.34 * len(rates.names))),  # inches, by judgement: axis and legend, and a line for each layer
+        figure_label="Rates by layer",
+        cost=f"{rates.num_matvecs} products, {rates.seconds:.3g} s",
+        columns=["layer", "parameters", "alone", *RULES],
+    )
+    ratios = [rates.ratios(rule) for rule in RULES]
+    for name, size, alone in zip(rates.names, rates.num_parameters, rates.alone, strict=True):
+        section.rows.append([name, str(size), f"{float(alone):.3g}", *(f"{own[name]:.3g}" for own in ratios)])
+    together = [f"{float(rates.together[rule]):.3g}" for rule in RULES]
+    section.rows.append(["largest stable base rate", str(sum(rates.num_parameters)), f"{float(rates.one_rate):.3g} (one rate)", *together])
     return section
 
 
@@ -618,6 +638,7 @@ _SECTIONS: dict[str, Callable[[Document], Section]] = {
     "layer_sharpness": _layers_section,
     "m_sharpness": _m_sharpness_section,
     "layer_sensitivity": _layer_sensitivity_section,
+    "layer_rates": _layer_rates_section,
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
     "suggested_learning_rate": _suggestion_section,

@@ -4,8 +4,9 @@
 
 The claim is that of Hoffer, Hubara and Soudry (2017), arXiv 1705.08741: large batches generalise worse at equal epochs; a rate that grows
 as the square root of the batch and statistics of small "ghost" batches reduce the gap, and training for as many steps closes it. A small
-conv net with batch norm, SGD with momentum 0.9 and a cosine decay, Fashion-MNIST averaged to 14 x 14. The small batch's rate is the best of
-a grid on validation images and a seed of its own; the large batch's rates follow by rule.
+conv net with batch norm, SGD with momentum 0.9 and a cosine decay, Fashion-MNIST averaged to 14 x 14. Small batches, large ones and large
+ones with ghosts are trained at each rate of a grid, so that rules can be told from the best rate; the small batch's rate, from which the
+rules start, is the best on validation images. Without warm-up and without clipping.
 """
 
 from __future__ import annotations
@@ -13,34 +14,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sharpkit as sk
-from experiments._common import Row, run_as_script
+from experiments._common import Row, interval, run_as_script
 from experiments._models import conv_net, images, seeded
 from sharpkit import laws
 
 TRAIN, VALIDATION, TEST = 2048, 2000, 6000
-SMALL, LARGE, EPOCHS = 32, 512, 20
-RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
-SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
-# name: batch size, rate over the small batch's, ghost batches, as many steps as with the small batch
-SETTINGS: dict[str, tuple[int, float, bool, bool]] = {
-    "small": (SMALL, 1.0, False, False),
-    "large, same rate": (LARGE, 1.0, False, False),
-    "large, square root": (LARGE, math.sqrt(LARGE / SMALL), False, False),
-    "large, linear": (LARGE, LARGE / SMALL, False, False),
-    "large, square root, ghosts": (LARGE, math.sqrt(LARGE / SMALL), True, False),
-    "large, linear, ghosts": (LARGE, LARGE / SMALL, True, False),
-    "large, square root, as many steps": (LARGE, math.sqrt(LARGE / SMALL), False, True),
-    "large, square root, ghosts, as many steps": (LARGE, math.sqrt(LARGE / SMALL), True, True),
-}
+SMALL, LARGE, EPOCHS = 32, 512, 15  # 16 times the batch: the rules multiply the rate by 4 and by 16
+RATES = tuple(0.00625 * 2**j for j in range(9))  # up to 1.6; small batches up to 0.2
+SEEDS = (0, 1, 2, 3, 4)
+KINDS = ("small", "large", "large, ghosts")
+AS_MANY = ("large, as many steps", "large, ghosts, as many steps")  # at the square-root rule's rate
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -104,63 +96,90 @@ def trained(data: tuple[Tensor, Tensor], *, rate: float, batch_size: int, ghosts
 
 
 def measure(quick: bool) -> list[Row]:
-    """The grid's rows, and one for each setting and seed."""
+    """One row for each kind of run, rate and seed, and a summary of the rules."""
     torch.set_num_threads(1)
+    seeds, epochs = (SEEDS[:2], 1) if quick else (SEEDS, EPOCHS)
+    rates = {kind: [rate for rate in RATES if kind != "small" or rate <= 0.2] for kind in KINDS}
+    if quick:
+        rates = {kind: [0.05 if kind == "small" else 0.2] for kind in KINDS}
+    rows = [run(kind, rate, seed, epochs=epochs) for kind in KINDS for rate in rates[kind] for seed in seeds]
+    base = best_rate(rows, "small")
+    rows += [run(kind, rule_rates(base)["square root"], seed, epochs=epochs) for kind in AS_MANY for seed in seeds]
+    return [*rows, *summary(rows, base)]
+
+
+def run(kind: str, rate: float, seed: int, *, epochs: int) -> Row:
+    """Accuracies and lambda_max on 1024 training images at the end of a run."""
+    data, validation, test = splits()
+    size = SMALL if kind == "small" else LARGE
+    steps, began = epochs * TRAIN // (SMALL if kind in AS_MANY else size), time.perf_counter()
+    model, last = trained(data, rate=rate, batch_size=size, ghosts="ghosts" in kind, steps=steps, seed=seed)
+    row = {"kind": kind, "rate": rate, "seed": seed, "steps": steps, "last_loss": last, "train": accuracy(model, *data)}
+    row |= {"validation": accuracy(model, *validation), "test": accuracy(model, *test), "seconds": time.perf_counter() - began}
+    sharpness = math.nan
+    if math.isfinite(last):
+        objective = sk.Objective(model.eval(), (data[0][:1024], data[1][:1024]), loss=F.cross_entropy)
+        sharpness = float(sk.eigenpairs(sk.HessianOperator(objective), k=1, tol=0.01).values[0])
+    return {**row, "lambda_max": sharpness}
+
+
+@cache
+def splits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training, validation and test images with their classes."""
     x, y, _ = images(TRAIN + VALIDATION + TEST, side=14)
-    data, (valid_x, test_x), (valid_y, test_y) = (
-        (x[:TRAIN], y[:TRAIN]),
-        x[TRAIN:].split([VALIDATION, TEST]),
-        y[TRAIN:].split([VALIDATION, TEST]),
-    )
-    epochs = 1 if quick else EPOCHS
-    rows = []
-    for rate in RATES[2:3] if quick else RATES:
-        model, _ = trained(data, rate=rate, batch_size=SMALL, ghosts=False, steps=epochs * TRAIN // SMALL, seed=TUNING_SEED)
-        rows.append({"grid": rate, "validation": accuracy(model, valid_x, valid_y)})
-    best = max(rows, key=lambda row: row["validation"])["grid"]
-    for name, (size, factor, ghosts, as_many) in SETTINGS.items():
-        steps = epochs * TRAIN // (SMALL if as_many and not quick else size)
-        for seed in SEEDS[: 1 if quick else None]:
-            began = time.perf_counter()
-            model, last = trained(data, rate=factor * best, batch_size=size, ghosts=ghosts, steps=steps, seed=seed)
-            row = {"setting": name, "seed": seed, "rate": factor * best, "steps": steps, "last_loss": last}
-            row |= {"train": accuracy(model, *data), "test": accuracy(model, test_x, test_y), "seconds": time.perf_counter() - began}
-            objective = sk.Objective(model.eval(), (x[:1024], y[:1024]), loss=F.cross_entropy)
-            rows.append({**row, "lambda_max": float(sk.eigenpairs(sk.HessianOperator(objective), k=1, tol=0.01).values[0])})
-    return [*rows, *summary(rows)]
+    first, second, third = zip(x.split([TRAIN, VALIDATION, TEST]), y.split([TRAIN, VALIDATION, TEST]), strict=True)
+    return first, second, third
 
 
-def summary(rows: list[Row]) -> list[Row]:
-    """Mean test accuracy of each setting, and its difference to the small batch's by seed, with 95 % intervals."""
-    small, found = {row["seed"]: row["test"] for row in rows if row.get("setting") == "small"}, []
-    for name in SETTINGS:
-        own = [row for row in rows if row.get("setting") == name]
-        tests, gaps = [row["test"] for row in own], [row["test"] - small[row["seed"]] for row in own]
-        t = stats.t.ppf(0.975, len(own) - 1) / math.sqrt(len(own)) if len(own) > 1 else math.nan
-        half = {key: t * float(np.std(values, ddof=1)) if len(own) > 1 else math.nan for key, values in (("test", tests), ("gap", gaps))}
-        row = {
-            "summary": name,
-            "test": float(np.mean(tests)),
-            "test_half": half["test"],
-            "gap": float(np.mean(gaps)),
-            "gap_half": half["gap"],
-        }
-        found.append(
-            {**row, "train": float(np.mean([r["train"] for r in own])), "lambda_max": float(np.median([r["lambda_max"] for r in own]))}
-        )
+def rule_rates(base: float) -> dict[str, float]:
+    """What the rules say for the large batch."""
+    return {"same rate": base, "square root": base * math.sqrt(LARGE / SMALL), "linear": base * LARGE / SMALL}
+
+
+def best_rate(rows: list[Row], kind: str) -> float:
+    """Of the highest mean validation accuracy."""
+    own = [row for row in rows if row["kind"] == kind]
+    return max({row["rate"] for row in own}, key=lambda rate: float(np.mean([row["validation"] for row in own if row["rate"] == rate])))
+
+
+def summary(rows: list[Row], base: float) -> list[Row]:
+    """Mean test accuracy and its difference to the small batch's on the same seed, with 95 % intervals."""
+    chosen = {"small, best": ("small", base)}
+    for kind in KINDS[1:]:
+        chosen |= {f"{kind}, {rule}": (kind, rate) for rule, rate in rule_rates(base).items()}
+        chosen[f"{kind}, best"] = (kind, best_rate(rows, kind))
+    chosen |= {f"{kind}, square root": (kind, rule_rates(base)["square root"]) for kind in AS_MANY}
+    small = {row["seed"]: row["test"] for row in rows if (row["kind"], row["rate"]) == ("small", base)}
+    found = []
+    for name, (kind, rate) in chosen.items():
+        own = [row for row in rows if row["kind"] == kind and math.isclose(row["rate"], rate)]
+        if len(own) < 2:
+            continue  # beyond the grid
+        row = {"summary": name, "rate": rate}
+        row["test"], row["test_half"] = interval([one["test"] for one in own])
+        row["gap"], row["gap_half"] = interval([one["test"] - small[one["seed"]] for one in own])
+        row |= {"train": float(np.mean([one["train"] for one in own])), "lambda_max": float(np.median([one["lambda_max"] for one in own]))}
+        found.append(row)
     return found
 
 
 def draw(rows: list[Row], canvas: Any) -> None:
-    """Test accuracies with intervals."""
-    ax = canvas.subplots()
+    """Test accuracy by rate, and of the rules with intervals."""
+    canvas.set_size_inches(10, 4)
+    by_rate, by_rule = canvas.subplots(1, 2)
+    for kind, colour in zip(KINDS, ("#4b8b3b", "#2563a8", "#d1662b"), strict=True):
+        rates = sorted({row["rate"] for row in rows if row.get("kind") == kind})
+        tests = [[100 * row["test"] for row in rows if row.get("kind") == kind and row["rate"] == rate] for rate in rates]
+        by_rate.plot(rates, [np.mean(t) for t in tests], "o-", ms=3, color=colour, label=kind)
+        by_rate.fill_between(rates, [min(t) for t in tests], [max(t) for t in tests], color=colour, alpha=0.15, linewidth=0)
+    by_rate.set(xscale="log", xlabel="rate", ylabel="test accuracy (%)", ylim=(70, 85))
+    by_rate.legend(frameon=False, fontsize=8)
     shown = [row for row in rows if "summary" in row][::-1]
     for height, row in enumerate(shown):
-        own = [100 * one["test"] for one in rows if one.get("setting") == row["summary"]]
-        ax.plot(own, [height] * len(own), "o", ms=4, color="#2563a8", alpha=0.4)
-        ax.errorbar(100 * row["test"], height, xerr=100 * row["test_half"], fmt="|", ms=12, color="#d1662b", capsize=3)
-    ax.set_yticks(range(len(shown)), [row["summary"] for row in shown])
-    ax.set(xlabel=f"test accuracy (%), batches of {SMALL} and {LARGE}")
+        by_rule.errorbar(100 * row["gap"], height, xerr=100 * row["gap_half"], fmt="o", ms=4, color="#2563a8", capsize=3)
+    by_rule.axvline(0, color="#888888", linestyle=":")
+    by_rule.set_yticks(range(len(shown)), [row["summary"] for row in shown], fontsize=8)
+    by_rule.set(xlabel="test accuracy less the small batch's (points)", xlim=(-12, 3))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch.nn import functional as F
 
 import sharpkit as sk
-from experiments._common import Row, run_as_script
+from experiments._common import Row, interval, run_as_script
 from experiments._learner_tasks import Task, task_of
 from sharpkit import laws
 
@@ -102,12 +101,6 @@ def summary(key: str, rows: list[Row]) -> list[Row]:
             row[f"{what}_ratio"], row[f"{what}_ratio_half"] = interval([one[what] / linear[one["seed"]][what] for one in own])
         found.append(row)
     return found
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t."""
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)), half
 
 
 def draw(rows: list[Row], canvas: Any) -> None:

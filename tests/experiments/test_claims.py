@@ -13,8 +13,8 @@ from torch import nn
 from experiments import claim_benign_oscillation as oscillation
 from experiments import claim_double_descent as descent
 from experiments import claim_ghost_batches as ghosts
-from experiments import claim_refined_schedule as refined
 from experiments import claim_trace_at_batch_one as batch_one
+from experiments._common import interval
 from experiments._models import FASHION_MNIST, mlp, seeded
 
 
@@ -106,7 +106,7 @@ def test_the_interval_of_the_tables_is_students() -> None:
 
     values = [1.0, 1.5, 0.7, 2.0]
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    mean, half = refined.interval(values)
+    mean, half = interval(values)
     assert (mean - half, mean + half) == pytest.approx((low, high))
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,3 +225,12 @@ def test_a_name_travels_with_the_result_and_changes_no_number(tmp_path: Path) ->
 def test_a_checkpoint_goes_on_under_another_name(tmp_path: Path) -> None:
     first, again = (sk.spectral_density(matrix(), num_probes=2, num_steps=8, checkpoint=tmp_path / "c", name=name) for name in "ab")
     assert (first.name, again.name) == ("a", "b") and first.seconds == again.seconds
+
+
+def test_a_warning_names_the_line_that_made_the_call() -> None:
+    objective, _ = problem()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sk.eigenpairs(matrix(), k=1, max_matvecs=3)
+        sk.batch_sharpness(objective.by_samples(), batch_size=4, rtol=1e-9, max_batches=4)
+    assert [Path(each.filename).name for each in caught] == [Path(__file__).name] * 2

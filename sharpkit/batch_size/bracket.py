@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from sharpkit._arguments import as_seed, check_callback, real, whole
 from sharpkit._calls import public_call
-from sharpkit._errors import ConvergenceWarning
 from sharpkit._results import Progress, ProgressCallback, Result, student_factor
 from sharpkit.linalg.lanczos import eigenpairs
+from sharpkit.linalg.results import warn_unconverged
 from sharpkit.objective.memory import keeps_memory_limit
 from sharpkit.objective.objective import Objective
 from sharpkit.objective.samples import SamplePool
@@ -127,7 +126,7 @@ def sharpness_bracket(
         crossed = lower - upper > _TOL * abs(upper)
         if crossed:  # by noise, or because an eigenvalue was missed: no reason to stop
             crossing = f"from {size} samples the bounds crossed ({lower:.4g} below, {upper:.4g} above)"
-            warnings.warn(crossing, ConvergenceWarning, stacklevel=2)
+            warn_unconverged(crossing)
         lower, upper = min(lower, upper), max(lower, upper)
         history.append((size, lower, upper))
         converged = not crossed and upper - lower <= rtol * abs(lower + upper) / 2

@@ -233,7 +233,8 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         if looks and self._is_lost():
             decision = self._go_back()
         elif self._is_time(self._maker.samples_of(batch)):
-            decision = self._measure(batch)
+            with no_bars():  # the training loop has its own
+                decision = self._measure(batch)
         else:
             self._rate.grow()
         if looks and heard and decision is None:
@@ -254,7 +255,6 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         return self._rate.value
 
     # -- measuring and deciding ---------------------------------------------------------------------------------------------------
-    @no_bars()  # the training loop has its own
     def _measure(self, batch: Batch) -> Decision:
         samples = self._maker.samples_of(batch)
         changed = 0 not in (samples, self._batch_size) and samples != self._batch_size
@@ -352,7 +352,6 @@ class CurvatureLearner(State, version=_STATE_VERSION, saved=(*_SAVED, *_PARTS)):
         self._points.advance(self.model, self.optimizer, step=self._step, rate=self._rate.value, good=good)
         self._rate.remember(self._points.rate)
 
-    @no_bars()  # the training loop has its own
     def _validate(self) -> Decision | None:
         """Look at the held-out loss, if it is time, and go back where it has turned."""
         held_out = self._validation

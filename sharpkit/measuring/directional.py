@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from sharpkit._arguments import as_seed, real, whole
 from sharpkit._calls import public_call
-from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
+from sharpkit._errors import NonFiniteError, UnsupportedError
 from sharpkit._results import standard_error
-from sharpkit.linalg.results import Estimate
+from sharpkit.linalg.results import Estimate, warn_unconverged
 from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.objective.samples import SamplePool
 from sharpkit.operators.hessian import HessianOperator
@@ -208,7 +207,7 @@ def _mean_over_batches(
     estimate = Estimate(mean, stderr, drawn, time.perf_counter() - started, how, converged and not crosses).rounded(objective.rounding)
     if not estimate.converged:
         remedy = "the others step uphill, so the ratio has no mean; leave optimizer out" if crosses else "raise max_batches"
-        warnings.warn(f"{name} {estimate} after {how}: not within {rtol:g}; {remedy}", ConvergenceWarning, stacklevel=3)
+        warn_unconverged(f"{name} {estimate} after {how}: not within {rtol:g}; {remedy}")
     return estimate
 
 

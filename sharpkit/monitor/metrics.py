@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit._arguments import real, whole
+from sharpkit._arguments import as_text, real, whole
 from sharpkit._errors import ConvergenceWarning, NonFiniteError, UnsupportedError
 from sharpkit._results import Parts, State, standard_error
 from sharpkit.batch_size.noise import gradient_noise_scale
 from sharpkit.linalg.lanczos import eigenpairs
-from sharpkit.linalg.results import Budget, Estimate
+from sharpkit.linalg.results import Budget, Estimate, SpectralDensity
+from sharpkit.linalg.slq import spectral_density
 from sharpkit.linalg.trace import trace
 from sharpkit.linalg.tracking import EigenvalueTracker
 from sharpkit.measuring.critical import critical_learning_rate
@@ -67,6 +68,8 @@ _TRACE_MATVECS = 24  # products of a trace without a budget; by judgement
 # Products of a generalized sharpness, and directions to begin with, by trial on four runs of a small network: after ten measurements three
 # of them were within 5 % of ten thorough starts and one a fifth below; with two directions two of them were a twentieth lower at first.
 _SHARPEST_MATVECS, _SHARPEST_STARTS = 10, 4
+# Lanczos steps and probes of a density that is looked at, by judgement: 24 steps show about as many features as a small picture can
+_DENSITY_STEPS, _DENSITY_PROBES = 24, 4
 _LEAST_MATVECS = 3  # products without which neither a trace nor the ends of a spectrum have an error; by judgement
 
 
@@ -106,6 +109,7 @@ class Situation:
     memory: Memory  # what the metrics remember
     max_matvecs: int | None = None  # number of products that the budget allows the next metric; None if there is no bound
     top_k: int = 5  # how many eigenvalues top_k gives
+    density: SpectralDensity | None = None  # what the metric of that name leaves for the record
 
     @property
     def lr(self) -> float:
@@ -342,6 +346,17 @@ def _trace(s: Situation) -> Values:
     return {"trace": Measurement.of(estimate, limit=_trace_limit(s), method=f"{estimate.method} {s.where}")}
 
 
+def _density(s: Situation) -> Values:
+    """The whole spectrum, as far as the budget's products resolve it; the number is its share below zero."""
+    most = _DENSITY_STEPS * _DENSITY_PROBES if s.max_matvecs is None else max(s.max_matvecs, _LEAST_MATVECS)
+    steps = min(_DENSITY_STEPS, most, s.wide_hessian.size)
+    probes = max(1, min(_DENSITY_PROBES, most // steps))
+    with _unwarned():
+        s.density = spectral_density(s.wide_hessian, num_probes=probes, num_steps=steps, seed=s.memory.seed + s.step)
+    share = s.density.negative_mass
+    return {"negative_mass": Measurement.of(share, method=f"{share.method} {s.where}")}
+
+
 def _trace_limit(s: Situation) -> float | None:
     """tr H at which SGD with this batch size loses mean-square stability.
 
@@ -386,6 +401,13 @@ def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) ->
     return float(total / base), float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
 
 
+# Eigenvalues of H, and what is held against a number over the learning rate and so has the unit of one over it: for SGD that is the same,
+# for methods that divide by the size of gradients it is one over parameter.
+_OF_HESSIAN, _PER_RATE = "loss / parameter^2", "1 / learning rate"
+_NO_UNIT = "none"
+UNITS = {"loss": "that of the loss", "lr": "learning rate", "overhead": "none (share of the training time)"}
+
+
 @dataclass(frozen=True)
 class Metric:
     """One entry of the table below."""
@@ -394,23 +416,25 @@ class Metric:
     gradients: float  # approximate cost of one measurement, in gradients of the batch
     live: bool = False  # whether it reads the optimizer's state; for an adaptive one it is then left out before the first step
     needs_probe: bool = False  # whether it can be measured on a probe set only
+    unit: str = _OF_HESSIAN  # of its values, in words
 
 
 # By name. The numbers, by judgement, are what a first measurement costs in gradients of the batch; all later plans rest on measured costs.
 METRICS: dict[str, Metric] = {
     "lambda_max": Metric(_lambda_max, 11),
-    "preconditioned_lambda_max": Metric(_preconditioned, 11, live=True),
+    "preconditioned_lambda_max": Metric(_preconditioned, 11, live=True, unit=_PER_RATE),
     "probe_lambda_max": Metric(_probe_lambda_max, 11, needs_probe=True),
-    "groups": Metric(_groups, 12, live=True),
-    "generalized_sharpness": Metric(_generalized_sharpness, 22),
-    "batch_sharpness": Metric(_batch_sharpness, 4),
-    "critical_sharpness": Metric(_critical_sharpness, 4),
-    "directional_sharpness": Metric(_directional_sharpness, 4),
-    "noise_scale": Metric(_noise_scale, 2),
+    "groups": Metric(_groups, 12, live=True, unit=_PER_RATE),
+    "generalized_sharpness": Metric(_generalized_sharpness, 22, unit="loss / squared norm of a step"),
+    "batch_sharpness": Metric(_batch_sharpness, 4, unit=_PER_RATE),
+    "critical_sharpness": Metric(_critical_sharpness, 4, unit=_PER_RATE),
+    "directional_sharpness": Metric(_directional_sharpness, 4, unit=_PER_RATE),
+    "noise_scale": Metric(_noise_scale, 2, unit="samples"),
     "trace": Metric(_trace, 24),
     "lambda_min": Metric(_lambda_min, 20),
     "top_k": Metric(_top_k, 40),
     "per_layer": Metric(_per_layer, 60),
+    "density": Metric(_density, 200, unit=f"{_NO_UNIT} (share of the eigenvalues)"),
     "gradient_noise_interaction": Metric(_gradient_noise_interaction, 60, needs_probe=True),
 }
 
@@ -420,6 +444,7 @@ MetricLike = str | MetricFunction
 
 # What a metric of one's own is expected to cost in gradients of the batch: by judgement as much as batch sharpness.
 _GUESSED_GRADIENTS = 4.0
+_UNSAID = "not said"
 
 
 def custom(
@@ -428,6 +453,7 @@ def custom(
     name: str | None = None,
     gradients: float = _GUESSED_GRADIENTS,
     limit: Callable[[torch.optim.Optimizer], float | None] | None = None,
+    unit: str = _UNSAID,
 ) -> Metric:
     """A user's own ``function(objective, optimizer)`` as a metric, by default under the function's name."""
     called = name or name_of(function)
@@ -440,7 +466,7 @@ def custom(
             return {called: Measurement.of(value, limit=bound)}
         return {called: Measurement(float(value), 0.0, 0, seconds, f"{name_of(function)}()", limit=bound)}
 
-    return Metric(compute, gradients)
+    return Metric(compute, gradients, unit=unit)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -454,6 +480,7 @@ def register_metric(
     *,
     gradients: float = _GUESSED_GRADIENTS,
     limit: Callable[[torch.optim.Optimizer], float | None] | None = None,
+    unit: str = _UNSAID,
 ) -> None:
     """Give a metric of your own a name that ``metrics=[...]`` of the monitor and its callbacks knows, for this process.
 
@@ -465,6 +492,7 @@ def register_metric(
             has an error.
         gradients: approximate cost of one measurement, in gradients of the batch; only the first measurement is planned with it.
         limit: optimizer -> the value that the metric is compared with, None if there is none.
+        unit: of the values, in words, for the header of a run; ``"none"`` where they have none.
 
     Raises:
         TypeError: function or limit is no function.
@@ -485,7 +513,7 @@ def register_metric(
     if limit is not None and not callable(limit):
         raise TypeError(f"limit must be a function of the optimizer, got {type(limit).__name__}")
     gradients = real("gradients", gradients, above=0)
-    METRICS[name] = custom(function, name=name, gradients=gradients, limit=limit)
+    METRICS[name] = custom(function, name=name, gradients=gradients, limit=limit, unit=as_text("unit", unit))
 
 
 def chosen_metrics(metrics: Sequence[MetricLike] | None, optimizer: torch.optim.Optimizer, probe: Any) -> dict[str, Metric]:

@@ -19,7 +19,7 @@ from sharpkit._calls import no_bars
 from sharpkit._errors import NonFiniteError, SharpkitWarning, UnsupportedError
 from sharpkit._results import State, percent
 from sharpkit.monitor.events import EventDetector
-from sharpkit.monitor.metrics import Memory, MetricLike, Situation, check_monitor_settings, chosen_metrics
+from sharpkit.monitor.metrics import UNITS, Memory, MetricLike, Situation, check_monitor_settings, chosen_metrics
 from sharpkit.monitor.planner import Planner
 from sharpkit.monitor.records import Measurement, MonitorHistory, Record
 from sharpkit.monitor.schema import RUN, VERSION
@@ -190,7 +190,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             self._synchronise()  # or the training step's work on the device would count as measuring
             watch.enter_again(entered)
             if self._planner.measures:
-                record = self._measure(batch)
+                with no_bars():  # the training loop has its own
+                    record = self._measure(batch)
             watch.leave()  # before the plan, which charges all that was measured
             self._planner.plan(self._step, may_halve=self._maker.may_halve(batch, self._planner.part))
         self._step += 1
@@ -202,7 +203,6 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         return self._planner.watch.overhead
 
     # -- measuring -----------------------------------------------------------------------------------------------------------
-    @no_bars()  # the training loop has its own
     def _measure(self, batch: Batch) -> Record | None:
         """One record with its events, in the history and the sinks; None if no metric could be measured yet."""
         values: dict[str, Measurement] = {}
@@ -221,7 +221,8 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
         watch = self._planner.watch
         spent = watch.mark() - watch.entered
         lr, overhead = learning_rate(self.optimizer), watch.overhead_with(spent)
-        return self._keep(Record(self._step, values, {**self._disabled, **failed}, loss, lr, (), samples, spent, overhead))
+        density = None if situation is None else situation.density
+        return self._keep(Record(self._step, values, {**self._disabled, **failed}, loss, lr, (), samples, spent, overhead, density))
 
     def _keep(self, record: Record) -> Record | None:
         """Put a record with its events into the history and the sinks, unless there is nothing in it."""
@@ -338,6 +339,7 @@ class Monitor(State, version=VERSION, saved=(*_SAVED, "records=history.records")
             "mode": self.mode,
             "seed": self.seed,
             "first_by": self._planner.first_by,
+            "units": {**UNITS, **{name: metric.unit for name, metric in self.metrics.items()}},
         }
         return header if self._resumed_at is None else {**header, "resumed_at": self._resumed_at}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sharpkit._results import Result, format_with_error, percent
-from sharpkit.linalg.results import Estimate
+from sharpkit.linalg.results import Estimate, SpectralDensity
 from sharpkit.monitor.events import Event
 from sharpkit.monitor.findings import run_findings
 from sharpkit.monitor.schema import HISTORY, RECORD, VERSION, in_words
@@ -46,7 +46,7 @@ class Measurement(Estimate, saved=("value", "stderr", "limit", "num_matvecs", "s
 
 
 # in the order of the files written so far, which put what a reader looks for first
-_RECORD_FIELDS = ("step", "loss", "lr", "values", "failed", "events", "num_samples", "seconds", "overhead")
+_RECORD_FIELDS = ("step", "loss", "lr", "values", "failed", "events", "num_samples", "seconds", "overhead", "density")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,14 @@ class Record(Result, kind=RECORD, version=VERSION, saved=_RECORD_FIELDS):
     num_samples: int = 0  # number of samples that were measured
     seconds: float = 0.0  # time that the record took
     overhead: float = 0.0  # time spent measuring so far, divided by the time spent training so far
+    density: SpectralDensity | None = None  # the whole spectrum, where the metric "density" was measured
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary, without the density where there is none: nearly all records have none."""
+        document = super().to_dict()
+        if self.density is None:
+            del document["density"]
+        return document
 
     def __getitem__(self, name: str) -> Measurement:
         if name not in self.values:

@@ -1,4 +1,4 @@
-"""Where the records of a monitored run go: JSON lines, CSV, TensorBoard, Weights & Biases, any callable.
+"""Where the records of a monitored run go: JSON lines, CSV, TensorBoard, Weights & Biases, MLflow, Trackio, Aim, any callable.
 
     monitor = sk.Monitor(..., sinks=[sk.sinks.jsonl("run.jsonl"), sk.sinks.tensorboard(writer), print])
 
@@ -14,6 +14,8 @@ import io
 import json
 import math
 import os
+import re
+import sys
 import time
 import warnings
 from collections import deque
@@ -29,7 +31,7 @@ from sharpkit.monitor.runs import RunFile as RunFile
 from sharpkit.monitor.runs import read_run as read_run
 from sharpkit.monitor.schema import RUN
 
-__all__ = ["FileSink", "RunFile", "Sink", "as_sink", "csv", "jsonl", "read_run", "tensorboard", "wandb"]
+__all__ = ["FileSink", "RunFile", "Sink", "aim", "as_sink", "csv", "jsonl", "mlflow", "read_run", "tensorboard", "trackio", "wandb"]
 
 
 def _mend_tail(path: Path, is_whole: Callable[[bytes], bool]) -> None:
@@ -53,6 +55,9 @@ def _mend_tail(path: Path, is_whole: Callable[[bytes], bool]) -> None:
 
 
 Document = Mapping[str, Any]
+
+_MLFLOW = re.compile(r"[^\w\-. /]")  # what MLflow refuses in a name, on Windows too, where it takes no colon
+_PICTURE = (6.4, 4.0)  # inches at 100 dots each, by judgement: a tile of a dashboard
 
 # one row a metric, so that a spreadsheet filters by name, and metrics that come later need no column
 _COLUMNS = ("step", "metric", "value", "stderr", "limit", "loss", "lr", "num_matvecs", "seconds", "converged", "method", "note")
@@ -307,7 +312,7 @@ def csv(path: str | os.PathLike[str], *, sync_seconds: float = 5.0, max_waiting:
 
 
 def tensorboard(target: Any) -> Sink:
-    """Scalars ``sharpkit/<metric>`` with their errors, limits and ratios, and events as text.
+    """Scalars ``sharpkit/<metric>`` with their errors, limits and ratios, events as text, and pictures of densities.
 
     Args:
         target: a ``SummaryWriter``, or anything with ``add_scalar``; or the folder of a new one.
@@ -335,7 +340,7 @@ def tensorboard(target: Any) -> Sink:
 
 
 def wandb(run: Any) -> Sink:
-    """Scalars ``sharpkit/<metric>`` to a Weights & Biases run.
+    """Scalars ``sharpkit/<metric>``, and pictures of densities, to a Weights & Biases run.
 
     A run with ``define_metric`` gets the steps as the axis of these metrics and keeps its own step count; any other object is called as
     ``run.log(scalars, step=step)``. The caller finishes the run.
@@ -364,7 +369,7 @@ def wandb(run: Any) -> Sink:
         if document.get("kind") == RUN:
             return
         step = int(document["step"])
-        scalars = {f"sharpkit/{name}": value for name, value in scalars_of(document).items()}
+        scalars = _logged(run, document)
         if not own_axis:
             run.log(scalars, step=step)
             return
@@ -375,6 +380,94 @@ def wandb(run: Any) -> Sink:
         held_at[0] = getattr(run, "step", None)
 
     return Sink(f"wandb({type(run).__name__})", write)
+
+
+def trackio(run: Any) -> Sink:
+    """Scalars ``sharpkit/<metric>``, and pictures of densities, to a Trackio run.
+
+    Args:
+        run: ``trackio.init(...)``, the module ``trackio`` itself, or anything with ``log(dict, step=...)``. The caller finishes the run.
+
+    Raises:
+        TypeError: it has no ``log``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> run = SimpleNamespace(log=lambda scalars, step: print(scalars, step))
+        >>> trackio(run).write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        {'sharpkit/trace': 7.5} 3
+    """
+    if not callable(getattr(run, "log", None)):
+        raise TypeError(f"expected a Trackio run, or anything with log(dict, step=...); got {type(run).__name__}")
+
+    def write(document: Document) -> None:
+        if document.get("kind") != RUN:
+            run.log(_logged(run, document), step=int(document["step"]))
+
+    return Sink(f"trackio({type(run).__name__})", write)
+
+
+def mlflow(target: Any) -> Sink:
+    """Metrics ``sharpkit/<metric>`` to the active MLflow run; the header as ``sharpkit/run.json``, and pictures of densities.
+
+    Characters that MLflow does not take in names, as those of a function's name, become underscores.
+
+    Args:
+        target: the module ``mlflow``, or anything with ``log_metrics(dict, step=...)``. The caller starts and ends the run.
+
+    Raises:
+        TypeError: it has no ``log_metrics``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> target = SimpleNamespace(log_metrics=lambda metrics, step: print(metrics, step))
+        >>> mlflow(target).write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        {'sharpkit/trace': 7.5} 3
+    """
+    if not callable(getattr(target, "log_metrics", None)):
+        raise TypeError(f"expected the module mlflow, or anything with log_metrics(dict, step=...); got {type(target).__name__}")
+
+    def write(document: Document) -> None:
+        if document.get("kind") == RUN:
+            if callable(getattr(target, "log_dict", None)):
+                target.log_dict(dict(document), "sharpkit/run.json")
+            return
+        step = int(document["step"])
+        target.log_metrics({_MLFLOW.sub("_", f"sharpkit/{name}"): value for name, value in scalars_of(document).items()}, step=step)
+        if callable(getattr(target, "log_image", None)):
+            for name, picture in pictures_of(document).items():
+                target.log_image(picture, key=f"sharpkit/{name}", step=step)
+
+    return Sink(f"mlflow({getattr(target, '__name__', type(target).__name__)})", write)
+
+
+def aim(run: Any) -> Sink:
+    """Metrics ``sharpkit/<metric>``, and pictures of densities, to an Aim run; the header as its parameter ``sharpkit``.
+
+    Args:
+        run: ``aim.Run(...)``, or anything with ``track(value, name=..., step=...)``. The caller closes the run.
+
+    Raises:
+        TypeError: it has no ``track``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> run = SimpleNamespace(track=lambda value, name, step: print(name, value, step))
+        >>> aim(run).write({"kind": "monitor_record", "step": 3, "values": {"trace": {"value": 7.5}}})
+        sharpkit/trace 7.5 3
+    """
+    if not callable(getattr(run, "track", None)):
+        raise TypeError(f"expected an Aim run, or anything with track(value, name=..., step=...); got {type(run).__name__}")
+
+    def write(document: Document) -> None:
+        if document.get("kind") == RUN:
+            if hasattr(run, "__setitem__"):
+                run["sharpkit"] = {name: value for name, value in document.items() if value is not None}  # Aim stores no null
+            return
+        for name, value in _logged(run, document).items():
+            run.track(value, name=name, step=int(document["step"]))
+
+    return Sink(f"aim({type(run).__name__})", write)
 
 
 class SinkLike(Protocol):
@@ -435,6 +528,35 @@ def scalars_of(document: Document) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}  # dashboards draw NaN as 0 or refuse it
 
 
+def pictures_of(document: Document) -> dict[str, Any]:
+    """The pictures of a record by name, as PIL images: its density, where it has one."""
+    if document.get("density") is None:
+        return {}
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from sharpkit.linalg.results import SpectralDensity  # here, since the sinks load without torch
+
+    figure = Figure(figsize=_PICTURE, dpi=100, layout="constrained")  # not pyplot's: nothing stays open, no backend is chosen
+    canvas: Any = FigureCanvasAgg(figure)
+    axes = SpectralDensity.from_dict(document["density"]).plot(figure.add_subplot())
+    axes.set_title(f"step {document['step']}")
+    canvas.draw()
+    return {"density": Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])}
+
+
+def _logged(run: Any, document: Document) -> dict[str, Any]:
+    """What a run is given at one step: scalars, and pictures in the class Image of the library that made it, where there is one."""
+    logged: dict[str, Any] = {f"sharpkit/{name}": value for name, value in scalars_of(document).items()}
+    library = sys.modules.get(type(run).__module__.partition(".")[0])  # wandb, trackio and aim have theirs at the top
+    wrap = getattr(run, "Image", None) or getattr(library, "Image", None)
+    if callable(wrap):
+        logged |= {f"sharpkit/{name}": wrap(picture) for name, picture in pictures_of(document).items()}
+    return logged
+
+
 def _to_tensorboard(writer: Any, document: Document) -> None:
     if document.get("kind") == RUN:
         if callable(getattr(writer, "add_text", None)):
@@ -443,6 +565,11 @@ def _to_tensorboard(writer: Any, document: Document) -> None:
     step = int(document["step"])
     for name, value in scalars_of(document).items():
         writer.add_scalar(f"sharpkit/{name}", value, step)
+    if callable(getattr(writer, "add_image", None)):
+        import numpy as np
+
+        for name, picture in pictures_of(document).items():
+            writer.add_image(f"sharpkit/{name}", np.asarray(picture), step, dataformats="HWC")
     if callable(getattr(writer, "add_text", None)):
         for event in document.get("events", ()):
             writer.add_text("sharpkit/events", f"step {event['step']}: {event['text']}", step)

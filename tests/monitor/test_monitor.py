@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -634,3 +635,35 @@ def test_no_sinks_may_be_said_with_none() -> None:
     monitor = sk.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=F.cross_entropy, every=1, sinks=None)
     assert monitor.step((X, Y)) is not None
     monitor.close()
+
+
+def test_a_density_comes_with_its_record_and_is_read_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = (torch.randn(16, 3).double(), torch.randint(2, (16,)))
+    path, options = tmp_path / "run.jsonl", {"every": 2, "mode": "eval", "metrics": ["lambda_max", "density"]}
+    with sk.Monitor(model, optimizer, loss=F.cross_entropy, sinks=path, **options) as monitor:
+        for _ in range(3):
+            monitor.step(batch)
+    hessian = sk.HessianOperator(sk.Objective(model, batch, loss=F.cross_entropy))
+    dense = torch.stack([hessian @ row for row in torch.eye(hessian.size, dtype=torch.float64)])
+    eigenvalues = torch.linalg.eigvalsh(dense)
+    *_, last = monitor.history
+    assert last.density is not None
+    below = float((eigenvalues < -1e-3 * eigenvalues.abs().max()).double().mean())
+    assert abs(last["negative_mass"].value - below) <= 3 * last["negative_mass"].stderr + 1e-9
+    assert float(last.density.nodes.max()) == pytest.approx(float(eigenvalues[-1]), rel=1e-6)
+    read = sk.sinks.read_run(path).records[-1]
+    assert sk.Record.from_dict(read).density.to_dict() == last.density.to_dict()  # type: ignore[union-attr]
+    assert sk.Record.from_dict(last.to_dict()).to_dict() == last.to_dict()
+
+
+def test_the_header_names_the_unit_of_every_metric() -> None:
+    assert all(metric.unit for metric in sk.METRICS.values())
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = sk.Monitor(model, optimizer, loss=F.mse_loss, metrics=["lambda_max", "noise_scale", lambda objective, optimizer: 1.0])
+    units = monitor.history.header["units"]
+    assert (units["lambda_max"], units["noise_scale"], units["<lambda>"]) == ("loss / parameter^2", "samples", "not said")
+    assert set(units) >= {"loss", "lr", "overhead"}

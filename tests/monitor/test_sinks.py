@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sharpkit as sk
 from sharpkit._errors import SharpkitWarning
@@ -439,7 +441,182 @@ def test_a_wandb_run_loses_neither_its_owners_values_nor_ours(named: bool, every
     assert run.column("loss") == list(range(0, 9, every))
 
 
-@pytest.mark.parametrize("make", [sk.sinks.tensorboard, sk.sinks.wandb])
+class Trackio:
+    """The module's functions and the run's methods that are called, with the signatures of trackio 0.43."""
+
+    class Image:
+        def __init__(self, value: Any, caption: str | None = None) -> None:
+            self.value = value
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, Any], int | None]] = []
+
+    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append((metrics, step))
+
+
+class MLflow:
+    """Those of the module mlflow 3.17, which refuses some names."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[tuple[str, int | None], float] = {}
+        self.files: dict[str, Any] = {}
+        self.images: dict[tuple[str | None, int | None], Any] = {}
+
+    def log_metrics(
+        self,
+        metrics: dict[str, float],
+        step: int | None = None,
+        synchronous: bool | None = None,
+        run_id: str | None = None,
+        timestamp: int | None = None,
+        model_id: str | None = None,
+        dataset: Any = None,
+    ) -> None:
+        assert all(re.match(r"^[/\w.\- ]*$", name) for name in metrics)
+        self.metrics |= {(name, step): value for name, value in metrics.items()}
+
+    def log_dict(self, dictionary: dict[str, Any], artifact_file: str, run_id: str | None = None) -> None:
+        self.files[artifact_file] = dictionary
+
+    def log_image(
+        self,
+        image: Any,
+        artifact_file: str | None = None,
+        key: str | None = None,
+        step: int | None = None,
+        timestamp: int | None = None,
+        synchronous: bool | None = False,
+    ) -> None:
+        self.images[key, step] = image
+
+
+class Aim(dict[str, Any]):
+    """Those of aim.Run of 3.29."""
+
+    class Image:
+        def __init__(self, image: Any, caption: str = "", format: Any = None, quality: int = 90, optimize: bool = False) -> None:
+            self.value = image
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracked: dict[tuple[str | None, int | None], Any] = {}
+
+    def track(self, value: Any, name: str | None = None, step: int | None = None, epoch: int | None = None, *, context: Any = None) -> None:
+        self.tracked[name, step] = value
+
+
+def spectrum() -> dict[str, Any]:
+    matrix = torch.diag(torch.linspace(-1.0, 5.0, 40, dtype=torch.float64))
+    return sk.spectral_density(matrix, num_probes=2, num_steps=10).to_dict()
+
+
+def test_mlflow_gets_metrics_under_names_that_it_takes_the_header_and_pictures() -> None:
+    target = MLflow()
+    with sk.sinks.mlflow(target) as sink:
+        sink.open_run(HEADER)
+        sink.write(record(2, density=spectrum()))
+        sink.write({"kind": "monitor_record", "step": 3, "values": {"<lambda>: 0": {"value": 1.5}}})
+    assert sink.num_failed == 0
+    assert target.metrics["sharpkit/lambda_max", 2] == 23.0
+    assert target.metrics["sharpkit/lambda_max_over_limit", 2] == pytest.approx(23 / 38)
+    assert target.metrics["sharpkit/_lambda__ 0", 3] == 1.5
+    assert target.files["sharpkit/run.json"]["kind"] == "monitor_run"
+    ((key, step),) = target.images
+    assert (key, step) == ("sharpkit/density", 2) and target.images[key, step].size == (640, 400)
+
+
+def test_trackio_gets_scalars_and_pictures_at_their_step() -> None:
+    run = Trackio()
+    with sk.sinks.trackio(run) as sink:
+        sink.open_run(HEADER)
+        sink.write(record(1))
+        sink.write(record(4, density=spectrum()))
+    (first, at_first), (second, at_second) = run.logged
+    assert (at_first, at_second) == (1, 4) and sink.num_failed == 0
+    assert first["sharpkit/lambda_max"] == 22.0 and "sharpkit/density" not in first
+    assert isinstance(second["sharpkit/density"], Trackio.Image) and second["sharpkit/density"].value.mode == "RGB"
+
+
+def test_aim_gets_metrics_the_header_and_pictures() -> None:
+    run = Aim()
+    with sk.sinks.aim(run) as sink:
+        sink.open_run(HEADER)
+        sink.write(record(4, density=spectrum()))
+    assert sink.num_failed == 0
+    assert run.tracked["sharpkit/lambda_max", 4] == 25.0 and isinstance(run.tracked["sharpkit/density", 4], Aim.Image)
+    assert run["sharpkit"]["kind"] == "monitor_run" and None not in run["sharpkit"].values()
+
+
+def test_the_picture_shows_the_spectrum_and_a_sink_without_images_is_spared_it() -> None:
+    (picture,) = sinks.pictures_of(record(4, density=spectrum())).values()
+    colours = {tuple(colour) for _, colour in picture.getcolors(maxcolors=10**6)}
+    assert len(colours) > 10  # not an empty canvas
+    assert sinks.pictures_of(record(4)) == {}
+    run = Run()  # nothing that is called Image
+    sk.sinks.wandb(run).write(record(4, density=spectrum()))
+    assert all(isinstance(value, float) for value in run.logged[0][0].values())
+
+
+def test_the_real_mlflow_keeps_it_in_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Any = pytest.importorskip("mlflow")
+    monkeypatch.setenv("GIT_PYTHON_REFRESH", "quiet")
+    real.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = real.create_experiment("sharpkit", artifact_location=(tmp_path / "artifacts").as_uri())
+    with real.start_run(experiment_id=experiment) as run, sk.sinks.mlflow(real) as sink:
+        sink.open_run(HEADER)
+        for step in (0, 5):
+            sink.write(record(step, density=spectrum()))
+    assert sink.num_failed == 0
+    client = real.MlflowClient()
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "sharpkit/lambda_max")] == [(0, 21.0), (5, 26.0)]
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "sharpkit")] == ["sharpkit/run.json"]
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert len(pictures) == 2 and all("density" in path for path in pictures)
+
+
+def test_the_real_aim_reads_it_back(tmp_path: Path) -> None:
+    real: Any = pytest.importorskip("aim")
+    run = real.Run(repo=str(tmp_path), system_tracking_interval=None, capture_terminal_logs=False)
+    with sk.sinks.aim(run) as sink:
+        sink.open_run(HEADER)
+        for step in (0, 5):
+            sink.write(record(step, density=spectrum()))
+    assert sink.num_failed == 0
+    (metric,) = [each for each in run.metrics() if each.name == "sharpkit/lambda_max"]
+    assert metric.values.values_list() == [21.0, 26.0] and run["sharpkit"]["kind"] == "monitor_run"
+    run.close()
+
+
+def test_the_real_trackio_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    real: Any = pytest.importorskip("trackio")
+    run = real.init(project="sharpkit", name="one", embed=False)
+    with sk.sinks.trackio(run) as sink:
+        sink.open_run(HEADER)
+        for step in (0, 5):
+            sink.write(record(step, density=spectrum()))
+    run.finish()
+    assert sink.num_failed == 0
+    from trackio.sqlite_storage import SQLiteStorage  # its public Api reads no values
+
+    rows = SQLiteStorage.get_logs("sharpkit", "one")
+    assert [(row["step"], row["sharpkit/lambda_max"]) for row in rows] == [(0, 21.0), (5, 26.0)]
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+def test_tensorboard_shows_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with sk.sinks.tensorboard(tmp_path) as sink:
+        sink.write(record(5, density=spectrum()))
+    assert sink.num_failed == 0
+    ((image,),) = [EventAccumulator(str(tmp_path)).Reload().Images("sharpkit/density")]
+    assert (image.step, image.width, image.height) == (5, 640, 400)
+
+
+@pytest.mark.parametrize("make", [sk.sinks.tensorboard, sk.sinks.wandb, sk.sinks.mlflow, sk.sinks.trackio, sk.sinks.aim])
 def test_what_is_no_logger_is_refused(make: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="got int"):
         make(3)

@@ -1,11 +1,12 @@
 # `make demo` and `make test` work on a fresh machine: they make their own environment in .venv.
-# Variables: PYTHON (3.11 or newer), VENV, PYTEST_ARGS, DEMO_ARGS, MUTANTS, GPU_ARGS.
+# Variables: PYTHON (3.11 or newer), VENV, PYTEST_ARGS, DEMO_ARGS, MUTANTS, GPU_ARGS, SITE.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 MUTANTS ?=
 GPU_ARGS ?=
+SITE ?= build/site
 BIN = $(VENV)/bin
 # Without an NVIDIA GPU, constraints.txt keeps pip from fetching the CUDA build of torch.
 CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "--constraint constraints.txt")
@@ -61,7 +62,7 @@ gpu:
 # mkdocs-material with mkdocstrings: the pages are Markdown as they are, the reference is read from the docstrings without importing
 # anything, and the site needs no network. strict: a warning is an error.
 docs: $(INSTALLED)-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir $(abspath $(SITE))
 
 # Asks nothing of anybody: what is released, and when, is up to a person. TAG=v0.2.0 checks its form too.
 release-check: $(INSTALLED)-dev docs

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -98,3 +100,30 @@ def test_only_the_command_line_prints() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
     assert printing <= {"main.py", "output.py"}
+
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+@pytest.mark.parametrize("form", [path for path in FORMS if path.stem != "config"], ids=lambda path: path.stem)
+def test_an_issue_form_has_what_a_form_needs(form: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    document = yaml.safe_load(form.read_text())
+    assert set(document) == {"name", "description", "labels", "body"} and document["labels"]
+    asked = [item for item in document["body"] if item["type"] != "markdown"]
+    names = [item["id"] for item in asked]
+    assert len(names) == len(set(names)) and all(item["attributes"]["label"] for item in asked)
+    assert any(item.get("validations", {}).get("required") for item in asked)
+
+
+@pytest.mark.parametrize("path", [*FORMS, ROOT / "SECURITY.md"], ids=lambda path: path.name)
+def test_no_address_is_invented(path: Path) -> None:
+    assert not re.search(r"https?://|\w@\w", path.read_text())
+
+
+def test_the_foot_of_the_documentation_says_which_version_it_is_of() -> None:
+    from tools import docs_site
+
+    assert doctest.testmod(docs_site).failed == 0
+    line = docs_site.version_line((ROOT / "sharpkit" / "__init__.py").read_text(), (ROOT / "CHANGELOG.md").read_text())
+    assert sk.__version__ in line and "not released" in line

@@ -102,7 +102,6 @@ def draw(rows: list[Row], canvas: Any) -> None:
             ax.plot([at - 0.25, at + 0.25], [np.mean(losses)] * 2, color="#d1662b")
         ax.set_xticks(range(len(rules)), labels=rules, rotation=30)
         ax.set(title=f"{name}, {own[0]['optimizer']}", ylabel="training loss at the end (nats)")
-        ax.set_yscale("log")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit._arguments import as_seed, as_text, check_callback, choice, real
+from sharpkit._calls import public_call
 from sharpkit._checkpoint import clock, resumable, step
 from sharpkit._results import Bounded, Progress, ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
@@ -186,6 +187,7 @@ def _ratios(values: Sequence[float]) -> list[float]:
     return [1.0 if math.isnan(v) else min(max(float(v) / middle, 1 / _SPREAD), _SPREAD) for v in values]
 
 
+@public_call
 @keeps_memory_limit
 @resumable(objective_call)
 def layer_rates(
@@ -198,6 +200,7 @@ def layer_rates(
     memory_limit: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> LayerRates:
     """Measure what each layer's own learning rate would be, by its curvature and by the rules of layer-wise optimizers.
 
@@ -216,6 +219,7 @@ def layer_rates(
         memory_limit: bytes that may be taken on the model's device, besides model and data.
         checkpoint: a folder from which the call goes on if it is killed and made again (docs/guide.md).
         callback: called with a :class:`sharpkit.Progress` after each product.
+        name: of the result, as pages show it.
 
     Raises:
         UnsupportedError: an optimizer whose stability limit is not known.

@@ -16,7 +16,7 @@ from sharpkit import laws
 SCHEDULES = {
     "linear": laws.linear, "cosine": laws.cosine, "rex": laws.rex, "wsd": laws.wsd(), "wsd linear": laws.wsd(0.2, shape="linear"),
     "wsd inverse": laws.wsd(0.2, shape="inverse"), "cosine power": laws.cosine_power(), "unified": laws.unified(0.5),
-    "infinite": laws.infinite(),
+    "infinite": laws.infinite(), "power": laws.power(),
 }  # fmt: skip
 
 
@@ -104,3 +104,97 @@ def test_calculators_at_published_values_and_outside() -> None:
 def test_what_makes_no_sense_is_refused(call: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call()
+
+
+# -- schedules with several ends, and powers ------------------------------------------------------------------------------------
+def test_wsd_s_is_at_the_peak_again_after_each_checkpoint() -> None:
+    schedule = laws.wsd_s((0.5, 1.0), decay=0.2)
+    assert [schedule(z) for z in (0.0, 0.39, 0.5, 0.5001, 0.79, 1.0)] == pytest.approx([1, 1, 0.1, 1, 1, 0.1])
+    middle = schedule(0.45)  # 1 / rate is linear: halfway between 1 and 10
+    assert 1 / middle == pytest.approx(5.5)
+
+
+def test_the_power_schedule_follows_the_papers_power_of_the_steps_made() -> None:
+    schedule = laws.power(0.1, exponent=-0.51, decay=0.1)
+    for z in (0.2, 0.5, 0.9):
+        assert schedule(z) == pytest.approx((z / 0.1) ** -0.51)
+    assert schedule(1.0) == pytest.approx(9**-0.51 / 100)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: laws.wsd_s((0.5, 0.4, 1.0)), "ascend to 1"),
+        (lambda: laws.wsd_s((0.5,)), "ascend to 1"),
+        (lambda: laws.wsd_s((0.95, 1.0), decay=0.2), "before the checkpoint at 0.95"),
+        (lambda: laws.power(0.9, decay=0.2), "add up to 1"),
+        (lambda: laws.power(exponent=0.5), "exponent"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(call: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+# -- norms of a run, and the schedule they call for ------------------------------------------------------------------------------
+@pytest.mark.parametrize(("kind", "order"), [(torch.optim.SGD, 2), (torch.optim.AdamW, 1), (torch.optim.Adam, 1)])
+def test_norms_are_those_of_the_papers_algorithm(kind: Any, order: int) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = kind(model.parameters(), lr=0.01)
+    norms = laws.GradientNorms(optimizer)
+    with pytest.raises(ValueError, match="after backward"):
+        norms.record()
+    expected = []
+    for step in range(8):
+        optimizer.zero_grad()
+        (model(torch.full((1, 3), 1.0 + step)) ** 2).sum().backward()
+        norms.record()
+        expected.append(float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm(order)))  # type: ignore[union-attr]
+        optimizer.step()
+    assert norms.values == pytest.approx(expected, rel=1e-6)
+    direct = sk.refined_schedule(norms.values, power=3 - order)
+    again = laws.GradientNorms(optimizer)
+    again.load_state_dict(norms.state_dict())
+    assert [again.schedule()(z) for z in (0, 0.3, 1)] == [direct(z) for z in (0, 0.3, 1)]
+
+
+def test_constant_norms_give_exactly_the_linear_decay_and_steps_without_a_gradient_are_left_out() -> None:
+    norms = laws.GradientNorms(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    norms.load_state_dict({"norms": [2.0] * 51 + [0.0, math.inf] + [2.0] * 50, "power": 2})
+    assert all(norms.schedule()(z) == pytest.approx(1 - z, abs=1e-12) for z in np.linspace(0, 1, 23).tolist())
+    with pytest.raises(ValueError, match="for power 1"):
+        norms.load_state_dict({"norms": [], "power": 1})
+
+
+# -- rewarming -------------------------------------------------------------------------------------------------------------------
+def _quadratic() -> tuple[sk.Objective, torch.optim.Optimizer]:
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    data = (torch.eye(2).double(), torch.zeros(2, 1).double())
+    return sk.Objective(model, data, loss=torch.nn.functional.mse_loss), torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+
+
+def test_rewarming_begins_where_the_rate_is_stable_and_climbs_by_a_constant_factor() -> None:
+    objective, optimizer = _quadratic()  # lambda_max is 1, the limit 2 (1 + 0.5)
+    advice = laws.rewarming(objective, optimizer, peak=6.0, steps_per_doubling=10)
+    assert (advice.limit, advice.start, advice.steps) == pytest.approx((3.0, 1.5, 20))
+    assert [advice.rate(step) for step in (0, 10, 20, 100)] == pytest.approx([1.5, 3.0, 6.0, 6.0])
+    assert "begin at 1.5 and climb" in advice.finding
+    assert laws.Rewarming.from_dict(advice.to_dict()).steps == 20
+    with pytest.raises(ValueError, match="takes 20 steps, and the run has 20"):
+        advice.scheduler(optimizer, total_steps=20)
+    schedule, rates = advice.scheduler(optimizer, total_steps=60, schedule=laws.linear), []
+    for _ in range(61):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:21] == pytest.approx([advice.rate(step) for step in range(21)])
+    assert (rates[40], rates[60]) == pytest.approx((3.0, 0.0))
+
+
+def test_a_peak_that_is_stable_at_once_needs_no_climb() -> None:
+    advice = laws.rewarming(*_quadratic(), peak=1.0)
+    assert (advice.steps, advice.start, advice.rate(0)) == (0, 1.0, 1.0)
+    assert "no climb is needed" in advice.finding
+    objective, _ = _quadratic()
+    with pytest.raises(ValueError, match="has no state yet"):
+        laws.rewarming(objective, torch.optim.Adam(objective.model.parameters()), peak=1.0)

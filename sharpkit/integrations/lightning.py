@@ -16,6 +16,7 @@ from sharpkit._errors import ObjectiveError, UnsupportedError
 from sharpkit.integrations.attachment import Attachment, Gathering, LearnerRun, LearnerSettings, MonitorSettings, logged, own_containers
 from sharpkit.learner.history import LearnerHistory
 from sharpkit.learner.learner import CurvatureLearner
+from sharpkit.learner.schedules import GradientNorms
 from sharpkit.monitor.monitor import Monitor
 from sharpkit.monitor.records import MonitorHistory
 from sharpkit.objective.batches import Batch
@@ -348,3 +349,43 @@ class SharpnessCallback(BatchHooks):
         if record is not None:  # on every process, for callbacks that decide by it
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in logged(record.to_dict()).items()})
         self._batch = None  # an optimizer that calls back once more for the same batch is not measured again
+
+
+class GradientNormsCallback(_Callback):  # type: ignore[misc]
+    """Records the gradient norm of every step of a Lightning run, before clipping, for the schedule that it calls for.
+
+    Args:
+        optimizer: number of the optimizer to watch, where the module has several.
+
+    Example:
+        >>> callback = GradientNormsCallback()  # Trainer(callbacks=[callback]).fit(...), then callback.norms.schedule()
+        >>> callback.norms is None
+        True
+
+    References:
+        Defazio, Cutkosky, Mehta and Mishchenko (2023), arXiv 2310.07831.
+    """
+
+    def __init__(self, *, optimizer: int | None = None) -> None:
+        super().__init__()
+        self.norms: GradientNorms | None = None
+        self._which, self._saved = optimizer, dict[str, Any]()
+        self._watched: torch.optim.Optimizer | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._watched = chosen_optimizer([unwrap_optimizer(o) for o in trainer.optimizers], self._which, callback="GradientNormsCallback")
+        self.norms = GradientNorms(self._watched)
+        if self._saved:
+            self.norms.load_state_dict(self._saved)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.norms is not None and unwrap_optimizer(optimizer) is self._watched:
+            self.norms.record()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms so far; the Trainer puts them into its checkpoints."""
+        return self.norms.state_dict() if self.norms is not None else self._saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from saved norms when training starts."""
+        self._saved = dict(state_dict)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sharpkit._arguments import reals, whole
-from sharpkit.optimizers import gradient_descent, learning_rate, set_learning_rates
+from sharpkit.optimizers import gradient_descent, held_parameters, is_adaptive, learning_rate, set_learning_rates, unwrap_optimizer
 
 Schedule = Callable[[float], float]  # share of the run that is done, 0 to 1 -> factor of the peak rate
 
@@ -180,3 +180,70 @@ def refined_schedule(norms: Sequence[float], *, power: int = 2) -> Callable[[flo
     rates = rates / rates.max()
     shares = np.linspace(0.0, 1.0, len(rates))
     return lambda z: float(np.interp(z, shares, rates))
+
+
+class GradientNorms:
+    """Records the gradient norm of every step of a run, and makes the schedule that they call for.
+
+    Call :meth:`record` after ``backward()`` and before clipping. Norms stay on the device until they are asked for. In Lightning add
+    ``sharpkit.integrations.lightning.GradientNormsCallback()``; Hugging Face's Trainer logs l2 norms from before clipping itself, as
+    ``grad_norm`` in ``trainer.state.log_history``, which :func:`sharpkit.refined_schedule` takes.
+
+    Args:
+        optimizer: of the run: adaptive ones go by l1 norms and the power 1, others by l2 norms and the power 2.
+
+    Raises:
+        TypeError: optimizer is no torch optimizer.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> model = torch.nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> norms = sk.laws.GradientNorms(optimizer)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 1)).sum().backward()
+        ...     norms.record()
+        >>> [round(v, 3) for v in norms.values[:2]], round(norms.schedule()(0.5), 3)
+        ([1.414, 1.414], 0.5)
+
+    References:
+        Defazio, Cutkosky, Mehta and Mishchenko (2023), arXiv 2310.07831, algorithm 1.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = unwrap_optimizer(optimizer)
+        self._power = 1 if is_adaptive(self._optimizer, unknown=True) else 2
+        self._norms: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Note the norm of the gradients that the optimizer's parameters hold now.
+
+        Raises:
+            ValueError: none of them holds a gradient.
+        """
+        gradients = [p.grad for group in held_parameters(self._optimizer) for p in group if p.grad is not None]
+        if not gradients:
+            raise ValueError("no parameter of the optimizer holds a gradient: call record() after backward() and before zero_grad()")
+        norms = torch.nn.utils.get_total_norm(gradients, norm_type=float(3 - self._power))
+        self._norms.append(norms.detach())
+
+    @property
+    def values(self) -> list[float]:
+        """The norms so far, l2 or, of an adaptive optimizer, l1."""
+        return [float(v) for v in torch.stack([n.float() for n in self._norms]).tolist()] if self._norms else []
+
+    def schedule(self) -> Schedule:
+        """:func:`sharpkit.refined_schedule` of the norms; steps whose gradient was 0 or not finite are left out."""
+        return refined_schedule([v for v in self.values if 0 < v < math.inf], power=self._power)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms, to go on from."""
+        return {"norms": self.values, "power": self._power}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved norms."""
+        if int(state["power"]) != self._power:
+            raise ValueError(f"the saved norms are for power {state['power']}, this optimizer's for {self._power}")
+        self._norms = [torch.tensor(float(v)) for v in state["norms"]]

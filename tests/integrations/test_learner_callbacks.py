@@ -17,6 +17,7 @@ from traces import same
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import sharpkit as sk
+from sharpkit.integrations.lightning import GradientNormsCallback
 from sharpkit.integrations.lightning import LearnerCallback as LightningLearner
 from sharpkit.integrations.transformers import LEARNER_FILE
 from sharpkit.integrations.transformers import LearnerCallback as TrainerLearner
@@ -267,3 +268,36 @@ def test_the_trainer_says_what_cannot_be(tmp_path: Path) -> None:
     attached = TrainerLearner()
     trained(attached, tmp_path, kind=OwnLoss, attach=True)
     assert attached.learner is not None and attached.learner.lr > 0
+
+
+def test_lightning_records_the_norms_from_before_clipping_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    class Plain(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.seen = network(), []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()], 2.0)))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def trainer(epochs: int, callback: GradientNormsCallback) -> pl.Trainer:
+        quiet: Any = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+        return pl.Trainer(
+            max_epochs=epochs, callbacks=[callback], gradient_clip_val=1e-3, accelerator="cpu", default_root_dir=tmp_path, **quiet
+        )
+
+    loader = DataLoader(TensorDataset(X, Y), batch_size=16)
+    module, callback = Plain(), GradientNormsCallback()
+    first = trainer(1, callback)
+    first.fit(module, loader)
+    assert callback.norms is not None and callback.norms.values == pytest.approx(module.seen) and min(module.seen) > 1e-2
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    again, resumed = Plain(), GradientNormsCallback()
+    trainer(2, resumed).fit(again, loader, ckpt_path=tmp_path / "run.ckpt", weights_only=False)
+    assert resumed.norms is not None and resumed.norms.values == pytest.approx([*module.seen, *again.seen])
+    assert 0 <= resumed.norms.schedule()(0.5) <= 1

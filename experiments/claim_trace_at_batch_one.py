@@ -71,14 +71,14 @@ def trained(model: nn.Module, kind: str, *, rate: float, seed: int, steps: int) 
     x, y = problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     at = sorted({round(steps ** (j / (LOOKS - 1))) for j in range(LOOKS)})
-    curve = [{"step": 0, **look(model, x, y, rate=rate, rtol=0.05)}]
+    curve = [{"step": 0, **look(model, x, y, rate=rate, rtol=0.01)}]
     stream = batches(x, y, single=kind != "gradient descent", seed=seed)
     for step, (inputs, targets) in enumerate(itertools.islice(stream, steps), start=1):
         optimizer.zero_grad()
         half_square(model(inputs), targets).backward()
         optimizer.step()
         if step in at:
-            curve.append({"step": step, **look(model, x, y, rate=rate, rtol=0.005 if step == steps else 0.05)})
+            curve.append({"step": step, **look(model, x, y, rate=rate, rtol=0.005 if step == steps else 0.01)})
             if curve[-1]["loss"] == math.inf:
                 break
     end = curve[-1]

@@ -236,7 +236,7 @@ def layer_sensitivity(
     if not widths:
         raise ValueError("bits must hold at least one bit width, got none")
     per_channel, check, seed = flag("per_channel", per_channel), flag("check", check), as_seed(seed)
-    tol, trace_rtol = real("tol", tol, above=0), real("trace_rtol", trace_rtol, above=0)
+    tol, trace_rtol = real("tol", tol, above=0, below=1), real("trace_rtol", trace_rtol, above=0)
     if rounding is not None:
         check_callable("rounding", rounding, "rounding(weights, bits)")
     started, layout = time.perf_counter(), objective.layout

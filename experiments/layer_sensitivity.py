@@ -2,11 +2,11 @@
 
     python -m experiments.layer_sensitivity          # results/layer_sensitivity.jsonl, figures/layer_sensitivity.png
 
-Both are trained by Adam, three seeds each, and measured in float64 on part of the training data. Every weight tensor with two axes or
-more is a layer: 15 of the ViT (patches, positions, three blocks of four, head) and of the GPT (tokens, positions, blocks, head). Rounding is
-symmetric and uniform, with one step for a tensor or one for each output channel. Spearman's rank correlation over the layers with the
-measured rise of the loss, for four predictions: the squared rounding error alone, that times the mean trace over 2 (HAWQ-V2), the diagonal
-of the Hessian in place of its mean, and the quadratic form g . d + d^T H d / 2.
+Both are trained by Adam, two seeds each, and measured in float64 on part of the training data. Every weight tensor with two axes or
+more is a layer: 15 of the ViT (patches, positions, three blocks of four, head) and of the GPT (tokens, positions, blocks, head). Rounding
+is symmetric and uniform, with one step for a tensor or one for each output channel. Spearman's rank correlation over the layers with the
+measured rise of the loss, for five predictions: the squared rounding error alone, that times the mean trace over 2 (HAWQ-V2), the same
+with the slope g . d added, the diagonal of the Hessian in place of its mean, and the quadratic form g . d + d^T H d / 2.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ from experiments._common import Row, run_as_script
 from experiments._models import GPT, Case, ViT, images, seeded, text, train
 from sharpkit import measures
 
-BITS, SEEDS = (2, 3, 4, 6, 8), (0, 1, 2)
-FORMS = {"error": "squared rounding error", "trace": "mean trace", "diagonal": "diagonal", "quadratic": "quadratic form"}
+BITS, SEEDS = (2, 3, 4, 6, 8), (0, 1)
+FORMS = {
+    "error": "squared rounding error",
+    "trace": "mean trace",
+    "diagonal": "diagonal",
+    "slope_trace": "slope and mean trace",
+    "quadratic": "quadratic form",
+}
 
 
 def case(name: str, seed: int, quick: bool) -> Case:
@@ -78,7 +84,7 @@ def rows_of(
     common = {"model": subject.name, "seed": seed, "per_channel": per_channel, "loss": layers.loss, "data": subject.data}
     rows: list[Row] = []
     for j, bits in enumerate(BITS):
-        told: dict[str, list[float]] = {"error": [], "trace": [], "diagonal": [], "quadratic": [], "slope": []}
+        told: dict[str, list[float]] = {"error": [], "trace": [], "diagonal": [], "quadratic": [], "slope": [], "slope_trace": []}
         for i, layer in enumerate(layers.names):
             weights = named[layer].detach()
             d = (measures.round_weights(weights, bits, per_channel=per_channel) - weights).reshape(-1)
@@ -88,6 +94,7 @@ def rows_of(
             told["diagonal"].append(float(diagonals[i] @ d.square()) / 2)
             told["quadratic"].append(layers.quadratic[i][j])
             told["slope"].append(float(own @ d))
+            told["slope_trace"].append(told["slope"][-1] + told["trace"][-1])
         measured = [row[j] for row in layers.measured]
         ranks = {f"spearman_{form}": float(spearmanr(told[form], measured).statistic) for form in FORMS}
         # how much of the quadratic form is slope, and how much of d^T H d the diagonal misses
@@ -116,20 +123,19 @@ def measure(quick: bool) -> list[Row]:
 
 def draw(rows: list[Row], canvas: Any) -> None:
     """Rank correlations by bit width, and foretold against measured rises of the first seed."""
-    canvas.set_size_inches(11, 6.4)
+    canvas.set_size_inches(12, 6.2)
     axes = canvas.subplots(2, 4)
-    colours = {"error": "#8b919b", "trace": "#2563a8", "diagonal": "#3f9c6b", "quadratic": "#d1662b"}
+    colours = {"error": "#8b919b", "trace": "#2563a8", "diagonal": "#3f9c6b", "slope_trace": "#8f6fc4", "quadratic": "#d1662b"}
     for line, name in zip(axes, ("ViT", "GPT"), strict=True):
         for ax, per_channel in zip(line[:2], (False, True), strict=True):
             mine = [row for row in rows if row["model"] == name and row["per_channel"] == per_channel and "num_layers" in row]
             for form, label in FORMS.items():
                 values = [[row[f"spearman_{form}"] for row in mine if row["bits"] == bits] for bits in BITS]
-                middle = [float(np.median(v)) for v in values]
-                ax.plot(BITS, middle, color=colours[form], marker="o", markersize=4, label=label)
-                ax.fill_between(BITS, [min(v) for v in values], [max(v) for v in values], color=colours[form], alpha=0.15, linewidth=0)
+                ax.plot(BITS, [float(np.mean(v)) for v in values], color=colours[form], marker="o", markersize=4, label=label)
+                ax.fill_between(BITS, [min(v) for v in values], [max(v) for v in values], color=colours[form], alpha=0.12, linewidth=0)
             ax.axhline(0.8, color="grey", linestyle=":", linewidth=1)
-            ax.set(title=f"{name}, a step for each {'channel' if per_channel else 'tensor'}", ylim=(-0.6, 1.05), xticks=BITS)
-            ax.set(xlabel="bits", ylabel="Spearman, three seeds")
+            ax.set_title(f"{name}, a step for each {'channel' if per_channel else 'tensor'}", fontsize=10)
+            ax.set(ylim=(-0.75, 1.05), xticks=BITS, xlabel="bits", ylabel="Spearman")
         for ax, bits in zip(line[2:], (4, 8), strict=True):
             mine = [
                 r for r in rows if r["model"] == name and r["seed"] == 0 and not r["per_channel"] and r["bits"] == bits and "layer" in r
@@ -139,14 +145,19 @@ def draw(rows: list[Row], canvas: Any) -> None:
                     [r[form] for r in mine], [r["measured"] for r in mine], color=colours[form], marker="o", markersize=4,
                     linestyle="none", label=FORMS[form],
                 )  # fmt: skip
-            sizes = [abs(r[key]) for r in mine for key in ("trace", "quadratic", "measured")]
-            least, most = float(np.quantile(sizes, 0.1)), max(sizes)
-            ax.plot([-most, most], [-most, most], color="grey", linewidth=0.8, linestyle="--")
-            ax.set_xscale("symlog", linthresh=least)
-            ax.set_yscale("symlog", linthresh=least)
-            ax.set(title=f"{name}, {bits} bits a tensor", xlabel="foretold rise of the loss", ylabel="measured")
+            most = max(abs(r[key]) for r in mine for key in ("trace", "quadratic", "measured"))
+            least = 10.0 ** np.floor(np.log10(most) - 2)  # two decades and more on each side of a linear middle
+            top = 10.0 ** np.ceil(np.log10(most))
+            ax.plot([-most, most], [-most, most], color="grey", linewidth=0.8, linestyle="--", zorder=0)
+            for set_scale, set_ticks in ((ax.set_xscale, ax.set_xticks), (ax.set_yscale, ax.set_yticks)):
+                set_scale("symlog", linthresh=least)
+                set_ticks([-top, -least, 0, least, top], [f"{each:.0e}".replace("e-0", "e-") for each in (-top, -least, 0, least, top)])
+            ax.set(xlim=(-top, top), ylim=(-top, top), xlabel="foretold rise of the loss", ylabel="measured")
+            ax.set_title(f"{name}, {bits} bits, a step for each tensor", fontsize=10)
             ax.tick_params(labelsize=7)
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower left")
+            ax.minorticks_off()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    canvas.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(labels))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def measure(quick: bool) -> list[Row]:
 
 def draw(rows: list[Row], canvas: Any) -> None:
     """Correlations with their intervals, and two measures against the gap."""
-    canvas.set_size_inches(11, 5)
+    from matplotlib.ticker import NullFormatter
+
+    canvas.set_size_inches(12, 5)
     left, *right = canvas.subplots(1, 3, width_ratios=(1.5, 1, 1))
     told = [row for row in rows if row.get("gap") == "gap" and "tau" in row]
     errors = {row["measure"]: row for row in rows if row.get("gap") == "error_gap"}
@@ -164,7 +166,7 @@ def draw(rows: list[Row], canvas: Any) -> None:
     left.set_yticks(range(len(told)), [row["measure"] for row in told], fontsize=8)
     left.invert_yaxis()
     left.set(xlabel="Kendall's tau, 95 % interval", xlim=(-1, 1))
-    left.legend(frameon=False, fontsize=8, loc="lower left")
+    left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     runs = [row for row in rows if row.get("reached")]
     for ax, name in zip(right, ("worst l2, adaptive", "lambda_max"), strict=True):
         for batch, marker in zip(sorted({row["batch"] for row in runs}), "os^", strict=False):
@@ -175,6 +177,7 @@ def draw(rows: list[Row], canvas: Any) -> None:
                 vmin=math.log(RATES[0]), vmax=math.log(RATES[-1]), label=f"B = {batch}",
             )  # fmt: skip
         ax.set(xlabel=name, ylabel="loss gap", xscale="log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.legend(frameon=False, fontsize=8)
     bar = canvas.colorbar(points, ax=right[-1], label="rate")
     bar.set_ticks([math.log(rate) for rate in RATES], labels=[f"{rate:g}" for rate in RATES])

@@ -1,4 +1,4 @@
-"""Every measure on a quadratic and on logistic regression, against closed forms and dense references computed without sharpkit."""
+"""Near the weights, after one step and in the logits: closed forms on a quadratic and on logistic regression."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems_measures import KINDS, Regression
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,46 +17,6 @@ from torch.nn import functional as F
 import sharpkit as sk
 from sharpkit import measures
 from sharpkit.measures.nearby import checkpoints
-
-
-class Problem:
-    """Linear regression, which is a quadratic, or logistic regression, on one random data set; no bias."""
-
-    def __init__(self, kind: str, *, seed: int = 0, n: int = 24, size: int = 5) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.kind, self.x = kind, torch.randn(n, size, generator=g, dtype=torch.float64) * torch.linspace(0.3, 2.0, size).double()
-        self.y = torch.randn(n, 1, generator=g, dtype=torch.float64)
-        if kind == "logistic":
-            self.y = (self.y > 0).double()
-        self.model = nn.Linear(size, 1, bias=False).double()
-        self.model.weight.data = torch.randn(1, size, generator=g, dtype=torch.float64)
-        loss = F.mse_loss if kind == "quadratic" else F.binary_cross_entropy_with_logits
-        self.objective = sk.Objective(self.model, (self.x, self.y), loss=loss)
-
-    @property
-    def w(self) -> Tensor:
-        return self.model.weight.detach()[0]
-
-    def losses(self, w: Tensor) -> Tensor:
-        """Of each sample, (N,)."""
-        z, y = self.x @ w, self.y[:, 0]
-        return (z - y) ** 2 if self.kind == "quadratic" else torch.log1p(torch.exp(-(2 * y - 1) * z))
-
-    def slopes(self) -> Tensor:
-        """d l_i / d z_i, (N,)."""
-        z, y = self.x @ self.w, self.y[:, 0]
-        return 2 * (z - y) if self.kind == "quadratic" else torch.sigmoid(z) - y
-
-    def gradient(self) -> Tensor:
-        return self.x.T @ self.slopes() / len(self.x)
-
-    def hessian(self) -> Tensor:
-        p = torch.sigmoid(self.x @ self.w)
-        curvature = torch.full_like(p, 2.0) if self.kind == "quadratic" else p * (1 - p)
-        return self.x.T @ (self.x * curvature[:, None]) / len(self.x)
-
-
-KINDS = ("quadratic", "logistic")
 
 
 def largest_rise(g: Tensor, H: Tensor, rho: float) -> float:
@@ -74,7 +35,7 @@ def largest_rise(g: Tensor, H: Tensor, rho: float) -> float:
 # -- near the weights -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_worst_case_of_a_quadratic_is_the_trust_regions_within_a_percent(adaptive: bool) -> None:
-    problem = Problem("quadratic")
+    problem = Regression("quadratic")
     c = problem.w.abs() if adaptive else torch.ones(5, dtype=torch.float64)
     found = measures.m_sharpness(problem.objective, adaptive=adaptive, rho=[0.1, 0.5, 2.0], m=24)
     for rho, value in zip(found.rho, found.values, strict=True):
@@ -85,7 +46,7 @@ def test_the_worst_case_of_a_quadratic_is_the_trust_regions_within_a_percent(ada
 
 
 def test_the_worst_case_at_a_minimum_is_half_of_lambda_max_rho_squared() -> None:
-    problem = Problem("quadratic")
+    problem = Regression("quadratic")
     problem.model.weight.data = torch.linalg.lstsq(problem.x, problem.y).solution.T.contiguous()
     found = measures.m_sharpness(problem.objective, adaptive=False, rho=0.3, m=24)
     assert found.values[0].value == pytest.approx(float(torch.linalg.eigvalsh(problem.hessian())[-1]) * 0.3**2 / 2, rel=0.01)
@@ -93,7 +54,7 @@ def test_the_worst_case_at_a_minimum_is_half_of_lambda_max_rho_squared() -> None
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_l_inf_worst_case_of_a_quadratic_is_the_best_corner(adaptive: bool) -> None:
-    problem = Problem("quadratic")
+    problem = Regression("quadratic")
     c = problem.w.abs() if adaptive else torch.ones(5, dtype=torch.float64)
     found = measures.m_sharpness(problem.objective, perturbation="linf", adaptive=adaptive, rho=[0.01, 0.3], m=24)
     for rho, value in zip(found.rho, found.values, strict=True):  # a convex function is largest at a corner
@@ -105,7 +66,7 @@ def test_the_l_inf_worst_case_of_a_quadratic_is_the_best_corner(adaptive: bool) 
 @pytest.mark.parametrize("perturbation", ["l2", "linf"])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_worst_case_of_single_logistic_losses_has_a_closed_form(perturbation: str, adaptive: bool) -> None:
-    problem = Problem("logistic")
+    problem = Regression("logistic")
     c = problem.w.abs() if adaptive else torch.ones(5, dtype=torch.float64)
     found = measures.m_sharpness(problem.objective, perturbation=perturbation, adaptive=adaptive, rho=0.4, m=1, max_batches=24)
     margins = (2 * problem.y[:, 0] - 1) * (problem.x @ problem.w)
@@ -120,7 +81,7 @@ def test_the_worst_case_of_single_logistic_losses_has_a_closed_form(perturbation
 @pytest.mark.parametrize(("perturbation", "variance"), [("gaussian", 1.0), ("uniform", 1 / 3)])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_average_case_of_a_quadratic_is_half_the_weighted_trace(perturbation: str, variance: float, adaptive: bool) -> None:
-    problem = Problem("quadratic")
+    problem = Regression("quadratic")
     c = problem.w.abs() if adaptive else torch.ones(5, dtype=torch.float64)
     found = measures.m_sharpness(problem.objective, perturbation=perturbation, adaptive=adaptive, rho=[0.1, 0.2], m=24, num_steps=400)
     for rho, value in zip(found.rho, found.values, strict=True):
@@ -131,7 +92,7 @@ def test_the_average_case_of_a_quadratic_is_half_the_weighted_trace(perturbation
 
 
 def test_the_cost_of_the_worst_case_is_as_stated() -> None:
-    found = measures.m_sharpness(Problem("logistic").objective, rho=[0.1, 0.2, 0.4], m=8, num_steps=10)
+    found = measures.m_sharpness(Regression("logistic").objective, rho=[0.1, 0.2, 0.4], m=8, num_steps=10)
     assert (found.num_batches, found.num_gradients, found.num_evaluations) == (3, 3 * (1 + 3 * 10), 0)
     values = [value.value for value in found.values]
     assert values == sorted(values)
@@ -171,14 +132,14 @@ def test_logit_normalisation_takes_out_the_scale_of_the_logits() -> None:
     with pytest.raises(sk.ObjectiveError, match="needs logits"):
         value(1.0, True, lambda z, t: F.cross_entropy(z, t))
     with pytest.raises(sk.ObjectiveError, match="mse_loss"):
-        measures.m_sharpness(Problem("quadratic").objective, logit_normalization=True)
+        measures.m_sharpness(Regression("quadratic").objective, logit_normalization=True)
 
 
 # -- one step -------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("adaptive", "floor"), [(False, 0.0), (True, 0.0), (True, 0.01)])
 def test_one_step_sharpness_is_the_loss_after_sams_step(kind: str, adaptive: bool, floor: float) -> None:
-    problem = Problem(kind)
+    problem = Regression(kind)
     T = problem.w.abs() + floor if adaptive else torch.ones(5, dtype=torch.float64)
     e = 0.3 * T**2 * problem.gradient() / (T * problem.gradient()).norm()
     expected = float(problem.losses(problem.w + e).mean() - problem.losses(problem.w).mean())
@@ -192,7 +153,7 @@ def test_one_step_sharpness_is_the_loss_after_sams_step(kind: str, adaptive: boo
 
 
 def test_one_step_sharpness_of_batches_is_their_mean_with_its_error() -> None:
-    problem = Problem("quadratic")
+    problem = Regression("quadratic")
     found = measures.sam_sharpness(problem.objective, rho=0.3, m=1)
     g = problem.slopes()[:, None] * problem.x
     rises = 0.3 * g.norm(dim=1) + 0.3**2 * ((problem.x * g).sum(dim=1) / g.norm(dim=1)) ** 2
@@ -201,7 +162,7 @@ def test_one_step_sharpness_of_batches_is_their_mean_with_its_error() -> None:
 
 
 def test_a_vanishing_gradient_gives_no_step() -> None:
-    problem = Problem("quadratic")
+    problem = Regression("quadratic")
     problem.model.weight.data.zero_()
     objective = sk.Objective(problem.model, (problem.x, torch.zeros(24, 1).double()), loss=F.mse_loss)
     with pytest.raises(sk.NonFiniteError, match="gradient is 0"):
@@ -262,130 +223,6 @@ def test_logit_sharpness_sees_a_cross_entropy_inside_a_closure_and_refuses_other
         measures.logit_sharpness(sk.Objective(model, (x, y), loss=nn.CrossEntropyLoss(label_smoothing=0.1)))
 
 
-# -- layers ---------------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-def test_layers_have_their_blocks_curvature_and_rises(kind: str) -> None:
-    problem = Problem(kind)
-    found = measures.layer_sensitivity(problem.objective, bits=[2, 4], tol=1e-8, trace_rtol=1e-8)
-    H, g, w = problem.hessian(), problem.gradient(), problem.w
-    values = torch.linalg.eigvalsh(H)
-    assert found.lambda_max[0].value == pytest.approx(float(values[-1]), rel=1e-6)
-    assert found.lambda_min[0].value == pytest.approx(float(values[0]), rel=1e-6)
-    assert found.trace[0].value == pytest.approx(float(values.sum()), rel=1e-6)
-    assert found.condition_number[0] == pytest.approx(float(values[-1] / values[0]), rel=1e-6)
-    assert found.peakedness[0] == pytest.approx(float(values[-1] / values.mean()), rel=1e-6)
-    for j, bits in enumerate((2, 4)):
-        step = w.abs().max() / (2 ** (bits - 1) - 1)
-        d = (w / step).round() * step - w
-        assert found.rounding_error[0][j] == pytest.approx(float(d @ d), rel=1e-9)
-        assert found.predicted[0][j] == pytest.approx(float(values.mean() * (d @ d) / 2), rel=1e-6)
-        assert found.quadratic[0][j] == pytest.approx(float(g @ d + d @ H @ d / 2), rel=1e-6)
-        assert found.measured is not None
-        assert found.measured[0][j] == pytest.approx(float((problem.losses(w + d) - problem.losses(w)).mean()), rel=1e-6)
-    if kind == "quadratic":
-        assert found.quadratic[0] == pytest.approx(found.measured[0], rel=1e-6)  # type: ignore[index]
-
-
-def test_rounding_by_channels_and_by_a_function_of_ones_own() -> None:
-    w = torch.tensor([[1.0, 0.3], [0.1, 0.04]])
-    assert measures.round_weights(w, 2, per_channel=True).flatten().tolist() == pytest.approx([1.0, 0.0, 0.1, 0.0])
-    problem = Problem("quadratic")
-    found = measures.layer_sensitivity(problem.objective, bits=[3], rounding=lambda weights, bits: weights * 0)
-    assert found.rounding_error[0][0] == pytest.approx(float(problem.w @ problem.w), rel=1e-9)
-    with pytest.raises(ValueError, match="shape"):
-        measures.layer_sensitivity(problem.objective, bits=[3], rounding=lambda weights, bits: weights[0])
-
-
-def test_ranks_are_spearmans_and_need_the_check() -> None:
-    one, many = sk.Estimate(1.0, 0.0), ("a", "b", "c", "d")
-    predicted, measured = ((4.0,), (3.0,), (2.0,), (1.0,)), ((3.0,), (4.0,), (2.0,), (0.5,))
-    layers = measures.LayerSensitivity(
-        many, (2,) * 4, (one,) * 4, (one,) * 4, (one,) * 4, (4,), predicted, predicted, measured, measured, 1.0, 1, 1
-    )
-    assert layers.rank_correlation(4) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
-    assert layers.ranking(4) == many and layers.ranking(4, by="measured") == ("b", "a", "c", "d")
-    unchecked = measures.layer_sensitivity(Problem("quadratic").objective, bits=[4], check=False)
-    assert unchecked.measured is None and unchecked.num_evaluations == 1
-    with pytest.raises(ValueError, match="check=True"):
-        unchecked.ranking(4, by="measured")
-    with pytest.raises(ValueError, match="bits"):
-        layers.ranking(8)
-
-
-def test_singular_blocks_have_an_infinite_condition_number() -> None:
-    problem = Problem("quadratic", n=3)
-    found = measures.layer_sensitivity(problem.objective, bits=[4], check=False)
-    assert math.isinf(found.condition_number[0]) and math.isfinite(found.peakedness[0])
-
-
-# -- the whole spectrum, norms --------------------------------------------------------------------------------------------------------
-def test_the_effective_dimension_of_a_diagonal_quadratic_is_exact() -> None:
-    x = torch.diag(torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64))
-    objective = sk.Objective(nn.Linear(4, 1, bias=False).double(), (x, torch.zeros(4, 1).double()), loss=F.mse_loss)
-    values = 2 * torch.tensor([1.0, 4.0, 9.0, 0.0]) / 4
-    found = measures.effective_dimension(sk.HessianOperator(objective), 0.7)
-    assert found.value == pytest.approx(float((values / (values + 0.7)).sum()), rel=1e-6)
-
-
-def test_the_effective_dimension_of_logistic_regression_is_that_of_its_eigenvalues() -> None:
-    problem = Problem("logistic", size=30, n=60)
-    values = torch.linalg.eigvalsh(problem.hessian())
-    expected = float((values / (values + 0.05)).sum())
-    density = sk.spectral_density(sk.HessianOperator(problem.objective))  # as many steps as rows: exact
-    found = measures.effective_dimension(density, 0.05)
-    assert found.value == pytest.approx(expected, rel=1e-6) and found.num_matvecs == density.num_matvecs
-    larger = Problem("logistic", size=120, n=240)
-    values = torch.linalg.eigvalsh(larger.hessian())
-    few = measures.effective_dimension(sk.HessianOperator(larger.objective), 0.05, num_probes=8, num_steps=30)
-    assert 0 < abs(few.value - float((values / (values + 0.05)).sum())) <= 3 * few.stderr < 10
-    assert measures.effective_dimension(-sk.HessianOperator(problem.objective), 0.05).value == pytest.approx(0.0, abs=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_fisher_rao_norm_is_that_of_the_samples_gradients(kind: str) -> None:
-    problem = Problem(kind)
-    expected = math.sqrt(float(((problem.x @ problem.w) * problem.slopes()).square().mean()))
-    assert measures.fisher_rao_norm(problem.objective).value == pytest.approx(expected, rel=1e-6)
-    assert measures.fisher_rao_norm(problem.objective, form="homogeneous", depth=1).value == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_closed_form_is_the_definition_where_the_network_is_homogeneous(reduction: str) -> None:
-    g = torch.Generator().manual_seed(6)
-    x, y = torch.randn(12, 4, generator=g, dtype=torch.float64), torch.randint(3, (12,), generator=g)
-    net = nn.Sequential(
-        nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False)
-    ).double()
-    objective = sk.Objective(net, [(x[:5], y[:5]), (x[5:], y[5:])], loss=nn.CrossEntropyLoss(reduction=reduction))
-    direct = measures.fisher_rao_norm(objective).value
-    assert measures.fisher_rao_norm(objective, form="homogeneous", depth=3).value == pytest.approx(direct, rel=1e-9)
-    with_biases = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
-    objective = sk.Objective(with_biases, (x, y), loss=F.cross_entropy)
-    both = [measures.fisher_rao_norm(objective, **how).value for how in ({}, {"form": "homogeneous", "depth": 2})]  # type: ignore[arg-type]
-    assert both[0] != pytest.approx(both[1], rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_relative_flatness_of_one_neuron_is_its_norm_times_its_trace(kind: str) -> None:
-    problem = Problem(kind)
-    expected = float(problem.w @ problem.w) * float(problem.hessian().trace())
-    found = measures.relative_flatness(problem.objective, rtol=1e-8)
-    assert found.value == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_relative_flatness_of_a_softmax_layer_is_the_double_sum_over_neurons() -> None:
-    g = torch.Generator().manual_seed(7)
-    x, y = torch.randn(20, 4, generator=g, dtype=torch.float64), torch.randint(3, (20,), generator=g)
-    model = nn.Linear(4, 3, bias=False).double()
-    p, W = torch.softmax(model(x), dim=1).detach(), model.weight.detach()
-    expected = 0.0
-    for s, t in itertools.product(range(3), repeat=2):  # H_st = mean (p_s [s = t] - p_s p_t) x x^T
-        trace = float(((p[:, s] * (s == t) - p[:, s] * p[:, t]) * x.square().sum(dim=1)).mean())
-        expected += float(W[s] @ W[t]) * trace
-    found = measures.relative_flatness(sk.Objective(model, (x, y), loss=F.cross_entropy), rtol=1e-8)
-    assert found.value == pytest.approx(expected, rel=1e-6)
-
-
 # -- refused, written and read --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -407,11 +244,11 @@ def test_the_relative_flatness_of_a_softmax_layer_is_the_double_sum_over_neurons
 )
 def test_arguments_that_make_no_sense_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call(Problem("quadratic").objective)
+        call(Regression("quadratic").objective)
 
 
 def test_results_are_read_back_as_they_were_written_and_say_what_they_found() -> None:
-    objective = Problem("logistic").objective
+    objective = Regression("logistic").objective
     every = [
         measures.m_sharpness(objective, rho=[0.1, 0.2], m=8),
         measures.m_sharpness(objective, perturbation="gaussian", rho=0.1, m=8),
@@ -426,7 +263,7 @@ def test_results_are_read_back_as_they_were_written_and_say_what_they_found() ->
 
 
 def test_model_and_random_state_are_left_as_they_were() -> None:
-    problem = Problem("logistic")
+    problem = Regression("logistic")
     before, state, mode = problem.w.clone(), torch.get_rng_state(), problem.model.training
     measures.m_sharpness(problem.objective, m=8)
     measures.m_sharpness(problem.objective, m=8, perturbation="uniform")

@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 
 from sharpkit._arguments import as_seed, real, whole
+from sharpkit._calls import public_call
 from sharpkit.linalg.results import Array, Estimate, SpectralDensity
 from sharpkit.linalg.slq import spectral_density
 
 
-def effective_dimension(spectrum: Any, damping: float, *, num_probes: int = 10, num_steps: int = 80, seed: int = 0) -> Estimate:
+@public_call
+def effective_dimension(
+    spectrum: Any, damping: float, *, num_probes: int = 10, num_steps: int = 80, seed: int = 0, name: str = ""
+) -> Estimate:
     """sum_i lambda_i / (lambda_i + damping) over the eigenvalues, negative ones counted as 0.
 
     A direction counts as 1 where its curvature is far above the damping, as 0 where it is far below. From the nodes of stochastic Lanczos
@@ -24,6 +28,7 @@ def effective_dimension(spectrum: Any, damping: float, *, num_probes: int = 10, 
         spectrum: a :class:`sharpkit.SpectralDensity`, which costs nothing more, or an operator whose density is to be measured.
         damping: in units of the eigenvalues, positive: the precision of a Gaussian prior over the number of samples, a weight decay.
         num_probes, num_steps, seed: of the density, if it is measured: num_probes x num_steps products.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         between 0 and the number of parameters.

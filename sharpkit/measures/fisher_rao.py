@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import choice, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import ObjectiveError
 from sharpkit._results import Result
 from sharpkit.objective.objective import Objective, check_objective
@@ -51,7 +52,8 @@ class FisherRaoNorm(Result, kind="fisher_rao_norm", saved=("value", "stderr", "f
         return [f"The Fisher-Rao norm of the weights is {self.value:.4g}, by {how}."]
 
 
-def fisher_rao_norm(objective: Objective, *, form: str = "fisher", depth: int | None = None) -> FisherRaoNorm:
+@public_call
+def fisher_rao_norm(objective: Objective, *, form: str = "fisher", depth: int | None = None, name: str = "") -> FisherRaoNorm:
     """sqrt(w^T F w) with F = (1/N) sum g_i g_i^T, the samples' gradients at their given labels; or its closed form.
 
     ``form="fisher"`` is the definition, sqrt((1/N) sum (w . g_i)^2), for any network, by one product with the empirical Fisher matrix.
@@ -66,6 +68,7 @@ def fisher_rao_norm(objective: Objective, *, form: str = "fisher", depth: int | 
         objective: a mean or sum over samples; the closed form needs ``loss=``.
         form: ``"fisher"`` or ``"homogeneous"``.
         depth: L, of the closed form.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError: arguments out of range, or a depth missing or not used.

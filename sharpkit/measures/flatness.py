@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, as_text, real, whole
+from sharpkit._calls import public_call
 from sharpkit.linalg.results import Estimate
 from sharpkit.linalg.trace import trace
 from sharpkit.objective.objective import Objective, check_objective
@@ -15,8 +16,9 @@ from sharpkit.operators.base import SymmetricOperator
 from sharpkit.operators.hessian import HessianOperator
 
 
+@public_call
 def relative_flatness(
-    objective: Objective, weight: str | None = None, *, rtol: float = 0.02, max_matvecs: int | None = None, seed: int = 0
+    objective: Objective, weight: str | None = None, *, rtol: float = 0.02, max_matvecs: int | None = None, seed: int = 0, name: str = ""
 ) -> Estimate:
     """kappa = sum over s, t of <w_s, w_t> tr H_st of one weight matrix, w_s its rows and H_st the block of the Hessian between two rows.
 
@@ -33,6 +35,7 @@ def relative_flatness(
         rtol: relative standard error to reach.
         max_matvecs: most products, by default 2000.
         seed: seeds the random probes.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         in units of the loss, with its standard error; 0 where it is exact up to rounding.
@@ -58,13 +61,13 @@ def relative_flatness(
     matrices = [name for name, p in zip(layout.names, layout.params, strict=True) if p.ndim >= 2]
     if weight is None and not matrices:
         raise ValueError(f"relative flatness is of a weight tensor with two axes or more, and there is none: {', '.join(layout.names[:8])}")
-    name = matrices[-1] if weight is None else as_text("weight", weight)
-    if name not in matrices:
-        raise ValueError(f"weight must name a parameter with two axes or more, one of {', '.join(matrices[:8])}; got {name!r}")
-    operator = _Turned(HessianOperator(objective.with_params(lambda each, _: each == name)))
+    chosen = matrices[-1] if weight is None else as_text("weight", weight)
+    if chosen not in matrices:
+        raise ValueError(f"weight must name a parameter with two axes or more, one of {', '.join(matrices[:8])}; got {chosen!r}")
+    operator = _Turned(HessianOperator(objective.with_params(lambda each, _: each == chosen)))
     # a trace is measured to its own relative error; below that nothing is asked
     estimate = trace(operator, rtol=rtol, seed=seed, max_matvecs=max_matvecs)
-    return replace(estimate, method=f"relative flatness of {name}: {estimate.method}")
+    return replace(estimate, method=f"relative flatness of {chosen}: {estimate.method}")
 
 
 class _Turned(SymmetricOperator):

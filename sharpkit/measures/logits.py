@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sharpkit._arguments import choice, real
+from sharpkit._calls import public_call
 from sharpkit._errors import ObjectiveError
 from sharpkit._results import Result
 from sharpkit.objective.objective import Objective, check_objective
@@ -67,7 +68,8 @@ class LogitSharpness(
         ]
 
 
-def logit_sharpness(objective: Objective, *, eps: float = 5e-4, tokens: str = "all") -> LogitSharpness:
+@public_call
+def logit_sharpness(objective: Objective, *, eps: float = 5e-4, tokens: str = "all", name: str = "") -> LogitSharpness:
     """Keskar's form of sharpness in the logits of a classifier or language model, exactly, by one forward pass.
 
     The largest cross-entropy in the box is where the target's logit is lowest and all others are highest, so that no search is needed:
@@ -82,6 +84,7 @@ def logit_sharpness(objective: Objective, *, eps: float = 5e-4, tokens: str = "a
             as ``loss=``, within a closure, or within the model as Hugging Face's do.
         eps: half the width of the box.
         tokens: ``"all"`` targets that count, or the ``"last"`` one that counts in each sequence, where logits are (N, C, T).
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: arguments out of range.

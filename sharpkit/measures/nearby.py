@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sharpkit._arguments import as_seed, check_callback, choice, flag, real, reals, whole
+from sharpkit._calls import public_call
 from sharpkit._errors import NonFiniteError, ObjectiveError
 from sharpkit._results import Progress, ProgressCallback, Result, standard_error
 from sharpkit.linalg.results import Estimate
@@ -118,6 +119,7 @@ class MSharpness(
         return plot_m_sharpness(self, ax=ax)
 
 
+@public_call
 def m_sharpness(
     objective: Objective,
     *,
@@ -131,6 +133,7 @@ def m_sharpness(
     num_steps: int = 20,
     seed: int = 0,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> MSharpness:
     """How far the loss rises within rho of the weights, on batches of m samples: worst case or average case, on a grid of rho.
 
@@ -157,6 +160,7 @@ def m_sharpness(
         num_steps: steps of ascent for each batch and rho; of average cases, draws.
         seed: seeds batches and draws, and the first step where the gradient is 0.
         callback: called with a :class:`sharpkit.Progress` after each batch.
+        name: of the result, which pages and comparisons show.
 
     Returns:
         the rise at each rho with its standard error over batches. A worst case costs num_steps gradients of m samples for each batch and

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sharpkit._arguments import as_seed, flag, real
+from sharpkit._calls import public_call
 from sharpkit._errors import NonFiniteError
 from sharpkit._results import Result, format_with_error, standard_error
 from sharpkit.measures.nearby import batches_of, weight_scale
@@ -64,6 +65,7 @@ class OneStepSharpness(
         return [f"After {name}'s step of {self.rho:g} the loss of {self.m} samples has risen by {rise} from {self.loss:.4g}{share}."]
 
 
+@public_call
 def sam_sharpness(
     objective: Objective,
     *,
@@ -73,6 +75,7 @@ def sam_sharpness(
     m: int | None = None,
     max_batches: int | None = None,
     seed: int = 0,
+    name: str = "",
 ) -> OneStepSharpness:
     """f(w + e) - f(w) at SAM's e = rho g / ||g||_2, or at ASAM's e = rho T^2 g / ||T g||_2 with T = diag(|w| + floor).
 
@@ -90,6 +93,7 @@ def sam_sharpness(
         m: samples in a batch, each with a step of its own; by default all of the objective's data are one.
         max_batches: at most so many disjoint batches; by default 1024 / m, at least one.
         seed: seeds the batches.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: arguments out of range.

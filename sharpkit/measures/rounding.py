@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpkit._arguments import as_seed, called, check_callable, check_callback, flag, real, shown, whole, wholes
+from sharpkit._calls import public_call
 from sharpkit._errors import ConvergenceWarning, NonFiniteError
 from sharpkit._results import Progress, ProgressCallback, Result
 from sharpkit.linalg.lanczos import eigenpairs
@@ -181,6 +182,7 @@ def round_weights(weights: Tensor, bits: int, *, per_channel: bool = False) -> T
     return rounded
 
 
+@public_call
 def layer_sensitivity(
     objective: Objective,
     *,
@@ -192,6 +194,7 @@ def layer_sensitivity(
     trace_rtol: float = 0.05,
     seed: int = 0,
     callback: ProgressCallback | None = None,
+    name: str = "",
 ) -> LayerSensitivity:
     """Curvature of each weight tensor's block, and the loss's rise foretold and measured if that tensor alone is rounded to few bits.
 
@@ -213,6 +216,7 @@ def layer_sensitivity(
         trace_rtol: relative standard error asked of each trace.
         seed: seeds starting vectors and random probes.
         callback: called with a :class:`sharpkit.Progress` after each layer.
+        name: of the result, which pages and comparisons show.
 
     Raises:
         ValueError, TypeError: arguments out of range; a rounding that changes the shape; a model without weight tensors of two axes.
@@ -244,15 +248,15 @@ def layer_sensitivity(
     if not names:
         raise ValueError(f"layers are weight tensors with two axes or more, and the objective has none: {', '.join(layout.names[:8])}")
     loss, layers = objective.value(), list[_Layer]()
-    for number, name in enumerate(names, start=1):
+    for number, layer in enumerate(names, start=1):
         layers.append(
-            _layer(objective, name, widths, rounding, loss, per_channel=per_channel, check=check, tol=tol, rtol=trace_rtol, seed=seed)
+            _layer(objective, layer, widths, rounding, loss, per_channel=per_channel, check=check, tol=tol, rtol=trace_rtol, seed=seed)
         )
         if callback is not None:
-            done, elapsed = sum(layer.num_matvecs for layer in layers), time.perf_counter() - started
+            done, elapsed = sum(each.num_matvecs for each in layers), time.perf_counter() - started
             expected = done * len(names) // number
             callback(
-                Progress(done, expected, elapsed, elapsed / number * (len(names) - number), f"{name} (layer {number} of {len(names)})")
+                Progress(done, expected, elapsed, elapsed / number * (len(names) - number), f"{layer} (layer {number} of {len(names)})")
             )
     return LayerSensitivity(
         names=names,

@@ -151,7 +151,7 @@ def draw(rows: list[Row], canvas: Any) -> None:
             ax.plot([-most, most], [-most, most], color="grey", linewidth=0.8, linestyle="--", zorder=0)
             for set_scale, set_ticks in ((ax.set_xscale, ax.set_xticks), (ax.set_yscale, ax.set_yticks)):
                 set_scale("symlog", linthresh=least)
-                set_ticks([-top, -least, 0, least, top], [f"{each:.0e}".replace("e-0", "e-") for each in (-top, -least, 0, least, top)])
+                set_ticks([-top, 0, top], [f"{-top:g}", "0", f"{top:g}"])
             ax.set(xlim=(-top, top), ylim=(-top, top), xlabel="foretold rise of the loss", ylabel="measured")
             ax.set_title(f"{name}, {bits} bits, a step for each tensor", fontsize=10)
             ax.tick_params(labelsize=7)

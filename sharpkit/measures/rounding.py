@@ -36,7 +36,7 @@ class LayerSensitivity(
     Result,
     kind="layer_sensitivity",
     saved=(
-        *("names", "num_parameters", "lambda_max", "lambda_min", "trace", "bits", "rounding_error", "predicted", "quadratic"),
+        *("names", "num_parameters", "lambda_max", "lambda_min", "trace", "bits", "rounding_error", "slope", "predicted", "quadratic"),
         *("measured", "loss", "num_matvecs", "num_evaluations", "seconds", "converged", "findings"),
     ),
 ):
@@ -50,9 +50,10 @@ class LayerSensitivity(
         trace: of each block, with its standard error.
         bits: bit widths, ascending.
         rounding_error: ||Q(W) - W||^2 of each layer (rows) at each bit width (columns).
+        slope: g . d with d = Q(W) - W, the first-order rise of the loss.
         predicted: mean trace times that over 2: the second-order rise of the loss if rounding errors are as large in all directions. Its
             relative error is the trace's.
-        quadratic: g . d + d^T H d / 2 with d = Q(W) - W: the same to second order without that assumption.
+        quadratic: g . d + d^T H d / 2: the rise to second order, without that assumption and with the slope.
         measured: the loss with this layer alone rounded, less the loss; None where it was not asked for.
         loss: with no layer rounded.
         num_matvecs: products spent, over the layers' own parameters.
@@ -67,6 +68,7 @@ class LayerSensitivity(
     trace: tuple[Estimate, ...]
     bits: tuple[int, ...]
     rounding_error: Table
+    slope: Table
     predicted: Table
     quadratic: Table
     measured: Table | None
@@ -101,22 +103,23 @@ class LayerSensitivity(
         """lambda_max over the mean eigenvalue of each block; inf where the mean is not positive."""
         return tuple(top.value / mean if mean > 0 else math.inf for top, mean in zip(self.lambda_max, self.mean_trace, strict=True))
 
-    def ranking(self, bits: int, *, by: str = "trace") -> tuple[str, ...]:
+    def ranking(self, bits: int, *, by: str = "quadratic") -> tuple[str, ...]:
         """The layers from the most to the least sensitive at one bit width.
 
         Args:
             bits: one of :attr:`bits`.
-            by: ``"trace"`` for :attr:`predicted`, ``"quadratic"``, or ``"measured"``.
+            by: ``"quadratic"``, ``"trace"`` for :attr:`predicted`, as HAWQ-V2 ranks, ``"slope and trace"`` for that with :attr:`slope`
+                added, or ``"measured"``.
         """
         values = self._column(by, bits)
         return tuple(self.names[i] for i in sorted(range(len(values)), key=lambda i: -values[i]))
 
-    def rank_correlation(self, bits: int, *, by: str = "trace") -> float:
+    def rank_correlation(self, bits: int, *, by: str = "quadratic") -> float:
         """Spearman's rank correlation of the foretold with the measured rises over the layers; NaN for fewer than three of them.
 
         Args:
             bits: one of :attr:`bits`.
-            by: ``"trace"`` or ``"quadratic"``.
+            by: ``"quadratic"``, ``"trace"`` or ``"slope and trace"``.
         """
         from scipy.stats import spearmanr  # here: scipy.stats takes half a second to load
 
@@ -125,7 +128,8 @@ class LayerSensitivity(
         return float(spearmanr(self._column(by, bits), self._column("measured", bits)).statistic)
 
     def _column(self, by: str, bits: int) -> list[float]:
-        tables = {"trace": self.predicted, "quadratic": self.quadratic, "measured": self.measured}
+        both = tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in zip(self.slope, self.predicted, strict=True))
+        tables = {"quadratic": self.quadratic, "trace": self.predicted, "slope and trace": both, "measured": self.measured}
         if by not in tables:
             raise ValueError(f"by must be one of {', '.join(map(repr, tables))}, got {shown(by)}")
         if bits not in self.bits:
@@ -143,9 +147,9 @@ class LayerSensitivity(
             order = self.ranking(bits)
             sentences.append(f"At {bits} bits rounding {order[0]} is foretold to cost most, {order[-1]} least.")
             if self.measured is not None and len(self.names) >= 3:
-                by_trace, by_form = self.rank_correlation(bits), self.rank_correlation(bits, by="quadratic")
-                told = f"Really rounding each layer at {bits} bits, the rank correlation with the trace's prediction is {by_trace:.2f}"
-                sentences.append(f"{told}, with the quadratic form's {by_form:.2f}.")
+                by_form, by_trace = self.rank_correlation(bits), self.rank_correlation(bits, by="trace")
+                told = f"Really rounding each layer at {bits} bits, the rank correlation with the quadratic form is {by_form:.2f}"
+                sentences.append(f"{told}, with the mean trace alone {by_trace:.2f}.")
         if not self.converged:
             sentences.append("Some layer's number did not reach its tolerance; see its error.")
         return sentences
@@ -201,6 +205,9 @@ def layer_sensitivity(
     Foretold by the mean trace, as HAWQ-V2 ranks layers: (tr H_l / n_l) ||Q(W_l) - W_l||^2 / 2. Beside it the quadratic form of the
     rounding error itself, g . d + d^T H d / 2, which costs one product for each bit width; and with ``check`` the rise as it is, which
     costs one forward pass. Biases and norms' scales are not rounded.
+
+    The mean trace leaves the slope out, which decides at many bits: there the rounding error is small, and the slope falls with it, the
+    curvature's part with its square (docs/measures.md has the measured rank correlations).
 
     Foretold and measured rises are invariant under layer rescaling of a ReLU network and permutations of neurons; with ``per_channel``,
     the quadratic form and the measured rises also under scaling of filters before a batch norm. Eigenvalues and traces by themselves are
@@ -266,6 +273,7 @@ def layer_sensitivity(
         trace=tuple(layer.trace for layer in layers),
         bits=widths,
         rounding_error=tuple(layer.error for layer in layers),
+        slope=tuple(layer.slope for layer in layers),
         predicted=tuple(tuple(layer.trace.value / layer.size * e / 2 for e in layer.error) for layer in layers),
         quadratic=tuple(layer.quadratic for layer in layers),
         measured=tuple(layer.measured for layer in layers) if check else None,
@@ -285,6 +293,7 @@ class _Layer:
     bottom: Estimate
     trace: Estimate
     error: tuple[float, ...]
+    slope: tuple[float, ...]
     quadratic: tuple[float, ...]
     measured: tuple[float, ...]
     num_matvecs: int
@@ -317,7 +326,8 @@ def _layer(
     _, gradient = own.gradient()
     stacked = torch.stack(shifts, dim=1)
     products = block @ stacked
-    quadratic = [float(gradient @ d) + float(d @ h) / 2 for d, h in zip(stacked.T, products.T, strict=True)]
+    slope = tuple(float(gradient @ d) for d in stacked.T)
+    quadratic = [s + float(d @ h) / 2 for s, d, h in zip(slope, stacked.T, products.T, strict=True)]
     measured = []
     for d in shifts if check else ():
         with moved(layout, layout.split(d), 1.0):
@@ -329,7 +339,7 @@ def _layer(
     bottom = replace(bottom, converged=bottom.converged or bottom.stderr <= tol * abs(top.value))
     total = trace(block, rtol=rtol, seed=seed)
     errors = tuple(float(d.double() @ d.double()) for d in shifts)
-    return _Layer(block.size, top, bottom, total, errors, tuple(quadratic), tuple(measured), block.num_matvecs)
+    return _Layer(block.size, top, bottom, total, errors, slope, tuple(quadratic), tuple(measured), block.num_matvecs)
 
 
 def _finite_value(objective: Objective) -> float:

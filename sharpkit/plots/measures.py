@@ -61,7 +61,7 @@ def plot_layer_sensitivity(layers: LayerSensitivity, *, ax: Axes | None = None, 
         >>> import matplotlib; matplotlib.use("Agg")
         >>> import sharpkit as sk
         >>> one, table = (sk.Estimate(1.0, 0.1),) * 2, ((0.2,), (0.1,))
-        >>> layers = sk.measures.LayerSensitivity(("a", "b"), (4, 4), one, one, one, (4,), table, table, table, table, 1.0, 10, 3)
+        >>> layers = sk.measures.LayerSensitivity(("a", "b"), (4, 4), one, one, one, (4,), table, table, table, table, table, 1.0, 10, 3)
         >>> plot_layer_sensitivity(layers).get_xlabel()
         'foretold rise of the loss'
     """

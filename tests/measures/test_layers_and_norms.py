@@ -31,6 +31,7 @@ def test_layers_have_their_blocks_curvature_and_rises(kind: str) -> None:
         step = w.abs().max() / (2 ** (bits - 1) - 1)
         d = (w / step).round() * step - w
         assert found.rounding_error[0][j] == pytest.approx(float(d @ d), rel=1e-9)
+        assert found.slope[0][j] == pytest.approx(float(g @ d), rel=1e-9)
         assert found.predicted[0][j] == pytest.approx(float(values.mean() * (d @ d) / 2), rel=1e-6)
         assert found.quadratic[0][j] == pytest.approx(float(g @ d + d @ H @ d / 2), rel=1e-6)
         assert found.measured is not None
@@ -52,11 +53,11 @@ def test_rounding_by_channels_and_by_a_function_of_ones_own() -> None:
 def test_ranks_are_spearmans_and_need_the_check() -> None:
     one, many = sk.Estimate(1.0, 0.0), ("a", "b", "c", "d")
     predicted, measured = ((4.0,), (3.0,), (2.0,), (1.0,)), ((3.0,), (4.0,), (2.0,), (0.5,))
-    layers = measures.LayerSensitivity(
-        many, (2,) * 4, (one,) * 4, (one,) * 4, (one,) * 4, (4,), predicted, predicted, measured, measured, 1.0, 1, 1
-    )
-    assert layers.rank_correlation(4) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
-    assert layers.ranking(4) == many and layers.ranking(4, by="measured") == ("b", "a", "c", "d")
+    slope, each = ((0.0,), (2.0,), (0.0,), (0.0,)), (one,) * 4
+    layers = measures.LayerSensitivity(many, (2,) * 4, each, each, each, (4,), predicted, slope, predicted, measured, measured, 1.0, 1, 1)
+    assert layers.rank_correlation(4, by="trace") == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert layers.rank_correlation(4) == layers.rank_correlation(4, by="slope and trace") == pytest.approx(1.0)
+    assert layers.ranking(4, by="trace") == many and layers.ranking(4, by="measured") == ("b", "a", "c", "d")
     unchecked = measures.layer_sensitivity(Regression("quadratic").objective, bits=[4], check=False)
     assert unchecked.measured is None and unchecked.num_evaluations == 1
     with pytest.raises(ValueError, match="check=True"):

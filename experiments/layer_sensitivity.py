@@ -152,7 +152,7 @@ def draw(rows: list[Row], canvas: Any) -> None:
             for set_scale, set_ticks in ((ax.set_xscale, ax.set_xticks), (ax.set_yscale, ax.set_yticks)):
                 set_scale("symlog", linthresh=least)
                 set_ticks([-top, 0, top], [f"{-top:g}", "0", f"{top:g}"])
-            ax.set(xlim=(-top, top), ylim=(-top, top), xlabel="foretold rise of the loss", ylabel="measured")
+            ax.set(xlim=(-top, top), ylim=(-top, top), xlabel=f"foretold rise, log beyond {least:g}", ylabel="measured, likewise")
             ax.set_title(f"{name}, {bits} bits, a step for each tensor", fontsize=10)
             ax.tick_params(labelsize=7)
             ax.minorticks_off()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -41,6 +42,14 @@ def test_the_picture_of_layers_has_a_point_for_each_layer_bit_width_and_predicti
     assert list(lines[1].get_xdata()) == [row[0] for row in found.quadratic]
     unchecked = measures.layer_sensitivity(objective, bits=[2, 4], check=False).plot()
     assert [label.get_text() for label in unchecked.get_yticklabels()] == ["0.weight", "2.weight", "4.weight"]
+
+
+def test_the_example_of_the_page_on_measures_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "measures.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    with torch.random.fork_rng():
+        exec(compile(block, page.name, "exec"), {})
+    assert "worst case" in (said := capsys.readouterr().out) and "nan" not in said
 
 
 def test_pages_show_both_with_their_numbers(objective: sk.Objective, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ import sharpkit
 from sharpkit._arguments import as_path, as_seed, as_text, shown, texts
 from sharpkit._results import RUN_VERSION, to_json
 from sharpkit.reporting.documents import to_document as to_document
-from sharpkit.reporting.sections import section_for
 
 _NAMED = ("layer_sharpness", "curvature_history")  # whose own sections say their name
 _GENERATOR = "sharpkit"  # what a page says it was made by, and is known again by
@@ -117,6 +116,8 @@ def report(
         ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
         True
     """
+    from sharpkit.reporting.sections import section_for  # knows every kind of result: what only needs documents does not load all that
+
     target = page_place(as_path("path", path))  # before the figures are drawn
     as_text("title", title)
     if command is not None:

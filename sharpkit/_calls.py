@@ -113,7 +113,8 @@ class ProgressBar:
                 # The times are the call's own: the bar came later, and tqdm would divide by its own age. leave: the answer makes a finished
                 # bar old news.
                 layout: Any = {"bar_format": "{l_bar}{bar}| {n_fmt} of {total_fmt}{unit}{postfix}", "dynamic_ncols": True, "leave": False}
-                self._bar = tqdm(total=progress.expected, file=sys.stderr, disable=False, **layout)
+                # a delay: it is not drawn when made, when it knows nothing yet
+                self._bar = tqdm(total=progress.expected, file=sys.stderr, disable=False, delay=1e-9, **layout)
         # not update(): it adds up, and an algorithm may lower its count of what is done or expected
         self._bar.total, self._bar.n, self._bar.unit = progress.expected or None, progress.done, f" {progress.unit}"
         left = f", about {_clock(progress.remaining)} left" if 0 <= progress.remaining < float("inf") else ""

@@ -85,6 +85,7 @@ def test_a_call_on_a_terminal_shows_a_bar_that_counts_and_foretells_and_is_gone_
     sk.spectral_density(matrix(), num_probes=3, num_steps=10)
     drawn = terminal.getvalue()
     assert re.search(r"100%\|.*\| 30 of 30 products, \d+ s, about 0 s left", drawn)
+    assert " 0 of" not in drawn  # nothing is drawn before it is known
     assert drawn.endswith("\r") and not drawn.split("\r")[-2].strip()  # the line is cleared
 
 

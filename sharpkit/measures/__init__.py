@@ -13,16 +13,19 @@ from sharpkit.measures.logits import LogitSharpness, logit_sharpness
 from sharpkit.measures.nearby import MSharpness, m_sharpness
 from sharpkit.measures.one_step import OneStepSharpness, sam_sharpness
 from sharpkit.measures.rounding import LayerSensitivity, layer_sensitivity, round_weights
+from sharpkit.measuring.logit_growth import LogitGrowth, logit_growth
 
 __all__ = [
     "FisherRaoNorm",
     "LayerSensitivity",
+    "LogitGrowth",
     "LogitSharpness",
     "MSharpness",
     "OneStepSharpness",
     "effective_dimension",
     "fisher_rao_norm",
     "layer_sensitivity",
+    "logit_growth",
     "logit_sharpness",
     "m_sharpness",
     "relative_flatness",

@@ -13,6 +13,12 @@ from sharpkit.monitor.schema import Reading, in_words, main_curvature, reading
 
 Document = Mapping[str, Any]
 _GIVEN_BACK = 0.5  # of the improvement, and of the level: a run that ends so far above its lowest loss was lost; by judgement
+# A logit, or log Z in nats, below which growth means nothing, by judgement: at 50 a softmax has become a choice; log Z begins at the
+# logarithm of the number of classes, at most about 12.
+_GROWTHS = (
+    ("attention_logits", 50.0, "a layer norm on queries and keys (QK norm, arXiv 2302.05442) holds it down"),
+    ("output_log_z", 25.0, "a z-loss, 1e-4 (log Z)^2 added to the loss (arXiv 2204.02311), holds it near 0"),
+)
 _NUM_SPREADS = 8.0  # of the losses' scatter, by judgement, as for a spike
 
 
@@ -36,6 +42,7 @@ def run_findings(header: Document, records: Sequence[Document]) -> list[str]:
     along = [record for record in records if record["values"].get("batch_sharpness", {}).get("converged", True)]
     said += _settled(name, readings)
     said += _settled(in_words("batch_sharpness"), [r for r in (reading(record, "batch_sharpness") for record in along) if r is not None])
+    said += _logits(records)
     return [*said, *_loss(records), *_failures(header, records), *_unconverged(header, main, records), *_cost(header, records)]
 
 
@@ -88,6 +95,20 @@ def _loss(records: Sequence[Document]) -> list[str]:
         said.append(
             f"The loss rose from {low:.3g} (step {at}) to {last:.3g} (step {step}), the last one known; it began at {values[0]:.3g}."
         )
+    return said
+
+
+def _logits(records: Sequence[Document]) -> list[str]:
+    """Logits of a transformer that grew, each with what is known to hold them down."""
+    said = []
+    for name, level, remedy in _GROWTHS:
+        values = [(record["step"], number(record["values"][name]["value"])) for record in records if name in record["values"]]
+        if len(values) < 2:
+            continue
+        (first, before), (last, after) = values[0], values[-1]
+        sentence = f"The {in_words(name)} went from {before:.3g} (step {first}) to {after:.3g} (step {last})"
+        grown = after > level and after > 2 * before  # twice, by judgement
+        said.append(f"{sentence}: it grows, as it does before training breaks; {remedy}." if grown else f"{sentence}.")
     return said
 
 

@@ -38,6 +38,7 @@ from sharpkit.measuring.directional import (
 )
 from sharpkit.measuring.geometry import Ball, sharpest
 from sharpkit.measuring.layers import layer_of
+from sharpkit.measuring.logit_growth import LogitGrowth, logit_growth
 from sharpkit.monitor.records import Measurement
 from sharpkit.objective.guard import silenced
 from sharpkit.objective.objective import Objective
@@ -140,6 +141,11 @@ class Situation:
     def wide_hessian(self) -> HessianOperator:
         """Hessian of the probe set, or else of the batch."""
         return HessianOperator(self.probe) if self.probe is not None else self.hessian
+
+    @cached_property
+    def logits(self) -> LogitGrowth:
+        """How large the logits of the training batch are, for the metrics that look at them."""
+        return logit_growth(self.objective)
 
     @property
     def where(self) -> str:
@@ -401,6 +407,21 @@ def _ratio_of_means(above: np.ndarray[Any, Any], below: np.ndarray[Any, Any]) ->
     return float(total / base), float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
 
 
+# -- logits -------------------------------------------------------------------------------------------------------------------
+def _attention_logits(s: Situation) -> Values:
+    growth = s.logits
+    if not growth.by_call:
+        raise UnsupportedError("no attention was seen in the model's forward pass (sk.measures.logit_growth says what is looked for)")
+    return {"attention_logits": Measurement(growth.attention, 0.0, 0, growth.seconds, f"largest of {len(growth.by_call)} attention calls")}
+
+
+def _output_log_z(s: Situation) -> Values:
+    growth = s.logits
+    if not growth.num_targets:
+        raise UnsupportedError("the loss did not call torch.nn.functional.cross_entropy with class labels, so its log Z is not known")
+    return {"output_log_z": Measurement(growth.log_z, 0.0, 0, growth.seconds, f"root mean square of {growth.num_targets} targets")}
+
+
 # Eigenvalues of H, and what is held against a number over the learning rate and so has the unit of one over it: for SGD that is the same,
 # for methods that divide by the size of gradients it is one over parameter.
 _OF_HESSIAN, _PER_RATE = "loss / parameter^2", "1 / learning rate"
@@ -435,6 +456,8 @@ METRICS: dict[str, Metric] = {
     "top_k": Metric(_top_k, 40),
     "per_layer": Metric(_per_layer, 60),
     "density": Metric(_density, 200, unit=f"{_NO_UNIT} (share of the eigenvalues)"),
+    "attention_logits": Metric(_attention_logits, 0.5, unit=_NO_UNIT),
+    "output_log_z": Metric(_output_log_z, 0.5, unit="nats"),
     "gradient_noise_interaction": Metric(_gradient_noise_interaction, 60, needs_probe=True),
 }
 

@@ -29,6 +29,8 @@ WORDS = {
     "critical_sharpness": "critical sharpness",
     "directional_sharpness": "directional sharpness",
     "noise_scale": "gradient noise scale",
+    "attention_logits": "largest attention logit",
+    "output_log_z": "log Z of the output (root mean square)",
 }
 
 

@@ -226,7 +226,7 @@ class GradientNorms:
         gradients = [p.grad for group in held_parameters(self._optimizer) for p in group if p.grad is not None]
         if not gradients:
             raise ValueError("no parameter of the optimizer holds a gradient: call record() after backward() and before zero_grad()")
-        norms = torch.nn.utils.get_total_norm(gradients, norm_type=float(3 - self._power))
+        norms = torch.nn.utils.get_total_norm(gradients, norm_type=float(self._power))  # l2 with the power 2, l1 with 1
         self._norms.append(norms.detach())
 
     @property

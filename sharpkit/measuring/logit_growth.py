@@ -182,7 +182,7 @@ class _Watch(TorchFunctionMode):
         self.largest.append(torch.stack(highest).max())
 
     def _module(self, given: dict[str, Any]) -> None:
-        """What nn.MultiheadAttention computes: queries (L, N, E) or (L, E), keys (S, N, E) or (S, E); masks are True where forbidden."""
+        """What nn.MultiheadAttention computes: queries (L, N, E) or (L, E), keys (S, N, E) or (S, E)."""
         query, key = (t if t.dim() == 3 else t[:, None] for t in (given["query"], given["key"]))
         size, heads = given["embed_dim_to_check"], given["num_heads"]
         if given["use_separate_proj_weight"]:
@@ -191,12 +191,13 @@ class _Watch(TorchFunctionMode):
             weights = given["in_proj_weight"][:size], given["in_proj_weight"][size : 2 * size]
         offsets = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].split(size)[:2]
         q, k = (
-            F.linear(t, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for t, w, b in zip((query, key), weights, offsets, strict=True)
+            F.linear(t, w, b).reshape(*t.shape[:2], heads, -1).permute(1, 2, 0, 3)
+            for t, w, b in zip((query, key), weights, offsets, strict=True)
         )
         mask = q.new_zeros(*q.shape[:2], q.shape[2], k.shape[2])
         attn, padding = given["attn_mask"], given["key_padding_mask"]
         if attn is not None:
-            mask = mask + _as_added(attn.unflatten(0, (-1, heads)) if attn.dim() == 3 else attn)
+            mask = mask + _as_added(attn.reshape(-1, heads, *attn.shape[1:]) if attn.dim() == 3 else attn)
         if padding is not None:
             mask = mask + _as_added(padding if padding.dim() == 2 else padding[None])[:, None, None, :]
         self._attention(q, k, k, mask)

@@ -5,6 +5,7 @@
 The claim is that of Defazio, Cutkosky, Mehta and Mishchenko (2023), arXiv 2310.07831: linear decay is the schedule to beat, and one refined
 from a run's gradient norms, w_t sum_{p > t} w_p with w_t = G_t^-2 (SGD) or 1 / G_t (Adam, l1 norms), is as good or better, and comes with
 warm-up and annealing of its own. Norms are those of a linear run at its best peak, on a seed of its own; peaks are chosen on two others.
+The refined schedule is run as it is, and after the same warm-up as the others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ SEEDS, TUNING_SEEDS, NORM_SEED = (0, 1, 2, 3, 4), (100, 101), 200
 GRIDS = {"fashion": (0.1, 0.2, 0.4, 0.8), "text": (0.0025, 0.005, 0.01, 0.02, 0.04)}
 POWERS = {"fashion": 2, "text": 1}  # of the l2 norms of SGD, of the l1 norms of AdamW
 FIXED: dict[str, Callable[[float], float]] = {"linear": laws.linear, "cosine": laws.cosine, "WSD": laws.wsd(0.2, shape="linear")}
-WARMUP = 0.05  # of the run, for the three that have none of their own
+REFINED = ("refined", "refined + warm-up")
+WARMUP = 0.05  # of the run, for all but "refined"
 
 
 def trained(task: Task, schedule: Callable[[float], float], peak: float, seed: int, *, steps: int, warmup: int, power: int) -> Row:
@@ -80,8 +82,8 @@ def rows_of(key: str, *, quick: bool) -> list[Row]:
     shares = np.linspace(0, 1, 101).tolist()
     shape = {"refined": [refined(z) for z in shares], "constant": [constant(z) for z in shares]}
     rows.append({"task": key, "norms": norms[:: max(1, steps // 200)], **shape})
-    schedules = {**FIXED, "refined": refined}
-    peaks["refined"] = best_peak("refined", refined)
+    schedules = {**FIXED, **dict.fromkeys(REFINED, refined)}
+    peaks |= {name: best_peak(name, refined) for name in REFINED}
     for name, seed in itertools.product(schedules, SEEDS[: 2 if quick else None]):
         found = run(name, schedules[name], peaks[name], seed)
         rows.append({"task": key, "schedule": name, "seed": seed, "peak": peaks[name], "train": found["train"], "test": found["test"]})
@@ -93,7 +95,7 @@ def summary(key: str, rows: list[Row]) -> list[Row]:
     runs = [row for row in rows if "seed" in row]
     linear = {row["seed"]: row for row in runs if row["schedule"] == "linear"}
     found = []
-    for name in (*FIXED, "refined"):
+    for name in (*FIXED, *REFINED):
         own, row = [one for one in runs if one["schedule"] == name], {"task": key, "summary": name}
         row["peak"] = own[0]["peak"]
         for what in ("train", "test"):
@@ -124,7 +126,8 @@ def draw(rows: list[Row], canvas: Any) -> None:
             own = [one["train"] for one in rows if one["task"] == key and "seed" in one and one["schedule"] == row["summary"]]
             lower.plot([place] * len(own), own, "o", ms=4, color="#2563a8", alpha=0.4)
             lower.errorbar(place, row["train"], yerr=row["train_half"], fmt="_", ms=12, color="#d1662b", capsize=3)
-        lower.set_xticks(range(len(ends)), [f"{row['summary']}\npeak {row['peak']:g}" for row in ends])
+        names = [row["summary"].replace(" + ", "\n+ ") for row in ends]
+        lower.set_xticks(range(len(ends)), [f"{name}\npeak {row['peak']:g}" for name, row in zip(names, ends, strict=True)], fontsize=8)
         lower.set_ylabel("training loss at the end")
     axes[0, 0].legend(frameon=False, fontsize=8)
 

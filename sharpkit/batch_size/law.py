@@ -1,4 +1,8 @@
-"""The law rate = r (1 + c / b)^-p through measured rates: all that fit, weighted by how well, and what they miss of the measurements."""
+"""The law rate = r (1 + c / b)^-p through measured rates: all that fit, weighted by how well, and what they miss of the measurements.
+
+`sharpkit.fits.power_law` through the same two to four rates is no substitute: on experiments/batch_heldout.py its median error was a factor
+of 1.27 (this law's 1.20), its 95 % intervals 116 times wide (3.2 times), and three curves of 31 had too few rates for one.
+"""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Rewarming(Result, kind="rewarming"):
         return (
             f"Here {self.optimizer} is stable up to {float(self.limit):.3g}, and the peak of {self.peak:.3g} is "
             f"{self.peak / float(self.limit):.3g} times that: begin at {self.start:.3g} and climb over {self.steps} steps, as fast as "
-            "sharpness comes down. A peak of half the limit needs no climb; in docs/reference/laws.md such a peak forgot less and ended lower."
+            "sharpness comes down. A peak of half the limit needs no climb; where it was tried, such a peak forgot less and ended lower."
         )
 
     def __str__(self) -> str:

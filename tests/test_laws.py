@@ -178,7 +178,7 @@ def test_rewarming_begins_where_the_rate_is_stable_and_climbs_by_a_constant_fact
     advice = laws.rewarming(objective, optimizer, peak=6.0, steps_per_doubling=10)
     assert (advice.limit, advice.start, advice.steps) == pytest.approx((3.0, 1.5, 20))
     assert [advice.rate(step) for step in (0, 10, 20, 100)] == pytest.approx([1.5, 3.0, 6.0, 6.0])
-    assert "begin at 1.5 and climb" in advice.finding
+    assert "begin at 1.5 and climb" in str(advice)
     assert laws.Rewarming.from_dict(advice.to_dict()).steps == 20
     with pytest.raises(ValueError, match="takes 20 steps, and the run has 20"):
         advice.scheduler(optimizer, total_steps=20)
@@ -194,7 +194,7 @@ def test_rewarming_begins_where_the_rate_is_stable_and_climbs_by_a_constant_fact
 def test_a_peak_that_is_stable_at_once_needs_no_climb() -> None:
     advice = laws.rewarming(*_quadratic(), peak=1.0)
     assert (advice.steps, advice.start, advice.rate(0)) == (0, 1.0, 1.0)
-    assert "no climb is needed" in advice.finding
+    assert "no climb is needed" in str(advice)
     objective, _ = _quadratic()
     with pytest.raises(ValueError, match="has no state yet"):
         laws.rewarming(objective, torch.optim.Adam(objective.model.parameters()), peak=1.0)

@@ -78,19 +78,19 @@ class Rewarming(Result, kind="rewarming"):
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    @property
-    def finding(self) -> str:
-        """What to do, in a sentence."""
+    def findings(self) -> list[str]:
+        """What to do, in sentences."""
         if not self.steps:
-            return f"A rate of {self.peak:.3g} is stable here at once: the limit is {float(self.limit):.3g}, and no climb is needed."
-        return (
+            return [f"A rate of {self.peak:.3g} is stable here at once: the limit is {float(self.limit):.3g}, and no climb is needed."]
+        return [
             f"Here {self.optimizer} is stable up to {float(self.limit):.3g}, and the peak of {self.peak:.3g} is "
             f"{self.peak / float(self.limit):.3g} times that: begin at {self.start:.3g} and climb over {self.steps} steps, as fast as "
-            "sharpness comes down. A peak of half the limit needs no climb; where it was tried, such a peak forgot less and ended lower."
-        )
+            "sharpness comes down.",
+            "A peak of half the limit needs no climb; where it was tried, such a peak forgot less and ended lower.",
+        ]
 
     def __str__(self) -> str:
-        return self.finding
+        return " ".join(self.findings())
 
 
 @public_call

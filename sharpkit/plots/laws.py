@@ -14,6 +14,7 @@ from sharpkit.plots import BLUE, GREEN, OCHRE, ORANGE, PINK, PURPLE, TEAL, axes_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_RATIO_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 _COLOURS = (BLUE, GREEN, PURPLE, PINK, TEAL, OCHRE)
 
 
@@ -49,6 +50,10 @@ def draw_layer_rates(names: Sequence[str], ratios: Mapping[str, Sequence[float]]
         ax.plot(values, rows + shift, mark, color=colour, markersize=5, label=label)
     ax.axvline(1.0, color=ORANGE, linestyle="--", linewidth=1.2)
     ax.set_xscale("log")
+    span = [value for values in ratios.values() for value in values]
+    shown = [tick for tick in _RATIO_TICKS if 0.7 * min(span) <= tick <= 1.4 * max(span)]  # a little beyond the marks, by judgement
+    ax.set_xticks(shown, labels=[f"{tick:g}" for tick in shown])
+    ax.xaxis.minorticks_off()
     ax.set_yticks(rows, labels=list(names))
     ax.invert_yaxis()
     return finish(ax, x="rate of the layer / base rate")

@@ -14,7 +14,7 @@ from typing import Any
 
 from sharpkit._errors import DocumentError
 from sharpkit._results import decimals, format_with_error, number, percent
-from sharpkit.fits import Slope
+from sharpkit.fits import PowerLaw, Slope
 from sharpkit.layerwise import RULES, LayerRates
 from sharpkit.learner.baselines import LEARNER
 from sharpkit.learner.race import COUNTING, RaceResult
@@ -254,14 +254,30 @@ def _layer_sensitivity_section(document: Document) -> Section:
     return section
 
 
+def _power_law_section(document: Document) -> Section:
+    law = PowerLaw.from_dict(document)
+    section = Section(
+        "Power law",
+        "y = offset + amplitude x^exponent, fitted robustly in logarithms; intervals by resampled residuals.",
+        draw=lambda ax: law.plot(ax=ax),
+        figure_label="Power law through the points",
+        columns=["quantity", "value", "95 %"],
+    )
+    numbers = [("exponent", law.exponent), ("amplitude", law.amplitude), *([("offset", law.offset)] if law.has_offset else [])]
+    section.rows = [[name, f"{float(v):.4g}", f"{v.lower:.4g} to {v.upper:.4g}"] for name, v in numbers]
+    section.rows.append(["scatter of a point", percent(law.scatter), ""])
+    return section
+
+
 def _layer_rates_section(document: Document) -> Section:
     rates = LayerRates.from_dict(document)
     section = Section(
         f"Rates by layer, {rates.optimizer}",
         "Each layer's rate over the base rate, of geometric mean 1, held to a factor of 10; its largest stable rate alone.",
         draw=lambda ax: rates.plot(ax=ax),
-        figure_size=(5.8, max(2.6, 1.3 + 0.34 * len(rates.names))),  # inches, by judgement: axis and legend, and a line for each layer
+        figure_size=(11.0, max(3.0, 1.5 + 0.36 * len(rates.names))),  # inches, by judgement: axis and legend, and a line for each layer
         figure_label="Rates by layer",
+        wide=True,
         cost=f"{rates.num_matvecs} products, {rates.seconds:.3g} s",
         columns=["layer", "parameters", "alone", *RULES],
     )
@@ -639,6 +655,7 @@ _SECTIONS: dict[str, Callable[[Document], Section]] = {
     "m_sharpness": _m_sharpness_section,
     "layer_sensitivity": _layer_sensitivity_section,
     "layer_rates": _layer_rates_section,
+    "power_law": _power_law_section,
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
     "suggested_learning_rate": _suggestion_section,

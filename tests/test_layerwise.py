@@ -84,7 +84,10 @@ def test_trust_ratios_signal_to_noise_and_channels_are_those_of_the_papers() -> 
     rates = layer_rates(sk.Objective(model, (x, y), loss=F.cross_entropy))
     F.cross_entropy(model(x), y).backward()
     for i, layer in enumerate((model[0], model[2])):
-        weight, grad = (torch.cat([t.flatten() for t in ts]) for ts in ((layer.weight, layer.bias), (layer.weight.grad, layer.bias.grad)))
+        weight, grad = (
+            torch.cat([t.flatten() for t in ts])
+            for ts in ((layer.weight.detach(), layer.bias.detach()), (layer.weight.grad, layer.bias.grad))
+        )
         update = grad / (grad.abs() + 1e-8)
         assert rates.lars[i] == pytest.approx(float(weight.norm() / grad.norm()), rel=1e-9)
         assert rates.lamb[i] == pytest.approx(float(weight.norm() / update.norm()), rel=1e-9)

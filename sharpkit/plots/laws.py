@@ -14,7 +14,7 @@ from sharpkit.plots import BLUE, GREEN, OCHRE, ORANGE, PINK, PURPLE, TEAL, axes_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_RATIO_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+_RATIO_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # by convention; ratios lie within a factor of 10
 _COLOURS = (BLUE, GREEN, PURPLE, PINK, TEAL, OCHRE)
 
 

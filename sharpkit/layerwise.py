@@ -28,10 +28,11 @@ from sharpkit.optimizers import (
     check_trains,
     gradient_descent,
     has_stepped,
+    held_parameters,
     is_adaptive,
+    learning_rate,
     next_update,
     regrouped,
-    relative_rates,
     unwrap_optimizer,
 )
 
@@ -283,7 +284,7 @@ def layer_rates(
         matrix, rule = optimizer_curvature(base, twin)
         pair = end_of(eigenpairs(matrix, k=1, tol=tol, seed=seed, callback=report))
         matvecs, converged = matvecs + base.num_matvecs, converged and pair.converged
-        limit, held = rate_under(rule, pair), {id(p) for g in own.param_groups for p in g["params"]}
+        limit, held = rate_under(rule, pair), {id(p) for group in held_parameters(own) for p in group}
         reference = next(r for r, p in zip(ratios, base.layout.live, strict=True) if id(p) in held)
         return Bounded(*(float(v) / reference for v in (limit, limit.lower, limit.upper)))
 
@@ -298,13 +299,12 @@ def layer_rates(
         ratio = dict(zip(names, _ratios(columns[rule]), strict=True))
         base = HessianOperator(objective)
         together[rule] = top_rate(base, [ratio[o] for o in owners], 1 + len(names) + number, f"rates by {rule}")
-    present = next(g["lr"] for g, r in zip(own.param_groups, relative_rates(own, layout), strict=True) if r == 1)
     return LayerRates(
         names=names,
         parameters=members,
         num_parameters=sizes,
         optimizer=type(own).__name__,
-        lr=float(present) if optimizer is not None else math.nan,
+        lr=learning_rate(own, layout) if optimizer is not None else math.nan,
         alone=tuple(alone),
         lars=tuple(lars),
         lamb=tuple(lamb),

@@ -17,7 +17,7 @@ from sharpkit.measuring.stability import StableLearningRate, rate_under
 from sharpkit.objective.objective import Objective, check_objective
 from sharpkit.operators.hessian import HessianOperator
 from sharpkit.operators.preconditioned import optimizer_curvature
-from sharpkit.optimizers import check_trains, relative_rates, set_learning_rates, unwrap_optimizer
+from sharpkit.optimizers import begin_rates, check_trains, unwrap_optimizer
 
 __all__ = ["Rewarming", "rewarming"]
 
@@ -67,9 +67,7 @@ class Rewarming(Result, kind="rewarming"):
         if total_steps <= self.steps:
             raise ValueError(f"the climb takes {self.steps} steps, and the run has {total_steps}: choose a lower peak or a longer run")
         after: Schedule = schedule if schedule is not None else lambda z: 1.0
-        set_learning_rates(optimizer, [self.peak * ratio for ratio in relative_rates(optimizer)])
-        for group in optimizer.param_groups:
-            group.pop("initial_lr", None)  # of the run before: torch would begin from it
+        begin_rates(optimizer, self.peak)
 
         def factor(step: int) -> float:
             if step < self.steps:

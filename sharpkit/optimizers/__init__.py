@@ -10,6 +10,7 @@ from sharpkit.optimizers.fixed_steps import Norm
 from sharpkit.optimizers.geometry import has_geometry, step_geometry
 from sharpkit.optimizers.groups import (
     averaging,
+    begin_rates,
     check_one_way,
     check_trains,
     current_momentum,
@@ -65,6 +66,7 @@ __all__ = [
     "StepMatrix",
     "UpdateRule",
     "averaging",
+    "begin_rates",
     "check_fresh",
     "check_one_way",
     "check_settles",

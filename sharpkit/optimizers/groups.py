@@ -194,6 +194,13 @@ def restore_initial_rates(optimizer: Optimizer) -> None:
     set_learning_rates(optimizer, [float(group.get("initial_lr", _rate(group))) for group in optimizer.param_groups])
 
 
+def begin_rates(optimizer: Optimizer, peak: float) -> None:
+    """Give the reference group a rate, and the others theirs in proportion, for a new scheduler to begin from."""
+    set_learning_rates(optimizer, [peak * ratio for ratio in relative_rates(optimizer)])
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)  # torch's schedulers would begin from it
+
+
 def current_momentum(optimizer: Optimizer) -> float:
     """Momentum, or beta1, of the first group; NaN for an optimizer that has none."""
     settings = optimizer.param_groups[0]

@@ -94,6 +94,8 @@ def numbers(problem: Any, data: Any, loss: Any, **settings: Any) -> dict[str, An
         "values": sk.eigenpairs(sk.HessianOperator(objective), k=3, tol=1e-8).values,
         "signs": sk.generalized_sharpness(objective, "linf", num_starts=2, max_matvecs=4).value,
         "update": sk.update_curvature(objective, torch.optim.SGD(problem.model.parameters(), lr=0.1)).curvature,
+        "rates": torch.tensor([float(limit) for limit in sk.layerwise.layer_rates(objective, tol=1e-8).together.values()]),
+        "log z": sk.measures.logit_growth(objective).log_z,
     }
 
 
@@ -373,7 +375,7 @@ def test_every_number_of_two_processes_equals_that_of_one(tmp_path: Path) -> Non
             for rank in range(WORLD):
                 other = ranks[rank][name][what]
                 # 1e-8 for eigenvalues found to that tolerance; sums over two processes round otherwise by a few bits
-                tolerance = 1e-7 if what == "values" else 1e-11
+                tolerance = 1e-7 if what in ("values", "rates") else 1e-11
                 assert relative_error(torch.as_tensor(other), torch.as_tensor(number)) < tolerance, (name, what, rank)
                 if isinstance(other, Tensor):
                     assert torch.equal(other, ranks[0][name][what]), (name, what, "the processes must hold the same bits")

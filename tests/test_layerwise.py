@@ -167,3 +167,20 @@ def test_the_result_is_saved_read_back_and_says_what_came_out(tmp_path: Path) ->
 def test_what_makes_no_sense_is_refused(call: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         call(Split())
+
+
+def test_a_call_that_was_stopped_goes_on_from_its_checkpoint_and_ends_the_same(tmp_path: Path) -> None:
+    objective, asked = objective_of(Split()), 0
+
+    def stop(progress: sk.Progress) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 12:
+            raise KeyboardInterrupt
+
+    whole = layer_rates(objective)
+    with pytest.raises(KeyboardInterrupt):
+        layer_rates(objective, checkpoint=tmp_path / "kept", callback=stop)
+    again = layer_rates(objective, checkpoint=tmp_path / "kept")
+    assert [float(limit) for limit in again.alone] == [float(limit) for limit in whole.alone]
+    assert {rule: float(limit) for rule, limit in again.together.items()} == {rule: float(v) for rule, v in whole.together.items()}

@@ -152,3 +152,16 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def searched(loss_of: Callable[[float], float], grid: Sequence[float], *, reach: int) -> dict[float, float]:
+    """Losses on a grid, a factor of 2 apart, that moves on while its best lies at an end, by at most ``reach`` points."""
+    losses: dict[float, float] = {}
+    asked = list(grid)
+    while asked:
+        point = asked.pop()
+        losses[point] = loss_of(point)
+        best = min(losses, key=losses.__getitem__)
+        if not asked and len(losses) < len(grid) + reach:
+            asked = [best / 2] if best == min(losses) else [best * 2] if best == max(losses) else []
+    return losses

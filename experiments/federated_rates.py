@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import sharpkit as sk
 from experiments._batch_models import digits
-from experiments._common import Row, run_as_script
+from experiments._common import Row, run_as_script, searched
 from experiments._models import mlp, seeded
 
 CLIENTS, ROUNDS, LOCAL, BATCH = 10, 30, 10, 16
@@ -94,14 +94,12 @@ def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     rows, rounds, seeds = list[Row](), 3 if quick else ROUNDS, SEEDS[: 1 if quick else None]
     for way, grid in GRIDS.items():
-        losses: dict[float, float] = {}
-        asked = list(grid[:1] if quick else grid)
-        while asked:
-            number = asked.pop()
-            losses[number] = float(np.mean([trained(way, number, seed, rounds)[0] for seed in seeds[:_SEARCHED]]))
-            best = min(losses, key=losses.__getitem__)
-            if not asked and not quick and len(losses) < len(grid) + _REACH:
-                asked = [best / 2] if best == min(losses) else [best * 2] if best == max(losses) else []
+
+        def mean(number: float, way: str = way) -> float:
+            return float(np.mean([trained(way, number, seed, rounds)[0] for seed in seeds[:_SEARCHED]]))
+
+        losses = searched(mean, grid[:1] if quick else grid, reach=0 if quick else _REACH)
+        best = min(losses, key=losses.__getitem__)
         for seed in seeds:
             loss, rates, products = trained(way, best, seed, rounds)
             row = {"way": way, "seed": seed, "number": best, "loss": loss, "client rates": sorted(rates), "products": products}

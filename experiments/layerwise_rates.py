@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import sharpkit as sk
-from experiments._common import Row, run_as_script
+from experiments._common import Row, run_as_script, searched
 from experiments._learner_tasks import task_of
 from sharpkit.layerwise import RULES
 
@@ -74,15 +74,12 @@ def measure(quick: bool) -> list[Row]:
     for name, (optimizer, steps, grid) in TASKS.items():
         length = 60 if quick else steps
         for rule in ("one rate", *RULES):
-            losses: dict[float, float] = {}
 
-            asked = list(grid[:1] if quick else grid)
-            while asked:
-                lr = asked.pop()
-                losses[lr] = float(np.mean([trained(name, rule, lr, seed, length)[0] for seed in SEARCHED[: 1 if quick else None]]))
-                best = min(losses, key=losses.__getitem__)
-                if not asked and not quick and len(losses) < len(grid) + _REACH:
-                    asked = [best / 2] if best == min(losses) else [best * 2] if best == max(losses) else []
+            def mean(lr: float, name: str = name, rule: str = rule, length: int = length) -> float:
+                return float(np.mean([trained(name, rule, lr, seed, length)[0] for seed in SEARCHED[: 1 if quick else None]]))
+
+            losses = searched(mean, grid[:1] if quick else grid, reach=0 if quick else _REACH)
+            best = min(losses, key=losses.__getitem__)
             head = {"task": name, "optimizer": optimizer, "rule": rule, "lr": best, "searched": sorted(losses.items())}
             for seed in SEEDS[: 1 if quick else None]:
                 train, test = trained(name, rule, best, seed, length)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sharpkit as sk
-from experiments._common import Row, run_as_script
+from experiments._common import Row, run_as_script, searched
 from experiments._models import GPT, seeded
 from experiments.rewarming import held_out, run, windows
 
@@ -96,14 +96,11 @@ def measure(quick: bool) -> list[Row]:
             # at one geometric mean of the two rates, so that a grid serves all ratios
             return [trained(r, lr / math.sqrt(r), seed, before=before, steps=steps) for r, seed in zip(ratios, which, strict=True)]
 
-        losses: dict[float, float] = {}
-        asked = list(GRID[:1] if quick else GRID)
-        while asked:
-            lr = asked.pop()
-            losses[lr] = float(np.mean(mean(lr, seeds[:_SEARCHED])))
-            best = min(losses, key=losses.__getitem__)
-            if not asked and not quick and len(losses) < len(GRID) + _REACH:
-                asked = [best / 2] if best == min(losses) else [best * 2] if best == max(losses) else []
+        def searching(lr: float, mean: Any = mean) -> float:
+            return float(np.mean(mean(lr, seeds[:_SEARCHED])))
+
+        losses = searched(searching, GRID[:1] if quick else GRID, reach=0 if quick else _REACH)
+        best = min(losses, key=losses.__getitem__)
         for seed, loss in zip(seeds, mean(best, seeds), strict=True):
             _, ratio, limits = started(seed, before)
             row = {"way": way, "seed": seed, "rate": best, "ratio": RATIOS.get(way, ratio), "loss": loss, "limits of A and B": limits}

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sharpkit._results import Progress as Progress
     from sharpkit.batch_size.bracket import SharpnessBracket as SharpnessBracket
     from sharpkit.batch_size.bracket import sharpness_bracket as sharpness_bracket
+    from sharpkit.batch_size.branching import BatchBranching as BatchBranching
+    from sharpkit.batch_size.branching import branch_batch_sizes as branch_batch_sizes
     from sharpkit.batch_size.learning_rate_curve import LearningRateCurve as LearningRateCurve
     from sharpkit.batch_size.learning_rate_curve import learning_rate_curve as learning_rate_curve
     from sharpkit.batch_size.noise import BatchSizeTest as BatchSizeTest
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from sharpkit.batch_size.scaling import ScaledLearningRate as ScaledLearningRate
     from sharpkit.batch_size.scaling import safe_damping as safe_damping
     from sharpkit.batch_size.scaling import scale_learning_rate as scale_learning_rate
+    from sharpkit.batch_size.warmup import BatchSizeWarmup as BatchSizeWarmup
+    from sharpkit.batch_size.warmup import batch_size_warmup as batch_size_warmup
     from sharpkit.learner.learner import CurvatureLearner as CurvatureLearner
     from sharpkit.learner.race import RaceResult as RaceResult
     from sharpkit.learner.race import race as race
@@ -130,9 +134,11 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "sharpkit._results": ("Bounded", "Progress"),
     "sharpkit.batch_size.bracket": ("SharpnessBracket", "sharpness_bracket"),
+    "sharpkit.batch_size.branching": ("BatchBranching", "branch_batch_sizes"),
     "sharpkit.batch_size.learning_rate_curve": ("LearningRateCurve", "learning_rate_curve"),
     "sharpkit.batch_size.noise": ("BatchSizeTest", "GradientNoise", "batch_size_tests", "gradient_noise_scale"),
     "sharpkit.batch_size.scaling": ("ScaledLearningRate", "safe_damping", "scale_learning_rate"),
+    "sharpkit.batch_size.warmup": ("BatchSizeWarmup", "batch_size_warmup"),
     "sharpkit.learner.learner": ("CurvatureLearner",),
     "sharpkit.learner.race": ("RaceResult", "race"),
     "sharpkit.learner.schedules": ("refined_schedule",),

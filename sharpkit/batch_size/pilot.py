@@ -208,7 +208,7 @@ _NUMBERS = ("rate", "before", "after", "steps", "attempts")  # of :class:`Settle
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains copies of the model of a pool's objective with the user's kind of optimizer, started afresh; writes down what it costs.
+    """Trains copies of the model of a pool's objective with the user's kind of optimizer; writes down what it costs.
 
     Attributes:
         told: called after each run.
@@ -220,18 +220,19 @@ class Trainer:
     ledger: Ledger = field(default_factory=Ledger)
     told: Callable[[], None] = lambda: None
 
-    def start(self, batch_size: int, *, order: int = 0, draw: int = 0) -> PilotRun:
+    def start(self, batch_size: int, *, order: int = 0, draw: int = 0, keep_state: bool = False) -> PilotRun:
         """A run from the present parameters, no step made yet. Groups keep their ratios.
 
         Args:
             batch_size: B.
             order: number of another order of the data.
             draw: number of another initialisation; 0 for the present parameters.
+            keep_state: go on with the optimizer's state, its momentum for one, instead of an empty one.
         """
         with grad_mode_kept():  # copies of tensors are made under no_grad
             twin = self.pool.parent.copy(self.pool.batches)
             pairs = zip(self.pool.parent.model.parameters(), twin.model.parameters(), strict=True)
-            optimizer = copy_optimizer(self.optimizer, {id(p): t for p, t in pairs}, reset=True)
+            optimizer = copy_optimizer(self.optimizer, {id(p): t for p, t in pairs}, reset=not keep_state)
         if draw:
             redraw(twin.model, seed=self.seed + draw, device=twin.device)
         set_learning_rates(optimizer, relative_rates(unwrap_optimizer(self.optimizer), self.pool.parent.layout))

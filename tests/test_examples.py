@@ -19,6 +19,7 @@ SAYS = {
     "two_checkpoints.py": "of the path's squared distances",
     "adamw_and_muon.py": "of its limit",
     "mup_check.py": "parametrised: ",
+    "landscape.py": "page:",
     "lora.py": "B: lambda_max",
 }
 

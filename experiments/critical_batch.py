@@ -32,11 +32,15 @@ SEEDS, ORDERS = (0, 1, 2), 3
 HELD_OUT, CURVED, GROUPS = 500, 256, 32  # samples that judge, samples and groups of the noise scale with curvature
 
 
+def optimizer_of(task: Task, model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+    """The task's own for text, plain SGD for digits: with momentum, a large batch's average reaches back over most of a branch."""
+    return torch.optim.SGD(model.parameters(), lr=rate) if task.name.startswith("digits") else task.optimizer(model.parameters(), rate)
+
+
 def checkpoints(task: Task, batch_size: int, rate: float, points: tuple[int, ...], seed: int) -> Any:
     """(samples seen, model, optimizer) at each point of one run at the base batch size."""
     model = task.make(seed)
-    sgd = task.name.startswith("digits")  # plain: with momentum, a large batch's average reaches back over most of a branch
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate) if sgd else task.optimizer(model.parameters(), rate)
+    optimizer = optimizer_of(task, model, rate)
     seen, batches = 0, task.batches(seed, batch_size)
     for point in points:
         model.train()

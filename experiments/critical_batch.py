@@ -116,13 +116,15 @@ def draw(rows: list[Row], canvas: Any) -> None:
         for seen, colour in zip(points, ("#9ec4e6", "#2563a8", "#0b2545"), strict=False):
             losses = np.array([row["losses"] for row in own if row["seen"] == seen], dtype=float)  # (initialisations, sizes, orders)
             means = losses.mean(axis=(0, 2))
-            left.plot(own[0]["batch_sizes"], np.maximum(means - means.min(), 1e-4), "o-", color=colour, markersize=3, label=f"{seen} seen")
+            left.plot(own[0]["batch_sizes"], means - means.min(), "o-", color=colour, markersize=3, label=f"{seen} seen")
         left.axhline(0.01, color="#888", linestyle="--", linewidth=1, label="tolerance")
-        left.set(xscale="log", yscale="log", xlabel="batch size", title=TITLES[name])
+        left.set(xscale="log", xlabel="batch size", title=TITLES[name])
+        left.set_yscale("symlog", linthresh=0.01)
         left.set_xticks(own[0]["batch_sizes"], labels=list(map(str, own[0]["batch_sizes"])), fontsize=7)
         left.minorticks_off()
         left.set_ylabel("loss above the best (nats)")
-        left.legend(frameon=False, fontsize=7)
+        left.legend(frameon=False, fontsize=7, loc="upper left" if name == "digits" else "upper center")
+        left.set_ylim(-0.002, 2 if name == "digits" else 1)
         for label, colour, read in (
             ("branching", "#3f9c6b", lambda row: row["critical"]["value"]),
             ("tr Sigma / |G|^2", "#d1662b", lambda row: row["simple"]["value"]),
@@ -132,8 +134,12 @@ def draw(rows: list[Row], canvas: Any) -> None:
                 some = sorted((row["seen"], float(read(row))) for row in own if row["seed"] == seed)
                 kept = [(seen, value) for seen, value in some if math.isfinite(value) and value > 0]
                 right.plot(*zip(*kept, strict=True), "o-", color=colour, markersize=3, linewidth=1, label=label if not seed else None)
-        right.set(xscale="log", yscale="log", xlabel="samples seen", ylabel="batch size", title=TITLES[name])
-        right.legend(frameon=False, fontsize=7)
+        right.set(xscale="log", xlabel="samples seen", ylabel="samples in a batch", title=TITLES[name])
+        right.set_yscale("log", base=2)
+        right.set_ylim(4, 1024)
+        right.set_xticks(points, labels=list(map(str, points)))
+        right.minorticks_off()
+        right.legend(frameon=False, fontsize=7, loc="upper left")
     canvas.set_size_inches(13, 3.6)
 
 

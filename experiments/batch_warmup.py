@@ -3,8 +3,8 @@
     python -m experiments.critical_batch      # first: the critical sizes
     python -m experiments.batch_warmup        # results/batch_warmup.jsonl, figures/batch_warmup.png
 
-The plan follows from the critical sizes in results/critical_batch.jsonl, geometric means over initialisations. Rates go with the batch size by
-the task's rule. Initialisations and orders of the data are other ones than there.
+The plan follows from the critical sizes in results/critical_batch.jsonl, geometric means over initialisations. Rates go with the batch size
+by the task's rule. Initialisations and orders of the data are other ones than there.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class BatchBranching(Result, kind="batch_branching"):
 
     Attributes:
         critical: the batch size at which the loss leaves the tolerance, between two tried by a straight line in log B, with a 95 % interval
-            by resampling the seeds. Where no size tried was too large, it is the largest of them and the interval has no upper end.
+            by resampling the seeds, widened for their small number. Where no size tried was too large, it is the largest of them and the interval has no upper end.
         largest: the largest size tried that ends within the tolerance of the best, as all between it and the best do.
         batch_sizes: (k,) those tried, ascending.
         rates: (k,) rate at each.
@@ -197,7 +197,8 @@ def branch_batch_sizes(
     ``tolerance``. It belongs to this point, these rates and this number of samples.
 
     Args:
-        objective: at the checkpoint, over the training samples. Only read.
+        objective: at the checkpoint, over the training samples; runs and judgements are in its mode, so give it ``mode="train"`` where
+            dropout or batch norm should act as they do in training. Only read.
         optimizer: with its state from the checkpoint; only read.
         batch_size: the one that ``lr`` belongs to.
         samples: that each run sees; a multiple of every batch size.

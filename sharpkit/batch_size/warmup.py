@@ -193,7 +193,7 @@ def _points(critical: Sequence[BatchBranching] | Mapping[float, float]) -> tuple
         bounds, rules = tuple(float(each.seen) for each in later if each.is_bound), {each.rule for each in later}
     if len(points) < _LEAST_POINTS:
         raise ValueError(
-            f"a law of the critical batch size needs at least {_LEAST_POINTS} points after the start of training, got {len(points)}: branch "
-            "at more checkpoints, each with seen= the samples up to there"
+            f"a law of the critical batch size needs at least {_LEAST_POINTS} points after the start of training, got {len(points)}: "
+            "branch at more checkpoints, each with seen= the samples up to there"
         )
     return points, bounds, rules

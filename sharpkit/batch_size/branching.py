@@ -41,7 +41,8 @@ class BatchBranching(Result, kind="batch_branching"):
 
     Attributes:
         critical: the batch size at which the loss leaves the tolerance, between two tried by a straight line in log B, with a 95 % interval
-            by resampling the seeds, widened for their small number. Where no size tried was too large, it is the largest of them and the interval has no upper end.
+            by resampling the seeds, widened for their small number. Where no size tried was too large, it is the largest of them and the
+            interval has no upper end.
         largest: the largest size tried that ends within the tolerance of the best, as all between it and the best do.
         batch_sizes: (k,) those tried, ascending.
         rates: (k,) rate at each.

@@ -24,6 +24,8 @@ Array = np.ndarray[Any, Any]
 _MOST_PANELS = 6  # by judgement: more are too flat to read on a page
 _MOST_POINTS = 600  # of a line, by judgement about one a pixel; beyond it the lowest and highest of each stretch are drawn
 _MOST_BARS = 80  # error bars, by judgement; more run into each other, and a band is drawn
+_RUN_COLOURS = (BLUE, GREEN, PURPLE, PINK, TEAL, OCHRE)  # without the orange of limits
+_RUN_MARKS = ("o", "s", "^", "D")  # of the seventh run on: colours come again, marks tell them apart
 _ON_STEPS = ("critical_sharpness", "directional_sharpness", "batch_sharpness")  # along the optimizer's own steps
 _PLAIN = ("lambda_max", "probe_lambda_max", "gradient_noise_interaction", "lambda_min")
 
@@ -116,6 +118,70 @@ def plot_monitor(document: Document, *, ax: Axes | None = None, title: str | Non
         upper.tick_params(labelbottom=False)
     if title:
         ax.set_title(title, pad=18)  # points: above the numbers of the events
+    return ax
+
+
+def plot_runs_together(documents: Mapping[str, Document], *, ax: Axes | None = None) -> Axes:
+    """Several monitored runs on the same axes: the curvature each is judged by with its dashed limit, and the losses below.
+
+    A run has one colour throughout, by its place: a run added at the end leaves the others' as they are. Where runs are judged by different
+    metrics, which share no units, the shares of their limits are drawn instead.
+
+    Args:
+        documents: ``history.to_dict()`` of each monitored run, by the name in the legend.
+        ax: as for :func:`plot_monitor`.
+
+    Raises:
+        ValueError: none of the runs holds a curvature.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> def run(value):
+        ...     entry = {"value": value, "stderr": 0.5, "limit": 20.0}
+        ...     return {"kind": "monitor_history", "records": [{"step": step, "values": {"lambda_max": entry}} for step in (0, 10)]}
+        >>> plot_runs_together({"slow": run(19.0), "fast": run(8.0)}).get_ylabel()
+        'lambda_max'
+    """
+    mains = {name: main_curvature(document["records"]) for name, document in documents.items()}
+    judged = {name: main for name, main in mains.items() if main}
+    if not judged:
+        raise ValueError("none of the runs holds a curvature: nothing to draw")
+    same = len(set(judged.values())) == 1
+    losses = {
+        name: [(int(r["step"]), loss) for r in document["records"] if math.isfinite(loss := number(r.get("loss")))]
+        for name, document in documents.items()
+    }
+    ax = axes_for(ax, (10.5, 5.2))
+    axes = _stack(ax, [3.0, 1.6] if any(losses.values()) else [1.0])  # by judgement, nearly as for one run
+    drawn: list[float] = []
+    for place, (name, document) in enumerate(documents.items()):
+        colour, look = _RUN_COLOURS[place % len(_RUN_COLOURS)], _RUN_MARKS[place // len(_RUN_COLOURS) % len(_RUN_MARKS)]
+        readings = [r for record in document["records"] if (r := reading(record, judged.get(name, ""))) is not None]
+        steps, values, limits = (np.array([getattr(r, part) for r in readings], dtype=float) for part in ("step", "value", "limit"))
+        shown = values if same else values / limits
+        axes[0].plot(*_thinned(steps, shown), color=colour, linewidth=1.4, marker=look, markersize=3.5, label=name)
+        drawn += [float(v) for v in shown if math.isfinite(v)]
+        if same and np.isfinite(limits).any():
+            axes[0].plot(*_held(steps, limits), color=colour, linewidth=1.0, linestyle="--")
+            drawn += [float(v) for v in limits if math.isfinite(v)]
+        if losses[name]:
+            at, fell = (np.array(column) for column in zip(*losses[name], strict=True))
+            axes[-1].plot(*_thinned(at, fell), color=colour, linewidth=1.3, marker=look, markersize=3)
+    if not same:
+        axes[0].axhline(1, color=ORANGE, linewidth=1.5, linestyle="--")
+    axes[0].set_ylabel(next(iter(judged.values())) if same else "share of the limit")
+    _scale(axes[0], drawn)
+    finish(axes[0])
+    if len(axes) > 1:
+        every = [loss for series in losses.values() for _, loss in series]
+        if min(every) > 0 and max(every) > 20 * min(every):  # by judgement, as for one run
+            axes[-1].set_yscale("log")
+        axes[-1].set_ylabel("loss")
+        axes[0].tick_params(labelbottom=False)
+        finish(axes[-1])
+    axes[-1].set_xlabel("optimizer steps")
+    figure: Any = ax.figure
+    figure.align_ylabels(axes)
     return ax
 
 

@@ -116,7 +116,10 @@ def report(
         ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
         True
     """
-    from sharpkit.reporting.sections import section_for  # knows every kind of result: what only needs documents does not load all that
+    from sharpkit.reporting.sections import (
+        runs_together,
+        section_for,
+    )  # knows every kind of result: what only needs documents does not load all that
 
     target = page_place(as_path("path", path))  # before the figures are drawn
     as_text("title", title)
@@ -127,6 +130,7 @@ def report(
     if isinstance(results, (str, bytes)) or not isinstance(results, Iterable):
         raise TypeError(f"results must be a list of results or of (heading, result) pairs, got {shown(results)}")
     sections, documents = [], []
+    runs: dict[str, tuple[int, Any]] = {}  # monitored runs with records: name on the page -> place among the sections, document
     for i, item in enumerate(results):
         heading, result = item if isinstance(item, (tuple, list)) and len(item) == 2 else ("", item)
         document = to_document(result)
@@ -135,10 +139,20 @@ def report(
         if name and not heading and name not in section.title and document["kind"] not in _NAMED:
             section.title = f"{name}: {section.title}"
             section.findings = [f"{name}: {finding}" for finding in section.findings]
+        if document["kind"] == "monitor_history" and document["records"]:
+            said = str(heading) or name or f"run {len(runs) + 1}"
+            runs[said if said not in runs else f"{said} ({i + 1})"] = (i, document)
         documents.append({**document, "title": section.title})
         if section.draw is not None:
             section.figure = inline_svg(section.draw, key=f"figure{i}", size=section.figure_size)
         sections.append(section)
+    if len(runs) > 1:
+        for said, (i, _) in runs.items():
+            prefix = f"{said}: "
+            sections[i].findings = [each if each.startswith(prefix) else prefix + each for each in sections[i].findings]
+        if (together := runs_together({said: document for said, (_, document) in runs.items()})) is not None and together.draw is not None:
+            together.figure = inline_svg(together.draw, key="runs", size=together.figure_size)
+            sections.insert(0, together)  # drawn from the runs' own documents, so it has none in the page's JSON
     if not sections:
         raise ValueError("a report needs at least one result, got none")
     page = render(

@@ -7,7 +7,7 @@ So a page made from results saved as JSON is the page made from the live objects
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -471,6 +471,35 @@ def _monitor_section(document: Document) -> Section:
     section.rows = rows_of(header, records)
     seconds = sum(number(record.get("seconds", 0.0)) for record in records)
     section.cost = f"{len(records)} measurements, {seconds:.3g} s"
+    return section
+
+
+def runs_together(runs: Mapping[str, Document]) -> Section | None:
+    """Several monitored runs on the same axes, and the last value of each in a table; None unless two of them hold a curvature.
+
+    Args:
+        runs: ``to_dict()`` of monitors' histories, by the names that the page shows.
+    """
+    from sharpkit.plots.runs import plot_runs_together
+
+    rows = []
+    for name, document in runs.items():
+        records = document["records"]
+        last = last_readings(records).get(main := main_curvature(records))
+        if last is not None:
+            now, loss = last[0], number(records[-1].get("loss"))
+            limit, share = (f"{now.limit:.4g}", decimals(now.ratio)) if now.limit > 0 else ("", "")
+            value = format_with_error(now.value, now.stderr)
+            said = in_words(main, document.get("header", {}))
+            rows.append([name, said, value, limit, share, str(now.step), f"{loss:.4g}" if math.isfinite(loss) else ""])
+    if len(rows) < 2:
+        return None
+    section = Section("Runs together", "Each run in one colour; dashed, the limit of its learning rate.", wide=True)
+    section.draw = lambda ax: plot_runs_together(runs, ax=ax)
+    section.figure_size = (10.5, 5.2)  # by judgement, as high as a run of two panels
+    section.figure_label = "Curvature of each run against its stability limit, and losses, over optimizer steps"
+    section.columns = ["run", "metric", "last value +- error", "limit", "share of limit", "step", "last loss"]
+    section.rows = rows
     return section
 
 

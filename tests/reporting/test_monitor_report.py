@@ -15,7 +15,7 @@ import pytest
 import sharpkit as sk
 from sharpkit.cli.main import main
 from sharpkit.monitor.findings import run_findings
-from sharpkit.plots.runs import panels_of, plot_monitor
+from sharpkit.plots.runs import panels_of, plot_monitor, plot_runs_together
 
 HEADER = {
     "kind": "monitor_run", "version": 1, "sharpkit": "0.1.0", "model": "Sequential", "num_parameters": 12345, "optimizer": "SGD",
@@ -252,3 +252,40 @@ def test_the_section_reads_as_text_as_well(whole: dict[str, Any]) -> None:
     text = render_text([whole])
     assert "  1. Step 40: Loss spike" in text
     assert "batch sharpness" in text
+
+
+def test_several_runs_share_axes_each_in_a_colour_that_a_further_run_leaves_as_it_is() -> None:
+    runs = {name: run(record(0), record(40)) for name in ("slow", "middle", "fast")}
+
+    def colours(names: list[str]) -> dict[str, Any]:
+        axes = plot_runs_together({name: runs[name] for name in names})
+        lines = {line.get_label(): line.get_color() for line in axes.get_lines()}
+        dashed = [line.get_color() for line in axes.get_lines() if line.get_linestyle() == "--"]
+        below = [line.get_color() for line in axes.figure.axes[-1].get_lines()]
+        plt.close("all")
+        shown = {name: lines[name] for name in names}
+        assert dashed == below == list(shown.values()), "a run's limit and loss have the colour of its curvature"
+        return shown
+
+    two, three = colours(["slow", "middle"]), colours(["slow", "middle", "fast"])
+    assert three == {**two, "fast": three["fast"]} and len(set(three.values())) == 3
+
+
+def test_runs_judged_by_different_metrics_are_drawn_as_shares_of_their_limits() -> None:
+    adaptive = run(record(0, values={"preconditioned_lambda_max": entry(5.0, limit=20.0)}))
+    axes = plot_runs_together({"sgd": run(record(0)), "adam": adaptive})
+    shares = {line.get_label(): float(line.get_ydata()[-1]) for line in axes.get_lines()}
+    assert axes.get_ylabel() == "share of the limit"
+    assert shares["sgd"] == shares["adam"] == pytest.approx(5 / 20)
+    plt.close("all")
+
+
+def test_a_page_of_several_runs_says_whose_each_finding_is(tmp_path: Path) -> None:
+    one, other = run(record(0), record(40)), run(record(0), record(80))
+    page = sk.report(tmp_path / "page.html", [("a & b", one), other, ("a & b", other)]).read_text()
+    findings = html.unescape(page.partition('id="h-findings"')[2].partition("</section>")[0])
+    named = [line.partition("<li>")[2] for line in findings.splitlines() if "<li>" in line]
+    assert named and all(line.startswith(("a & b: ", "run 2: ", "a & b (3): ")) for line in named)
+    assert page.count(">Runs together<") == 2, "the table of contents and the section"
+    alone = sk.report(tmp_path / "alone.html", [("a", one), sk.Estimate(1.0, 0.1, 4)]).read_text()
+    assert "Runs together" not in alone

@@ -116,10 +116,8 @@ def report(
         ...     "3 ± 0.1" in page.read_text(encoding="utf-8")
         True
     """
-    from sharpkit.reporting.sections import (
-        runs_together,
-        section_for,
-    )  # knows every kind of result: what only needs documents does not load all that
+    # they know every kind of result: what only needs documents does not load all that
+    from sharpkit.reporting.sections import runs_together, section_for
 
     target = page_place(as_path("path", path))  # before the figures are drawn
     as_text("title", title)

@@ -230,8 +230,8 @@ def branch_batch_sizes(
         >>> data = (torch.ones(64, 1), torch.zeros(64, 1))
         >>> objective = sk.Objective(model, data, loss=torch.nn.functional.mse_loss)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        >>> found = sk.branch_batch_sizes(objective, optimizer, batch_size=4, samples=128, batch_sizes=[4, 8, 16, 32, 64])
-        >>> found.largest, [f"{loss:.1e}" for loss in found.means]  # w = (1 - 2 lr)^steps, and the loss is w^2
+        >>> branching = sk.branch_batch_sizes(objective, optimizer, batch_size=4, samples=128, batch_sizes=[4, 8, 16, 32, 64])
+        >>> branching.largest, [f"{loss:.1e}" for loss in branching.means]  # w = (1 - 2 lr)^steps, and the loss is w^2
         (32, ['1.2e-03', '7.9e-04', '2.8e-04', '2.6e-06', '1.3e-01'])
 
     References:

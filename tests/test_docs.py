@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -9,6 +10,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 import sharpkit as sk
 from sharpkit.monitor import metrics
@@ -122,3 +125,43 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     source = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", source.read_text()):
         assert (source.parent / target).exists(), f"{page} links to {target}"
+
+
+def _guides_names() -> dict[str, object]:
+    """What the guide's blocks take as given."""
+    torch.manual_seed(0)
+    sample = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    batches = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(45)]  # the monitor's first record comes by step 40
+    data = torch.utils.data.TensorDataset(*batches[0])
+    matrices, vectors = ([p for p in sample.parameters() if p.ndim == d] for d in (2, 1))
+    sgd = torch.optim.SGD(sample.parameters(), lr=0.1, momentum=0.9)
+    adamw = torch.optim.AdamW(vectors, lr=1e-3)
+    checkpoints = [copy.deepcopy(sample.state_dict())]
+    for optimizer in (sgd, adamw):
+        F.cross_entropy(sample(batches[0][0]), batches[0][1]).backward()
+        optimizer.step()
+        checkpoints.append(copy.deepcopy(sample.state_dict()))
+    names = {"sk": sk, "torch": torch, "F": F, "nn": torch.nn, "DataLoader": torch.utils.data.DataLoader, "model": sample, "data": data}
+    names |= {"x": batches[0][0], "y": batches[0][1], "loader": batches, "T": 30, "optimizer": sgd, "sgd": sgd, "adamw": adamw}
+    names |= {"x1": batches[1][0], "y1": batches[1][1], "x2": batches[2][0], "y2": batches[2][1], "checkpoints": checkpoints}
+    names |= {"my_loss": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])}
+    names["objective"] = sk.Objective(sample, batches, loss=F.cross_entropy)
+    if hasattr(torch.optim, "Muon"):
+        names["muon"] = torch.optim.Muon(matrices, lr=0.005)
+    return names
+
+
+@pytest.mark.parametrize("page", ["guide.md", "monitor.md", "learner.md", "layerwise.md"])
+def test_the_blocks_of_the_pages_that_take_a_model_as_given_run_with_one(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        names = _guides_names()
+        for block in _python_blocks(ROOT / "docs" / page):
+            if "muon" in block and "muon" not in names:
+                continue
+            if any(trainer in block for trainer in ("pl.Trainer", "integrations.transformers")):
+                continue  # tests/test_howto.py runs them
+            here = "\n".join(line for line in block.splitlines() if '"input_ids"' not in line)  # of a Hugging Face model: there, too
+            exec(compile(here, page, "exec"), names)

@@ -14,6 +14,8 @@ from typing import Any
 
 from sharpkit._errors import DocumentError
 from sharpkit._results import decimals, format_with_error, number, percent
+from sharpkit.batch_size.branching import BatchBranching
+from sharpkit.batch_size.warmup import BatchSizeWarmup
 from sharpkit.fits import PowerLaw, Slope
 from sharpkit.layerwise import RULES, LayerRates
 from sharpkit.learner.baselines import LEARNER
@@ -251,6 +253,34 @@ def _layer_sensitivity_section(document: Document) -> Section:
             for value in (layers.predicted[i][j], None if layers.measured is None else layers.measured[i][j])
         ]
         section.rows.append([name, _flagged(layers.lambda_max[i]), f"{layers.mean_trace[i]:.4g}", *rises])
+    return section
+
+
+def _branching_section(document: Document) -> Section:
+    found = BatchBranching.from_dict(document)
+    section = Section(
+        "Critical batch size by branching",
+        f"Training on over the same {found.samples} samples at several batch sizes, the rate by the {found.rule} rule.",
+        draw=lambda ax: found.plot(ax=ax),
+        figure_label="Loss above the best against the batch size",
+        cost=f"{found.cost:.3g} gradients of single samples, {found.seconds:.3g} s",
+        columns=["batch size", "rate", "loss", "above the best +- standard error"],
+    )
+    for size, rate, mean, above in zip(found.batch_sizes, found.rates, found.means, found.excess, strict=True):
+        section.rows.append([str(size), f"{rate:.3g}", f"{mean:.4g}", str(above)])
+    return section
+
+
+def _warmup_section(document: Document) -> Section:
+    plan = BatchSizeWarmup.from_dict(document)
+    section = Section(
+        "Batch-size warm-up",
+        f"When to double the batch, so that it stays below the critical batch size; the rate by the {plan.rule} rule.",
+        draw=lambda ax: plan.plot(ax=ax),
+        figure_label="Critical batch size and plan against samples seen",
+        columns=["from sample", "batch size", "rate", "steps"],
+    )
+    section.rows = [[str(stage.start), str(stage.batch_size), f"{stage.lr:.3g}", str(stage.steps)] for stage in plan.stages]
     return section
 
 
@@ -685,6 +715,8 @@ _SECTIONS: dict[str, Callable[[Document], Section]] = {
     "layer_sensitivity": _layer_sensitivity_section,
     "layer_rates": _layer_rates_section,
     "power_law": _power_law_section,
+    "batch_branching": _branching_section,
+    "batch_size_warmup": _warmup_section,
     "diagnosis": _diagnosis_section,
     "learning_rate_curve": _curve_section,
     "suggested_learning_rate": _suggestion_section,

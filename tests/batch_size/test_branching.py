@@ -281,3 +281,12 @@ def test_plans_refuse_too_few_points_mixed_rules_and_other_things() -> None:
         sk.batch_size_warmup(mixed, batch_size=8, lr=0.1, samples=100)
     with pytest.raises(TypeError, match="branch_batch_sizes"):
         sk.batch_size_warmup([1.0, 2.0], batch_size=8, lr=0.1, samples=100)  # type: ignore[list-item]
+
+
+def test_a_page_shows_the_branches_and_the_plan_also_from_their_documents(tmp_path: Path) -> None:
+    found = [branching(0.5 * seen**0.6, seen) for seen in (1_000, 5_000, 20_000)]
+    plan = sk.batch_size_warmup(found, batch_size=32, lr=0.1, samples=50_000)
+    pages = [sk.report(tmp_path / "page.html", results).read_text() for results in ([found[0], plan], [found[0].to_dict(), plan.to_dict()])]
+    for page in pages:
+        assert "Critical batch size by branching" in page and "above the best" in page
+        assert "Batch-size warm-up" in page and f"<td>{plan.stages[1].start}</td>" in page

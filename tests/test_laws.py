@@ -72,6 +72,19 @@ def test_the_annealing_law_finds_itself_and_predicts_other_schedules() -> None:
     assert pytest.approx(4.0, rel=0.05) == several.C
 
 
+def test_runs_that_tell_it_choose_the_memory_of_their_law() -> None:
+    truth = laws.AnnealingLaw(1.8, 0.6, 0.4, 4.0, 0.0, 400, memory=0.995)
+    runs = [0.01 * np.array([SCHEDULES[name](z) for z in np.linspace(0, 1, 400)]) for name in ("cosine", "wsd linear")]
+    law = laws.fit_annealing_law([truth.predict(rates) for rates in runs], runs, memory="fit")
+    assert law.memory == 0.995 and law.error < 1e-3
+    assert laws.fit_annealing_law(truth.predict(runs[0]), runs[0]).memory == 0.999
+    with pytest.raises((ValueError, TypeError), match="memory"):
+        laws.fit_annealing_law(truth.predict(runs[0]), runs[0], memory="best")
+    assert pytest.approx(4.0, rel=0.01) == laws.fit_annealing_law(truth.predict(runs[0]), runs[0], memory=0.995).C
+    older = {key: value for key, value in truth.to_dict().items() if key != "memory"}
+    assert laws.AnnealingLaw.from_dict(older).memory == 0.999
+
+
 def test_a_law_that_cannot_be_known_is_refused_and_one_that_reaches_too_far_warns() -> None:
     flat = np.full(100, 0.1)
     with pytest.raises(ValueError, match="the rates never fall"):

@@ -271,11 +271,13 @@ def layer_rates(
     def top_rate(base: HessianOperator, ratios: Sequence[float], done: int, text: str) -> Bounded:
         """Largest stable rate of the reference group of parameters that move at these ratios, over its own ratio."""
         nonlocal matvecs, converged
+        before = base.num_matvecs
 
         def report(progress: Progress) -> None:
             if callback is not None:
-                spent = matvecs + base.num_matvecs
-                expected = (matvecs + max(progress.expected, base.num_matvecs)) * stages // (done + 1)
+                done_here = base.num_matvecs - before
+                spent = matvecs + done_here
+                expected = (matvecs + max(progress.expected, done_here)) * stages // (done + 1)
                 left = (clock() - started) / spent * max(expected - spent, 0) if spent else math.nan
                 said = f"{text}: {progress.text}"
                 callback(Progress(spent, expected, clock() - started, left, said, peak_bytes=progress.peak_bytes, choices=progress.choices))
@@ -283,22 +285,22 @@ def layer_rates(
         twin = regrouped(own, base.layout, ratios)
         matrix, rule = optimizer_curvature(base, twin)
         pair = end_of(eigenpairs(matrix, k=1, tol=tol, seed=seed, callback=report))
-        matvecs, converged = matvecs + base.num_matvecs, converged and pair.converged
+        matvecs, converged = matvecs + base.num_matvecs - before, converged and pair.converged
         limit, held = rate_under(rule, pair), {id(p) for group in held_parameters(own) for p in group}
         reference = next(r for r, p in zip(ratios, base.layout.live, strict=True) if id(p) in held)
         return Bounded(*(float(v) / reference for v in (limit, limit.lower, limit.upper)))
 
-    one = top_rate(HessianOperator(objective), [1.0] * len(owners), 0, "all layers")
     alone = list[Bounded]()
     for number, name in enumerate(names):
         block = HessianOperator(objective.with_params(_members(members[number])))
-        alone.append(top_rate(block, [1.0] * len(block.layout.names), 1 + number, f"{name} (layer {number + 1} of {len(names)})"))
+        alone.append(top_rate(block, [1.0] * len(block.layout.names), number, f"{name} (layer {number + 1} of {len(names)})"))
     columns: dict[str, Sequence[float]] = {"curvature": alone, "lars": lars, "lamb": lamb, "snr": snr, "apollo": apollo}
+    whole = HessianOperator(objective)  # one for all rules: its graph is kept from here on, beside none of a layer's
+    one = top_rate(whole, [1.0] * len(owners), len(names), "all layers")
     together = dict[str, Bounded]()
     for number, rule in enumerate(RULES):
         ratio = dict(zip(names, _ratios(columns[rule]), strict=True))
-        base = HessianOperator(objective)
-        together[rule] = top_rate(base, [ratio[o] for o in owners], 1 + len(names) + number, f"rates by {rule}")
+        together[rule] = top_rate(whole, [ratio[o] for o in owners], 1 + len(names) + number, f"rates by {rule}")
     return LayerRates(
         names=names,
         parameters=members,

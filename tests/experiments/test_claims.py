@@ -116,7 +116,7 @@ def test_the_quick_version_runs_and_its_figure_is_drawn(name: str) -> None:
     from matplotlib.figure import Figure
 
     if name in ("ghost_batches", "refined_schedule") and not FASHION_MNIST.is_dir():
-        pytest.skip(f"needs {FASHION_MNIST}")
+        pytest.skip(f"needs {FASHION_MNIST}")  # images of a Debian package, which a machine need not have
     experiment = importlib.import_module(f"experiments.claim_{name}")
     rows = experiment.measure(True)
     canvas = Figure()

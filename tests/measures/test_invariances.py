@@ -78,7 +78,9 @@ def _rise(**settings: object) -> Value:
 
 def _foretold(by: str, *, per_channel: bool = False) -> Value:
     def value(o: sk.Objective) -> float:
-        layers = measures.layer_sensitivity(o, bits=[3], per_channel=per_channel, trace_rtol=1e-9)
+        layers = measures.layer_sensitivity(
+            o, bits=[3], per_channel=per_channel, trace_rtol=1e-9
+        )  # asked so tightly that probes do not hide what is invariant
         table = {"trace": layers.predicted, "quadratic": layers.quadratic, "measured": layers.measured}[by]
         assert table is not None
         return table[0][0]
@@ -103,7 +105,7 @@ MEASURES: dict[str, tuple[Value, bool, bool, bool]] = {
     "ASAM": (lambda o: measures.sam_sharpness(o, adaptive=True).value, True, True, True),
     "logits": (lambda o: measures.logit_sharpness(o).value, True, True, True),
     "trace of a layer": (
-        lambda o: measures.layer_sensitivity(o, bits=[4], check=False, trace_rtol=1e-9).trace[0].value,
+        lambda o: measures.layer_sensitivity(o, bits=[4], check=False, trace_rtol=1e-9).trace[0].value,  # as above
         False,
         True,
         False,
@@ -119,7 +121,7 @@ MEASURES: dict[str, tuple[Value, bool, bool, bool]] = {
         True,
     ),
     "Fisher-Rao norm": (lambda o: measures.fisher_rao_norm(o).value, True, True, True),
-    "relative flatness": (lambda o: measures.relative_flatness(o, "0.weight", rtol=1e-9).value, True, True, True),
+    "relative flatness": (lambda o: measures.relative_flatness(o, "0.weight", rtol=1e-9).value, True, True, True),  # as above
 }
 
 
